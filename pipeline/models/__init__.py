@@ -1,0 +1,1 @@
+"""The model: backbones, bottlenecks and the autoencoder made of them."""

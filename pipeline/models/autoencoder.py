@@ -1,0 +1,93 @@
+"""The one model: backbone x bottleneck x likelihood.
+
+    x [B, *event] -> encoder -> bottleneck: q(z | x) -> z -> decoder -> decoded [B, *event]
+
+Everything goes through `forward`, which also returns the likelihood's learned parameters: calling a
+sub-module, or using a parameter outside, would bypass the hooks of DDP and ZeRO.
+
+# B samples; event = shape of one sample; latent = shape of one latent
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.component import Component
+from pipeline.likelihoods import Gaussian as GaussianLikelihood
+from pipeline.likelihoods import Learned, Likelihood
+from pipeline.models.backbones import Backbone, Burgess
+from pipeline.models.bottleneck import Bottleneck, Gaussian, Posterior
+from pipeline.precision import widen
+
+Mode = Literal["autoencode", "encode", "decode"]
+
+
+class ModelConfig(Component):
+    """What the network is; the event shape comes from the data."""
+
+    backbone: Backbone = Burgess()
+    bottleneck: Bottleneck = Gaussian()
+    likelihood: Likelihood = GaussianLikelihood()
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass gives; which fields are set depends on its mode."""
+
+    posterior: Posterior | None  # autoencode, encode
+    z: Tensor | None  # [B, *latent]; autoencode, decode
+    decoded: Tensor | None  # [B, *event], what the likelihood takes; autoencode, decode
+    learned: Learned  # the likelihood's own parameters
+
+
+class AutoEncoder(nn.Module):
+    """Encoder, bottleneck and decoder for events of one shape."""
+
+    def __init__(self, config: ModelConfig, event_shape: tuple[int, ...]) -> None:
+        """Build the networks; raises ValueError if the backbone does not fit the event shape."""
+        super().__init__()
+        config.backbone.check_event(event_shape)
+        self.config = config
+        self.event_shape = event_shape
+        self.encoder = config.backbone.encoder(event_shape, config.bottleneck.num_statistics)
+        self.decoder = config.backbone.decoder(event_shape, config.bottleneck.size)
+        self.likelihood = nn.ParameterDict(
+            {name: nn.Parameter(value) for name, value in config.likelihood.initial().items()}
+        )
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one latent."""
+        return self.config.backbone.latent_shape(self.event_shape, self.config.bottleneck.size)
+
+    def forward(self, x: Tensor, *, keys: Tensor | None = None, mode: Mode = "autoencode") -> Output:
+        """Run the parts that `mode` names.
+
+        x: [B, *event] in [0, 1], or latents [B, *latent] in mode decode. keys: int64 [B], the keys
+        of the reparametrisation noise; None takes the posterior's mean.
+        """
+        learned: Learned = dict(self.likelihood.items())
+        if mode == "decode":
+            return Output(None, x, widen(self.decoder(x)), learned)
+        posterior = self.config.bottleneck.posterior(self.encoder(x))
+        if mode == "encode":
+            return Output(posterior, None, None, learned)
+        z = posterior.sample(keys)
+        return Output(posterior, z, widen(self.decoder(z)), learned)
+
+
+def build_autoencoder(
+    config: ModelConfig, event_shape: tuple[int, ...], *, seed: int, dtype: torch.dtype
+) -> AutoEncoder:
+    """Build a model whose initial weights depend on `seed` alone; the global generator is untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoEncoder(config, event_shape)
+    return model.to(dtype)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Count the trainable scalars."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,42 @@
+"""Fully connected networks, for events of any shape."""
+
+import math
+from itertools import pairwise
+from typing import Literal
+
+from pydantic import Field
+from torch import nn
+
+from pipeline.models.backbones.base import BackboneBase
+
+
+class Mlp(BackboneBase):
+    """Hidden layers `hidden` with ReLU in the encoder, mirrored in the decoder; vector latents.
+
+    An empty list gives two linear maps: with a Gaussian likelihood of identity link and a Gaussian
+    bottleneck, the linear-Gaussian model (probabilistic PCA).
+    """
+
+    kind: Literal["mlp"] = "mlp"
+    hidden: tuple[int, ...] = Field((512, 256))
+
+    def check_event(self, event_shape: tuple[int, ...]) -> None:
+        """Every event can be flattened."""
+
+    def encoder(self, event_shape: tuple[int, ...], num_channels: int) -> nn.Module:
+        """Return [B, *event] -> [B, num_channels]."""
+        sizes = (math.prod(event_shape), *self.hidden, num_channels)
+        return nn.Sequential(nn.Flatten(), *_layers(sizes))
+
+    def decoder(self, event_shape: tuple[int, ...], num_channels: int) -> nn.Module:
+        """Return [B, num_channels] -> [B, *event]."""
+        sizes = (num_channels, *reversed(self.hidden), math.prod(event_shape))
+        return nn.Sequential(*_layers(sizes), nn.Unflatten(1, event_shape))
+
+
+def _layers(sizes: tuple[int, ...]) -> list[nn.Module]:
+    """Linear layers of these sizes with ReLU between them."""
+    layers: list[nn.Module] = []
+    for size, next_size in pairwise(sizes):
+        layers += [nn.Linear(size, next_size), nn.ReLU()]
+    return layers[:-1]

@@ -1,0 +1,37 @@
+"""Which arithmetic a run uses, in one place for training, evaluation and export.
+
+fp32: everything in float32. bf16: parameters, losses and optimizer in float32, matrix products and
+convolutions in bfloat16 by autocast. fp64: everything in float64, for proofs of equality between
+topologies. fp16 is refused: with DeepSpeed's autocast every step is skipped without the scaler
+noticing (LOG.md), and bf16 needs no scaler.
+"""
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator
+from torch import Tensor
+
+
+def _refuse_fp16(value: Any) -> Any:
+    if value in ("fp16", "float16"):
+        raise ValueError("fp16 is not supported: DeepSpeed's autocast skips its steps; use bf16")
+    return value
+
+
+Precision = Annotated[Literal["fp32", "bf16", "fp64"], BeforeValidator(_refuse_fp16)]
+
+
+def parameter_dtype(precision: str) -> torch.dtype:
+    """The dtype of parameters, losses and optimizer state."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context in which a model's forward pass runs."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return x in float32 at least: entry to the part of the graph that autocast must not narrow."""
+    return x if x.dtype == torch.float64 else x.float()
