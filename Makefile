@@ -1,0 +1,42 @@
+# Every target sets up .venv itself: no step comes before `make demo` or `make test`.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all soak check format
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(STAMP) ## create or update .venv with the pinned versions
+
+demo: $(STAMP) ## the main job on built-in data: pack, train four models, export, verify, probe
+	$(BIN)/python -m pipeline.demo
+
+test: $(STAMP) ## the default lane, below 10 minutes on 2 cores
+	$(PYTEST) --budgets
+
+test-all: check ## checks and every lane, with the time budgets; what .ci/run calls
+	$(PYTEST) --budgets -m "not soak"
+
+soak: $(STAMP) ## the kill and fuzz tests with their full counts: hours
+	$(PYTEST) -m soak --timeout 0
+
+check: $(STAMP) ## format, lint and types, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(STAMP) ## rewrite the code as `check` wants it, as far as that is mechanical
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[deepspeed,s3,dev]'
+	touch $@
