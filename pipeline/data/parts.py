@@ -1,0 +1,87 @@
+"""Which samples go to which shard, and the writing of one shard.
+
+sizes -> `plan_parts` -> (lo, hi) per shard, fixed before anything is written; so shards can be
+written in parallel, in any order and over several starts, and come out the same.
+(lo, hi) -> `write_part` -> `part-000012.tar` and then its record `part-000012.json`: a part whose
+record exists is whole.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.data.sources import Broken, Part
+from pipeline.files import publish, sha256_file, temporary_name, write_json
+from pipeline.tars import open_tar
+
+TAR_BLOCK = 512  # every member takes a header of one block, and its content is padded to blocks
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """What one written part holds."""
+
+    num_samples: int
+    num_bytes: int
+    sha256: str
+    broken: list[list[str]]  # [name, reason]
+
+
+def _cut(sizes: Sequence[int], max_bytes: int, max_samples: int) -> list[tuple[int, int]]:
+    """Cut into contiguous ranges that respect both bounds; an outsize sample gets its own."""
+    ranges: list[tuple[int, int]] = []
+    lo = total = 0
+    for number, size in enumerate(sizes):
+        if number > lo and (total + size > max_bytes or number - lo == max_samples):
+            ranges.append((lo, number))
+            lo, total = number, 0
+        total += size
+    if lo < len(sizes):
+        ranges.append((lo, len(sizes)))
+    return ranges
+
+
+def plan_parts(sizes: Sequence[int], *, max_bytes: int, max_samples: int) -> list[tuple[int, int]]:
+    """Return the range (lo, hi) of every shard, all of about the same size.
+
+    Neither bound is exceeded, except by a single sample that is larger than `max_bytes` alone.
+    """
+    in_tar = [(size // TAR_BLOCK + 2) * TAR_BLOCK for size in sizes]
+    ranges = _cut(in_tar, max_bytes, max_samples)
+    count = len(ranges)
+    # The greedy cut leaves a small remainder at the end; the same number of even shards is better,
+    # if it exists within the bounds.
+    even_samples = -(-len(sizes) // max(count, 1))
+    even_bytes = -(-sum(in_tar) // max(count, 1)) + max(in_tar, default=0)
+    even = _cut(in_tar, min(max_bytes, even_bytes), min(max_samples, max(even_samples, 1)))
+    return even if len(even) == count else ranges
+
+
+def part_paths(stage: Path, number: int) -> tuple[Path, Path]:
+    """Return where a part and its record lie."""
+    return stage / f"part-{number:06d}.tar", stage / f"part-{number:06d}.json"
+
+
+def read_record(stage: Path, number: int) -> PartRecord:
+    """Return the record of a written part."""
+    return PartRecord(**json.loads(part_paths(stage, number)[1].read_bytes()))
+
+
+def write_part(part: Part, stage: Path, number: int) -> int:
+    """Write one part and then its record; return the number. Two writers at once do no harm."""
+    path, record_path = part_paths(stage, number)
+    temporary = temporary_name(path)
+    broken: list[list[str]] = []
+    num_samples = 0
+    with open_tar(temporary) as write:
+        for sample in part.read():
+            if isinstance(sample, Broken):
+                broken.append([sample.name, sample.reason])
+                continue
+            write(sample.key, sample.members)
+            num_samples += 1
+    record = PartRecord(num_samples, temporary.stat().st_size, sha256_file(temporary), broken)
+    publish(temporary, path)
+    write_json(record_path, asdict(record))
+    return number

@@ -1,0 +1,56 @@
+"""Reproducible tars: the same samples in the same order give the same bytes, anywhere, any day.
+
+pack and the tar writer of the export write through here. The container is webdataset's own
+`TarWriter`, pinned to ustar with fixed time, owner and mode; its tarfile default would be PAX.
+"""
+
+import os
+import tarfile
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from webdataset.writer import TarWriter
+
+from pipeline.errors import UserError
+
+OWNER = "root"
+MODE = 0o444
+
+# Writes one sample: its key and its members, suffix -> content.
+WriteSample = Callable[[str, Mapping[str, bytes]], None]
+
+
+@contextmanager
+def open_tar(path: Path) -> Generator[WriteSample, None, None]:
+    """Create `path` and yield a function that appends one sample's members, sorted by suffix.
+
+    The file is flushed to the disk on a clean exit. After an error a part of it may lie there: give
+    a temporary name and publish afterwards.
+    """
+    with path.open("xb") as file:
+        # mtime=0 is an integer: a float would be written as a PAX record.
+        writer = TarWriter(
+            file, user=OWNER, group=OWNER, mode=MODE, compress=False, encoder=False, mtime=0
+        )
+        # TarWriter accepts `format` but does not hand it to tarfile (webdataset 1.0.2).
+        writer.tarstream.format = tarfile.USTAR_FORMAT
+
+        def write(key: str, members: Mapping[str, bytes]) -> None:
+            writer.write({"__key__": key, **members})
+
+        yield write
+        writer.close()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_member_name(name: str) -> None:
+    """Raise UserError when a ustar header cannot hold the name (about 100 bytes per component)."""
+    try:
+        tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+    except (ValueError, UnicodeEncodeError) as error:
+        raise UserError(
+            f"{name!r} does not fit into a tar header ({error}): a file name may take 100 bytes "
+            "and its folders another 155, in UTF-8. Rename the file."
+        ) from error
