@@ -1,0 +1,71 @@
+"""What is to run, whatever runs it: module, config, overrides, and how many processes on what.
+
+    command line -> Job -> local.py: argv and environment of `accelerate launch`
+
+This package imports nothing from `pipeline`: it knows a run by its command line, its `run_dir`,
+and the outcome.json in it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+
+Device = Literal["cpu", "gpu"]
+
+
+class JobError(Exception):
+    """A job that cannot be started as described: printed as one paragraph, exit code 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of a module of the pipeline on a number of processes."""
+
+    module: str = "pipeline.train"
+    config: Path
+    overrides: tuple[str, ...] = ()  # a.b=c, passed through untouched
+    num_processes: int = 1  # over all machines
+    device: Device = "cpu"
+    topology: Path | None = (
+        None  # accelerate's YAML; None = the one of configs/accelerate that fits
+    )
+    num_threads: int = 1  # OMP_NUM_THREADS of each process
+    env: Mapping[str, str] = field(default_factory=dict[str, str])  # on top of everything else
+
+    def __post_init__(self) -> None:
+        if self.num_processes < 1:
+            raise JobError(f"--processes must be at least 1, not {self.num_processes}.")
+        if self.num_threads < 1:
+            raise JobError(f"--threads must be at least 1, not {self.num_threads}.")
+        for path in (self.config, self.topology):
+            if path is not None and not path.is_file():
+                raise JobError(f"The file {path} does not exist.")
+
+    @property
+    def arguments(self) -> list[str]:
+        """What the module gets after its name."""
+        return [str(self.config), *self.overrides]
+
+    def run_dir(self) -> Path | None:
+        """The directory of the run, where outcome.json appears: last override, else the config's.
+
+        None when neither names one: then the launcher's own exit code is all there is.
+        """
+        value = _mapping(self.config.read_text(encoding="utf-8")).get("run_dir")
+        for override in self.overrides:
+            name, _, text = override.removeprefix("--").partition("=")
+            if name == "run_dir":
+                value = text
+        return Path(value) if isinstance(value, str) else None
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """The YAML mapping in `text`; empty for anything else, which the run itself will explain."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return cast(dict[str, Any], value) if isinstance(value, dict) else {}

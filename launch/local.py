@@ -1,0 +1,132 @@
+"""A Job on this machine: argv and environment of `accelerate launch`, and running it to its end.
+
+    Job -> command(job) -> `accelerate launch` -> trainers -> outcome.json -> exit code
+
+The launchers underneath flatten every exit code to 1, SIGUSR1 kills torchrun, and with one process
+`accelerate launch` forwards nothing; so `run` signals the trainers itself and gives back the exit
+code that the run wrote to its outcome.json.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from launch.job import Job, JobError
+
+TOPOLOGIES = Path("configs/accelerate")
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Command:
+    """An argument list, and what it needs in its environment beyond ours."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+
+    def __str__(self) -> str:
+        """One line for a shell."""
+        assignments = [f"{name}={shlex.quote(value)}" for name, value in self.env.items()]
+        return " ".join([*assignments, shlex.join(self.argv)])
+
+
+def topology(job: Job) -> Path:
+    """The accelerate file that a job asks for, or the one that fits its device and processes."""
+    if job.topology is not None:
+        return job.topology
+    one_cpu = job.device == "cpu" and job.num_processes == 1
+    path = TOPOLOGIES / ("single-cpu.yaml" if one_cpu else f"{job.device}-ddp.yaml")
+    if not path.is_file():
+        raise JobError(
+            f"{path} does not exist here: start in the project's root, or give --topology."
+        )
+    return path
+
+
+def launcher(topology: Path, num_processes: int) -> tuple[str, ...]:
+    """`accelerate launch` of this Python, up to where the script or `-m module` goes."""
+    accelerate = (sys.executable, "-m", "accelerate.commands.launch")
+    return (*accelerate, "--config_file", str(topology), "--num_processes", str(num_processes))
+
+
+def environment(job: Job) -> dict[str, str]:
+    """What the processes need: the device, threads per process, and the job's own variables."""
+    env = {"OMP_NUM_THREADS": str(job.num_threads)}
+    if job.device == "cpu":
+        # Without it, processes of a MULTI_GPU topology on a CPU machine each believe to be alone.
+        env["ACCELERATE_USE_CPU"] = "true"
+    return env | dict(job.env)
+
+
+def command(job: Job) -> Command:
+    """What runs `job` on this machine."""
+    argv = (*launcher(topology(job), job.num_processes), "-m", job.module, *job.arguments)
+    return Command(argv, environment(job))
+
+
+def run(job: Job) -> int:
+    """Run the job to its end; its exit code is the one that the run wrote to outcome.json."""
+    run_dir = job.run_dir()
+    before = _outcome_stamp(run_dir)
+    what = command(job)
+    # A session of its own: Ctrl-C in the terminal reaches the trainers through us, once.
+    process = subprocess.Popen(what.argv, env=os.environ | what.env, start_new_session=True)
+    with _forwarding(process):
+        launcher_code = process.wait()
+    if run_dir is None or _outcome_stamp(run_dir) == before:
+        return 1 if launcher_code < 0 else launcher_code
+    return int(json.loads((run_dir / "outcome.json").read_bytes())["exit_code"])
+
+
+def _outcome_stamp(run_dir: Path | None) -> tuple[int, int] | None:
+    """What changes when outcome.json is written anew; None while there is none."""
+    if run_dir is None:
+        return None
+    try:
+        status = (run_dir / "outcome.json").stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def trainers(launcher_pid: int) -> Sequence[psutil.Process]:
+    """The processes that the launcher started: one per rank, without what these started."""
+    try:
+        return psutil.Process(launcher_pid).children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+@contextmanager
+def _forwarding(process: subprocess.Popen[bytes]) -> Generator[None]:
+    """While inside, stop signals go to all trainers; a second Ctrl-C ends everything at once."""
+    received: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        impatient = number == signal.SIGINT and signal.SIGINT in received
+        received.append(number)
+        ranks = trainers(process.pid)
+        for rank in ranks:
+            try:
+                rank.send_signal(signal.SIGKILL if impatient else number)
+            except psutil.NoSuchProcess:  # it has ended since it was listed
+                continue
+        if impatient or not ranks:  # nobody to save anything: the launcher itself may go
+            process.kill() if impatient else process.terminate()
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
