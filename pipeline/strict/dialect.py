@@ -81,7 +81,7 @@ def parse(text: str) -> tuple[Any, list[str]]:
     try:
         loader = StrictLoader(text)
     except yaml.YAMLError as error:  # a character that YAML does not allow
-        return None, [f"not valid YAML: {error}"]
+        return None, [f"not valid YAML: {' '.join(str(error).split())}"]
     try:
         return loader.get_single_data(), loader.duplicates
     except yaml.MarkedYAMLError as error:

@@ -1,0 +1,137 @@
+"""Fixtures that every part's tests may use; the time of each lane; the budgets of DESIGN."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ROOT, Processes, Result, argv_of
+
+# A test counts for the first of these markers that it carries; without any, for "default".
+LANES = ("soak", "slurm", "netns", "browser", "deepspeed", "fault", "distributed", "slow")
+# Minutes on two cores that an area may take in `make test-all`, and the lanes that belong to it.
+BUDGETS = {
+    "default lane": (10.0, ("default",)),
+    "main job": (18.0, ("default", "slow", "distributed", "fault")),
+    "strategies and clusters": (22.0, ("deepspeed", "netns", "slurm")),
+}
+seconds_by_lane = pytest.StashKey[dict[str, float]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="rewrite the golden files from this run; say in the commit why they changed",
+    )
+    parser.addoption(
+        "--budgets", action="store_true", help="fail if an area takes longer than its time budget"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[seconds_by_lane] = defaultdict(float)
+    config.pluginmanager.register(Stopwatch(config.stash[seconds_by_lane]))
+
+
+class Stopwatch:
+    """Adds up the seconds of each lane: set-up, call and tear-down of its tests."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        lane = next((lane for lane in LANES if lane in report.keywords), "default")
+        self._seconds[lane] += report.duration
+
+
+def over_budget(seconds: Mapping[str, float]) -> list[str]:
+    """The areas that took longer than they may."""
+    return [
+        area
+        for area, (minutes, lanes) in BUDGETS.items()
+        if sum(seconds.get(lane, 0) for lane in lanes) > 60 * minutes
+    ]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    seconds = config.stash[seconds_by_lane]
+    terminalreporter.section("time per lane")
+    for lane, spent in sorted(seconds.items(), key=lambda item: -item[1]):
+        terminalreporter.line(f"{lane:<24}{spent / 60:8.1f} min")
+    for area, (minutes, lanes) in BUDGETS.items():
+        spent = sum(seconds.get(lane, 0) for lane in lanes) / 60
+        if spent:
+            verdict = "  OVER BUDGET" if area in over_budget(seconds) else ""
+            terminalreporter.line(f"{area:<24}{spent:8.1f} of {minutes:g} min{verdict}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    late = over_budget(session.config.stash[seconds_by_lane])
+    if late and session.config.getoption("--budgets") and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a text with tests/golden/NAME; `--update-golden` writes it instead."""
+
+    def check(name: str, text: str) -> None:
+        path = ROOT / "tests" / "golden" / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        assert path.is_file(), f"{path} is missing: create it with --update-golden"
+        assert text == path.read_text()
+
+    return check
+
+
+@pytest.fixture
+def start_processes(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
+    """Start a module or script, by default under `accelerate launch`; ended with the test."""
+    started: list[Processes] = []
+    numbers = itertools.count()
+
+    def start(
+        target: str | Path,
+        num_processes: int | None,
+        *arguments: object,
+        env: Mapping[str, str] | None = None,
+        cwd: Path = ROOT,
+    ) -> Processes:
+        argv = [*argv_of(target, num_processes), *map(str, arguments)]
+        log = tmp_path / f"processes-{next(numbers)}.log"
+        started.append(Processes(argv, log, env=env or {}, cwd=cwd))
+        return started[-1]
+
+    yield start
+    for processes in started:
+        if processes.running:
+            processes.kill()
+
+
+@pytest.fixture
+def run_processes(start_processes: Callable[..., Processes]) -> Callable[..., Result]:
+    """Run a module or script to its end: `run_processes("pipeline.train", 2, config, "a.b=c")`.
+
+    None processes means plain Python: the exit code is then the program's own.
+    """
+
+    def run(
+        target: str | Path,
+        num_processes: int | None,
+        *arguments: object,
+        timeout: float = 180,
+        env: Mapping[str, str] | None = None,
+        cwd: Path = ROOT,
+    ) -> Result:
+        running = start_processes(target, num_processes, *arguments, env=env, cwd=cwd)
+        return running.wait(timeout)
+
+    return run

@@ -1,0 +1,107 @@
+"""Real processes for tests: started under `accelerate launch`, watched, and never left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from launch import local
+
+ROOT = Path(__file__).parents[1]
+CPU_ENV = {
+    "ACCELERATE_USE_CPU": "true",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "WANDB_SILENT": "true",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended: the launcher's exit code, and what all its processes printed."""
+
+    code: int
+    output: str
+
+
+class Processes:
+    """A running command with everything that it started."""
+
+    def __init__(self, argv: list[str], log: Path, *, env: Mapping[str, str], cwd: Path) -> None:
+        self._log = log
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=os.environ | CPU_ENV | env,
+                cwd=cwd,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    @property
+    def output(self) -> str:
+        """What has been printed so far."""
+        return self._log.read_text(errors="replace")
+
+    @property
+    def running(self) -> bool:
+        """Whether the command itself still runs."""
+        return self._process.poll() is None
+
+    def ranks(self) -> list[psutil.Process]:
+        """The launcher's children: one process per rank."""
+        return list(local.trainers(self.pid)) if self.running else []
+
+    def everything(self) -> list[psutil.Process]:
+        """The command and all its descendants that still run."""
+        try:
+            parent = psutil.Process(self.pid)
+            return [parent, *parent.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def kill(self) -> None:
+        """SIGKILL to everything at once, as a power cut would."""
+        alive = self.everything()
+        for process in alive:
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs([process for process in alive if process.pid != self.pid], timeout=10)
+        self._process.wait(timeout=10)
+
+    def wait(self, timeout: float = 180) -> Result:
+        """Wait for the end; kills everything and fails with the output after `timeout` seconds."""
+        try:
+            code = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"no end after {timeout} s; it printed:\n{self.output}") from None
+        return Result(code, self.output)
+
+    def wait_for(self, text: str, timeout: float = 60) -> None:
+        """Wait until `text` has been printed; fails with the output if that does not happen."""
+        limit = time.monotonic() + timeout
+        while text not in self.output:
+            if not self.running or time.monotonic() > limit:
+                raise AssertionError(f"never printed {text!r}, but:\n{self.output}")
+            time.sleep(0.02)
+
+
+def argv_of(target: str | Path, num_processes: int | None) -> list[str]:
+    """The command for a script (*.py) or module; None processes = plain Python, no launcher."""
+    what = [str(target)] if str(target).endswith(".py") else ["-m", str(target)]
+    if num_processes is None:
+        return [sys.executable, *what]
+    name = "single-cpu.yaml" if num_processes == 1 else "cpu-ddp.yaml"
+    return [*local.launcher(ROOT / local.TOPOLOGIES / name, num_processes), *what]
