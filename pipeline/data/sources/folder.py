@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipeline.data.decode import DecodeError
 from pipeline.data.sources import Broken, Sample
 from pipeline.data.sources.images import SUFFIXES, damage_reason, prepare_image
 from pipeline.errors import UserError
@@ -70,7 +71,7 @@ class FolderPart:
             data = self._bytes(file)
             try:
                 suffix, data = prepare_image(file.suffix, data, self.resize)
-            except Exception as error:  # noqa: BLE001 (damage can raise anything; it is reported)
+            except DecodeError as error:
                 yield Broken(file.path, damage_reason(error))
                 continue
             yield Sample(file.key, {suffix: data, **self._annotation(file)})

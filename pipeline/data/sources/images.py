@@ -1,14 +1,23 @@
 """Encoded pictures: full decoding, shrinking, and lossless encoding for the sources."""
 
 import io
-import warnings
+import re
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-SUFFIXES = ("jpeg", "jpg", "png", "webp")  # the formats that the stream decodes
+from pipeline.data.decode import ImageDecode
+from pipeline.data.decode.codecs import PixelRules, read_pixels
+
+SUFFIXES = ImageDecode().suffixes  # what the stream looks for
 JPEG_QUALITY = 95  # of pictures that `resize` makes smaller; other formats are saved without loss
+
+_RULES = {
+    channels: PixelRules(channels, ImageDecode().background, ImageDecode().max_pixels)
+    for channels in (1, 3)
+}
+_FULL_SIZE = 1 << 30  # a shorter side that lets no decoder scale down
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
@@ -18,41 +27,38 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def damage_reason(error: Exception) -> str:
-    """Say what is wrong with a picture, the same text on every run."""
-    if isinstance(error, UnidentifiedImageError):  # its text holds a memory address
-        return "not an image, or of an unknown format"
-    return f"{type(error).__name__}: {error}"
-
-
 def prepare_image(suffix: str, data: bytes, resize: int | None) -> tuple[str, bytes]:
     """Decode a picture in full and return its suffix and bytes, made smaller if `resize` asks.
 
-    `resize` is the shorter side in pixels; a picture that is not larger stays as it is. Raises
-    whatever the decoder raises on damaged data; a picture of absurd size counts as damaged.
+    `resize` is the shorter side in pixels; a picture that is not larger stays as it is. The
+    decoders are those of the stream, so what passes here will be read there: raises DecodeError on
+    whatever they refuse.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks on metadata; damage raises
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        if resize is None or min(image.size) <= resize:
-            return suffix, data
-        return _shrink(image, suffix, resize)
+    pixels = read_pixels(data, _RULES[3], _FULL_SIZE)
+    if resize is None or min(pixels.shape[:2]) <= resize:
+        return suffix, data
+    if _is_grey(data):
+        pixels = read_pixels(data, _RULES[1], _FULL_SIZE)[:, :, 0]
+    return _shrink(Image.fromarray(pixels), suffix, resize)
+
+
+def damage_reason(error: Exception) -> str:
+    """Return the error's text without memory addresses: the same on every run."""
+    return re.sub(r" <_io\.[^>]*>", "", str(error))
+
+
+def _is_grey(data: bytes) -> bool:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16")
 
 
 def _shrink(image: Image.Image, suffix: str, side: int) -> tuple[str, bytes]:
-    """Scale the shorter side to `side`, upright (the new file carries no orientation tag)."""
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"pixels of more than 8 bits (mode {image.mode}) cannot be resized")
-    grey = image.mode in ("1", "L", "LA")
-    image = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
+    """Scale the shorter side to `side`; JPEG stays JPEG, all else becomes PNG."""
     scale = side / min(image.size)
     size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
     image = image.resize(size, Image.Resampling.LANCZOS)
+    if suffix not in ("jpg", "jpeg"):
+        return "png", encode_png(np.asarray(image))
     buffer = io.BytesIO()
-    if suffix in ("jpg", "jpeg"):
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-        return suffix, buffer.getvalue()
-    image.save(buffer, "PNG")
-    return "png", buffer.getvalue()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return suffix, buffer.getvalue()

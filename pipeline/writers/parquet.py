@@ -1,0 +1,127 @@
+"""Parquet: one row per sample; the latents as fixed-size lists, nested like the latent's shape.
+
+Columns: key, shard, row, valid, label (null = none), metadata (JSON text), mu, logvar. A latent of
+shape (C, H, W) is fixed_size_list<fixed_size_list<fixed_size_list<float>[W]>[H]>[C]: pyarrow gives
+its values back without a copy, and Hugging Face `datasets` restores the shape, as the types alone
+say it (a flat list under its Array3D feature comes back flat: datasets 5.2). The schema's metadata
+holds the features for `datasets` and, under "latentmill", shape and type.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.writers.base import FIELDS, NO_LABEL, BaseWriter, Rows
+
+ROW_GROUP_BYTES = 32 << 20  # of latents; a reader holds one group at a time
+_TYPES = {"float16": pa.float16(), "float32": pa.float32()}
+
+
+class ParquetWriter(BaseWriter):
+    """A Parquet file with the stem of the source shard."""
+
+    kind: Literal["parquet"] = "parquet"
+
+    @property
+    def suffix(self) -> str:
+        """Return ".parquet"."""
+        return ".parquet"
+
+    def write(self, path: Path, rows: Rows) -> None:
+        """Create the file; the latents are stored plain, as floats do not compress."""
+        table = to_table(rows)
+        plain = [_leaf(field, rows.latent_shape) for field in rows.latents]
+        texts = ["key", "shard", "row", "valid", "label", "metadata"]
+        row_bytes = sum(values[:1].nbytes for values in rows.latents.values())
+        options: dict[str, Any] = {
+            "row_group_size": max(1, ROW_GROUP_BYTES // max(row_bytes, 1)),
+            "compression": dict.fromkeys(texts, "ZSTD") | dict.fromkeys(plain, "NONE"),
+            "use_dictionary": ["shard", "label"],
+            "write_statistics": ["key", "row", "label"],
+        }
+        with path.open("xb") as file:
+            pq.write_table(table, file, **options)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, path: Path) -> Rows:
+        """Return the rows of the file."""
+        try:
+            table = pq.ParquetFile(path).read()
+            labels = table["label"].fill_null(NO_LABEL).to_numpy()
+            return Rows(
+                shard=path.stem,
+                keys=table["key"].to_pylist(),
+                rows=table["row"].to_numpy(),
+                valid=table["valid"].to_numpy(),
+                labels=labels,
+                metadata=table["metadata"].to_pylist(),
+                latents={f: to_array(table[f]) for f in FIELDS if f in table.column_names},
+            )
+        except (pa.ArrowException, KeyError, OSError) as error:
+            raise ValueError(f"{path.name} cannot be read: {error!r}") from error
+
+
+def to_table(rows: Rows) -> Any:
+    """Return the rows as a pyarrow.Table with the schema of the module's docstring."""
+    columns: dict[str, Any] = {
+        "key": pa.array(rows.keys, pa.string()),
+        "shard": pa.array([rows.shard] * len(rows), pa.string()),
+        "row": pa.array(rows.rows, pa.int64()),
+        "valid": pa.array(rows.valid, pa.bool_()),
+        "label": pa.array(rows.labels, pa.int64(), mask=rows.labels == NO_LABEL),
+        "metadata": pa.array(rows.metadata, pa.string()),
+    }
+    columns |= {field: _nested(values) for field, values in rows.latents.items()}
+    return pa.table(columns).replace_schema_metadata(_schema_metadata(rows))
+
+
+def to_array(column: Any) -> NDArray[Any]:
+    """Return a pyarrow.ChunkedArray of nested fixed-size lists as an array [n, *shape]."""
+    values, kind, shape = column.combine_chunks(), column.type, list[int]()
+    while pa.types.is_fixed_size_list(kind):
+        shape.append(kind.list_size)
+        kind = kind.value_type
+        values = values.flatten()
+    return values.to_numpy(zero_copy_only=False).reshape(len(column), *shape)
+
+
+def _nested(values: NDArray[Any]) -> Any:
+    nested = pa.array(np.ascontiguousarray(values).reshape(-1), _TYPES[values.dtype.name])
+    for size in reversed(values.shape[1:]):
+        nested = pa.FixedSizeListArray.from_arrays(nested, size)
+    return nested
+
+
+def _leaf(field: str, shape: tuple[int, ...]) -> str:
+    """Return the name under which Parquet knows the column of a field's numbers."""
+    return field + ".list.element" * len(shape)
+
+
+def _schema_metadata(rows: Rows) -> dict[str, str]:
+    dtype = rows.latents["mu"].dtype.name
+    latent: dict[str, Any] = {"dtype": dtype, "_type": "Value"}
+    for size in reversed(rows.latent_shape):
+        latent = {"feature": latent, "length": size, "_type": "List"}
+    names = {"key": "string", "shard": "string", "row": "int64", "valid": "bool", "label": "int64"}
+    features: dict[str, Any] = {
+        name: {"dtype": kind, "_type": "Value"}
+        for name, kind in {**names, "metadata": "string"}.items()
+    }
+    features |= dict.fromkeys(rows.latents, latent)
+    ours = {
+        "version": 1,
+        "latent_shape": list(rows.latent_shape),
+        "dtype": dtype,
+        "fields": list(rows.latents),
+    }
+    return {
+        "huggingface": json.dumps({"info": {"features": features}}, sort_keys=True),
+        "latentmill": json.dumps(ours, sort_keys=True),
+    }

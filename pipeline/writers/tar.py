@@ -1,0 +1,107 @@
+"""webdataset tar: `<key>.mu.npy`, `.logvar.npy`, `.cls`, `.json`, `.row.json`.
+
+`wds.WebDataset(...).decode()` and the webdataset loader of Hugging Face `datasets` decode all of
+them by their last suffix. `.cls` and `.json` are the source's own label and metadata; every sample
+of a file has the same members (`datasets` insists), so a missing one is -1 or null. `.row.json`
+holds {"row": number in the source shard, "valid": false if the latents are only zeros in place of a
+sample that could not be read}.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.tars import open_tar
+from pipeline.writers.base import FIELDS, NO_LABEL, BaseWriter, Rows
+
+
+class TarWriter(BaseWriter):
+    """A tar like the source shard: same stem, same keys, same order."""
+
+    kind: Literal["tar"] = "tar"
+
+    @property
+    def suffix(self) -> str:
+        """Return ".tar"."""
+        return ".tar"
+
+    def write(self, path: Path, rows: Rows) -> None:
+        """Create the tar; labels and metadata get a member if any row has one."""
+        has_labels = bool((rows.labels != NO_LABEL).any())
+        has_metadata = any(text is not None for text in rows.metadata)
+        with open_tar(path) as write:
+            for place, key in enumerate(rows.keys):
+                members = {
+                    f"{field}.npy": _npy(values[place]) for field, values in rows.latents.items()
+                }
+                if has_labels:
+                    members["cls"] = str(rows.labels[place]).encode()
+                if has_metadata:
+                    members["json"] = (rows.metadata[place] or "null").encode()
+                row = {"row": int(rows.rows[place]), "valid": bool(rows.valid[place])}
+                members["row.json"] = json.dumps(row).encode()
+                write(key, members)
+
+    def read(self, path: Path) -> Rows:
+        """Return the rows of the tar."""
+        try:
+            samples = list(_samples(path))
+            if not samples:
+                raise ValueError("it holds no sample")
+            rows = [json.loads(members["row.json"]) for _, members in samples]
+            latents = {
+                field: np.stack([_array(members[f"{field}.npy"]) for _, members in samples])
+                for field in FIELDS
+                if f"{field}.npy" in samples[0][1]
+            }
+            return Rows(
+                shard=path.stem,
+                keys=[key for key, _ in samples],
+                rows=np.array([row["row"] for row in rows], np.int64),
+                valid=np.array([row["valid"] for row in rows], np.bool_),
+                labels=np.array([int(members.get("cls", NO_LABEL)) for _, members in samples]),
+                metadata=[_metadata(members) for _, members in samples],
+                latents=latents,
+            )
+        except (tarfile.TarError, KeyError, EOFError, OSError) as error:
+            raise ValueError(f"{path.name} cannot be read: {error!r}") from error
+
+
+def _npy(array: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _array(data: bytes) -> NDArray[Any]:
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def _metadata(members: Mapping[str, bytes]) -> str | None:
+    text = members.get("json", b"null").decode()
+    return None if text == "null" else text
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield each sample's key and members by suffix; a name splits at its basename's first dot."""
+    key, members = "", dict[str, bytes]()
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            folder, slash, name = member.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            if members and folder + slash + stem != key:
+                yield key, members
+                members = {}
+            key = folder + slash + stem
+            content = tar.extractfile(member)
+            if content is None:
+                raise tarfile.TarError(f"{member.name} is no plain file")
+            members[suffix] = content.read()
+    if members:
+        yield key, members
