@@ -18,12 +18,13 @@ from torch import Tensor
 from pipeline.component import Component
 from pipeline.likelihoods import Likelihood
 from pipeline.models.autoencoder import Output
+from pipeline.models.bottleneck import Posterior
 from pipeline.precision import widen
 from pipeline.regularisers import Regulariser, gaussian_kl
 
 
 class Emphasis(Component):
-    """Weights of corrupted and untouched elements in the distortion (Vincent et al. 2010, section 5.1)."""
+    """Weights of corrupted and untouched elements (Vincent et al. 2010, section 5.1)."""
 
     corrupted: float = Field(1.0, ge=0)
     untouched: float = Field(1.0, ge=0)
@@ -32,6 +33,11 @@ class Emphasis(Component):
     def is_neutral(self) -> bool:
         """Whether all elements count alike."""
         return self.corrupted == self.untouched == 1.0
+
+    def apply(self, elements: Tensor, mask: Tensor | None) -> Tensor:
+        """Weight elements [B, *event] by whether `mask` marks them as corrupted."""
+        untouched = elements * self.untouched
+        return untouched if mask is None else untouched.where(~mask, elements * self.corrupted)
 
 
 class Objective(Component):
@@ -50,7 +56,8 @@ class Losses:
     """Per image, float32 or float64 [B]; nats, or squared error where the likelihood is that."""
 
     total: Tensor
-    distortion: Tensor
+    distortion: Tensor  # with emphasis
+    nll: Tensor  # without
     regularisers: dict[str, Tensor]  # by kind, unweighted
     squared_error: Tensor  # sum over elements of (x - mean)^2, whatever the likelihood
 
@@ -69,29 +76,26 @@ def per_image_losses(
     weights: one per regulariser, from `Objective.weights_at`. mask: bool [B, *event], the corrupted
     elements; None counts every element as untouched.
     """
-    assert output.decoded is not None and output.posterior is not None
+    assert output.decoded is not None
+    assert output.posterior is not None
     target = widen(target).to(output.decoded.dtype)
-    distortion = likelihood.nll(output.decoded, target, output.learned)
+    elements = likelihood.nll(output.decoded, target, output.learned)
+    nll = elements.flatten(1).sum(1)
+    distortion = nll
     if not objective.emphasis.is_neutral:
-        emphasis = objective.emphasis
-        element = distortion * emphasis.untouched
-        distortion = element if mask is None else element.where(~mask, distortion * emphasis.corrupted)
-    distortion = distortion.flatten(1).sum(1)
+        distortion = objective.emphasis.apply(elements, mask).flatten(1).sum(1)
     total = distortion
     terms: dict[str, Tensor] = {}
     for term, weight in zip(objective.regularisers, weights, strict=True):
         terms[term.kind] = term.per_image(output.posterior)
         total = total + weight * terms[term.kind]
     error = (target - likelihood.mean(output.decoded.detach())).square().flatten(1).sum(1)
-    return Losses(total, distortion, terms, error)
+    return Losses(total, distortion, nll, terms, error)
 
 
-def negative_elbo(losses: Losses, output: Output) -> Tensor:
-    """Return the bound on -ln p(x) of every image [B] in nats: distortion + KL, weights all 1."""
-    assert output.posterior is not None
-    if output.posterior.logvar is None:
-        return losses.distortion
-    return losses.distortion + gaussian_kl(output.posterior).flatten(1).sum(1)
+def negative_elbo(losses: Losses, posterior: Posterior) -> Tensor:
+    """Return the bound on -ln p(x) of every image [B] in nats: nll + KL, both with weight 1."""
+    return losses.nll + gaussian_kl(posterior).flatten(1).sum(1)
 
 
 def bits_per_dimension(nats_per_image: float, num_elements: int) -> float:

@@ -33,5 +33,5 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def widen(x: Tensor) -> Tensor:
-    """Return x in float32 at least: entry to the part of the graph that autocast must not narrow."""
+    """Return x in float32 at least: the entry to what autocast must not narrow."""
     return x if x.dtype == torch.float64 else x.float()

@@ -2,7 +2,8 @@
 
     sample_keys(seed, stream, epoch, uid) -> one 64-bit key per sample
     substream(keys, name)                 -> independent keys for one use (a severity, a mask ...)
-    uniform(keys, shape), normal(keys, shape) -> values; element j of a sample depends on its key and j
+    uniform(keys, shape), normal(keys, shape) -> values; element j of a sample depends on its key
+    and j
 
 A sample therefore meets the same corruption and the same reparametrisation noise on any number of
 processes, in any batch and after any restart. Bits are SplitMix64 (Steele, Lea and Flood 2014,
@@ -34,7 +35,7 @@ _GAMMA_SALT = _signed(0x9E3779B97F4A7C15)
 
 
 def _name_key(*parts: object) -> int:
-    """A 64-bit constant for a name; parts are separated so that ("a", 11) differs from ("a1", 1)."""
+    """A 64-bit constant for a name; parts are separated, so ("a", 11) is not ("a1", 1)."""
     text = "/".join(str(part) for part in ("rng-v1", *parts))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return _signed(int.from_bytes(digest, "little"))
@@ -47,7 +48,7 @@ def _xorshift_(z: Tensor, bits: int) -> Tensor:
 
 
 def _mix_(z: Tensor) -> Tensor:
-    """SplitMix64's finalizer, in place: a bijection on 64 bits in which every bit depends on all."""
+    """SplitMix64's finalizer, in place: a bijection; every bit depends on all."""
     _xorshift_(z, 30).mul_(_MULTIPLIER_1)
     _xorshift_(z, 27).mul_(_MULTIPLIER_2)
     return _xorshift_(z, 31)

@@ -19,13 +19,20 @@ class Corrupted(NamedTuple):
 class CorruptionBase(Component):
     """A kind of corruption: settings, plus `__call__(x, keys) -> Corrupted`."""
 
+    @property
+    def has_mask(self) -> bool:
+        """Whether single elements are replaced, and marked in the mask."""
+        return True
+
     def check_event(self, event_shape: tuple[int, ...]) -> None:
         """Raise ValueError if this kind cannot act on such events; most act on any."""
 
 
 def _ordered(severity: float | tuple[float, float]) -> float | tuple[float, float]:
     if isinstance(severity, tuple) and severity[0] > severity[1]:
-        raise ValueError(f"a severity range is [lowest, highest], but {severity[0]} > {severity[1]}")
+        raise ValueError(
+            f"a severity range is [lowest, highest], but {severity[0]} > {severity[1]}"
+        )
     return severity
 
 

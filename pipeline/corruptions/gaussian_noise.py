@@ -14,6 +14,11 @@ class GaussianNoise(CorruptionBase):
     kind: Literal["gaussian_noise"] = "gaussian_noise"
     sigma: Scale = 0.1  # standard deviation, in units of the [0, 1] range
 
+    @property
+    def has_mask(self) -> bool:
+        """Noise falls on all elements alike."""
+        return False
+
     def __call__(self, x: Tensor, keys: Tensor) -> Corrupted:
         """Corrupt x [B, *event] with noise drawn from keys [B]."""
         noise = rng.normal(rng.substream(keys, "noise"), x.shape[1:])

@@ -24,10 +24,14 @@ class PatchMask(CorruptionBase):
     def check_event(self, event_shape: tuple[int, ...]) -> None:
         """Raise ValueError unless the event is an image that the patches tile."""
         if len(event_shape) != 3:
-            raise ValueError(f"patch_mask needs images [C, H, W], but an event is {list(event_shape)}")
+            raise ValueError(
+                f"patch_mask needs images [C, H, W], but an event is {list(event_shape)}"
+            )
         if event_shape[1] % self.patch_size or event_shape[2] % self.patch_size:
             size = f"{event_shape[1]} x {event_shape[2]}"
-            raise ValueError(f"patch_mask: patch_size {self.patch_size} does not divide {size} pixels")
+            raise ValueError(
+                f"patch_mask: patch_size {self.patch_size} does not divide {size} pixels"
+            )
 
     def __call__(self, x: Tensor, keys: Tensor) -> Corrupted:
         """Corrupt x [B, C, H, W] by a ranking of patches drawn from keys [B]."""

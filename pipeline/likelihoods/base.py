@@ -19,12 +19,17 @@ class LikelihoodBase(Component):
         return {}
 
     def nll(self, decoded: Tensor, target: Tensor, learned: Learned) -> Tensor:
-        """Return the distortion of every element [B, *event], in nats unless the kind says otherwise."""
+        """Return the distortion of every element [B, *event], in nats if `is_nats`."""
         raise NotImplementedError
 
     def mean(self, decoded: Tensor) -> Tensor:
         """Return the reconstruction [B, *event], in the range of the data."""
         raise NotImplementedError
+
+    @property
+    def is_nats(self) -> bool:
+        """Whether nll is -ln of a probability or density, constants included."""
+        return True
 
     @property
     def is_density(self) -> bool:

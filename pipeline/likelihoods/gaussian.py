@@ -31,14 +31,14 @@ class Gaussian(LikelihoodBase):
         return {"raw_log_sigma": torch.zeros(1)} if self.sigma == "learned" else {}
 
     def log_sigma(self, learned: Learned) -> Tensor:
-        """Return ln sigma [1]."""
+        """Return ln sigma [1], in float64 where it is a constant."""
         if self.sigma == "learned":
             return LOG_SIGMA_FLOOR + F.softplus(learned["raw_log_sigma"] - LOG_SIGMA_FLOOR)
-        return torch.tensor([math.log(self.sigma)])
+        return torch.tensor([math.log(self.sigma)], dtype=torch.float64)
 
     def nll(self, decoded: Tensor, target: Tensor, learned: Learned) -> Tensor:
         """Return -ln p of every element [B, *event], in nats."""
-        log_sigma = self.log_sigma(learned).to(decoded)
+        log_sigma = self.log_sigma(learned).to(decoded, non_blocking=True)
         scaled = (target - self.mean(decoded)) * torch.exp(-log_sigma)
         return 0.5 * scaled.square() + log_sigma + 0.5 * math.log(2.0 * math.pi)
 

@@ -25,3 +25,8 @@ class SquaredError(LikelihoodBase):
     def mean(self, decoded: Tensor) -> Tensor:
         """Return the reconstruction [B, *event]."""
         return apply_link(decoded, self.link)
+
+    @property
+    def is_nats(self) -> bool:
+        """A squared error is no logarithm of a probability."""
+        return False

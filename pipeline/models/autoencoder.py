@@ -62,7 +62,9 @@ class AutoEncoder(nn.Module):
         """Shape of one latent."""
         return self.config.backbone.latent_shape(self.event_shape, self.config.bottleneck.size)
 
-    def forward(self, x: Tensor, *, keys: Tensor | None = None, mode: Mode = "autoencode") -> Output:
+    def forward(
+        self, x: Tensor, *, keys: Tensor | None = None, mode: Mode = "autoencode"
+    ) -> Output:
         """Run the parts that `mode` names.
 
         x: [B, *event] in [0, 1], or latents [B, *latent] in mode decode. keys: int64 [B], the keys
@@ -81,7 +83,7 @@ class AutoEncoder(nn.Module):
 def build_autoencoder(
     config: ModelConfig, event_shape: tuple[int, ...], *, seed: int, dtype: torch.dtype
 ) -> AutoEncoder:
-    """Build a model whose initial weights depend on `seed` alone; the global generator is untouched."""
+    """Build a model whose weights depend on `seed` alone; the global generator is untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoEncoder(config, event_shape)

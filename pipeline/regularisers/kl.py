@@ -19,7 +19,7 @@ def gaussian_kl(posterior: Posterior) -> Tensor:
 
 
 class Kl(RegulariserBase):
-    """KL(q(z | x) || N(0, I)) in closed form; `weight` is beta (Higgins et al. 2017, equation 4)."""
+    """KL(q(z | x) || N(0, I)) in closed form; `weight` is beta (Higgins et al. 2017, eq. 4)."""
 
     kind: Literal["kl"] = "kl"
 

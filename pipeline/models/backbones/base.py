@@ -8,7 +8,8 @@ from pipeline.component import Component
 class BackboneBase(Component):
     """A pair of networks around a bottleneck of `num_channels` channels.
 
-    Latents are vectors [B, num_channels] or maps [B, num_channels, H, W]: `latent_shape` says which.
+    Latents are vectors [B, num_channels] or maps [B, num_channels, H, W]: `latent_shape` says
+    which.
     Every parameter has at least one dimension (DeepSpeed cannot shard a scalar).
     """
 
@@ -26,5 +27,5 @@ class BackboneBase(Component):
         raise NotImplementedError
 
     def decoder(self, event_shape: tuple[int, ...], num_channels: int) -> nn.Module:
-        """Return a network [B, num_channels, ...] -> [B, *event], before any output non-linearity."""
+        """Return a network [B, num_channels, ...] -> [B, *event], without output non-linearity."""
         raise NotImplementedError

@@ -1,6 +1,7 @@
 """The convolutional network of Burgess et al. 2018 ("Understanding disentangling in beta-VAE").
 
-Architecture after their appendix A: four 4 x 4 convolutions with stride 2 and 32 channels (three for
+Architecture after their appendix A: four 4 x 4 convolutions with stride 2 and 32 channels (three
+for
 32 x 32 images), two hidden layers of 256, ReLU throughout, and the mirror image as decoder.
 """
 
@@ -24,7 +25,8 @@ class Burgess(BackboneBase):
         """Raise ValueError unless the event is a square image of 32 or 64 pixels."""
         if len(event_shape) != 3 or event_shape[1:] not in ((32, 32), (64, 64)):
             raise ValueError(
-                f"backbone burgess takes images [C, 64, 64] or [C, 32, 32], not {list(event_shape)}: "
+                "backbone burgess takes images [C, 64, 64] or [C, 32, 32], not "
+                f"{list(event_shape)}: "
                 "set data.decode.size to 64 or 32, or take another backbone"
             )
 

@@ -1,0 +1,86 @@
+"""From a config to the objects of a run."""
+
+import torch
+from torch import Tensor
+
+from pipeline import strict
+from pipeline.config import TrainConfig
+from pipeline.data.index import Index
+from pipeline.data.order import Order
+from pipeline.data.stream import order_of
+from pipeline.forward import Forward, Inputs
+from pipeline.models.autoencoder import AutoEncoder, build_autoencoder, num_parameters
+from pipeline.precision import parameter_dtype
+from pipeline.runtime import Runtime
+from pipeline.strategies.base import Strategy
+from pipeline.strategies.ddp import DdpStrategy
+
+
+def make_order(config: TrainConfig, index: Index) -> Order:
+    """Return the order in which the run meets its samples."""
+    data, size = config.data, config.batch_size
+    return order_of(data, index, seed=config.seed, batch_size=size, tail="carry")
+
+
+def make_forward(config: TrainConfig, device: torch.device) -> Forward:
+    """Return what turns batches into losses."""
+    return Forward(
+        decode=config.data.decode,
+        corruptions=config.corruptions,
+        likelihood=config.model.likelihood,
+        objective=config.objective,
+        seed=config.seed,
+        precision=config.precision,
+        device=device,
+    )
+
+
+def make_strategy(config: TrainConfig, runtime: Runtime) -> Strategy:
+    """Return the initial model, distributed over the processes."""
+    model = build_autoencoder(
+        config.model,
+        config.data.decode.event_shape,
+        seed=config.seed,
+        dtype=parameter_dtype(config.precision),
+    )
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = model.to(device=runtime.device, memory_format=memory_format)
+    if config.compile:
+        model.compile()
+    return DdpStrategy(
+        model,
+        optimizer=config.optimizer,
+        ema_decay=config.ema_decay,
+        accelerator=runtime.accelerator,
+    )
+
+
+def throw_away_loss(
+    config: TrainConfig, forward: Forward, strategy: Strategy, runtime: Runtime
+) -> Tensor:
+    """Return a zero that depends on every parameter, from a micro-batch of zero-valued samples."""
+    size = config.batch_size // (runtime.world * config.accumulation)
+    dtype = parameter_dtype(config.precision)
+    x = torch.zeros(size, *config.data.decode.event_shape, dtype=dtype, device=runtime.device)
+    keys = torch.zeros(size, dtype=torch.int64, device=runtime.device)
+    inputs = Inputs(x, x, None, keys, weight=torch.zeros(size, device=runtime.device))
+    _, losses = forward.run(strategy.model, inputs, weights=config.objective.weights_at(0))
+    return losses.total.sum() * 0.0
+
+
+def describe(config: TrainConfig) -> str:
+    """Return what --dry-run prints: the resolved config as YAML, sizes as comments."""
+    index = Index.open(config.data)
+    order = order_of(
+        config.data, index, seed=config.seed, batch_size=config.batch_size, tail="carry"
+    )
+    with torch.device("meta"):
+        model = AutoEncoder(config.model, config.data.decode.event_shape)
+    steps = order.num_samples / config.batch_size
+    return (
+        f"{strict.dump(config)}"
+        f"# parameters: {num_parameters(model):,}\n"
+        f"# samples per epoch (split {config.data.split}): {order.num_samples:,}\n"
+        f"# steps per epoch: {steps:,.1f}; epochs in {config.num_steps:,} steps: "
+        f"{config.num_steps / steps:,.1f}\n"
+    )

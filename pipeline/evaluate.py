@@ -1,0 +1,109 @@
+"""Held-out evaluation of a run, while it trains and, by `latentmill evaluate RUN`, afterwards."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipeline.build import make_forward
+from pipeline.config import TrainConfig
+from pipeline.data.index import Index
+from pipeline.data.stream import open_stream
+from pipeline.evaluation.reconstruction import Evaluation, evaluate
+from pipeline.forward import Forward
+from pipeline.monitor import Monitor
+from pipeline.rundir import check_ranks, load_config, load_run
+from pipeline.runtime import Runtime
+from pipeline.strategies.base import Strategy
+
+
+def evaluate_split(
+    model: nn.Module,
+    config: TrainConfig,
+    *,
+    step: int,
+    forward: Forward,
+    index: Index,
+    runtime: Runtime,
+) -> Evaluation:
+    """Evaluate `model` as it stands on the config's held-out split; a collective.
+
+    The losses carry the regularisers' weights of `step`.
+    """
+    data = config.data.model_copy(update={"split": config.evaluation.split})
+    stream = open_stream(
+        data,
+        index=index,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        first_step=0,
+        num_steps=None,
+        rank=runtime.rank,
+        world=runtime.world,
+        tail="mask",
+        pin=runtime.device.type == "cuda",
+    )
+    with stream as batches:
+        return evaluate(
+            model,
+            batches,
+            forward=forward,
+            weights=config.objective.weights_at(step * config.batch_size),
+            num_images=config.monitor.num_images,
+            runtime=runtime,
+        )
+
+
+def report_evaluation(
+    step: int,
+    config: TrainConfig,
+    *,
+    forward: Forward,
+    strategy: Strategy,
+    index: Index,
+    runtime: Runtime,
+    monitor: Monitor,
+) -> None:
+    """Evaluate a running training's weights, and the averaged ones beside them; a collective."""
+    views = {"eval": nullcontext()}
+    if config.ema_decay is not None:
+        views["eval_ema"] = strategy.averaged()
+    for name, view in views.items():
+        with view:
+            result = evaluate_split(
+                strategy.model, config, step=step, forward=forward, index=index, runtime=runtime
+            )
+        monitor.log(step, {f"{name}/{key}": value for key, value in result.metrics.items()})
+        if result.pictures is not None:
+            monitor.picture(step, name, result.pictures)
+
+
+def evaluate_run(
+    run_dir: Path, *, step: int | None = None, split: str | None = None
+) -> dict[str, float]:
+    """Evaluate a checkpoint of a run: the metrics that training logged, by the same names.
+
+    step: None takes the newest checkpoint that verifies. split: None takes the config's held-out
+    split. Raises UserError if there is no such run, checkpoint or split.
+    """
+    config = load_config(run_dir)
+    if split is not None:
+        evaluation = config.evaluation.model_copy(update={"split": split})
+        config = config.model_copy(update={"evaluation": evaluation})
+    runtime = Runtime.start(accumulation=1)
+    check_ranks(config, runtime)
+    index = Index.open(config.data)
+    forward = make_forward(config, runtime.device)
+    metrics: dict[str, float] = {}
+    names = {"eval": "raw"} if config.ema_decay is None else {"eval": "raw", "eval_ema": "ema"}
+    for name, weights in names.items():
+        run = load_run(run_dir, step=step, weights=weights)
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        model = run.model.to(device=runtime.device, memory_format=memory_format)
+        result = evaluate_split(
+            model, config, step=run.step, forward=forward, index=index, runtime=runtime
+        )
+        metrics["step"] = run.step
+        metrics |= {f"{name}/{key}": value for key, value in result.metrics.items()}
+    return metrics

@@ -1,0 +1,211 @@
+"""The run directory: what a run is, where it stands, how it ended.
+
+config.yaml        the resolved config, itself a valid input
+metrics.jsonl      every logged value
+checkpoints/       see `checkpoint`
+images/  wandb/    see `monitor`
+quarantine.jsonl   samples that could not be used, once each
+changes.jsonl      settings changed on a resume by --accept-change
+outcome.json       how the last start ended: the contract with launchers, which flatten exit codes
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+from pipeline import strict
+from pipeline.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    read_state,
+    read_tensors,
+    remove_litter,
+    tensors_sha256,
+)
+from pipeline.config import MAY_CHANGE, TrainConfig
+from pipeline.errors import FAILED, WRONG_USE, UserError
+from pipeline.files import write_atomic, write_json
+from pipeline.models.autoencoder import AutoEncoder, build_autoencoder
+from pipeline.precision import parameter_dtype
+from pipeline.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a start of a run ended (or that it has not ended)."""
+
+    status: Literal["running", "done", "preempted", "failed"]
+    exit_code: int | None
+    step: int | None
+    message: str = ""
+
+
+def write_outcome(run_dir: Path, outcome: Outcome) -> None:
+    """Publish outcome.json."""
+    write_json(run_dir / "outcome.json", asdict(outcome))
+
+
+def claim_run_dir(config: TrainConfig, accepted: Sequence[str]) -> IO[bytes]:
+    """Make the run directory this process's, and return the lock to hold; for the main process.
+
+    Raises UserError if it cannot be written, if another process runs there, or if it belongs to a
+    run whose config differs in more than MAY_CHANGE and `accepted` name.
+    """
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / "lock").open("wb")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the run directory {run_dir}: {error.strerror}. Set run_dir to a "
+            "place where "
+            "you may write."
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UserError(
+            f"another process is running in {run_dir}. Wait for it, stop it (touch "
+            f"{run_dir}/STOP), or "
+            "set another run_dir."
+        ) from None
+    (run_dir / "STOP").unlink(missing_ok=True)
+    _take_over_config(run_dir, config, accepted)
+    remove_litter(run_dir / "checkpoints")
+    write_outcome(run_dir, Outcome("running", exit_code=None, step=None))
+    return lock
+
+
+def _take_over_config(run_dir: Path, config: TrainConfig, accepted: Sequence[str]) -> None:
+    path = run_dir / "config.yaml"
+    if path.exists():
+        former = strict.load(TrainConfig, path, [])
+        changes = strict.difference(former, config)
+        _check_changes(run_dir, changes, accepted)
+        recorded = [change for change in changes if not _covered(change.path, MAY_CHANGE)]
+        if recorded:
+            newest = next(iter(list_checkpoints(run_dir / "checkpoints")), None)
+            with (run_dir / "changes.jsonl").open("a", encoding="utf-8") as file:
+                for change in recorded:
+                    entry = {"checkpoint": newest.name if newest else None, **change._asdict()}
+                    file.write(json.dumps(entry) + "\n")
+                os.fsync(file.fileno())
+    write_atomic(path, strict.dump(config).encode())
+
+
+def _check_changes(
+    run_dir: Path, changes: Sequence[strict.Difference], accepted: Sequence[str]
+) -> None:
+    refused = [c for c in changes if not _covered(c.path, (*MAY_CHANGE, *accepted))]
+    if refused:
+        lines = [f"  {c.path}: there {c.left!r}, now {c.right!r}" for c in refused]
+        flags = " ".join(f"--accept-change {c.path}" for c in refused)
+        raise UserError(
+            f"{run_dir} holds a run with another config; a resumed run may change only "
+            f"{', '.join(MAY_CHANGE)}:\n"
+            + "\n".join(lines)
+            + "\nSet another run_dir, give the former "
+            f"values, or, if you mean it, add {flags}"
+        )
+
+
+def _covered(path: str, names: Sequence[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in names)
+
+
+@contextmanager
+def claimed(config: TrainConfig, accepted: Sequence[str], runtime: Runtime) -> Iterator[None]:
+    """Hold the run directory inside the context; a collective.
+
+    A UserError of the main process is raised on every process. An exception on the way out is
+    recorded in outcome.json; a good end is for the caller to record.
+    """
+    lock: IO[bytes] | None = None
+    problem: str | None = None
+    if runtime.is_main:
+        try:
+            lock = claim_run_dir(config, accepted)
+        except UserError as error:
+            problem = str(error)
+    problem = runtime.from_main(problem)
+    if problem is not None:
+        raise UserError(problem)
+    try:
+        yield
+    except BaseException as error:
+        if runtime.is_main:
+            code = WRONG_USE if isinstance(error, UserError) else FAILED
+            message = f"{type(error).__name__}: {error}"
+            write_outcome(Path(config.run_dir), Outcome("failed", code, step=None, message=message))
+        raise
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model as a run left it."""
+
+    model: AutoEncoder  # evaluation mode, on the CPU
+    config: TrainConfig
+    step: int
+    weights_sha256: str  # over sorted (name, dtype, shape, bytes)
+
+
+def load_config(run_dir: Path) -> TrainConfig:
+    """Read the config of a run; raises UserError if there is no run."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
+    return strict.load(TrainConfig, run_dir / "config.yaml", [])
+
+
+def load_run(
+    run_dir: Path, *, step: int | None = None, weights: Literal["raw", "ema"] = "ema"
+) -> LoadedRun:
+    """Load the model of `step`, or of the newest checkpoint that verifies.
+
+    weights: the averaged ones, or as trained. Raises UserError if there is no such checkpoint, or
+    if
+    the run kept no average.
+    """
+    config = load_config(run_dir)
+    path = find_checkpoint(run_dir / "checkpoints", step)
+    tensors = read_tensors(path)
+    state = dict(tensors.model)
+    if weights == "ema":
+        if tensors.ema is None:
+            raise UserError(
+                f"{path} holds no averaged weights (ema_decay: null): ask for weights: raw"
+            )
+        state |= tensors.ema
+    dtype = parameter_dtype(config.precision)
+    shape = config.data.decode.event_shape
+    model = build_autoencoder(config.model, shape, seed=config.seed, dtype=dtype)
+    model.load_state_dict(state)
+    model.eval()
+    return LoadedRun(model, config, read_state(path).step, tensors_sha256(state))
+
+
+def check_ranks(config: TrainConfig, runtime: Runtime) -> None:
+    """Raise UserError unless processes and micro-batches divide the batch."""
+    parts = runtime.world * config.accumulation
+    if config.batch_size % parts:
+        fitting = [
+            r
+            for r in range(1, 2 * runtime.world + 1)
+            if config.batch_size % (r * config.accumulation) == 0
+        ]
+        nearest = -(-config.batch_size // parts) * parts
+        raise UserError(
+            f"batch_size {config.batch_size} is not divisible by {runtime.world} processes x "
+            "accumulation "
+            f"{config.accumulation} = {parts}. Set batch_size to {nearest}, or use "
+            f"{', '.join(map(str, fitting))} processes."
+        )

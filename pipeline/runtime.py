@@ -1,0 +1,177 @@
+"""The process and its siblings: start-up guard, the few collectives, stop requests.
+
+Rank checks live here, in `monitor` and in `checkpoint`: the training loop reads as if there were
+one process.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+STOP_FILE_POLL_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Runtime:
+    """This process among `world` processes, as `accelerate launch` started them."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.rank: int = accelerator.process_index
+        self.world: int = accelerator.num_processes
+        self.device: torch.device = accelerator.device
+        # Decisions (stop? saved?) travel over the CPU, beside the gradients' own group.
+        needs_own_group = self.world > 1 and dist.get_backend() != "gloo"
+        self._control = dist.new_group(backend="gloo") if needs_own_group else None
+
+    @classmethod
+    def start(cls, *, accumulation: int) -> "Runtime":
+        """Join the other processes; raises UserError if they do not see each other.
+
+        accumulation: micro-batches per step, by which accelerate divides every loss.
+        """
+        _die_with_parent()
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no",  # `precision` owns autocast
+            gradient_accumulation_steps=accumulation,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+            ],
+        )
+        check_launch(os.environ, rank=accelerator.process_index, world=accelerator.num_processes)
+        runtime = cls(accelerator)
+        ranks = runtime.sum(torch.tensor(float(runtime.rank), device=runtime.device)).item()
+        expected = runtime.world * (runtime.world - 1) / 2
+        if ranks != expected:
+            raise UserError(
+                f"the {runtime.world} processes do not all reach each other: the sum of their "
+                "ranks is "
+                f"{ranks:g} instead of {expected:g}. Check MASTER_ADDR, MASTER_PORT and the "
+                "launcher."
+            )
+        return runtime
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what only one may write."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` over the processes, on every one; a collective."""
+        if self.world > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Tell whether `flag` holds on any process; a collective without a device sync."""
+        if self.world == 1:
+            return flag
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._control)
+        return bool(votes.item())
+
+    def first_reason(self, reason: str | None) -> str | None:
+        """Return the reason of the lowest rank that has one; cheap while nobody has one."""
+        if not self.any(reason is not None):
+            return None
+        return next(found for found in self.gather(reason) if found is not None)
+
+    def from_main(self, value: Any) -> Any:
+        """Return the main process's `value` (of the others' nothing is used); a collective."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every process's `value`, by rank; a collective for small objects."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def finish(self) -> None:
+        """Leave the process group, if there is one."""
+        self.accelerator.end_training()
+
+
+def check_launch(environment: Mapping[str, str], *, rank: int, world: int) -> None:
+    """Raise UserError unless rank and world size are those that the launcher announced.
+
+    On a machine without GPUs, accelerate can leave each of several processes believing that it is
+    alone: they would then train apart and write over each other.
+    """
+    announced_world = int(environment.get("WORLD_SIZE", "1"))
+    announced_rank = int(environment.get("RANK", "0"))
+    if (rank, world) != (announced_rank, announced_world):
+        raise UserError(
+            f"the launcher announced process {announced_rank} of {announced_world} (RANK, "
+            "WORLD_SIZE), but "
+            f"accelerate runs as process {rank} of {world}: the processes do not see each other. "
+            "Launch with "
+            "a topology file that starts them together, for example "
+            "`accelerate launch --config_file configs/accelerate/cpu-ddp.yaml`."
+        )
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 or a file named STOP in the run directory; seen at step boundaries."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / "STOP"
+        self._signal: int | None = None
+        self._next_poll = 0.0
+        self._previous = {number: signal.getsignal(number) for number in self._numbers()}
+        for number in self._numbers():
+            signal.signal(number, self._remember)
+
+    @staticmethod
+    def _numbers() -> tuple[signal.Signals, ...]:
+        return (signal.SIGTERM, signal.SIGUSR1)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self._signal = number
+
+    def reason(self) -> str | None:
+        """Say why this process should stop, if it should."""
+        if self._signal is not None:
+            return f"signal {signal.Signals(self._signal).name}"
+        now = time.monotonic()
+        if now >= self._next_poll:
+            self._next_poll = now + STOP_FILE_POLL_SECONDS
+            if self._file.exists():
+                return f"the file {self._file}"
+        return None
+
+    def close(self) -> None:
+        """Give the signals back to their former handlers."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the launcher dies, so that no trainer is left behind."""
+    if sys.platform != "linux" or "WORLD_SIZE" not in os.environ:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")

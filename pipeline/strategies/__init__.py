@@ -1,0 +1,1 @@
+"""Ways to distribute a model over processes: plain or DDP (`ddp`)."""

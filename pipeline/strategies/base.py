@@ -1,0 +1,69 @@
+"""What the training loop asks of a way to distribute the model.
+
+Add a strategy: one file with a class that has these methods, and its name in `runtime`.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+Named = dict[str, Tensor]
+
+
+@dataclass
+class FullState:
+    """Canonical training state, by parameter name, whatever the strategy: see `checkpoint`."""
+
+    model: Named  # parameters and buffers
+    ema: Named | None  # averaged parameters
+    exp_avg: Named  # Adam's first moments; empty before the first update
+    exp_avg_sq: Named  # Adam's second moments; empty before the first update
+    num_updates: int = field(default=0)  # updates applied: Adam's step, the EMA's clock
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, on the device."""
+
+    grad_norm: Tensor  # of the mean gradient over the global batch, before clipping
+    applied: Tensor  # 1.0, or 0.0 if the norm was not finite and the update was skipped
+
+
+class Strategy(Protocol):
+    """A wrapped model with its optimizer and moving average."""
+
+    model: nn.Module  # wrapped: call it, never its parts
+
+    def warm_up(self, loss: Tensor) -> None:
+        """Run the throw-away first backward: `loss` is a zero that depends on every parameter."""
+        ...
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the rate of the next update; before its first backward."""
+        ...
+
+    def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Surround forward and backward of a micro-batch; gradients are exchanged in the last."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's mean loss, divided by the accumulation."""
+        ...
+
+    def step(self) -> StepResult:
+        """Clip, update, advance the EMA, clear gradients; without a host sync."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Have the model hold the averaged parameters inside the context."""
+        ...
+
+    def full_state(self) -> FullState:
+        """Gather the canonical state; a collective."""
+        ...
+
+    def load_full_state(self, state: FullState) -> None:
+        """Take over a canonical state."""
+        ...

@@ -1,0 +1,213 @@
+"""Training: `accelerate launch -m pipeline.train CONFIG [a.b=c ...]`. The same command resumes.
+
+`train` is the whole run, top to bottom. One step consumes a global batch: every process takes its
+slots of it, in `accumulation` micro-batches.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+
+from pipeline import strict
+from pipeline.build import describe, make_forward, make_order, make_strategy, throw_away_loss
+from pipeline.config import TrainConfig
+from pipeline.data.index import Index
+from pipeline.data.stream import open_stream
+from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
+from pipeline.evaluate import report_evaluation
+from pipeline.metrics import TrainingMeter
+from pipeline.monitor import Monitor
+from pipeline.quarantine import Quarantine
+from pipeline.resume import restore_newest, save
+from pipeline.rundir import Outcome, check_ranks, claimed, write_outcome
+from pipeline.runtime import Runtime, StopRequest
+
+
+def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
+    """Run or resume a training and return its exit code; every process calls it.
+
+    Raises UserError, before anything is written, if the processes, the data, the batch or the run
+    directory do not fit.
+    """
+    # The processes, their data, and the right to write.
+    runtime = Runtime.start(accumulation=config.accumulation)
+    check_ranks(config, runtime)
+    index = Index.open(config.data)
+    order = make_order(config, index)
+    run_dir, checkpoints = Path(config.run_dir), Path(config.run_dir) / "checkpoints"
+    with claimed(config, accept_changes, runtime), ExitStack() as stack:
+        # The model, as the newest checkpoint left it. The throw-away step comes first: see
+        # `warm_up`.
+        forward = make_forward(config, runtime.device)
+        strategy = make_strategy(config, runtime)
+        strategy.warm_up(throw_away_loss(config, forward, strategy, runtime))
+        first_step = restore_newest(checkpoints, strategy, order=order, runtime=runtime)
+
+        # What the loop reads from and reports to.
+        stop = stack.enter_context(closing(StopRequest(run_dir)))
+        stream = stack.enter_context(
+            open_stream(
+                config.data,
+                index=index,
+                seed=config.seed,
+                batch_size=config.batch_size,
+                first_step=first_step,
+                num_steps=max(config.num_steps - first_step, 0),
+                rank=runtime.rank,
+                world=runtime.world,
+                tail="carry",
+                pin=runtime.device.type == "cuda",
+            )
+        )
+        monitor = stack.enter_context(
+            Monitor(
+                run_dir,
+                config.monitor,
+                resolved=config.model_dump(mode="json"),
+                step=first_step,
+                num_steps=config.num_steps,
+                is_main=runtime.is_main,
+            )
+        )
+        meter = TrainingMeter(runtime, stream)
+        quarantine = Quarantine(run_dir, config.data.max_bad_fraction, runtime)
+        stopped_by: str | None = None
+        saved = True
+        evaluate_now = partial(
+            report_evaluation,
+            config=config,
+            forward=forward,
+            strategy=strategy,
+            index=index,
+            runtime=runtime,
+            monitor=monitor,
+        )
+        if first_step == 0:
+            evaluate_now(0)
+
+        step = first_step
+        while step < config.num_steps and stopped_by is None:
+            # One update from one global batch.
+            samples = step * config.batch_size
+            weights = config.objective.weights_at(samples)
+            strategy.set_learning_rate(config.learning_rate_at(samples))
+            parts = next(stream).split(config.accumulation)
+            for number, part in enumerate(parts, start=1):
+                inputs = forward.inputs(part, "train")
+                with strategy.accumulate(is_last=number == len(parts)):
+                    _, losses = forward.run(strategy.model, inputs, weights=weights)
+                    # A constant divisor, not the sum of weights: engines average over ranks.
+                    strategy.backward((losses.total * inputs.weight).sum() / len(inputs.weight))
+                meter.add(losses, inputs.weight)
+            meter.add_step(strategy.step())
+            step += 1
+
+            # Once in a while. Order matters: measure, then save what was measured.
+            last = step == config.num_steps
+            stopped_by = None if last else runtime.first_reason(stop.reason())
+            if last or stopped_by or step % config.monitor.log_every_steps == 0:
+                values = meter.read() | config.schedule_values(samples)
+                monitor.log(step, values)
+                monitor.progress(step, values)
+                quarantine.collect(stream, values)
+                check_skipped(values["optim/skipped_steps"], config)
+            if last or step % config.evaluation.every_steps == 0:
+                evaluate_now(step)
+            if last or stopped_by or step % config.checkpoint.every_steps == 0:
+                saved = save(
+                    checkpoints,
+                    strategy,
+                    step=step,
+                    order=order,
+                    keep=config.checkpoint.keep,
+                    runtime=runtime,
+                )
+
+        return finish(run_dir, step, stopped_by, saved, monitor, runtime)
+
+
+def check_skipped(num_skipped: float, config: TrainConfig) -> None:
+    """Raise if more updates were skipped than the config allows."""
+    if num_skipped > config.max_skipped_steps:
+        raise RuntimeError(
+            f"{num_skipped:.0f} updates were skipped because their gradient was not finite: more "
+            "than "
+            f"max_skipped_steps {config.max_skipped_steps}. A lower optimizer.learning_rate.peak "
+            "or an "
+            "optimizer.max_grad_norm often helps; the last checkpoint holds finite weights."
+        )
+
+
+def finish(
+    run_dir: Path,
+    step: int,
+    stopped_by: str | None,
+    saved: bool,
+    monitor: Monitor,
+    runtime: Runtime,
+) -> int:
+    """Record how the run ended and return the exit code."""
+    if stopped_by is not None:
+        outcome = Outcome("preempted", PREEMPTED, step, f"stopped by {stopped_by}")
+    elif not saved:
+        outcome = Outcome("failed", FAILED, step, "the last checkpoint could not be saved")
+    else:
+        outcome = Outcome("done", DONE, step)
+    if runtime.is_main:
+        write_outcome(run_dir, outcome)
+    then = "the same command resumes" if stopped_by is not None else outcome.message
+    monitor.say(f"{outcome.status} at step {step:,}" + (f": {then}" if then else ""))
+    return outcome.exit_code or DONE
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; overrides are whatever contains an equals sign."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.train",
+        description="Train, or resume the training that config and run_dir name.",
+    )
+    parser.add_argument("config", type=Path, help="YAML file, see configs/train/")
+    parser.add_argument("overrides", nargs="*", help="settings as a.b=c (or --a.b=c)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config and its sizes, and exit"
+    )
+    parser.add_argument(
+        "--accept-change",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="resume although this setting differs from the run's; recorded",
+    )
+    is_override = re.compile(r"--[\w.]+\.[\w.]*=|--\w+=")
+    argv = [
+        a.removeprefix("--") if is_override.match(a) and not a.startswith("--accept-change") else a
+        for a in argv
+    ]
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train from the command line and return the exit code."""
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        config = strict.load(TrainConfig, arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            if is_main:
+                print(describe(config), end="")
+            return DONE
+        return train(config, accept_changes=arguments.accept_change)
+    except UserError as error:
+        # Every process raises the same one.
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return WRONG_USE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
