@@ -1,0 +1,74 @@
+"""Which split a sample belongs to: a hash of its group, so growing data never moves an old sample.
+
+    key (or a field of the sample's JSON) --group--> hash in [0, 1) --fractions--> split
+"""
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.component import Component
+from pipeline.errors import UserError
+from pipeline.files import canonical_json
+
+ALL = "all"  # the split that every index has: each row
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class SplitSpec(Component):
+    """Fractions of the groups per split. `by`: "key", or "json.FIELD" to keep groups together."""
+
+    by: Annotated[str, Field(pattern=r"^(key|json\..+)$")] = "key"
+    fractions: dict[str, Annotated[float, Field(gt=0, le=1)]] = {"train": 0.98, "held_out": 0.02}
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _fractions_are_complete(self) -> Self:
+        for name in self.fractions:
+            if name == ALL or NAME.fullmatch(name) is None:
+                raise ValueError(f"{name!r} is no name for a split: use a-z, 0-9, _, and not `all`")
+        total = sum(self.fractions.values())
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"the fractions {self.fractions} sum to {total}, not to 1")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The splits' names in alphabetical order, which their numbers follow."""
+        return tuple(sorted(self.fractions))
+
+    @property
+    def json_field(self) -> str | None:
+        """The field of the sample's JSON that is its group, dots lead into objects; None = key."""
+        return None if self.by == "key" else self.by.removeprefix("json.")
+
+    def digest(self) -> str:
+        """Hex identity of the rule, whatever the order the fractions are written in."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+
+    def number_of(self, group: str) -> int:
+        """The number of the split that a group falls into."""
+        text = f"split-v1/{self.seed}/{group}".encode()
+        word = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+        bound = 0.0
+        for number, name in enumerate(self.names):
+            bound += self.fractions[name]
+            if word < bound * 2**64:
+                return number
+        return len(self.fractions) - 1  # the fractions' sum may miss 1 by a rounding error
+
+
+def group_of(metadata: bytes, field: str, where: str) -> str:
+    """Take the group from a sample's JSON member; raise UserError naming `where` without it."""
+    try:
+        value: Any = json.loads(metadata)
+        for part in field.split("."):
+            value = value[part]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{where}: the JSON member has no field {field!r}, by which the split is made."
+        ) from None
+    return value if isinstance(value, str) else canonical_json(value).decode()
