@@ -85,7 +85,8 @@ def run(job: Job) -> int:
         launcher_code = process.wait()
     if run_dir is None or _outcome_stamp(run_dir) == before:
         return 1 if launcher_code < 0 else launcher_code
-    return int(json.loads((run_dir / "outcome.json").read_bytes())["exit_code"])
+    code = json.loads((run_dir / "outcome.json").read_bytes())["exit_code"]
+    return 1 if code is None else int(code)  # None: it was killed while it ran
 
 
 def _outcome_stamp(run_dir: Path | None) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""The architecture as rules: one direction of imports, small files, small functions, typed arguments.
+"""The architecture as rules: imports in one direction, small files and functions, full types.
 
 The layers stand here as data. A module may import from layers below, and from its own layer as long
 as that makes no cycle.
