@@ -68,7 +68,7 @@ class Gaussian(BottleneckBase):
         return 2 * self.size
 
     def posterior(self, statistics: Tensor) -> Posterior:
-        """Return the Gaussian with the halves of `statistics` [B, 2Z, ...] as mean, log-variance."""
+        """Return the Gaussian whose mean and log-variance halve `statistics` [B, 2Z, ...]."""
         mu, raw_logvar = widen(statistics).chunk(2, dim=1)
         return Posterior(mu=mu, logvar=LOGVAR_BOUND * torch.tanh(raw_logvar / LOGVAR_BOUND))
 

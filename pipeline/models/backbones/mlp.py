@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 from typing import Literal
 
-from pydantic import Field
+from pydantic import PositiveInt
 from torch import nn
 
 from pipeline.models.backbones.base import BackboneBase
@@ -18,7 +18,7 @@ class Mlp(BackboneBase):
     """
 
     kind: Literal["mlp"] = "mlp"
-    hidden: tuple[int, ...] = Field((512, 256))
+    hidden: tuple[PositiveInt, ...] = (512, 256)
 
     def check_event(self, event_shape: tuple[int, ...]) -> None:
         """Every event can be flattened."""
