@@ -8,7 +8,7 @@ The file is memory-mapped: opening costs nothing, and only the rows asked for ar
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,10 @@ class ShardTable:
             return np.arange(self.num_rows)
         return np.flatnonzero(self.split_numbers == split_number)
 
+    def has_suffix(self, suffix: str) -> bool:
+        """Tell whether any row has such a member."""
+        return suffix in self._suffix_names
+
     def members(self, row: int) -> dict[str, tuple[int, int]]:
         """All members of one row: suffix -> (offset, bytes), in the order of the tar."""
         columns = ("suffixes", "offsets", "sizes")
@@ -133,15 +137,20 @@ class ShardTable:
             return MemberRanges(offset, num_bytes)
         lists = self._list_column("suffixes")
         codes = lists.values.indices.to_numpy()
-        names: list[str] = lists.values.dictionary.to_pylist()
         ends = lists.offsets.to_numpy()
         row_of_member = np.repeat(np.arange(self.num_rows), np.diff(ends))
         for suffix in reversed(wanted):  # the most wanted comes last and wins
-            if suffix in names:
-                found = np.flatnonzero(codes == names.index(suffix))
+            if suffix in self._suffix_names:
+                found = np.flatnonzero(codes == self._suffix_names.index(suffix))
                 offset[row_of_member[found]] = self._list_values("offsets")[found]
                 num_bytes[row_of_member[found]] = self._list_values("sizes")[found]
         return MemberRanges(offset, num_bytes)
+
+    @cached_property
+    def _suffix_names(self) -> list[str]:
+        if self.num_rows == 0:
+            return []
+        return self._list_column("suffixes").values.dictionary.to_pylist()
 
     def _list_column(self, name: str) -> Any:
         return self._table[name].chunk(0)  # one record batch was written

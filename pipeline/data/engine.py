@@ -1,0 +1,180 @@
+"""The threads behind a stream: some fetch, some decode, the consumer waits.
+
+    requests -> [read threads] -> board -> (step complete, buffer free) -> chunks of slots
+             -> [decode threads] -> buffer complete -> `take`
+
+What is computed never depends on which thread does it: every sample has its cell and its slot from
+the order. An exception in any thread ends the stream: `take` raises it. The engine knows nothing
+of the Stream object, so a stream that is dropped without being closed still stops its threads.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+from pipeline.data.batch import BatchBuffer, Fault, new_buffer
+from pipeline.data.board import Board
+from pipeline.data.decode import ArrayDecode, DecodeError, ImageDecode
+from pipeline.data.fetch import Fetcher
+from pipeline.data.order import Run
+
+MAX_CHUNK_SLOTS = 16
+ALIVE_CHECK_SECONDS = 2.0
+
+Task = tuple[Any, ...]
+Queue = SimpleQueue[Task | None]
+
+
+@dataclass
+class ReadCounters:
+    """What the read threads did."""
+
+    num_bytes: int = 0
+    num_reads: int = 0
+
+
+class Engine:
+    """Fetch and decode ahead of one consumer."""
+
+    def __init__(
+        self,
+        board: Board,
+        fetcher: Fetcher,
+        decode: ImageDecode | ArrayDecode,
+        *,
+        decode_threads: int,
+        read_threads: int,
+        prefetch: int,
+        pin: bool,
+    ) -> None:
+        self.reads = ReadCounters()
+        self._board = board
+        self._fetcher = fetcher
+        self._decode = decode.decode
+        per_thread = -(-board.num_slots // (2 * decode_threads))
+        self._chunk_slots = min(MAX_CHUNK_SLOTS, per_thread)
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._is_stopped = False
+        # One buffer is with the consumer, `prefetch` are being filled or wait.
+        self._free = [new_buffer(decode, board.num_slots, pin=pin) for _ in range(prefetch + 1)]
+        self._ahead: deque[BatchBuffer] = deque()
+        self._lent: BatchBuffer | None = None
+        self._read_queue: Queue = SimpleQueue()
+        self._decode_queue: Queue = SimpleQueue()
+        self._threads = [
+            *self._new_threads(read_threads, "read", self._fetch, self._read_queue),
+            *self._new_threads(decode_threads, "decode", self._decode_chunk, self._decode_queue),
+        ]
+
+    def start(self) -> None:
+        """Request the first windows and start the threads."""
+        with self._changed:
+            self._advance()
+        for thread in self._threads:
+            thread.start()
+
+    def take(self) -> BatchBuffer | None:
+        """Wait for the next batch; None at the end. The batch taken before becomes invalid."""
+        with self._changed:
+            if self._lent is not None:
+                self._free.append(self._lent)
+                self._lent = None
+            self._advance()
+            while not self._is_next_complete():
+                if self._error is not None:
+                    raise self._error
+                if self._is_stopped or (not self._ahead and self._board.is_done):
+                    return None
+                if not self._changed.wait(ALIVE_CHECK_SECONDS):
+                    self._check_alive()
+            self._lent = self._ahead.popleft()
+            return self._lent
+
+    def stop(self) -> None:
+        """End all threads and wait for them; what they were doing is dropped."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
+        for queue in (self._read_queue, self._decode_queue):
+            for _ in self._threads:
+                queue.put(None)
+        for thread in self._threads:
+            # The garbage collector may call this in one of the threads, or before they started.
+            if thread is not threading.current_thread() and thread.ident is not None:
+                thread.join()
+
+    def _new_threads(
+        self, count: int, name: str, work: Callable[..., None], queue: Queue
+    ) -> list[threading.Thread]:
+        def loop() -> None:
+            try:
+                while (task := queue.get()) is not None and not self._is_stopped:
+                    work(*task)
+            except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
+                self._fail(error)
+
+        # Daemons: a consumer that never closes its stream must not hang the interpreter's exit.
+        return [
+            threading.Thread(target=loop, name=f"stream-{name}-{i}", daemon=True)
+            for i in range(count)
+        ]
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def _check_alive(self) -> None:
+        for thread in self._threads:
+            if not thread.is_alive() and not self._is_stopped:
+                raise RuntimeError(f"the thread {thread.name} of the data stream has died")
+
+    def _is_next_complete(self) -> bool:
+        return bool(self._ahead) and self._ahead[0].num_chunks_left == 0
+
+    def _advance(self) -> None:
+        """Hand out complete steps to free buffers, and request more; the lock is held."""
+        while self._free and self._board.is_ready:
+            buffer = self._free.pop()
+            self._board.take(buffer)
+            buffer.faults.clear()
+            starts = range(0, self._board.num_slots, self._chunk_slots)
+            buffer.num_chunks_left = len(starts)
+            self._ahead.append(buffer)
+            for start in starts:
+                stop = min(start + self._chunk_slots, self._board.num_slots)
+                self._decode_queue.put((buffer, start, stop))
+        for request in self._board.requests():
+            self._read_queue.put(request)
+
+    def _fetch(self, lane_slot: int, run: Run) -> None:
+        positions, cells = self._board.cells_of(lane_slot, run)
+        if len(positions) == 0:
+            return
+        samples = self._fetcher.fetch(run, positions)
+        self._board.fill(run, cells, samples)
+        with self._changed:
+            self.reads.num_bytes += samples.num_bytes_read
+            self.reads.num_reads += samples.num_reads
+            self._board.arrived(cells)
+            self._advance()
+
+    def _decode_chunk(self, buffer: BatchBuffer, start: int, stop: int) -> None:
+        decode, data, slots = self._decode, buffer.data, buffer.slots
+        for slot in range(start, stop):
+            content = data[slot]
+            try:
+                if content is None:
+                    raise DecodeError("member", "the sample has no member with a wanted suffix")
+                decode(content, slots[slot])
+            except DecodeError as error:
+                buffer.faults.append(Fault(slot, error.stage, error.reason))
+            data[slot] = None
+        with self._changed:
+            buffer.num_chunks_left -= 1
+            if buffer.num_chunks_left == 0:
+                self._changed.notify_all()
