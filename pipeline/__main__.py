@@ -32,6 +32,7 @@ Training and export run under accelerate, on any number of processes; the same c
 Exit codes: 0 done, 2 wrong use or input, 1 everything else.
 """
 SPLIT = "{by: key, fractions: {train: 0.98, held_out: 0.02}, seed: 0}"
+LEVELS = ("listing", "counts", "hashes", "keys", "statistics")  # pipeline.export.verify's
 BINARY_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 
 
@@ -147,6 +148,20 @@ def index(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def verify(arguments: argparse.Namespace) -> int:
+    """Verify an export, or shards against their index."""
+    from pipeline.data.verify import has_index, verify_shards
+    from pipeline.export.verify import verify_export
+
+    path, shards = arguments.path, arguments.shards
+    if has_index(path):
+        report = verify_shards(path, shards=shards, progress=_progress)
+    else:
+        report = verify_export(path, source=arguments.source, shards=shards, level=arguments.level)
+    _print(asdict(report), arguments.json)
+    return FAILED if report.problems else DONE
+
+
 def evaluate(arguments: argparse.Namespace) -> int:
     """Evaluate a run's checkpoint on held-out data."""
     from pipeline.evaluate import evaluate_run
@@ -207,6 +222,17 @@ def _add_index(add: AddParser) -> None:
     _add_workers(parser)
 
 
+def _add_verify(add: AddParser) -> None:
+    text = "check an export, or shards against their index; exit 1 if anything is wrong"
+    parser = _verb(add, "verify", verify, text)
+    parser.add_argument("path", type=Path, help="directory of the export, or of the index")
+    parser.add_argument("--source", type=Path, help="index of an export's data, to compare keys")
+    parser.add_argument("--shards", type=Path, help="where the shards lie; else beside the index")
+    parser.add_argument(
+        "--level", choices=LEVELS, default=LEVELS[-1], help="how deep, for an export (%(default)s)"
+    )
+
+
 def _add_evaluate(add: AddParser) -> None:
     parser = _verb(add, "evaluate", evaluate, "evaluate a run's checkpoint on held-out data")
     parser.add_argument("run", type=Path, help="run directory")
@@ -226,6 +252,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(required=True, metavar="VERB")
     _add_pack(verbs.add_parser)
     _add_index(verbs.add_parser)
+    _add_verify(verbs.add_parser)
     _add_evaluate(verbs.add_parser)
     return top
 
