@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.index import SplitSpec, build_index
-
+from pipeline.data.index import build_index
 from pipeline.data.parts import PartRecord, part_paths, plan_parts, read_record, write_part
 from pipeline.data.sources import Source
 from pipeline.data.sources.folder import list_folder
 from pipeline.data.sources.sprites import SpritesSource
+from pipeline.data.splits import SplitSpec
 from pipeline.errors import UserError
 from pipeline.files import create_exclusive, publish, write_atomic, write_json
 

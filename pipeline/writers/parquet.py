@@ -53,7 +53,8 @@ class ParquetWriter(BaseWriter):
     def read(self, path: Path) -> Rows:
         """Return the rows of the file."""
         try:
-            table = pq.ParquetFile(path).read()
+            with pq.ParquetFile(path) as file:
+                table = file.read()
             labels = table["label"].fill_null(NO_LABEL).to_numpy()
             return Rows(
                 shard=path.stem,

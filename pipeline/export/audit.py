@@ -1,0 +1,82 @@
+"""The content of one task's files, held against each other, the manifest and the source."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.export.finalize import key_index
+from pipeline.export.layout import ExportDir
+from pipeline.export.run import keys_digest
+from pipeline.export.source import SourceKeys
+from pipeline.writers import BaseWriter, Rows
+
+
+def audit_task(
+    export: ExportDir,
+    task: Mapping[str, Any],
+    writers: Sequence[BaseWriter],
+    source: SourceKeys | None,
+) -> tuple[Rows | None, list[str]]:
+    """Return the rows of the task's first readable file, and all that is wrong with its files."""
+    problems: list[str] = []
+    found: dict[str, Rows] = {}
+    for writer, file in zip(writers, task["files"], strict=True):
+        try:
+            found[file["path"]] = writer.read(export.root / file["path"])
+        except ValueError as error:
+            problems.append(f"{file['path']} cannot be read: {error}")
+    for path, rows in found.items():
+        problems += (f"{path}: {problem}" for problem in _check_rows(rows, task))
+        if source is not None:
+            problems += (f"{path}: {problem}" for problem in source.check(task, rows))
+    if not found:
+        return None, problems
+    (first_path, first), *others = found.items()
+    problems += (
+        f"{path} holds other rows than {first_path}"
+        for path, rows in others
+        if not _equal(first, rows)
+    )
+    return first, problems
+
+
+def _check_rows(rows: Rows, task: Mapping[str, Any]) -> Iterator[str]:
+    if len(rows) != task["rows"]:
+        yield f"{len(rows)} rows instead of {task['rows']}"
+    if keys_digest(rows.keys) != task["keys_sha256"]:
+        yield "other keys, or in another order, than was committed"
+    failed = [row for row, *_ in task["faults"]]
+    if rows.rows[~rows.valid].tolist() != sorted(failed):
+        yield "the rows marked as not valid are not the failed rows of the manifest"
+    if not all(np.isfinite(values).all() for values in rows.latents.values()):
+        yield "latents that are not finite"
+
+
+def _equal(one: Rows, other: Rows) -> bool:
+    columns = (
+        (one.rows, other.rows),
+        (one.valid, other.valid),
+        (one.labels, other.labels),
+        *((one.latents[field], other.latents.get(field)) for field in one.latents),
+    )
+    texts = (one.keys, one.metadata) == (other.keys, other.metadata)
+    return texts and all(b is not None and np.array_equal(a, b) for a, b in columns)
+
+
+def check_key_index(
+    export: ExportDir, names: Sequence[str], keys: Sequence[Sequence[str]]
+) -> Iterator[str]:
+    """Yield a problem unless `keys.parquet` leads from every key to its row."""
+    if not export.keys.exists():
+        return
+    try:
+        with pq.ParquetFile(export.keys) as file:
+            stored = file.read()
+    except (pa.ArrowException, OSError) as error:
+        yield f"{export.keys.name} cannot be read: {error}"
+        return
+    if stored.to_pydict() != key_index(names, keys).to_pydict():
+        yield f"{export.keys.name} differs from the keys of the files"

@@ -1,0 +1,161 @@
+"""Everything an export needs before its first task, from the config.
+
+config -> trained model, index, device -> encoder and plan -> Prepared
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.index import Index
+from pipeline.data.rows import RowBatch, shard_batches
+from pipeline.data.settings import DataConfig
+from pipeline.export.layout import ExportDir
+from pipeline.export.plan import Plan, Task
+from pipeline.export.run import Work
+from pipeline.export.settings import ExportConfig
+from pipeline.export.work import Encoder
+from pipeline.export.workers import Worker
+from pipeline.models.autoencoder import AutoEncoder
+from pipeline.models.bottleneck import Posterior
+from pipeline.rundir import LoadedRun, load_run
+
+CPU_THREADS = 1  # more would split sums differently; use more processes
+# Whatever turns bytes into pixels, pixels into latents, or latents into files.
+VERSIONED = ("torch", "numpy", "pyarrow", "pillow", "simplejpeg", "opencv-python-headless")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An export that can begin."""
+
+    export: ExportDir
+    plan: Plan
+    work: Work
+    index: Index
+    split: str
+
+    def keys_of(self, task: Task) -> Sequence[str]:
+        """Return the keys of a task's rows, in their order."""
+        table = self.index.table(task.shard)
+        return table.keys(table.rows_of(self.index.split_number(self.split)))
+
+
+def prepare(config: ExportConfig, worker: Worker) -> Prepared:
+    """Load the model, open the data, and make the plan; raises UserError for what is not there."""
+    device = find_device(worker.local_rank)
+    fix_arithmetic(device)
+    run = load_run(Path(config.run), step=config.step, weights=config.weights)
+    data = data_of(config, run.config.data)
+    index = Index.open(data.path)
+    index.check_shards(data.shards_path)
+    encoder = make_encoder(config, run.model, data, device)
+    fingerprint = make_fingerprint(config, run, data, index, encoder)
+    plan = Plan(fingerprint, tuple(make_tasks(index, data.split)))
+
+    def batches(task: Task) -> Iterator[RowBatch]:
+        return shard_batches(data, index, task.shard, config.batch_size)
+
+    work = Work(batches, encoder, config.formats, config.max_bad_fraction)
+    return Prepared(ExportDir(Path(config.out)), plan, work, index, data.split)
+
+
+def find_device(local_rank: int) -> torch.device:
+    """Return this worker's accelerator, or the CPU if there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def fix_arithmetic(device: torch.device) -> None:
+    """Fix, for this process, what would let equal inputs give different bits."""
+    if device.type == "cpu":
+        torch.set_num_threads(CPU_THREADS)
+        return
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def data_of(config: ExportConfig, trained: DataConfig) -> DataConfig:
+    """Return the run's data settings with the export's own put over them."""
+    own: dict[str, Any] = {"split": config.data.split, "threads": config.data.threads}
+    if config.data.path is not None:
+        own |= {"path": config.data.path, "shards": config.data.shards}
+    elif config.data.shards is not None:
+        own |= {"shards": config.data.shards}
+    return DataConfig.model_validate(trained.model_dump() | own)
+
+
+def make_encoder(
+    config: ExportConfig, model: AutoEncoder, data: DataConfig, device: torch.device
+) -> Encoder:
+    """Return the function from stored values to latents."""
+    model = model.to(device=device, dtype=torch.float32)
+
+    def encode(x: Tensor) -> Posterior:
+        posterior = model(x, mode="encode").posterior
+        assert posterior is not None
+        return posterior
+
+    with torch.inference_mode():
+        probe = encode(torch.zeros(1, *data.decode.event_shape, device=device))
+    has_logvar = probe.logvar is not None and config.store == "moments"
+    return Encoder(
+        encode=encode,
+        to_unit=data.decode.to_unit,
+        device=device,
+        precision=config.precision,
+        fields=("mu", "logvar") if has_logvar else ("mu",),
+        dtype=config.dtype,
+    )
+
+
+def make_tasks(index: Index, split: str) -> Iterator[Task]:
+    """Yield a task per shard that has rows of the split."""
+    counts: Sequence[int] = np.asarray(index.counts(split)).tolist()
+    for number, (shard, rows) in enumerate(zip(index.shards, counts, strict=True)):
+        if rows:
+            name = shard.name.removesuffix(".tar")
+            yield Task(name, number, rows, shard.name, shard.sha256)
+
+
+def make_fingerprint(
+    config: ExportConfig, run: LoadedRun, data: DataConfig, index: Index, encoder: Encoder
+) -> dict[str, Any]:
+    """Return everything that decides a byte of the export; no path, host or time is among it."""
+    on_gpu = encoder.device.type == "cuda"
+    return {
+        "model": {
+            "weights": config.weights,
+            "step": run.step,
+            "weights_sha256": run.weights_sha256,
+            "architecture": run.config.model.model_dump(mode="json"),
+        },
+        "data": {
+            "dataset_id": index.dataset_id,
+            "split": index.split_identity(data.split),
+            "decode": data.decode.model_dump(mode="json"),
+        },
+        "encode": {
+            "batch_size": config.batch_size,
+            "precision": config.precision,
+            "device": torch.cuda.get_device_name(encoder.device) if on_gpu else "cpu",
+            "threads": CPU_THREADS,
+        },
+        "output": {
+            "fields": list(encoder.fields),
+            "latent_shape": list(run.model.latent_shape),
+            "dtype": config.dtype,
+            "formats": [writer.model_dump(mode="json") for writer in config.formats],
+        },
+        "versions": {name: version(name) for name in VERSIONED},
+    }

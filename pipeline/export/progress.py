@@ -1,0 +1,59 @@
+"""One line on stderr from time to time: images/s, share done, time left.
+
+The share counts the rows of all commit records, whichever process wrote them; the rate is that of
+all processes since this one started.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from pipeline.export.layout import ExportDir
+from pipeline.export.plan import Plan, Task
+
+PERIOD_SECONDS = 2.0
+
+
+class Progress:
+    """Rows done by everybody, as seen by this process; silent unless `enabled`."""
+
+    def __init__(
+        self,
+        export: ExportDir,
+        plan: Plan,
+        *,
+        enabled: bool,
+        write: Callable[[str], object] = sys.stderr.write,
+    ) -> None:
+        self._export = export
+        self._tasks: Sequence[Task] = plan.tasks
+        self._total = plan.rows
+        self._enabled = enabled
+        self._write = write
+        self._start = self._last = time.monotonic()
+        self._own_rows = 0
+        self._done_at_start = self._done() if enabled else 0
+
+    def _done(self) -> int:
+        committed = self._export.committed(task.name for task in self._tasks)
+        return sum(task.rows for task in self._tasks if task.name in committed)
+
+    def advance(self, rows: int) -> None:
+        """Count rows encoded here; print a line if the last one is old enough."""
+        self._own_rows += rows
+        if self._enabled and time.monotonic() - self._last >= PERIOD_SECONDS:
+            self.report()
+
+    def report(self) -> None:
+        """Print the line."""
+        if not self._enabled:
+            return
+        self._last = time.monotonic()
+        done = self._done()
+        new = max(done - self._done_at_start, self._own_rows)
+        rate = new / max(self._last - self._start, 1e-9)
+        done = min(self._total, max(done, self._done_at_start + self._own_rows))
+        left = f"{(self._total - done) / rate:,.0f} s left" if rate else "time left unknown"
+        share = done / self._total if self._total else 1.0
+        line = f"export: {done:,} of {self._total:,} images ({share:.0%}), {rate:,.0f}/s, {left}"
+        self._write(line + "\n")

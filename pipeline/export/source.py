@@ -1,0 +1,55 @@
+"""The source side of `verify`: the keys as they stand in the shards themselves."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.index import Index
+from pipeline.data.splits import ALL
+from pipeline.data.tar import TarScan, group_samples
+from pipeline.writers import Rows
+
+
+class SourceKeys:
+    """The data set that an export was made from."""
+
+    def __init__(self, path: Path, shards: Path) -> None:
+        self._index = Index.open(path)
+        self._shards = shards
+        self._number = {shard.name: i for i, shard in enumerate(self._index.shards)}
+        self._split = ALL
+
+    def differences(self, fingerprint: Mapping[str, Any]) -> Iterator[str]:
+        """Yield how the data set is not the one of the export's fingerprint."""
+        self._split = str(fingerprint["split"]).partition("/")[0]
+        if self._index.dataset_id != fingerprint["dataset_id"]:
+            yield f"the source {self._index.path} is another data set (dataset_id)"
+        elif self._split != ALL and self._split not in self._index.split_spec.names:
+            yield f"the source {self._index.path} has no split {self._split}"
+        elif self._index.split_identity(self._split) != fingerprint["split"]:
+            yield f"the source {self._index.path} is split by another rule now"
+
+    def check(self, task: Mapping[str, Any], rows: Rows) -> Iterator[str]:
+        """Yield how the rows of a file are not those of its source shard, in its order."""
+        number = self._number.get(task["source"])
+        path = self._shards / task["source"]
+        if number is None or not path.exists():
+            yield f"its source shard {path} is missing"
+            return
+        table = self._index.table(number)
+        expected = table.rows_of(self._index.split_number(self._split))
+        if rows.rows.tolist() != expected.tolist():
+            yield f"not the rows of split {self._split} of {task['source']}, in order"
+        keys = _keys_in(path)
+        if list(rows.keys) != [keys[row] for row in rows.rows if row < len(keys)]:
+            yield f"other keys, or in another order, than {path}"
+
+
+def _keys_in(shard: Path) -> list[str]:
+    with shard.open("rb") as file:
+
+        def read(offset: int, num_bytes: int) -> bytes:
+            file.seek(offset)
+            return file.read(num_bytes)
+
+        return [sample.key for sample in group_samples(TarScan(read, shard.stat().st_size))]

@@ -1,0 +1,68 @@
+"""Which worker this process is, and which tasks it takes in which order.
+
+The number comes from the environment of a launcher, never from the other processes: none of them
+waits for another. A worker takes every n-th task, then those that others have not committed, from
+the end. Work done twice is harmless (commit.py), so any worker alone finishes the whole export.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import UserError
+from pipeline.export.plan import Task
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Number `rank` of `world`, and the number of its device on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    def order(self, tasks: Sequence[Task]) -> list[Task]:
+        """Return all tasks: the own share first, then the others' from the end."""
+        others = [task for i, task in enumerate(tasks) if i % self.world != self.rank]
+        return [*tasks[self.rank :: self.world], *reversed(others)]
+
+
+def find_worker(environment: Mapping[str, str], worker: str | None = None) -> Worker:
+    """Read who this process is: `--worker i/n`, else the environment, else alone.
+
+    accelerate launch and torchrun set RANK, WORLD_SIZE and LOCAL_RANK; a Slurm array sets
+    SLURM_ARRAY_TASK_ID, _COUNT, _MIN and _STEP. In an array of launches both count.
+    """
+    if worker is not None:
+        return _parse(worker)
+    rank, world = _pair(environment, "RANK", "WORLD_SIZE")
+    local_rank = _number(environment, "LOCAL_RANK", 0)
+    if "SLURM_ARRAY_TASK_ID" not in environment:
+        return Worker(rank, world, local_rank)
+    step = max(1, _number(environment, "SLURM_ARRAY_TASK_STEP", 1))
+    first = _number(environment, "SLURM_ARRAY_TASK_MIN", 0)
+    element = (_number(environment, "SLURM_ARRAY_TASK_ID", 0) - first) // step
+    count = _number(environment, "SLURM_ARRAY_TASK_COUNT", 1)
+    # An array written as 1,5,7 has no regular step: any number will do, as all shares get done.
+    return Worker((element % count) * world + rank, count * world, local_rank)
+
+
+def _parse(worker: str) -> Worker:
+    match = re.fullmatch(r"(\d+)/(\d+)", worker)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserError(f"--worker {worker}: expected i/n with 0 <= i < n, such as 0/4.")
+    return Worker(int(match[1]), int(match[2]))
+
+
+def _pair(environment: Mapping[str, str], rank: str, world: str) -> tuple[int, int]:
+    number, count = _number(environment, rank, 0), _number(environment, world, 1)
+    if not 0 <= number < count:
+        raise UserError(f"{rank}={number} does not fit {world}={count} in the environment.")
+    return number, count
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, str(default))
+    if not text.isascii() or not text.isdigit():
+        raise UserError(f"{name}={text} in the environment is no number.")
+    return int(text)
