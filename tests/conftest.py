@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.index import build_index
+from pipeline.data.splits import SplitSpec
 from tests.processes import ROOT, Processes, Result, argv_of
+from tests.shards import write_tiny_shards
 
 # A test counts for the first of these markers that it carries; without any, for "default".
 LANES = ("soak", "slurm", "netns", "browser", "deepspeed", "fault", "distributed", "slow")
@@ -75,6 +78,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     late = over_budget(session.config.stash[seconds_by_lane])
     if late and session.config.getoption("--budgets") and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five uneven shards of 60 small RGB pictures, indexed; shared by all tests: never write here.
+
+    Splits: train (about three quarters) and held_out.
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_shards(folder)
+    build_index(folder, split=SplitSpec(fractions={"train": 0.75, "held_out": 0.25}))
+    return folder
 
 
 @pytest.fixture

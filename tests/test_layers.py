@@ -18,10 +18,10 @@ LAYERS = (
     "corruptions likelihoods regularisers models writers",
     "objective data forward",
     "runtime strategies metrics optimizer",
-    "checkpoint monitor latents",
+    "checkpoint resume quarantine monitor latents",
     "evaluation",
     "config",
-    "rundir",
+    "rundir build",
     "train evaluate export bench doctor report demo",
     "__main__",
 )
