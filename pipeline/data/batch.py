@@ -1,6 +1,6 @@
 """One global batch's share of a rank, and the reused memory that it lies in.
 
-    decode threads -> BatchBuffer (ring) -> Batch (views, valid until the next one is asked for)
+decode threads -> BatchBuffer (ring) -> Batch (views, valid until the next one is asked for)
 """
 
 from dataclasses import dataclass, field
@@ -70,16 +70,15 @@ def new_buffer(decode: ImageDecode | ArrayDecode, num_slots: int, *, pin: bool) 
     """Allocate one buffer; `pin` page-locks it for asynchronous copies to a GPU."""
     stored = getattr(torch, decode.stored_dtype.name)
     x = torch.zeros((num_slots, *decode.buffer_shape), dtype=stored, pin_memory=pin)
-    whole = {name: torch.zeros(num_slots, dtype=torch.int64, pin_memory=pin) for name in _WHOLE}
+    uid, epoch, label = torch.zeros((3, num_slots), dtype=torch.int64, pin_memory=pin)
     weight = torch.zeros(num_slots, dtype=torch.float32, pin_memory=pin)
     return BatchBuffer(
         x=x,
-        **{name: tensor.numpy() for name, tensor in whole.items()},
+        uid=uid.numpy(),
+        epoch=epoch.numpy(),
         weight=weight.numpy(),
+        label=label.numpy(),
         shard=torch.zeros(num_slots, dtype=torch.int64).numpy(),
-        tensors=Batch(decode.event_view(x), weight=weight, keys=[], **whole),
+        tensors=Batch(decode.event_view(x), uid, epoch, weight, label, keys=[]),
         slots=list(x.numpy()),
     )
-
-
-_WHOLE = ("uid", "epoch", "label")

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.data.batch import BatchBuffer, Fault, new_buffer
 from pipeline.data.board import Board
-from pipeline.data.decode import ArrayDecode, DecodeError, ImageDecode
+from pipeline.data.decode import ArrayDecode, DecodeError, ImageDecode, missing_member
 from pipeline.data.fetch import Fetcher
 from pipeline.data.order import Run
 
@@ -169,7 +169,7 @@ class Engine:
             content = data[slot]
             try:
                 if content is None:
-                    raise DecodeError("member", "the sample has no member with a wanted suffix")
+                    raise missing_member()
                 decode(content, slots[slot])
             except DecodeError as error:
                 buffer.faults.append(Fault(slot, error.stage, error.reason))

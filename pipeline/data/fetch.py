@@ -1,7 +1,7 @@
 """Bytes of samples: from rows of the index to members in memory, in few, long reads.
 
-    Run of a lane -> rows of a few shards -> byte ranges, coalesced -> Storage.read -> one bytes
-                                                                object per sample, its key and label
+Run of a lane -> rows of a few shards -> byte ranges, coalesced -> Storage.read -> one bytes
+                                                            object per sample, its key and label
 """
 
 from collections.abc import Sequence
@@ -120,15 +120,11 @@ class Fetcher:
         wanted = [table.ranges_of(self._suffixes)]
         if table.has_suffix(LABEL_SUFFIXES[0]):
             wanted.append(table.ranges_of(LABEL_SUFFIXES))
-        members, sizes = read_members(
-            self._storage, self._index.shards[shard].name, wanted, rows
-        )
+        members, sizes = read_members(self._storage, self._index.shards[shard].name, wanted, rows)
         uid[places] = self._index.first_uids[shard] + rows
         if len(wanted) == 2:
             label[places] = [parse_label(text) for text in members[1]]
-        for place, content, key in zip(
-            places.tolist(), members[0], table.keys(rows), strict=True
-        ):
+        for place, content, key in zip(places.tolist(), members[0], table.keys(rows), strict=True):
             data[place] = content
             keys[place] = key
         return sizes

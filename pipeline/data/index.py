@@ -12,7 +12,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -239,4 +239,4 @@ def _remove_old_tables(out: Path, names: Sequence[str]) -> None:
 
 def _entry_from_json(entry: dict[str, Any]) -> ShardEntry:
     damage = tuple(Damage(**fault) for fault in entry["damage"])
-    return ShardEntry(**{**entry, "damage": damage})
+    return replace(ShardEntry(**entry), damage=damage)

@@ -53,14 +53,6 @@ def default_lanes(batch_size: int) -> int:
     return max(d for d in range(1, MAX_DEFAULT_LANES + 1) if batch_size % d == 0)
 
 
-def order_id(
-    dataset_id: str, split: str, *, seed: int, lanes: int, interleave: int, window: int
-) -> str:
-    """Hex identity of T -> sample: equal ids mean equal samples at every T, whatever G."""
-    parts = [dataset_id, split, ORDER_VERSION, seed, lanes, interleave, window]
-    return hashlib.sha256(canonical_json(parts)).hexdigest()
-
-
 @dataclass(frozen=True)
 class Places:
     """Where stream positions point: epoch, lane and index in the lane; `repeated` = weight 0."""
@@ -117,8 +109,13 @@ class Order:
         interleave: int = 8,
         window: int = 256,
         tail: Tail = "carry",
+        dataset_id: str = "",
+        split: str = "all",
     ) -> None:
-        """Take the counts per shard (in order of shard name); raise UserError on bad numbers."""
+        """Take the counts per shard (in order of shard name); raise UserError on bad numbers.
+
+        `dataset_id` and `split` enter the identity only.
+        """
         all_counts = np.asarray(counts, np.int64)
         self.shard_ids: Ints = np.flatnonzero(all_counts)
         self.counts: Ints = all_counts[self.shard_ids]
@@ -129,13 +126,15 @@ class Order:
         self.interleave = interleave
         self.window_size = window
         self.tail: Tail = tail
+        self.dataset_id = dataset_id
+        self.split = split
         self._check()
-        num_batches = {
-            "mask": -(-self.num_samples // batch_size),
-            "drop": self.num_samples // batch_size,
-        }
-        # N' of the design: positions per epoch, repeats included and dropped ones not.
-        self.epoch_length = num_batches[tail] * batch_size if tail != "carry" else self.num_samples
+        # N': positions per epoch; under `mask` the repeats count, under `drop` the rest does not.
+        self.epoch_length = {
+            "carry": self.num_samples,
+            "mask": -(-self.num_samples // batch_size) * batch_size,
+            "drop": self.num_samples // batch_size * batch_size,
+        }[tail]
         self._shards_of_epoch = lru_cache(maxsize=4)(self._plan_epoch)
         self._spans_of_lane = lru_cache(maxsize=4 * self.lanes)(self._plan_lane)
 
@@ -150,14 +149,21 @@ class Order:
             raise UserError("The chosen split holds no samples: check data.split and the index.")
         if self.tail == "drop" and self.num_samples < self.batch_size:
             raise UserError(
-                f"With the tail `drop` nothing is left: the split holds {self.num_samples} samples, "
-                f"a global batch {self.batch_size}."
+                f"With the tail `drop` nothing is left: the split holds {self.num_samples} "
+                f"samples, a global batch {self.batch_size}."
             )
         if int(self.counts.max()) >= MAX_SHARD_SAMPLES:
             raise UserError(
                 f"A shard holds {int(self.counts.max())} samples; order-v1 takes fewer than "
                 f"{MAX_SHARD_SAMPLES}: pack it into smaller shards."
             )
+
+    @property
+    def order_id(self) -> str:
+        """Hex identity of T -> sample: equal ids mean equal samples at every T, whatever G."""
+        parts = [self.dataset_id, self.split, ORDER_VERSION]
+        numbers = [self.seed, self.lanes, self.interleave, self.window_size]
+        return hashlib.sha256(canonical_json([*parts, *numbers])).hexdigest()
 
     @property
     def lane_share(self) -> int:
@@ -173,7 +179,9 @@ class Order:
         slots_per_rank = self.batch_size // world
         slots = np.arange(rank * slots_per_rank, (rank + 1) * slots_per_rank)
         return (
-            step * self.batch_size + (slots % self.lane_share) * self.lanes + slots // self.lane_share
+            step * self.batch_size
+            + (slots % self.lane_share) * self.lanes
+            + slots // self.lane_share
         )
 
     def places(self, positions: Ints) -> Places:

@@ -144,6 +144,6 @@ def _describe(name: str, table: ShardTable, split: SplitSpec) -> ScannedShard:
         splits=dict(zip(split.names, counts, strict=True)),
         damage=table.origin.damage,
     )
-    digests = b"".join(hashlib.blake2b(k.encode(), digest_size=8).digest() for k in table.keys())
-    return ScannedShard(entry, np.frombuffer(digests, np.uint64))
-
+    keys = table.keys()
+    digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
+    return ScannedShard(entry, np.frombuffer(b"".join(digests), np.uint64))

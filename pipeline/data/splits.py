@@ -1,6 +1,6 @@
 """Which split a sample belongs to: a hash of its group, so growing data never moves an old sample.
 
-    key (or a field of the sample's JSON) --group--> hash in [0, 1) --fractions--> split
+key (or a field of the sample's JSON) --group--> hash in [0, 1) --fractions--> split
 """
 
 import hashlib
@@ -16,13 +16,14 @@ from pipeline.files import canonical_json
 
 ALL = "all"  # the split that every index has: each row
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class SplitSpec(Component):
     """Fractions of the groups per split. `by`: "key", or "json.FIELD" to keep groups together."""
 
     by: Annotated[str, Field(pattern=r"^(key|json\..+)$")] = "key"
-    fractions: dict[str, Annotated[float, Field(gt=0, le=1)]] = {"train": 0.98, "held_out": 0.02}
+    fractions: dict[str, Fraction] = Field(default={"train": 0.98, "held_out": 0.02})
     seed: int = 0
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ import re
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -131,7 +131,7 @@ class Storage:
             self._files.clear()
 
     @contextmanager
-    def _lease(self, name: str) -> Iterator[int]:
+    def _lease(self, name: str) -> Generator[int]:
         """Hold the descriptor of a shard open; the least recently used one gives way."""
         with self._lock:
             file = self._files.pop(name, None) or self._open(name)

@@ -107,9 +107,7 @@ def open_stream(
         stop_step = (first_step // steps_per_epoch + 1) * steps_per_epoch
     board = Board(order, first_step=first_step, stop_step=stop_step, rank=rank, world=world)
     storage = Storage(data.shards_path)
-    fetcher = Fetcher(
-        index, storage, order, split=data.split, suffixes=data.decode.member_suffixes
-    )
+    fetcher = Fetcher(index, storage, order, split=data.split, suffixes=data.decode.member_suffixes)
     engine = Engine(
         board,
         fetcher,

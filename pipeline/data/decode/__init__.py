@@ -1,6 +1,6 @@
 """How a member's bytes become numbers: the list of choices (`decode.kind`).
 
-    member bytes --decode--> slot of a batch buffer (stored dtype) --to_unit--> float32 in [0, 1]
+member bytes --decode--> slot of a batch buffer (stored dtype) --to_unit--> float32 in [0, 1]
 """
 
 from typing import Annotated
@@ -8,9 +8,9 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.data.decode.array import ArrayDecode
-from pipeline.data.decode.fault import DecodeError
+from pipeline.data.decode.fault import DecodeError, missing_member
 from pipeline.data.decode.image import ImageDecode
 
 Decode = Annotated[ImageDecode | ArrayDecode, Field(discriminator="kind")]
 
-__all__ = ["ArrayDecode", "Decode", "DecodeError", "ImageDecode"]
+__all__ = ["ArrayDecode", "Decode", "DecodeError", "ImageDecode", "missing_member"]

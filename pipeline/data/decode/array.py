@@ -21,7 +21,6 @@ from pipeline.component import Component
 from pipeline.data.decode.fault import DecodeError
 from pipeline.data.decode.image import Suffix
 
-
 HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,

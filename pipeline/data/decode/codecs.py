@@ -25,10 +25,10 @@ JPEG_MAGIC = b"\xff\xd8\xff"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # Pillow reads these without starting a program (its EPS plug-in would start Ghostscript).
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-JPEG_COLOURS = {"Gray", "RGB", "YCbCr"}  # the others are CMYK variants
 # PNG chunks before the pixels that change what a viewer shows: alpha, orientation, animation.
 PNG_SPECIAL_CHUNKS = (b"tRNS", b"eXIf", b"acTL")
 EXIF_MARK = b"Exif\x00\x00"
+EXIF_SEARCH_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,11 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
         raise DecodeError("size", f"the header declares {width} x {height} pixels")
 
 
-def jpeg_header(data: bytes) -> tuple[int, int, str]:
-    """Height, width and colour space of a JPEG."""
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError as error:
-        raise DecodeError("decode", f"JPEG: {error}") from None
-    return int(height), int(width), colours
+def has_exif(data: bytes) -> bool:
+    """Tell whether a JPEG holds an Exif block where the standard puts it: right at the start, or
+    behind the JFIF block (Exif 2.32, section 4.5.4).
+    """
+    return EXIF_MARK in data[:EXIF_SEARCH_BYTES]
 
 
 def read_pixels(data: bytes, rules: PixelRules, shorter_side: int) -> Pixels:
@@ -75,11 +73,9 @@ def read_pixels(data: bytes, rules: PixelRules, shorter_side: int) -> Pixels:
 
 
 def _read_jpeg(data: bytes, rules: PixelRules, shorter_side: int) -> Pixels:
-    height, width, colours = jpeg_header(data)
-    check_size(height, width, rules.max_pixels)
-    if colours not in JPEG_COLOURS:
-        return _read_with_pillow(data, rules)
     try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        check_size(int(height), int(width), rules.max_pixels)
         pixels = simplejpeg.decode_jpeg(
             data,
             "RGB" if rules.channels == 3 else "GRAY",
@@ -88,7 +84,7 @@ def _read_jpeg(data: bytes, rules: PixelRules, shorter_side: int) -> Pixels:
         )
     except ValueError as error:
         raise DecodeError("decode", f"JPEG: {error}") from None
-    return upright(pixels, _orientation(data)) if EXIF_MARK in data else pixels
+    return _upright(pixels, _orientation(data)) if has_exif(data) else pixels
 
 
 def _read_png(data: bytes, rules: PixelRules) -> Pixels:
@@ -146,7 +142,7 @@ def _read_with_pillow(data: bytes, rules: PixelRules) -> Pixels:
             return _pixels_of(ImageOps.exif_transpose(image), rules)
     except DecodeError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         # Pillow's plug-ins raise whatever their parsers meet (struct.error, SyntaxError, ...), and
         # every one of them means the same here: this file is no image that we can read.
         raise DecodeError("decode", f"{type(error).__name__}: {error}") from None
@@ -178,7 +174,7 @@ def _orientation(data: bytes) -> int:
         return 1
 
 
-def upright(pixels: Pixels, orientation: int) -> Pixels:
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
     """Undo an Exif orientation (tag 0x0112, CIPA DC-008): mirror and turn the stored pixels."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)

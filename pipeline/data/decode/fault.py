@@ -12,3 +12,8 @@ class DecodeError(Exception):
         super().__init__(f"{stage}: {reason}")
         self.stage = stage
         self.reason = reason
+
+
+def missing_member() -> DecodeError:
+    """The fault of a sample that lacks the member to decode."""
+    return DecodeError("member", "the sample has no member with a wanted suffix")

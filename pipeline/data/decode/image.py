@@ -21,15 +21,11 @@ from torch import Tensor
 
 from pipeline.component import Component
 from pipeline.data.decode.codecs import (
-    EXIF_MARK,
-    JPEG_COLOURS,
     JPEG_MAGIC,
     PixelRules,
-    check_size,
-    jpeg_header,
+    has_exif,
     read_pixels,
 )
-from pipeline.data.decode.fault import DecodeError
 
 Suffix = Annotated[str, Field(pattern=r"^[^/A-Z]+$")]  # as the index stores them: lower case
 
@@ -72,19 +68,16 @@ class ImageDecode(Component):
 
     def decode(self, data: bytes, out: NDArray[np.uint8]) -> None:
         """Decode one file into `out`, uint8 [size, size, channels]; raise DecodeError."""
-        if data.startswith(JPEG_MAGIC) and EXIF_MARK not in data:
-            height, width, colours = jpeg_header(data)
-            if height == width == self.size and colours in JPEG_COLOURS:
-                check_size(height, width, self.max_pixels)
-                self._decode_jpeg_in_place(data, out)
-                return
+        if data.startswith(JPEG_MAGIC) and not has_exif(data):
+            # The usual case by one call: a JPEG of the very size goes straight into the slot. A
+            # larger one does not fit and fails before decoding; a smaller one shows by its shape.
+            try:
+                colours = "RGB" if self.channels == 3 else "GRAY"
+                if simplejpeg.decode_jpeg(data, colours, buffer=out).shape == out.shape:
+                    return
+            except ValueError:
+                pass  # too large, or damaged: the general way tells which
         self._fit(read_pixels(data, self._rules, self.size), out)
-
-    def _decode_jpeg_in_place(self, data: bytes, out: NDArray[np.uint8]) -> None:
-        try:
-            simplejpeg.decode_jpeg(data, "RGB" if self.channels == 3 else "GRAY", buffer=out)
-        except ValueError as error:
-            raise DecodeError("decode", f"JPEG: {error}") from None
 
     def _fit(self, pixels: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
         height, width = pixels.shape[:2]
