@@ -8,6 +8,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.processes import ROOT
 
@@ -67,3 +68,21 @@ def test_every_dependency_is_pinned_exactly():
 def test_a_pin_is_a_name_and_a_public_version(line: str):
     assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)
     assert "+" not in line
+
+
+def test_commit_hooks_fetch_nothing():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    for repository in hooks["repos"]:
+        assert repository["repo"] == "local"
+        for hook in repository["hooks"]:
+            assert hook["language"] == "system"
+            assert hook["entry"].startswith(".venv/bin/")
+
+
+def test_the_make_targets_that_documents_promise():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("setup", "demo", "test", "test-all", "soak", "check", "format"):
+        rule = re.search(rf"^{target}:(.*?)##", makefile, re.MULTILINE)
+        assert rule, target
+        # each sets up .venv by itself, be it by way of another target
+        assert rule.group(1).strip() in ("$(STAMP)", "check"), target
