@@ -218,15 +218,13 @@ def parse_pax(content: bytes) -> dict[str, bytes]:
     records: dict[str, bytes] = {}
     position = 0
     while position < len(content):
-        length_text, _, _ = content[position : position + 24].partition(b" ")
-        if not length_text.isdigit() or int(length_text) <= len(length_text) + 1:
-            break
-        record = content[position + len(length_text) + 1 : position + int(length_text)]
-        key, separator, value = record.partition(b"=")
-        if not separator or not value.endswith(b"\n"):
+        digits, _, _ = content[position : position + 24].partition(b" ")
+        stop = position + int(digits) if digits.isdigit() else 0
+        key, separator, value = content[position + len(digits) + 1 : stop].partition(b"=")
+        if stop > len(content) or not separator or not value.endswith(b"\n"):
             break
         records[key.decode("utf-8", errors="replace")] = value[:-1]
-        position += int(length_text)
+        position = stop
     return records
 
 
