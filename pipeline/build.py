@@ -70,7 +70,7 @@ def throw_away_loss(
 
 def describe(config: TrainConfig) -> str:
     """Return what --dry-run prints: the resolved config as YAML, sizes as comments."""
-    index = Index.open(config.data)
+    index = Index.open(config.data.path)
     order = order_of(
         config.data, index, seed=config.seed, batch_size=config.batch_size, tail="carry"
     )

@@ -13,6 +13,7 @@ from pipeline.data.stream import open_stream
 from pipeline.evaluation.reconstruction import Evaluation, evaluate
 from pipeline.forward import Forward
 from pipeline.monitor import Monitor
+from pipeline.quarantine import Quarantine
 from pipeline.rundir import check_ranks, load_config, load_run
 from pipeline.runtime import Runtime
 from pipeline.strategies.base import Strategy
@@ -26,10 +27,12 @@ def evaluate_split(
     forward: Forward,
     index: Index,
     runtime: Runtime,
+    quarantine: Quarantine,
 ) -> Evaluation:
     """Evaluate `model` as it stands on the config's held-out split; a collective.
 
-    The losses carry the regularisers' weights of `step`.
+    The losses carry the regularisers' weights of `step`. Samples that could not be used are taken
+    into `quarantine`.
     """
     data = config.data.model_copy(update={"split": config.evaluation.split})
     stream = open_stream(
@@ -44,15 +47,17 @@ def evaluate_split(
         tail="mask",
         pin=runtime.device.type == "cuda",
     )
-    with stream as batches:
-        return evaluate(
+    with stream:
+        result = evaluate(
             model,
-            batches,
+            stream,
             forward=forward,
             weights=config.objective.weights_at(step * config.batch_size),
             num_images=config.monitor.num_images,
             runtime=runtime,
         )
+        result.metrics["tombstones"] = quarantine.collect(stream)["data/tombstones"]
+    return result
 
 
 def report_evaluation(
@@ -63,6 +68,7 @@ def report_evaluation(
     strategy: Strategy,
     index: Index,
     runtime: Runtime,
+    quarantine: Quarantine,
     monitor: Monitor,
 ) -> None:
     """Evaluate a running training's weights, and the averaged ones beside them; a collective."""
@@ -72,7 +78,13 @@ def report_evaluation(
     for name, view in views.items():
         with view:
             result = evaluate_split(
-                strategy.model, config, step=step, forward=forward, index=index, runtime=runtime
+                strategy.model,
+                config,
+                step=step,
+                forward=forward,
+                index=index,
+                runtime=runtime,
+                quarantine=quarantine,
             )
         monitor.log(step, {f"{name}/{key}": value for key, value in result.metrics.items()})
         if result.pictures is not None:
@@ -93,7 +105,8 @@ def evaluate_run(
         config = config.model_copy(update={"evaluation": evaluation})
     runtime = Runtime.start(accumulation=1)
     check_ranks(config, runtime)
-    index = Index.open(config.data)
+    index = Index.open(config.data.path)
+    quarantine = Quarantine(run_dir, config.data.max_bad_fraction, runtime)
     forward = make_forward(config, runtime.device)
     metrics: dict[str, float] = {}
     names = {"eval": "raw"} if config.ema_decay is None else {"eval": "raw", "eval_ema": "ema"}
@@ -102,7 +115,13 @@ def evaluate_run(
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         model = run.model.to(device=runtime.device, memory_format=memory_format)
         result = evaluate_split(
-            model, config, step=run.step, forward=forward, index=index, runtime=runtime
+            model,
+            config,
+            step=run.step,
+            forward=forward,
+            index=index,
+            runtime=runtime,
+            quarantine=quarantine,
         )
         metrics["step"] = run.step
         metrics |= {f"{name}/{key}": value for key, value in result.metrics.items()}

@@ -92,23 +92,17 @@ class TrainingMeter:
         means, num_images = self._losses.reduce(self._runtime)
         applied, norm_sum = self._applied.item(), self._norm_sum.item()
         seconds = time.monotonic() - self._start
-        counters = self._stream.counters
-        stalled = counters.stall_seconds - self._stall_start
-        totals = torch.tensor(
-            [stalled, counters.tombstones, counters.images], device=self._runtime.device
-        )
-        stalled, tombstones, images = self._runtime.sum(totals).tolist()
+        stalled = self._stream.counters.stall_seconds - self._stall_start
+        stalled = self._runtime.sum(torch.tensor(stalled, device=self._runtime.device)).item()
         values = {f"train/{name}": value for name, value in means.items()}
         values["optim/grad_norm"] = norm_sum / applied if applied else float("nan")
         self._num_skipped += self._num_steps - int(applied)
         values["optim/skipped_steps"] = self._num_skipped
         values["perf/images_per_second"] = num_images / seconds
         values["perf/data_wait_fraction"] = stalled / (seconds * self._runtime.world)
-        values["data/tombstones"] = tombstones
-        values["data/images"] = images
         self._norm_sum = torch.zeros_like(self._norm_sum)
         self._applied = torch.zeros_like(self._applied)
         self._num_steps = 0
         self._start = time.monotonic()
-        self._stall_start = counters.stall_seconds
+        self._stall_start = self._stream.counters.stall_seconds
         return values

@@ -135,7 +135,7 @@ class WandbSink:
     ) -> None:
         mode = config.mode
         if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"
+            mode = "online" if wandb.login(prompt=False) else "offline"
         run_id = wandb_run_id(run_dir)
         identity: dict[str, Any] = {"id": run_id}
         if mode == "online":

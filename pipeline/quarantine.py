@@ -5,11 +5,10 @@ Such a sample keeps its slot with weight 0 (a tombstone), so nothing else moves.
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.data.stream import Stream
+from pipeline.data.stream import Quarantined, Stream
 from pipeline.errors import UserError
 from pipeline.runtime import Runtime
 
@@ -30,29 +29,30 @@ class Quarantine:
             whole = [line for line in lines if line.endswith(b"\n")]
             self._known = {json.loads(line)["uid"] for line in whole}
 
-    def collect(self, stream: Stream, values: Mapping[str, float]) -> None:
-        """Take new entries from every process's stream; a collective.
+    def collect(self, stream: Stream) -> dict[str, float]:
+        """Take new entries from every process's stream and return counts to log; a collective.
 
-        values: what `TrainingMeter.read` returned, the same on every process. Raises UserError if
-        too large a fraction of the samples since this start could not be used.
+        Raises UserError, on every process, if too many of the stream's samples were unusable.
         """
-        num_tombstones, num_images = values["data/tombstones"], values["data/images"]
-        if not num_tombstones:
-            return
-        found = self._runtime.gather(stream.take_quarantined())
-        new = {entry.uid: entry for entries in found for entry in entries}
-        new = {uid: entry for uid, entry in new.items() if uid not in self._known}
-        if self._runtime.is_main and new:
-            self._known |= new.keys()
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(entry)) + "\n" for entry in new.values())
-                file.flush()
-                os.fsync(file.fileno())
-        bad = num_tombstones / max(num_images, MIN_SAMPLES_JUDGED)
-        if bad > self._max_bad_fraction:
+        counters = stream.counters
+        mine = (stream.take_quarantined(), counters.tombstones, counters.images)
+        entries, tombstones, images = zip(*self._runtime.gather(mine), strict=True)
+        num_tombstones, num_images = sum(tombstones), sum(images)
+        self._record(entry for part in entries for entry in part)
+        if num_tombstones > self._max_bad_fraction * max(num_images, MIN_SAMPLES_JUDGED):
             raise UserError(
-                f"{num_tombstones:.0f} of {num_images:.0f} samples could not be used: more than "
-                f"data.max_bad_fraction {self._max_bad_fraction:g}. They are listed with their "
-                "reasons in "
-                f"{self._path}."
+                f"{num_tombstones} of {num_images} samples could not be used: more than "
+                f"data.max_bad_fraction {self._max_bad_fraction:g} allows. They are listed with "
+                f"their reasons in {self._path}."
             )
+        return {"data/tombstones": num_tombstones, "data/images": num_images}
+
+    def _record(self, entries: Iterable[Quarantined]) -> None:
+        new = {entry.uid: entry for entry in entries if entry.uid not in self._known}
+        if not self._runtime.is_main or not new:
+            return
+        self._known |= new.keys()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry._asdict()) + "\n" for entry in new.values())
+            file.flush()
+            os.fsync(file.fileno())

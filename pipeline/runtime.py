@@ -49,9 +49,7 @@ class Runtime:
             cpu=not torch.accelerator.is_available(),
             mixed_precision="no",  # `precision` owns autocast
             gradient_accumulation_steps=accumulation,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         check_launch(os.environ, rank=accelerator.process_index, world=accelerator.num_processes)
         runtime = cls(accelerator)

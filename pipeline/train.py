@@ -37,7 +37,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
     # The processes, their data, and the right to write.
     runtime = Runtime.start(accumulation=config.accumulation)
     check_ranks(config, runtime)
-    index = Index.open(config.data)
+    index = Index.open(config.data.path)
     order = make_order(config, index)
     run_dir, checkpoints = Path(config.run_dir), Path(config.run_dir) / "checkpoints"
     with claimed(config, accept_changes, runtime), ExitStack() as stack:
@@ -85,6 +85,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             strategy=strategy,
             index=index,
             runtime=runtime,
+            quarantine=quarantine,
             monitor=monitor,
         )
         if first_step == 0:
@@ -112,9 +113,11 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             stopped_by = None if last else runtime.first_reason(stop.reason())
             if last or stopped_by or step % config.monitor.log_every_steps == 0:
                 values = meter.read() | config.schedule_values(samples)
+                values |= {"data/samples_seen": step * config.batch_size}
+                values |= {"data/epoch": step * config.batch_size / order.num_samples}
+                values |= quarantine.collect(stream)
                 monitor.log(step, values)
                 monitor.progress(step, values)
-                quarantine.collect(stream, values)
                 check_skipped(values["optim/skipped_steps"], config)
             if last or step % config.evaluation.every_steps == 0:
                 evaluate_now(step)

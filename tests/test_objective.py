@@ -50,7 +50,7 @@ def losses(
 
 
 def test_distortion_is_a_sum_over_the_image() -> None:
-    found = losses(SquaredError(), Objective())
+    found = losses(SquaredError(link="sigmoid"), Objective())
     decoded, x = output().decoded, target()
     assert decoded is not None
     for i in range(B):
@@ -96,14 +96,14 @@ def test_kl_equals_a_monte_carlo_estimate() -> None:
 def test_emphasis_weighs_corrupted_elements() -> None:
     mask = torch.rand(B, *EVENT, generator=torch.Generator().manual_seed(2)) < 0.5
     objective = Objective(emphasis=Emphasis(corrupted=1.0, untouched=0.25))
-    found = losses(SquaredError(), objective, mask=mask)
+    found = losses(SquaredError(link="sigmoid"), objective, mask=mask)
     decoded = output().decoded
     assert decoded is not None
     error = (target() - torch.sigmoid(decoded)).square()
     expected = (error * torch.where(mask, 1.0, 0.25)).flatten(1).sum(1)
     torch.testing.assert_close(found.distortion, expected)
     torch.testing.assert_close(found.nll, error.flatten(1).sum(1))
-    unmarked = losses(SquaredError(), objective, mask=None)
+    unmarked = losses(SquaredError(link="sigmoid"), objective, mask=None)
     torch.testing.assert_close(unmarked.distortion, 0.25 * found.nll)
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from pipeline.component import Component
 
 Learned = dict[str, Tensor]  # a likelihood's own parameters, each of shape [1]
+# How decoder values become means. A sigmoid keeps them in (0, 1), but under a squared error its
+# flat ends hold on to an all-black picture (LOG.md): hence identity is the default there.
 Link = Literal["sigmoid", "identity"]
 
 
