@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         del number, frame
         asked_to_stop = True
 
-    signal.signal(signal.SIGTERM, remember)
+    previous = signal.signal(signal.SIGTERM, remember)
     is_first = os.environ.get("RANK", "0") == "0"
     try:
         config = strict.load(ExportConfig, arguments.config, arguments.overrides)
@@ -81,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
         if is_first:
             print(f"error: {error}", file=sys.stderr)
         return WRONG_USE
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ def publish_commit(export: ExportDir, record: Commit) -> None:
         except FileNotFoundError:
             if not final.exists():  # else another process was faster
                 raise RuntimeError(
-                    f"{final} was committed but is gone: remove {export.commit(record.task)} to have "
-                    "the task done again."
+                    f"{final} was committed but is gone: remove {export.commit(record.task)} to "
+                    "have the task done again."
                 ) from None
         sync_directory(final.parent)
     if stage.exists():

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.data.reasons import stable_reason
 from pipeline.data.rows import RowBatch
 from pipeline.errors import UserError
 from pipeline.models.bottleneck import Posterior
@@ -46,7 +47,7 @@ class Encoder:
     def _store(self, values: Tensor | None) -> NDArray[Any]:
         assert values is not None, "`fields` names only what the posterior has"
         with np.errstate(over="ignore"):
-            return values.float().cpu().numpy().astype(self.dtype)
+            return values.detach().float().cpu().numpy().astype(self.dtype)
 
 
 def encode_task(
@@ -82,7 +83,9 @@ def _encode_batch(shard: str, batch: RowBatch, encoder: Encoder) -> tuple[Rows, 
     count = batch.num_rows
     latents = {field: values[:count] for field, values in encoder(batch.x).items()}
     valid = batch.valid.copy()
-    faults: list[Fault] = list(batch.faults)
+    faults: list[Fault] = [
+        (fault.row, fault.key, fault.stage, stable_reason(fault.reason)) for fault in batch.faults
+    ]
     finite = np.ones(count, np.bool_)
     for values in latents.values():
         finite &= np.isfinite(values).reshape(count, -1).all(axis=1)

@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.decode import DecodeError
+from pipeline.data.reasons import stable_reason
 from pipeline.data.sources import Broken, Sample
-from pipeline.data.sources.images import SUFFIXES, damage_reason, prepare_image
+from pipeline.data.sources.images import SUFFIXES, prepare_image
 from pipeline.errors import UserError
 from pipeline.files import canonical_json
 from pipeline.tars import check_member_name
@@ -72,7 +73,7 @@ class FolderPart:
             try:
                 suffix, data = prepare_image(file.suffix, data, self.resize)
             except DecodeError as error:
-                yield Broken(file.path, damage_reason(error))
+                yield Broken(file.path, stable_reason(error))
                 continue
             yield Sample(file.key, {suffix: data, **self._annotation(file)})
 

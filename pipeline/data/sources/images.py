@@ -1,7 +1,6 @@
 """Encoded pictures: full decoding, shrinking, and lossless encoding for the sources."""
 
 import io
-import re
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,11 +39,6 @@ def prepare_image(suffix: str, data: bytes, resize: int | None) -> tuple[str, by
     if _is_grey(data):
         pixels = read_pixels(data, _RULES[1], _FULL_SIZE)[:, :, 0]
     return _shrink(Image.fromarray(pixels), suffix, resize)
-
-
-def damage_reason(error: Exception) -> str:
-    """Return the error's text without memory addresses: the same on every run."""
-    return re.sub(r" <_io\.[^>]*>", "", str(error))
 
 
 def _is_grey(data: bytes) -> bool:

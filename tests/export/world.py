@@ -1,0 +1,97 @@
+"""A small data set, and a run directory as training leaves it; what two exports must share."""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import strict
+from pipeline.checkpoint import RunState, save_checkpoint
+from pipeline.config import TrainConfig
+from pipeline.data.pack import pack_sprites
+from pipeline.data.splits import SplitSpec
+from pipeline.export.__main__ import begin, work_through
+from pipeline.export.settings import ExportConfig
+from pipeline.export.workers import Worker
+from pipeline.models.autoencoder import build_autoencoder
+from pipeline.strategies.base import FullState
+
+NUM_SHARDS = 10
+SHARD_ROWS = 16
+SPLIT = SplitSpec(fractions={"train": 0.7, "held_out": 0.3})
+
+
+def tree(root: Path) -> dict[str, str]:
+    """Every file of an export that must not depend on how the work was divided, with its hash."""
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.relative_to(root).parts[0] != "_run"
+    }
+
+
+def source_keys(data: Path) -> list[str]:
+    """The keys of all shards in order, read by nothing of ours."""
+    keys: list[str] = []
+    for path in sorted(data.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            keys += [name.removesuffix(".png") for name in tar.getnames() if name.endswith(".png")]
+    return keys
+
+
+def damage_sample(data: Path, shard: str, sample: int) -> str:
+    """Break the signature of a sample's picture in its shard, and return its key."""
+    with tarfile.open(data / shard) as tar:
+        member = [m for m in tar if m.name.endswith(".png")][sample]
+    content = bytearray((data / shard).read_bytes())
+    content[member.offset_data] ^= 0xFF
+    (data / shard).write_bytes(content)
+    return member.name.removesuffix(".png")
+
+
+def make_data(path: Path, *, shards: int = NUM_SHARDS) -> Path:
+    pack_sprites(path, count=SHARD_ROWS * shards, seed=1, shard_samples=SHARD_ROWS, split=SPLIT)
+    return path
+
+
+def make_run(run_dir: Path, data: Path, model: Mapping[str, Any], *, scale: float = 1.0) -> Path:
+    """Leave a run directory as training does: config and checkpoints; all weights times `scale`."""
+    config = TrainConfig.model_validate(
+        {
+            "run_dir": str(run_dir),
+            "data": {"path": str(data), "decode": {"kind": "image", "size": 32, "channels": 1}},
+            "model": {"backbone": {"kind": "mlp", "hidden": (32,)}, **model},
+            "objective": {"regularisers": []},
+        }
+    )
+    shape = config.data.decode.event_shape
+    for step in (1, 2):
+        module = build_autoencoder(config.model, shape, seed=step, dtype=torch.float32)
+        weights = {name: scale * value.detach() for name, value in module.state_dict().items()}
+        ema = {name: value + 0.01 for name, value in weights.items()}
+        tensors = FullState(model=weights, ema=ema, exp_avg={}, exp_avg_sq={}, num_updates=step)
+        state = RunState(step, step, step, "order", "data", 1, {})
+        save_checkpoint(run_dir / "checkpoints", state, tensors)
+    (run_dir / "config.yaml").write_text(strict.dump(config))
+    return run_dir
+
+
+def make_config(run_dir: Path, out: Path, **settings: Any) -> ExportConfig:
+    """A config that writes both formats; keyword arguments replace settings."""
+    defaults = {
+        "run": str(run_dir),
+        "out": str(out),
+        "batch_size": 6,
+        "formats": [{"kind": "tar"}, {"kind": "parquet"}],
+    }
+    return ExportConfig.model_validate_json(json.dumps(defaults | settings))
+
+
+def run_export(config: ExportConfig, worker: Worker | None = None) -> int:
+    """Take part in an export within this process."""
+    worker = worker or Worker()
+    return work_through(begin(config, worker), worker, lambda: False)
