@@ -124,4 +124,4 @@ class ArrayDecode(Component):
     def to_unit(self, x: Tensor) -> Tensor:
         """Map stored values to float32 in [0, 1] on x's device: (x - low) / (high - low)."""
         low, high = self.range
-        return x.to(torch.float32).sub_(low).div_(high - low)
+        return x.to(torch.float32).sub(low).div_(high - low)

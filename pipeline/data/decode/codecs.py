@@ -142,6 +142,8 @@ def _read_with_pillow(data: bytes, rules: PixelRules) -> Pixels:
             return _pixels_of(ImageOps.exif_transpose(image), rules)
     except DecodeError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DecodeError("size", str(error)) from None
     except Exception as error:  # noqa: BLE001
         # Pillow's plug-ins raise whatever their parsers meet (struct.error, SyntaxError, ...), and
         # every one of them means the same here: this file is no image that we can read.
