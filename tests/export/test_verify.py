@@ -1,0 +1,243 @@
+"""verify finds every kind of damage, and nothing in a good export."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.data.pack import pack_sprites
+from pipeline.errors import UserError
+from pipeline.export import statistics
+from pipeline.export.__main__ import begin, work_through
+from pipeline.export.statistics import partial_of
+from pipeline.export.verify import LEVELS, verify_export
+from pipeline.export.workers import Worker
+from pipeline.writers import ParquetWriter, Rows, TarWriter
+from tests.export.world import NUM_SHARDS, SHARD_ROWS, make_config, run_export
+
+TAR = "data/tar/shard-000002.tar"
+PARQUET = "data/parquet/shard-000002.parquet"
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a good export, to be damaged."""
+    shutil.copytree(finished, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def seal(out: Path) -> None:
+    """Make hashes and sizes fit again, as someone would who edits the manifest by hand."""
+    path = out / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    for file in [f for task in manifest["tasks"] for f in task["files"]]:
+        content = (out / file["path"]).read_bytes()
+        file["bytes"], file["sha256"] = len(content), hashlib.sha256(content).hexdigest()
+    for name in ("statistics", "keys"):
+        content = (out / manifest[name]["path"]).read_bytes()
+        manifest[name]["sha256"] = hashlib.sha256(content).hexdigest()
+    path.write_text(json.dumps(manifest))
+    (out / "_SUCCESS").write_text(hashlib.sha256(path.read_bytes()).hexdigest() + "\n")
+    shutil.rmtree(out / "_run")
+
+
+def rewrite(out: Path, change: Callable[[Rows], Rows]) -> None:
+    """Replace both files of a task by changed ones."""
+    for writer, name in ((TarWriter(), TAR), (ParquetWriter(), PARQUET)):
+        rows = change(writer.read(out / name))
+        (out / name).unlink()
+        writer.write(out / name, rows)
+
+
+def changed(rows: Rows, **fields) -> Rows:
+    return Rows(**vars(rows) | fields)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_good_export_has_no_problem(finished: Path, data: Path, level: str):
+    report = verify_export(finished, source=data, level=level)
+    assert report.problems == []
+    assert report.ok
+    assert (report.rows, report.failed_rows) == (NUM_SHARDS * SHARD_ROWS, 0)
+    assert report.files == 2 * NUM_SHARDS + 2
+    assert report.notes == []
+
+
+def test_without_source_the_report_says_so(finished: Path):
+    report = verify_export(finished)
+    assert report.ok
+    assert len(report.notes) == 1
+
+
+def test_copy_without_run_records_is_good(out: Path, data: Path):
+    shutil.rmtree(out / "_run")
+    assert verify_export(out, source=data).problems == []
+
+
+@pytest.mark.parametrize(
+    "name", [TAR, PARQUET, "manifest.json", "latent_stats.json", "keys.parquet", "_SUCCESS"]
+)
+def test_one_flipped_bit(out: Path, name: str):
+    flip_bit(out / name)
+    problems = verify_export(out).problems
+    expected = "manifest.json" if name == "_SUCCESS" else name
+    assert any(expected in problem for problem in problems)
+
+
+@pytest.mark.parametrize("name", [TAR, PARQUET, "latent_stats.json", "keys.parquet"])
+@pytest.mark.parametrize("level", ["listing", "statistics"])
+def test_missing_file(out: Path, name: str, level: str):
+    (out / name).unlink()
+    assert f"{name} is missing" in verify_export(out, level=level).problems
+
+
+@pytest.mark.parametrize("name", ["data/tar/extra.tar", "notes.txt", "_stage/x/tar.tar"])
+def test_extra_file(out: Path, name: str):
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).touch()
+    assert verify_export(out, level="listing").problems == [f"{name} is not of this export"]
+
+
+def test_truncated_file(out: Path):
+    content = (out / TAR).read_bytes()
+    (out / TAR).write_bytes(content[:-512])
+    (problem,) = verify_export(out, level="listing").problems
+    assert problem.startswith(f"{TAR} has {len(content) - 512} bytes")
+
+
+def test_swapped_rows_behind_fitting_hashes(out: Path, data: Path):
+    def swap(rows: Rows) -> Rows:
+        keys = list(rows.keys)
+        keys[3], keys[4] = keys[4], keys[3]
+        return changed(rows, keys=keys)
+
+    rewrite(out, swap)
+    seal(out)
+    problems = verify_export(out, source=data).problems
+    assert any(f"{TAR}: other keys, or in another order, than {data}" in p for p in problems)
+    assert any(f"{PARQUET}: other keys, or in another order, than was" in p for p in problems)
+    assert any("keys.parquet differs" in p for p in problems)
+
+
+def test_changed_latents_behind_fitting_hashes(out: Path):
+    def nudge(rows: Rows) -> Rows:
+        mu = rows.latents["mu"].copy()
+        mu[0, 0] = np.nextafter(mu[0, 0], np.float32(9))
+        return changed(rows, latents={**rows.latents, "mu": mu})
+
+    rewrite(out, nudge)
+    seal(out)
+    assert verify_export(out, level="keys").problems == []
+    assert verify_export(out).problems == [
+        "latent_stats.json differs from the statistics of the stored values"
+    ]
+
+
+def test_formats_that_differ_behind_fitting_hashes(out: Path):
+    rows = TarWriter().read(out / TAR)
+    (out / TAR).unlink()
+    TarWriter().write(out / TAR, changed(rows, labels=rows.labels + 1))
+    seal(out)
+    assert f"{PARQUET} holds other rows than {TAR}" in verify_export(out).problems
+
+
+def test_failed_row_that_is_not_listed(out: Path):
+    def fail(rows: Rows) -> Rows:
+        valid = rows.valid.copy()
+        valid[7] = False
+        return changed(rows, valid=valid)
+
+    rewrite(out, fail)
+    seal(out)
+    assert any("not the failed rows" in problem for problem in verify_export(out).problems)
+
+
+def test_wrong_statistics_behind_fitting_hashes(out: Path):
+    partials = []
+    for path in sorted((out / "data/parquet").iterdir())[1:]:  # all but one shard
+        rows = ParquetWriter().read(path)
+        partials.append(partial_of(rows.latents, rows.valid))
+    (out / "latent_stats.json").write_bytes(statistics.to_text(statistics.merge(partials)))
+    seal(out)
+    assert verify_export(out).problems == [
+        "latent_stats.json differs from the statistics of the stored values"
+    ]
+
+
+def test_statistics_have_the_same_bits_when_recomputed(finished: Path):
+    partials = []
+    for path in sorted((finished / "data/tar").iterdir()):
+        rows = TarWriter().read(path)
+        partials.append(partial_of(rows.latents, rows.valid))
+    text = statistics.to_text(statistics.merge(partials))
+    assert (finished / "latent_stats.json").read_bytes() == text
+
+
+def test_unfinished_export(run_dir: Path, data: Path, tmp_path: Path):
+    stops = iter([False, False, True])
+    prepared = begin(make_config(run_dir, tmp_path), Worker())
+    assert work_through(prepared, Worker(), lambda: next(stops)) == 3
+    (problem,) = verify_export(tmp_path, source=data).problems
+    assert f"2 of {NUM_SHARDS} tasks are committed" in problem
+
+
+def test_manifest_of_other_counts(out: Path):
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    manifest["tasks"][1]["rows"] -= 1
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    problems = verify_export(out, level="counts").problems
+    assert "_SUCCESS does not hold the hash of manifest.json: one of them was changed" in problems
+    assert f"shard-000001: {SHARD_ROWS - 1} rows, but {SHARD_ROWS} were planned" in problems
+    assert "shard-000001: manifest.json and the commit record differ" in problems
+
+
+def test_missing_commit_record(out: Path):
+    (out / "_run/commits/shard-000000.json").unlink()
+    (problem,) = verify_export(out).problems
+    assert problem.startswith("shard-000000: its commit record cannot be read")
+
+
+def test_another_source(finished: Path, tmp_path: Path):
+    pack_sprites(tmp_path / "other", count=32, seed=9, shard_samples=SHARD_ROWS)
+    problems = verify_export(finished, source=tmp_path / "other").problems
+    assert any("is another data set" in problem for problem in problems)
+    assert any("shard-000002.tar is missing" in problem for problem in problems)
+
+
+def test_split_is_checked_against_the_source(run_dir: Path, data: Path, tmp_path: Path):
+    assert run_export(make_config(run_dir, tmp_path, data={"split": "held_out"})) == 0
+    assert verify_export(tmp_path, source=data).problems == []
+    manifest = json.loads((tmp_path / "manifest.json").read_bytes())
+    manifest["fingerprint"]["data"]["split"] = "all"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    problems = verify_export(tmp_path, source=data, level="keys").problems
+    assert any("not the rows of split all" in problem for problem in problems)
+
+
+def test_every_problem_is_listed(out: Path):
+    flip_bit(out / TAR)
+    (out / PARQUET).unlink()
+    (out / "extra").touch()
+    problems = "\n".join(verify_export(out).problems)
+    for text in (f"{TAR} has other content", f"{PARQUET} is missing", "extra is not of"):
+        assert text in problems
+
+
+def test_no_export_is_wrong_use(tmp_path: Path):
+    with pytest.raises(UserError, match="holds no export"):
+        verify_export(tmp_path)
+
+
+def test_unknown_level_is_wrong_use(finished: Path):
+    with pytest.raises(UserError, match="level is 'all'"):
+        verify_export(finished, level="all")
