@@ -188,7 +188,7 @@ BOMBS = {
     "jpeg": encoded(np.zeros((8, 8, 3), np.uint8), "JPEG").replace(
         b"\x08\x00\x08\x00\x08\x03", b"\x08\xea\x60\xea\x60\x03"
     ),
-    "gif": b"GIF89a\xff\xff\xff\xff\x00\x00\x00" + bytes(100),
+    "ppm": b"P6 60000 60000 255\n" + bytes(100),
 }
 
 
