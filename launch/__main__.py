@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     places = top.add_subparsers(dest="place", required=True, metavar="PLACE")
     here = places.add_parser("local", help="this machine", description=DESCRIPTION)
     here.add_argument("config", type=Path, help="YAML of the run")
-    here.add_argument("overrides", nargs="*", help="settings to change: a.b=c ...")
+    here.add_argument("overrides", nargs="*", help="a.b=c ...; --option=value, too")
     here.add_argument("--module", default="pipeline.train", help="what to run (%(default)s)")
     here.add_argument("--processes", type=int, default=1, help="one per GPU or core (%(default)s)")
     here.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="(%(default)s)")

@@ -24,6 +24,7 @@ import psutil
 from launch.job import Job, JobError
 
 TOPOLOGIES = Path("configs/accelerate")
+WITH_DRY_RUN = ("pipeline.train",)
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -74,8 +75,17 @@ def command(job: Job) -> Command:
     return Command(argv, environment(job))
 
 
+def check(job: Job) -> int:
+    """Let one process read the config and exit; a mistake is told once, without any launcher."""
+    argv = [sys.executable, "-m", job.module, *job.arguments, "--dry-run"]
+    env = os.environ | environment(job)
+    return subprocess.run(argv, env=env, stdout=subprocess.DEVNULL, check=False).returncode
+
+
 def run(job: Job) -> int:
     """Run the job to its end; its exit code is the one that the run wrote to outcome.json."""
+    if job.module in WITH_DRY_RUN and (code := check(job)):
+        return code
     run_dir = job.run_dir()
     before = _outcome_stamp(run_dir)
     what = command(job)
