@@ -11,4 +11,6 @@ class Component(BaseModel):
     carry a `kind` literal, and the family's `__init__.py` lists them in one tagged union.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )

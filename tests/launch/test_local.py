@@ -200,3 +200,29 @@ def test_topologies_connect_their_processes(
     assert result.code == 0, result.output
     for rank in range(num_processes):
         assert f"sum {rank}:{2**num_processes - 1}:cpu:1" in result.output
+
+
+@pytest.mark.distributed
+def test_training_preempted_and_resumed_by_the_same_command(
+    start_processes: Callable[..., Processes], tiny_shards: Path, tmp_path: Path
+):
+    command = (
+        *("local", "--submit", "--processes", 2, ROOT / "configs" / "train" / "vae.yaml"),
+        *(f"run_dir={tmp_path / 'run'}", f"data.path={tiny_shards}", "batch_size=8"),
+        *("data.decode={kind: image, size: 32, channels: 3}", "monitor.log_every_steps=1"),
+        *("evaluation.every_steps=1000", "checkpoint.every_steps=1000"),
+        "optimizer.learning_rate.warmup_samples=0",
+    )
+    running = start_processes("launch", None, *command, "num_steps=100000")
+    running.wait_for("step 3/", timeout=120)
+    os.kill(running.pid, signal.SIGUSR1)
+    preempted = running.wait(90)
+    assert preempted.code == 3, preempted.output
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert outcome["status"] == "preempted"
+
+    steps = outcome["step"] + 2
+    finished = start_processes("launch", None, *command, f"num_steps={steps}").wait(120)
+    assert finished.code == 0, finished.output
+    assert f"step {steps}/{steps}" in finished.output
+    assert "step 1/" not in finished.output

@@ -1,0 +1,131 @@
+"""Real processes: killed at random moments, several at once, under accelerate launch, stopped."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline import strict
+from pipeline.export.verify import verify_export
+from tests.export.world import NUM_SHARDS, make_config, make_data, make_run, tree
+from tests.processes import CPU_ENV, ROOT
+
+
+@pytest.fixture
+def config(run_dir: Path, tmp_path: Path) -> Path:
+    """The config file of an export to tmp_path/out."""
+    path = tmp_path / "export.yaml"
+    path.write_text(strict.dump(make_config(run_dir, tmp_path / "out")))
+    return path
+
+
+def kill_and_restart(config: Path, seed: int, kills: int) -> list[dict]:
+    command = [sys.executable, ROOT / "tests/export/killer.py", config, str(seed), str(kills)]
+    environment = CPU_ENV | {"PATH": "/usr/bin:/bin"}
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=280
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def check_killed(starts: list[dict], kills: int) -> None:
+    assert len(starts) == kills + 1
+    assert set(starts[-1]["codes"]) == {0}
+    killed = [code for start in starts[:-1] for code in start["codes"]]
+    assert -signal.SIGKILL in killed  # else nothing was tested
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_and_restarted_export_has_the_same_bytes(
+    config: Path, finished: Path, data: Path, seed: int
+):
+    check_killed(kill_and_restart(config, seed, 3), 3)
+    out = config.parent / "out"
+    assert tree(out) == tree(finished)
+    assert verify_export(out, source=data).problems == []
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_killed_ten_times(config: Path, finished: Path, seed: int):
+    check_killed(kill_and_restart(config, seed, 10), 10)
+    assert tree(config.parent / "out") == tree(finished)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_under_accelerate_launch(
+    config: Path, finished: Path, run_processes: Callable, num_processes: int
+):
+    result = run_processes("pipeline.export", num_processes, config)
+    assert result.code == 0, result.output
+    assert tree(config.parent / "out") == tree(finished)
+    assert len(re.findall(r"^export: \d+ rows in ", result.output, re.MULTILINE)) == 1
+
+
+@pytest.mark.fault
+def test_one_of_two_launched_processes_is_killed(
+    run_dir: Path, finished: Path, tmp_path: Path, start_processes: Callable, config: Path
+):
+    """The launcher ends the other one; the same command, now alone, finishes."""
+    launched = start_processes("pipeline.export", 2, config)
+    launched.wait_for("", timeout=1)
+    while len(launched.ranks()) < 2:
+        pass
+    victim = launched.ranks()[1]
+    while not (tmp_path / "out/_run/plan.json").exists() and launched.running:
+        pass
+    try:
+        victim.kill()
+    except psutil.NoSuchProcess:
+        pass
+    launched.wait()
+    alone = start_processes("pipeline.export", None, config).wait()
+    assert alone.code == 0, alone.output
+    assert tree(tmp_path / "out") == tree(finished)
+
+
+@pytest.mark.fault
+def test_sigterm_stops_between_tasks_and_the_same_command_goes_on(
+    tmp_path: Path, start_processes: Callable, run_processes: Callable
+):
+    """Enough shards that the signal comes before the end."""
+    data = make_data(tmp_path / "data", shards=150)
+    run_dir = make_run(tmp_path / "run", data, {"bottleneck": {"kind": "gaussian", "size": 3}})
+    config = tmp_path / "export.yaml"
+    config.write_text(strict.dump(make_config(run_dir, tmp_path / "out")))
+    commits = tmp_path / "out/_run/commits"
+    running = start_processes("pipeline.export", None, config)
+    while running.running and not (commits.exists() and any(commits.glob("*.json"))):
+        pass
+    psutil.Process(running.pid).terminate()
+    stopped = running.wait()
+    assert stopped.code == 3, stopped.output
+    done = len(list(commits.glob("*.json")))
+    assert 0 < done < 150
+    assert not (tmp_path / "out/_SUCCESS").exists()
+    resumed = run_processes("pipeline.export", None, config)
+    assert resumed.code == 0, resumed.output
+    assert verify_export(tmp_path / "out", source=data).problems == []
+
+
+@pytest.mark.distributed
+def test_wrong_use_is_told_once(config: Path, run_processes: Callable, tmp_path: Path):
+    result = run_processes("pipeline.export", 2, config, f"run={tmp_path / 'none'}")
+    assert result.code != 0
+    assert result.output.count("is no run directory") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_names_rate_and_share(config: Path, run_processes: Callable):
+    result = run_processes("pipeline.export", None, config, "formats=[{kind: parquet}]")
+    assert result.code == 0, result.output
+    total = NUM_SHARDS * 16
+    assert re.search(rf"export: {total} of {total} images \(100%\), \d+/s, 0 s left", result.output)
