@@ -171,6 +171,36 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def probe(arguments: argparse.Namespace) -> int:
+    """Probe exported latents."""
+    from pipeline.probe import probe_export
+
+    scores = probe_export(
+        arguments.export,
+        source=arguments.source,
+        targets=arguments.target,
+        max_samples=arguments.max_samples,
+    )
+    if arguments.json:
+        _print({"scores": [asdict(score) for score in scores]}, as_json=True)
+    else:
+        print("\n".join(score_table([asdict(score) for score in scores])))
+    return DONE
+
+
+def score_table(scores: Sequence[dict[str, Any]]) -> list[str]:
+    """The scores of a probe, a line each: accuracy for classes, R2 for numbers."""
+    names = ("target", "features", "score", "linear", "neighbours", "chance")
+    lines = ["{:<16}{:<10}{:<10}{:>8}{:>12}{:>8}".format(*names)]
+    for score in scores:
+        unit = "accuracy" if score["kind"] == "class" else "R2"
+        lines.append(
+            f"{score['target']:<16}{score['features']:<10}{unit:<10}"
+            f"{score['linear']:8.3f}{score['neighbours']:12.3f}{score['chance']:8.3f}"
+        )
+    return [*lines, "trained on {num_train:,} samples, tested on {num_test:,}".format(**scores[0])]
+
+
 def _add_split(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", metavar="YAML", help=f"which samples are held out: {SPLIT}")
 
@@ -240,6 +270,20 @@ def _add_evaluate(add: AddParser) -> None:
     parser.add_argument("--split", help="of the data; else the config's held-out split")
 
 
+def _add_probe(add: AddParser) -> None:
+    text = "what can be read off exported latents: a linear probe and nearest neighbours"
+    parser = _verb(add, "probe", probe, text)
+    parser.add_argument("export", type=Path, help="directory of a finished export")
+    parser.add_argument("--source", type=Path, help="its data set: probes raw pixels, too")
+    parser.add_argument(
+        "--target",
+        action="append",
+        metavar="NAME",
+        help="`label` or a field of the samples' JSON, several times; else all that fit",
+    )
+    parser.add_argument("--max-samples", type=int, default=8000, help="(%(default)s)")
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(
@@ -254,6 +298,7 @@ def parser() -> argparse.ArgumentParser:
     _add_index(verbs.add_parser)
     _add_verify(verbs.add_parser)
     _add_evaluate(verbs.add_parser)
+    _add_probe(verbs.add_parser)
     return top
 
 

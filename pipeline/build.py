@@ -35,6 +35,13 @@ def make_forward(config: TrainConfig, device: torch.device) -> Forward:
     )
 
 
+def place_model(model: AutoEncoder, config: TrainConfig, device: torch.device) -> AutoEncoder:
+    """Move a model to its device and into the config's memory format."""
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    # torch's stubs leave this argument out
+    return model.to(device).to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+
+
 def make_strategy(config: TrainConfig, runtime: Runtime) -> Strategy:
     """Return the initial model, distributed over the processes."""
     model = build_autoencoder(
@@ -43,8 +50,7 @@ def make_strategy(config: TrainConfig, runtime: Runtime) -> Strategy:
         seed=config.seed,
         dtype=parameter_dtype(config.precision),
     )
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = model.to(device=runtime.device, memory_format=memory_format)
+    model = place_model(model, config, runtime.device)
     if config.compile:
         model.compile()
     return DdpStrategy(

@@ -34,14 +34,14 @@ class EvaluationConfig(Component):
     """Held-out evaluation during the run; also at its start and end."""
 
     split: str = "held_out"
-    every_steps: int = Field(1000, gt=0)
+    every_steps: int = Field(default=1000, gt=0)
 
 
 class CheckpointConfig(Component):
     """When to save, and how many to keep."""
 
-    every_steps: int = Field(1000, gt=0)
-    keep: int = Field(2, ge=2)  # the newest; two, so that a damaged one has a predecessor
+    every_steps: int = Field(default=1000, gt=0)
+    keep: int = Field(default=2, ge=2)  # the newest; two, so that a damaged one has a predecessor
 
 
 class TrainConfig(Component):
@@ -53,15 +53,17 @@ class TrainConfig(Component):
     corruptions: tuple[Corruption, ...] = ()  # in this order; the target stays clean
     objective: Objective = Objective()
     optimizer: AdamWConfig = AdamWConfig()
-    batch_size: int = Field(256, gt=0)  # the global batch G: samples per step over all processes
-    accumulation: int = Field(1, gt=0)  # micro-batches per step and process
-    num_steps: int = Field(10_000, gt=0)
-    seed: int = Field(0, ge=0)  # weights, order, corruption and noise follow from it
+    batch_size: int = Field(
+        default=256, gt=0
+    )  # the global batch G: samples per step over all processes
+    accumulation: int = Field(default=1, gt=0)  # micro-batches per step and process
+    num_steps: int = Field(default=10_000, gt=0)
+    seed: int = Field(default=0, ge=0)  # weights, order, corruption and noise follow from it
     precision: Precision = "fp32"
-    ema_decay: float | None = Field(0.999, gt=0, lt=1)  # null: no average
+    ema_decay: float | None = Field(default=0.999, gt=0, lt=1)  # null: no average
     channels_last: bool = True
     compile: bool = False
-    max_skipped_steps: int = Field(20, ge=0)  # steps with a gradient that is not finite
+    max_skipped_steps: int = Field(default=20, ge=0)  # steps with a gradient that is not finite
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()

@@ -1,12 +1,12 @@
 """Held-out evaluation of a run, while it trains and, by `latentmill evaluate RUN`, afterwards."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Literal
 
-import torch
 from torch import nn
 
-from pipeline.build import make_forward
+from pipeline.build import make_forward, place_model
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.data.stream import open_stream
@@ -72,7 +72,7 @@ def report_evaluation(
     monitor: Monitor,
 ) -> None:
     """Evaluate a running training's weights, and the averaged ones beside them; a collective."""
-    views = {"eval": nullcontext()}
+    views: dict[str, AbstractContextManager[None]] = {"eval": nullcontext()}
     if config.ema_decay is not None:
         views["eval_ema"] = strategy.averaged()
     for name, view in views.items():
@@ -109,13 +109,13 @@ def evaluate_run(
     quarantine = Quarantine(run_dir, config.data.max_bad_fraction, runtime)
     forward = make_forward(config, runtime.device)
     metrics: dict[str, float] = {}
-    names = {"eval": "raw"} if config.ema_decay is None else {"eval": "raw", "eval_ema": "ema"}
+    names: dict[str, Literal["raw", "ema"]] = {"eval": "raw"}
+    if config.ema_decay is not None:
+        names["eval_ema"] = "ema"
     for name, weights in names.items():
         run = load_run(run_dir, step=step, weights=weights)
-        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        model = run.model.to(device=runtime.device, memory_format=memory_format)
         result = evaluate_split(
-            model,
+            place_model(run.model, config, runtime.device),
             config,
             step=run.step,
             forward=forward,

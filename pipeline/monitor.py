@@ -36,8 +36,10 @@ class WandbConfig(Component):
 class MonitorConfig(Component):
     """How often a run reports."""
 
-    log_every_steps: int = Field(50, gt=0)
-    num_images: int = Field(8, ge=0)  # rows of the picture at every evaluation; 0: no pictures
+    log_every_steps: int = Field(default=50, gt=0)
+    num_images: int = Field(
+        default=8, ge=0
+    )  # rows of the picture at every evaluation; 0: no pictures
     wandb: WandbConfig = WandbConfig()
 
 

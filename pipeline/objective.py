@@ -26,8 +26,8 @@ from pipeline.regularisers import Regulariser, gaussian_kl
 class Emphasis(Component):
     """Weights of corrupted and untouched elements (Vincent et al. 2010, section 5.1)."""
 
-    corrupted: float = Field(1.0, ge=0)
-    untouched: float = Field(1.0, ge=0)
+    corrupted: float = Field(default=1.0, ge=0)
+    untouched: float = Field(default=1.0, ge=0)
 
     @property
     def is_neutral(self) -> bool:

@@ -14,11 +14,13 @@ class AdamWConfig(Component):
     """AdamW (Loshchilov and Hutter 2019) with clipping and a learning-rate schedule."""
 
     learning_rate: WarmupCosine = WarmupCosine()
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float | None = Field(None, gt=0)  # of the global batch's gradient; null: no clip
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float | None = Field(
+        default=None, gt=0
+    )  # of the global batch's gradient; null: no clip
 
     def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
         """Return the optimizer; one fused kernel, which CPU and CUDA both have."""

@@ -65,14 +65,14 @@ def _read_rows(root: Path, manifest: dict[str, Any]) -> Iterator[Rows]:
 
 def _thin(rows: Rows, stride: int) -> Rows:
     """Return every stride-th of the valid rows."""
-    chosen = np.flatnonzero(rows.valid)[::stride]
+    chosen: NDArray[np.int64] = np.flatnonzero(rows.valid)[::stride]
     return Rows(
         shard=rows.shard,
-        keys=[rows.keys[i] for i in chosen],
+        keys=[str(rows.keys[i]) for i in chosen.tolist()],
         rows=rows.rows[chosen],
         valid=rows.valid[chosen],
         labels=rows.labels[chosen],
-        metadata=[rows.metadata[i] for i in chosen],
+        metadata=[rows.metadata[i] for i in chosen.tolist()],
         latents={field: values[chosen] for field, values in rows.latents.items()},
     )
 

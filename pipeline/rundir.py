@@ -12,7 +12,7 @@ outcome.json       how the last start ended: the contract with launchers, which 
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,7 +120,7 @@ def _covered(path: str, names: Sequence[str]) -> bool:
 
 
 @contextmanager
-def claimed(config: TrainConfig, accepted: Sequence[str], runtime: Runtime) -> Iterator[None]:
+def claimed(config: TrainConfig, accepted: Sequence[str], runtime: Runtime) -> Generator[None]:
     """Hold the run directory inside the context; a collective.
 
     A UserError of the main process is raised on every process. An exception on the way out is

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,8 @@ class Runtime:
         self.device: torch.device = accelerator.device
         # Decisions (stop? saved?) travel over the CPU, beside the gradients' own group.
         needs_own_group = self.world > 1 and dist.get_backend() != "gloo"
-        self._control = dist.new_group(backend="gloo") if needs_own_group else None
+        own_group = dist.new_group(backend="gloo") if needs_own_group else None
+        self._control = cast(dist.ProcessGroup | None, own_group)
 
     @classmethod
     def start(cls, *, accumulation: int) -> "Runtime":

@@ -17,8 +17,8 @@ class LinearSchedule(Component):
     """From `start` to `end` in a straight line over the first `over_samples`, constant after."""
 
     kind: Literal["linear"] = "linear"
-    start: float = Field(0.0, ge=0)
-    end: float = Field(1.0, ge=0)
+    start: float = Field(default=0.0, ge=0)
+    end: float = Field(default=1.0, ge=0)
     over_samples: int = Field(gt=0)
 
     def at(self, samples: int) -> float:
@@ -42,9 +42,9 @@ class WarmupCosine(Component):
     Loshchilov and Hutter 2017 (SGDR), equation 5, without restarts.
     """
 
-    peak: float = Field(1e-3, gt=0)
-    final: float = Field(0.0, ge=0)
-    warmup_samples: int = Field(0, ge=0)
+    peak: float = Field(default=1e-3, gt=0)
+    final: float = Field(default=0.0, ge=0)
+    warmup_samples: int = Field(default=0, ge=0)
 
     def at(self, samples: int, *, total_samples: int) -> float:
         """Learning rate for the update that follows `samples` of `total_samples` seen samples."""

@@ -53,7 +53,7 @@ def test_it_is_short_and_opens_with_a_comment(path: Path):
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
     stated = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    assert 3 <= len(stated) <= 30
+    assert 2 <= len(stated) <= 30
 
 
 @pytest.mark.parametrize("path", OUR_YAML)

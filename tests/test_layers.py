@@ -22,7 +22,8 @@ LAYERS = (
     "evaluation",
     "config",
     "rundir build",
-    "train evaluate export bench doctor report demo",
+    "train evaluate export",
+    "probe bench doctor report demo",
     "__main__",
 )
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

@@ -17,9 +17,9 @@ class PatchMask(CorruptionBase):
     """
 
     kind: Literal["patch_mask"] = "patch_mask"
-    patch_size: int = Field(8, gt=0)  # pixels; divides height and width
+    patch_size: int = Field(default=8, gt=0)  # pixels; divides height and width
     fraction: Fraction = 0.5
-    fill: float = Field(0.0, ge=0, le=1)
+    fill: float = Field(default=0.0, ge=0, le=1)
 
     def check_event(self, event_shape: tuple[int, ...]) -> None:
         """Raise ValueError unless the event is an image that the patches tile."""

@@ -39,7 +39,7 @@ class Posterior:
 class BottleneckBase(Component):
     """A kind of bottleneck over `size` latent channels."""
 
-    size: int = Field(10, gt=0)  # latent channels Z
+    size: int = Field(default=10, gt=0)  # latent channels Z
 
     @property
     def num_statistics(self) -> int:

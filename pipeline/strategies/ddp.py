@@ -1,6 +1,6 @@
 """One process, or DistributedDataParallel over several: every process holds the whole model."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -74,7 +74,8 @@ class DdpStrategy:
         if self._max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
         applied = norm.isfinite().to(torch.float32)
-        self._optimizer.found_inf = 1.0 - applied
+        # An attribute that torch's own GradScaler sets from outside; no stub knows it.
+        setattr(self._optimizer, "found_inf", 1.0 - applied)  # noqa: B010
         self._prepared.step()
         self._prepared.zero_grad(set_to_none=True)
         self._num_updates += applied
@@ -90,12 +91,12 @@ class DdpStrategy:
         if not self._ema:
             return
         decay = ((1.0 + self._num_updates) / (10.0 + self._num_updates)).clamp(max=self._ema_decay)
-        change = torch._foreach_sub(self._parameters, self._ema)  # pyright: ignore[reportPrivateUsage]
-        torch._foreach_mul_(change, (1.0 - decay) * applied)  # pyright: ignore[reportPrivateUsage]
-        torch._foreach_add_(self._ema, change)  # pyright: ignore[reportPrivateUsage]
+        change = torch._foreach_sub(self._parameters, self._ema)  # pyright: ignore
+        torch._foreach_mul_(change, (1.0 - decay) * applied)  # pyright: ignore
+        torch._foreach_add_(self._ema, change)  # pyright: ignore
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> Generator[None]:
         """Exchange parameters and averages, and back."""
         self._swap()
         try:
