@@ -69,7 +69,11 @@ def _write_temporary(path: Path, data: bytes) -> Path:
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace or create `path` with `data`; after a crash it holds the old content or the new."""
     temporary = _write_temporary(path, data)
-    os.replace(temporary, path)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink()
+        raise
     sync_directory(path.parent)
 
 
