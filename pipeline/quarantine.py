@@ -12,7 +12,7 @@ from pipeline.data.stream import Quarantined, Stream
 from pipeline.errors import UserError
 from pipeline.runtime import Runtime
 
-# A fraction of fewer samples than this says nothing.
+# The fraction is taken of at least so many samples: of fewer it says nothing.
 MIN_SAMPLES_JUDGED = 1000
 
 
@@ -25,9 +25,12 @@ class Quarantine:
         self._runtime = runtime
         self._known: set[int] = set()
         if runtime.is_main and self._path.exists():
-            lines = self._path.read_bytes().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith(b"\n")]
-            self._known = {json.loads(line)["uid"] for line in whole}
+            content = self._path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):
+                # Half a line, left by a kill: the next entry must not be written behind it.
+                os.truncate(self._path, len(whole))
+            self._known = {json.loads(line)["uid"] for line in whole.splitlines()}
 
     def collect(self, stream: Stream) -> dict[str, float]:
         """Take new entries from every process's stream and return counts to log; a collective.

@@ -103,9 +103,12 @@ class Engine:
             for _ in self._threads:
                 queue.put(None)
         for thread in self._threads:
-            # The garbage collector may call this in one of the threads, or before they started.
-            if thread is not threading.current_thread() and thread.ident is not None:
+            if thread.ident is not None:  # stopped before it was started
                 thread.join()
+
+    def owns_current_thread(self) -> bool:
+        """Whether the caller runs in one of the engine's threads, where `stop` would hang."""
+        return threading.current_thread() in self._threads
 
     def _new_threads(
         self, count: int, name: str, work: Callable[..., None], queue: Queue

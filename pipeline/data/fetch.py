@@ -66,11 +66,12 @@ def read_members(
 
 
 def parse_label(text: bytes | None) -> int:
-    """The class number in a `.cls` member; -1 without one, or where it is no integer."""
+    """The class number in a `.cls` member; -1 without one, or where it is no int64."""
     try:
-        return int(text) if text is not None else NO_LABEL
+        label = int(text) if text is not None else NO_LABEL
     except ValueError:
         return NO_LABEL
+    return label if -(2**63) <= label < 2**63 else NO_LABEL
 
 
 class Fetcher:

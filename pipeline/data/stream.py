@@ -8,6 +8,7 @@ decoded batches. The state of the stream is its step number.
 
 import logging
 import math
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -25,7 +26,6 @@ from pipeline.data.settings import DataConfig
 from pipeline.data.storage import Storage
 from pipeline.errors import UserError
 
-MIN_SAMPLES_JUDGED = 1000  # max_bad_fraction is taken of at least so many samples
 MAX_READ_AMPLIFICATION = 1.1
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def open_stream(
         prefetch=data.prefetch,
         pin=pin,
     )
-    return Stream(engine, storage, order, index, data)
+    return Stream(engine, storage, order, index)
 
 
 def _warn_of_amplification(lanes: int, rank: int, world: int) -> None:
@@ -136,14 +136,11 @@ def _warn_of_amplification(lanes: int, rank: int, world: int) -> None:
 class Stream(Iterator[Batch]):
     """Batches of one rank, one per step; close it, or use it in a `with` statement."""
 
-    def __init__(
-        self, engine: Engine, storage: Storage, order: Order, index: Index, data: DataConfig
-    ) -> None:
+    def __init__(self, engine: Engine, storage: Storage, order: Order, index: Index) -> None:
         self.order = order
         self.counters = StreamCounters()
         self._engine = engine
         self._shards = index.shards
-        self._max_bad_fraction = data.max_bad_fraction
         self._quarantined: list[Quarantined] = []
         self._close = weakref.finalize(self, _stop, engine, storage)
         engine.start()
@@ -163,9 +160,18 @@ class Stream(Iterator[Batch]):
         return self
 
     def __next__(self) -> Batch:
-        """Wait for the next step's batch; raise what a thread of the stream met, or UserError."""
+        """Wait for the next step's batch; what a thread of the stream met is raised and ends it.
+
+        Bad samples raise nothing here: too many of them is a decision for all processes together,
+        which `pipeline.quarantine` takes.
+        """
         started = time.perf_counter()
-        buffer = self._engine.take()
+        try:
+            buffer = self._engine.take()
+        except BaseException:
+            # The error's traceback leads to this stream, so the collector would never end it.
+            self.close()
+            raise
         counters = self.counters
         counters.stall_seconds += time.perf_counter() - started
         counters.bytes_read = self._engine.reads.num_bytes
@@ -202,16 +208,13 @@ class Stream(Iterator[Batch]):
             self._quarantined.append(
                 Quarantined(int(buffer.uid[slot]), key, shard, fault.stage, fault.reason)
             )
-        bound = self._max_bad_fraction * max(self.counters.images, MIN_SAMPLES_JUDGED)
-        if self.counters.tombstones > bound:
-            last = self._quarantined[-1]
-            raise UserError(
-                f"{self.counters.tombstones} of {self.counters.images} samples could not be "
-                f"decoded, more than data.max_bad_fraction = {self._max_bad_fraction} allows; the "
-                f"last was {last.key!r} in {last.shard} ({last.stage}: {last.reason})."
-            )
 
 
 def _stop(engine: Engine, storage: Storage) -> None:
+    if engine.owns_current_thread():
+        # The garbage collector came by in a thread of the stream, which may hold a lock that the
+        # others need in order to end.
+        threading.Thread(target=_stop, args=(engine, storage), name="stream-stop").start()
+        return
     engine.stop()
     storage.close()

@@ -83,7 +83,8 @@ def test_cmyk_jpeg():
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize(
-    "height, width", [(64, 64), (64, 91), (91, 64), (200, 130), (131, 201), (17, 23), (1, 1), (500, 333)]
+    "height, width",
+    [(64, 64), (64, 91), (91, 64), (200, 130), (131, 201), (17, 23), (1, 1), (500, 333)],
 )
 def test_any_size_becomes_the_square_in_the_middle(height, width, kind):
     """Against Pillow alone: decode, central square, resize."""
@@ -179,12 +180,16 @@ def test_the_first_frame_of_an_animation_counts():
 def png_header(width, height):
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + header
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    )
 
 
 BOMBS = {
     "png": png_header(100_000, 100_000) + bytes(100),
-    "webp": b"RIFF\x00\x01\x00\x00WEBPVP8X\x0a\x00\x00\x00\x10\x00\x00\x00" + b"\xff\x3f\x00" * 2 + bytes(90),
+    "webp": b"RIFF\x00\x01\x00\x00WEBPVP8X\x0a\x00\x00\x00\x10\x00\x00\x00"
+    + b"\xff\x3f\x00" * 2
+    + bytes(90),
     "jpeg": encoded(np.zeros((8, 8, 3), np.uint8), "JPEG").replace(
         b"\x08\x00\x08\x00\x08\x03", b"\x08\xea\x60\xea\x60\x03"
     ),
@@ -241,9 +246,13 @@ def test_a_flipped_byte_gives_an_image_or_a_fault_and_nothing_else(kind, place, 
     data = bytearray(GOOD[kind])
     data[place % len(data)] ^= bits
     try:
-        decoded(bytes(data), size=32)
+        image = decoded(bytes(data), size=32)
     except DecodeError as error:
-        assert error.stage in ("decode", "size")
+        fault = error.stage
+    else:
+        fault = None
+        assert image.shape[:2] == (32, 32)
+    assert fault in (None, "decode", "size")
 
 
 def npy(array, **options) -> bytes:
@@ -264,7 +273,11 @@ def read_array(data, **settings_):
 def test_arrays_of_any_shape_and_type(dtype, shape):
     values = RNG.integers(0, 200, shape).astype(dtype)
     expect = {"shape": shape, "dtype": dtype, "range": (0, 255)}
-    for data in (npy(values), npy(np.asfortranarray(values)), npy(values.astype(values.dtype.newbyteorder(">")))):
+    for data in (
+        npy(values),
+        npy(np.asfortranarray(values)),
+        npy(values.astype(values.dtype.newbyteorder(">"))),
+    ):
         assert np.array_equal(read_array(data, **expect), values)
     file = io.BytesIO()
     np.lib.format.write_array(file, values, version=(2, 0))

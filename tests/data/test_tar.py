@@ -28,7 +28,7 @@ def scan_of(data: bytes) -> TarScan:
 
 
 def read(data: bytes):
-    """({name: content}, damage)"""
+    """([(name, content)], damage)."""
     scan = scan_of(data)
     members = [(m.name, data[m.offset : m.offset + m.num_bytes]) for m in scan]
     return members, scan.damage
@@ -41,9 +41,7 @@ def kinds(damage):
 FILES = [(f"{i:03d}.bin", bytes([i + 1]) * size) for i, size in enumerate((0, 1, 511, 512, 1300))]
 
 
-@pytest.mark.parametrize(
-    "dialect", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
-)
+@pytest.mark.parametrize("dialect", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_of_every_dialect(dialect):
     files = [*FILES, ("häßlich/日本.txt", b"utf-8")]
     if dialect != tarfile.USTAR_FORMAT:
@@ -204,9 +202,7 @@ def webdataset_samples(data: bytes):
     """[(key, {suffix: content})] as webdataset reads an intact shard."""
     opened = [{"url": "a.tar", "stream": io.BytesIO(data)}]
     samples = tariterators.group_by_keys(tariterators.tar_file_expander(opened))
-    return [
-        (s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in samples
-    ]
+    return [(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in samples]
 
 
 def our_samples(data: bytes):
