@@ -33,7 +33,7 @@ check: $(STAMP) ## format, lint and types, changing nothing
 	$(BIN)/shellcheck .ci/run
 
 format: $(STAMP) ## rewrite the code as `check` wants it, as far as that is mechanical
-	$(BIN)/ruff check --fix .
+	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
 $(STAMP): pyproject.toml constraints.txt

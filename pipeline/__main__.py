@@ -6,15 +6,15 @@ progress and errors go to stderr.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline import __version__
+from pipeline.console import print_report, print_scores, size
 from pipeline.errors import DONE, FAILED, WRONG_USE, UserError
 
 if TYPE_CHECKING:
@@ -33,17 +33,6 @@ Exit codes: 0 done, 2 wrong use or input, 1 everything else.
 """
 SPLIT = "{by: key, fractions: {train: 0.98, held_out: 0.02}, seed: 0}"
 LEVELS = ("listing", "counts", "hashes", "keys", "statistics")  # pipeline.export.verify's
-BINARY_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
-
-
-def size(text: str) -> int:
-    """Bytes from 123, 64K, 256M, 2G (binary units, also written 256MiB)."""
-    number, unit = text.removesuffix("iB"), 0
-    if number and number[-1] in BINARY_UNITS:
-        number, unit = number[:-1], BINARY_UNITS[number[-1]]
-    if not number.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 1000000, 64K, 256M or 2G")
-    return int(number) << unit
 
 
 def _split(arguments: argparse.Namespace) -> "SplitSpec | None":
@@ -58,31 +47,6 @@ def _split(arguments: argparse.Namespace) -> "SplitSpec | None":
 
 def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:
-    """The fields one a line; nested mappings and long lists below their name."""
-    lines: list[str] = []
-    for name, value in fields.items():
-        label = f"{indent}{name.replace('_', ' ')}"
-        if isinstance(value, dict):
-            lines += [label, *_lines(value, indent + "  ")]
-        elif isinstance(value, list | tuple) and len(value) > 4:
-            lines += [label, *(f"{indent}  {item}" for item in value)]
-        elif isinstance(value, list | tuple):
-            lines.append(f"{label:<28}{', '.join(map(str, value)) or '-'}")
-        elif isinstance(value, float):
-            lines.append(f"{label:<28}{value:.6g}")
-        else:
-            lines.append(f"{label:<28}{value}")
-    return lines
-
-
-def _print(fields: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(fields, default=str, allow_nan=False))
-    else:
-        print("\n".join(_lines(fields)))
 
 
 def pack_folder(arguments: argparse.Namespace) -> int:
@@ -100,7 +64,7 @@ def pack_folder(arguments: argparse.Namespace) -> int:
         split=_split(arguments),
         progress=_progress,
     )
-    _print(asdict(report), arguments.json)
+    print_report(asdict(report), arguments.json)
     return DONE
 
 
@@ -117,7 +81,7 @@ def pack_sprites(arguments: argparse.Namespace) -> int:
         split=_split(arguments),
         progress=_progress,
     )
-    _print(asdict(report), arguments.json)
+    print_report(asdict(report), arguments.json)
     return DONE
 
 
@@ -144,7 +108,7 @@ def index(arguments: argparse.Namespace) -> int:
         "duplicate_keys": built.duplicate_keys,
         "damage": [f"{shard}: {damage.text}" for shard, damage in built.damage],
     }
-    _print(fields, arguments.json)
+    print_report(fields, arguments.json)
     return DONE
 
 
@@ -158,7 +122,7 @@ def verify(arguments: argparse.Namespace) -> int:
         report = verify_shards(path, shards=shards, progress=_progress)
     else:
         report = verify_export(path, source=arguments.source, shards=shards, level=arguments.level)
-    _print(asdict(report), arguments.json)
+    print_report(asdict(report), arguments.json)
     return FAILED if report.problems else DONE
 
 
@@ -167,7 +131,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from pipeline.evaluate import evaluate_run
 
     metrics = evaluate_run(arguments.run, step=arguments.step, split=arguments.split)
-    _print(dict(metrics), arguments.json)
+    print_report(dict(metrics), arguments.json)
     return DONE
 
 
@@ -181,24 +145,8 @@ def probe(arguments: argparse.Namespace) -> int:
         targets=arguments.target,
         max_samples=arguments.max_samples,
     )
-    if arguments.json:
-        _print({"scores": [asdict(score) for score in scores]}, as_json=True)
-    else:
-        print("\n".join(score_table([asdict(score) for score in scores])))
+    print_scores([asdict(score) for score in scores], arguments.json)
     return DONE
-
-
-def score_table(scores: Sequence[dict[str, Any]]) -> list[str]:
-    """The scores of a probe, a line each: accuracy for classes, R2 for numbers."""
-    names = ("target", "features", "score", "linear", "neighbours", "chance")
-    lines = ["{:<16}{:<10}{:<10}{:>8}{:>12}{:>8}".format(*names)]
-    for score in scores:
-        unit = "accuracy" if score["kind"] == "class" else "R2"
-        lines.append(
-            f"{score['target']:<16}{score['features']:<10}{unit:<10}"
-            f"{score['linear']:8.3f}{score['neighbours']:12.3f}{score['chance']:8.3f}"
-        )
-    return [*lines, "trained on {num_train:,} samples, tested on {num_test:,}".format(**scores[0])]
 
 
 def _add_split(parser: argparse.ArgumentParser) -> None:

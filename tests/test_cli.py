@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.__main__ import main, parser, size
+from pipeline.__main__ import main, parser
+from pipeline.console import size
 from tests.processes import ROOT
 
 VERBS = [

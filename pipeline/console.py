@@ -1,0 +1,65 @@
+"""What the verbs of the command line print and read: reports, tables, sizes; nothing heavy."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+BINARY_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def size(text: str) -> int:
+    """Bytes from 123, 64K, 256M, 2G (binary units, also written 256MiB)."""
+    number, unit = text.removesuffix("iB"), 0
+    if number and number[-1] in BINARY_UNITS:
+        number, unit = number[:-1], BINARY_UNITS[number[-1]]
+    if not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 1000000, 64K, 256M or 2G")
+    return int(number) << unit
+
+
+def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:
+    """The fields one a line; nested mappings and long lists below their name."""
+    lines: list[str] = []
+    for name, value in fields.items():
+        label = f"{indent}{name.replace('_', ' ')}"
+        if isinstance(value, dict):
+            lines += [label, *_lines(value, indent + "  ")]
+        elif isinstance(value, list | tuple) and len(value) > 4:
+            lines += [label, *(f"{indent}  {item}" for item in value)]
+        elif isinstance(value, list | tuple):
+            lines.append(f"{label:<28}{', '.join(map(str, value)) or '-'}")
+        elif isinstance(value, float):
+            lines.append(f"{label:<28}{value:.6g}")
+        else:
+            lines.append(f"{label:<28}{value}")
+    return lines
+
+
+def print_report(fields: dict[str, Any], as_json: bool) -> None:
+    """Print the fields of a report on stdout: aligned text, or one JSON object."""
+    if as_json:
+        print(json.dumps(fields, default=str, allow_nan=False))
+    else:
+        print("\n".join(_lines(fields)))
+
+
+def print_scores(scores: Sequence[dict[str, Any]], as_json: bool) -> None:
+    """Print the scores of a probe on stdout."""
+    if as_json:
+        print_report({"scores": list(scores)}, as_json=True)
+    else:
+        print("\n".join(_score_lines(scores)))
+
+
+def _score_lines(scores: Sequence[dict[str, Any]]) -> list[str]:
+    """The scores of a probe, a line each: accuracy for classes, R2 for numbers."""
+    names = ("target", "features", "score", "linear", "neighbours", "chance")
+    lines = ["{:<16}{:<10}{:<10}{:>8}{:>12}{:>8}".format(*names)]
+    for score in scores:
+        unit = "accuracy" if score["kind"] == "class" else "R2"
+        lines.append(
+            f"{score['target']:<16}{score['features']:<10}{unit:<10}"
+            f"{score['linear']:8.3f}{score['neighbours']:12.3f}{score['chance']:8.3f}"
+        )
+    return [*lines, "trained on {num_train:,} samples, tested on {num_test:,}".format(**scores[0])]
