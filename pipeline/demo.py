@@ -17,10 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from pipeline.errors import DONE
 from pipeline.files import write_json
 
 MODELS = ("ae", "dae", "vae", "beta_vae")
+PICTURE_GAP_PX = 12
 FACTORS = ("x", "y", "label")
 LATENTMILL = (sys.executable, "-m", "pipeline")
 LAUNCH = (sys.executable, "-m", "launch", "local", "--submit")
@@ -117,6 +121,15 @@ def _scores(scores: Mapping[str, float]) -> str:
     return f"{scores['x']:6.3f}{scores['y']:8.3f}{scores['label']:9.3f}"
 
 
+def picture(root: Path) -> None:
+    """Put the last pictures of the four models side by side."""
+    last = [max((root / "runs" / model / "images").glob("eval_ema-*.png")) for model in MODELS]
+    images = [np.asarray(Image.open(path)) for path in last]
+    gap = np.full((images[0].shape[0], PICTURE_GAP_PX, 3), 255, np.uint8)
+    columns = [part for image in images for part in (gap, image)][1:]
+    Image.fromarray(np.concatenate(columns, axis=1)).save(root / "picture.png")
+
+
 def demo(root: Path, *, count: int, processes: int, overrides: Sequence[str]) -> None:
     """Run the whole job below `root` and print the table."""
     print(f"Latentmill demo: everything goes to {root}/; stop and start it as you like.")
@@ -146,6 +159,7 @@ def demo(root: Path, *, count: int, processes: int, overrides: Sequence[str]) ->
         )
     text = table(rows, pixels, chance)
     (root / "table.txt").write_text(text + "\n")
+    picture(root)
     print(f"\n{text}\n{how_to_look(root)}")
 
 
@@ -154,7 +168,8 @@ def how_to_look(root: Path) -> str:
     run = root / "runs" / "vae"
     return f"""
 Squared error, nats and KL: per held-out image, averaged (EMA) weights. Shape: accuracy.
-Pictures   {run}/images/  (clean | corrupted | reconstruction | error)
+Pictures   {root}/picture.png: AE, DAE, VAE, beta-VAE; in each: clean | corrupted | reconstruction
+           | error. The same of every evaluation in {run}/images/
 Metrics    {run}/metrics.jsonl
 W&B        .venv/bin/wandb leet {run}/wandb/latest-run        in the terminal
            .venv/bin/wandb sync {run}/wandb/offline-run-*     to your account
