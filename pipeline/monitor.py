@@ -2,14 +2,18 @@
 
 W&B is a sink that may fail: the first failure is printed once and W&B is left alone from then on.
 Offline, every start of a run writes a piece of its own, `wandb/offline-run-*`; pieces of one run
-share an id, and a later piece replaces the steps from its own start on.
+share an id, and a later piece replaces the steps from its own start on. W&B writes late, so a kill
+takes its last steps; the next piece begins where the former ones end, not where training goes on.
 """
 
 import json
+import os
+import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,6 +25,12 @@ from pydantic import Field
 
 from pipeline.component import Component
 from pipeline.files import write_atomic
+from pipeline.wandb_pieces import written_steps
+
+# A run whose upload does not end by then ends without; `wandb sync` sends the rest.
+WANDB_FINISH_SECONDS = 600.0
+
+Records = Sequence[Mapping[str, Any]]  # metrics.jsonl: step, time, values
 
 
 class WandbConfig(Component):
@@ -67,9 +77,11 @@ class Monitor:
         self._num_steps = num_steps
         self._last_progress = (step, time.monotonic())
         (run_dir / "images").mkdir(exist_ok=True)
-        cut_back(run_dir / "metrics.jsonl", step)
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._wandb = WandbSink(run_dir, config.wandb, resolved=resolved, step=step)
+        # A run that begins again at step 0 evaluates there again.
+        records = cut_back(run_dir / "metrics.jsonl", step if step > 0 else -1)
+        self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
+        self._unwritten = b""
+        self._wandb = WandbSink(run_dir, config.wandb, resolved=resolved, step=step, past=records)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record values at a step; several calls at one step add up to one record per call."""
@@ -77,17 +89,35 @@ class Monitor:
             return
         record = {"step": step, "time": round(time.time(), 3), **values}
         # NaN is written as Python's json does, so that a broken number is seen, not lost.
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(record).encode() + b"\n"
+        self._write()
         self._wandb.log(step, dict(values))
+
+    def _write(self) -> None:
+        """Append what is not written yet, whole or not at all; a full disk only delays it."""
+        size = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(self._unwritten) == len(self._unwritten):
+                self._unwritten = b""
+                return
+            problem = "only a part fitted"
+        except OSError as error:
+            problem = str(error)
+        self._file.truncate(size)
+        warn(f"metrics.jsonl could not be written ({problem}); the next record tries again")
 
     def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
         """Keep a picture [H, W, 3] as images/<name>-<step>.png and in W&B."""
         if not self._is_main:
             return
         image = Image.fromarray(pixels)
-        image.save(self._run_dir / "images" / f"{name}-{step:08d}.png")
-        self._wandb.log_image(step, f"images/{name}", image)
+        path = self._run_dir / "images" / f"{name}-{step:08d}.png"
+        try:
+            image.save(path)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            warn(f"{path} could not be written ({error}); training goes on")
+        self._wandb.log_image(step, name, image)
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Print the console's line for one log."""
@@ -125,26 +155,46 @@ class WandbSink:
     """Weights & Biases behind a fuse."""
 
     def __init__(
-        self, run_dir: Path, config: WandbConfig, *, resolved: Mapping[str, Any], step: int
+        self,
+        run_dir: Path,
+        config: WandbConfig,
+        *,
+        resolved: Mapping[str, Any],
+        step: int,
+        past: Records,
     ) -> None:
+        """Open a run; `past`: its records so far, of which W&B may have lost the last."""
         self._run: Any = None
+        self._failed = False
         self._pending: tuple[int, dict[str, Any]] = (-1, {})
         if config.mode != "disabled":
-            self._guarded(lambda: self._open(run_dir, config, resolved, step))
+            self._guarded(lambda: self._open(run_dir, config, resolved, step, past))
 
     def _open(
-        self, run_dir: Path, config: WandbConfig, resolved: Mapping[str, Any], step: int
+        self,
+        run_dir: Path,
+        config: WandbConfig,
+        resolved: Mapping[str, Any],
+        step: int,
+        past: Records,
     ) -> None:
         mode = config.mode
         if mode == "auto":
             mode = "online" if wandb.login(prompt=False) else "offline"
-        run_id = wandb_run_id(run_dir)
-        identity: dict[str, Any] = {"id": run_id}
+        identity: dict[str, Any] = {"id": wandb_run_id(run_dir)}
+        lost: Records = []
         if mode == "online":
             identity["resume"] = "allow"
         elif step > 0:
             # Offline, `resume` is ignored; `resume_from` makes the piece start after that step.
-            identity = {"resume_from": f"{run_id}?_step={step}"}
+            written = written_steps(run_dir / "wandb")
+            first_lost = min(
+                (r["step"] for r in past if r["step"] not in written), default=step + 1
+            )
+            lost = [record for record in past if record["step"] >= first_lost]
+            kept = max((s for s in written if s < first_lost), default=None)
+            if kept is not None:
+                identity["resume_from"] = f"{identity['id']}?_step={kept}"
         self._run = wandb.init(
             project=config.project,
             name=config.name or run_dir.resolve().name,
@@ -153,9 +203,27 @@ class WandbSink:
             dir=run_dir,
             mode=mode,
             config=dict(resolved),
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(
+                console="off", silent=True, finish_timeout=WANDB_FINISH_SECONDS
+            ),
             **identity,
         )
+        self._log_again(run_dir / "images", lost)
+
+    def _log_again(self, images: Path, lost: Records) -> None:
+        """Send records, with the pictures of their steps, that no former piece holds."""
+        steps = {record["step"] for record in lost}
+        pictures = [
+            (int(found[2]), found[1], path)
+            for path in sorted(images.glob("*.png"))
+            if (found := re.fullmatch(r"(.+)-(\d+)\.png", path.name)) and int(found[2]) in steps
+        ]
+        for record in lost:
+            step = record["step"]
+            self.log(step, {k: v for k, v in record.items() if k not in ("step", "time")})
+            for _, name, path in (picture for picture in pictures if picture[0] == step):
+                with Image.open(path) as image:
+                    self.log_image(step, name, image)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Send values at an explicit step; values of one step are sent together."""
@@ -168,18 +236,22 @@ class WandbSink:
     def log_image(self, step: int, name: str, image: Image.Image) -> None:
         """Send a picture at an explicit step."""
         if self._run is not None:
-            self.log(step, {name: wandb.Image(image)})
+            self._guarded(lambda: self.log(step, {f"images/{name}": wandb.Image(image)}))
 
     def close(self, exit_code: int) -> None:
         """Send what is left and finish the run."""
         self._send()
         if self._run is not None:
             self._guarded(lambda: self._run.finish(exit_code=exit_code))
+        if self._failed:
+            # Now, while its errors can be silenced: at exit wandb would print them.
+            with suppress(Exception):
+                wandb.teardown(exit_code=exit_code)
 
     def _send(self) -> None:
         step, values = self._pending
         if self._run is not None and values:
-            self._guarded(lambda: self._run.log(values, step=step))
+            self._guarded(lambda: self._run.log(values, step=step, commit=True))
 
     def _guarded(self, action: Callable[[], None]) -> None:
         try:
@@ -187,12 +259,16 @@ class WandbSink:
         except Exception as error:  # noqa: BLE001 - reported, and the sink is cut off
             # Whatever W&B's reason is, the training is worth more: say it once and go on without.
             self._run = None
-            print(
-                f"warning: W&B failed and is off for the rest of this run ({type(error).__name__}: "
-                f"{error}); metrics.jsonl goes on",
-                file=sys.stderr,
-                flush=True,
+            self._failed = True
+            warn(
+                f"W&B failed and is off for the rest of this run ({type(error).__name__}: "
+                f"{error}); metrics.jsonl goes on"
             )
+
+
+def warn(text: str) -> None:
+    """Print a warning on the console."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def wandb_run_id(run_dir: Path) -> str:
@@ -204,13 +280,16 @@ def wandb_run_id(run_dir: Path) -> str:
     return path.read_text()
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drop the records after `step`, and a last line that a kill cut short."""
+def cut_back(path: Path, step: int) -> Records:
+    """Drop the records after `step` and a last line that a kill cut short; return the others."""
     if not path.exists():
-        return
+        return []
     kept: list[bytes] = []
+    records: list[dict[str, Any]] = []
     for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+        if not line.endswith(b"\n") or (record := json.loads(line))["step"] > step:
             break
         kept.append(line)
+        records.append(record)
     write_atomic(path, b"".join(kept))
+    return records
