@@ -1,13 +1,13 @@
 """Checkpoints that are whole or absent, verified before use, and independent of the strategy.
 
-    <run>/checkpoints/step-N/   model.safetensors, ema.safetensors, optimizer.safetensors,
-    state.json,
-                                MANIFEST.json (bytes and sha256 of the others, written last)
+    <run>/checkpoints/step-N/
+        model.safetensors  ema.safetensors  optimizer.safetensors
+        state.json         step and position, ids of data and order
+        MANIFEST.json      bytes and sha256 of the others, written last
 
 Save: everything is written and flushed under `step-N.tmp-*`, then the directory is renamed, then
-old
-ones are removed. Load: the newest whose manifest verifies on every process; a damaged one is set
-aside as `step-N.corrupt-*`, with a message. No pickle anywhere.
+old ones are removed. Load: the newest whose manifest verifies on every process; a damaged one is
+set aside as `step-N.corrupt-*`, with a message. No pickle anywhere.
 """
 
 import hashlib
@@ -83,13 +83,16 @@ def _write_files(staged: Path, state: RunState, tensors: FullState) -> None:
     files = {"model": tensors.model, "optimizer": optimizer}
     if tensors.ema is not None:
         files["ema"] = tensors.ema
-    for name, content in files.items():
-        try:
-            save_file(content, staged / f"{name}.safetensors")
-        except SafetensorError as error:  # its way to report a full disk
-            raise OSError(f"{name}.safetensors: {error}") from error
-        sync_file(staged / f"{name}.safetensors")
     write_json(staged / "state.json", asdict(state))
+    for name, content in files.items():
+        path = staged / f"{name}.safetensors"
+        try:
+            save_file(content, path)
+        except SafetensorError as error:  # its way to report a full disk
+            raise OSError(f"{path.name}: {error}") from error
+        # safetensors lets only the owner read; the umask decides, as for the other files.
+        shutil.copymode(staged / "state.json", path)
+        sync_file(path)
     names = sorted(path.name for path in staged.iterdir())
     listing = {
         name: {"bytes": (staged / name).stat().st_size, "sha256": sha256_file(staged / name)}
@@ -159,8 +162,7 @@ def quarantine(path: Path, reason: str) -> None:
     publish(path, aside)
     print(
         f"warning: the checkpoint {path} is damaged ({reason}); it is set aside as {aside.name} "
-        "and the "
-        "newest older one that verifies is used",
+        "and the newest older one that verifies is used",
         file=sys.stderr,
         flush=True,
     )
@@ -212,5 +214,6 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name}|{value.dtype}|{list(value.shape)}|".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        flat = value.detach().cpu().reshape(-1)  # of one dimension at least, in logical order
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
