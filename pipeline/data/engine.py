@@ -84,7 +84,7 @@ class Engine:
                 self._free.append(self._lent)
                 self._lent = None
             self._advance()
-            while not self._is_next_complete():
+            while self._is_stopped or not self._is_next_complete():
                 if self._error is not None:
                     raise self._error
                 if self._is_stopped or (not self._ahead and self._board.is_done):
