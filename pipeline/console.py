@@ -22,7 +22,8 @@ def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:
     """The fields one a line; nested mappings and long lists below their name."""
     lines: list[str] = []
     for name, value in fields.items():
-        label = f"{indent}{name.replace('_', ' ')}"
+        # Metrics (eval_ema/kl) keep the names under which they are logged.
+        label = indent + (name if "/" in name else name.replace("_", " "))
         if isinstance(value, dict):
             lines += [label, *_lines(value, indent + "  ")]
         elif isinstance(value, list | tuple) and len(value) > 4:
