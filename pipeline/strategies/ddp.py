@@ -128,6 +128,7 @@ class DdpStrategy:
             for name, average in zip(self._names, self._ema, strict=True):
                 average.copy_(source[name])
         self._num_updates.fill_(state.num_updates)
+        self._optimizer.state.clear()  # a state before the first update has no moments
         for name, parameter in zip(self._names, self._parameters, strict=True):
             if name not in state.exp_avg:
                 continue
