@@ -245,7 +245,7 @@ def test_a_slow_consumer_finds_its_batches_ready(index):
         for _ in range(4):
             time.sleep(0.3)  # far longer than twelve small images take
             next(stream)
-        assert stream.counters.stall_seconds < 0.3
+        assert stream.counters.stall_seconds < 0.6  # half of what the consumer slept
 
 
 @pytest.mark.parametrize("lanes, share, world", [(6, 2, 4), (6, 2, 3), (5, 4, 4), (64, 1, 8)])

@@ -32,7 +32,7 @@ from tests.data.streams import (
 )
 from tests.processes import CPU_ENV, ROOT
 
-COUNTS = (6, 9, 4, 5)
+COUNTS = (6, 9, 4, 6)  # 25 samples: a masked epoch of batches of 12 ends with 11 repeats
 # One lane that reads one shard after the other, so that a test knows which is read last.
 ONE_BY_ONE = {"split": "all", "lanes": 1, "interleave": 1, "window": 2}
 
@@ -114,6 +114,7 @@ def test_a_bad_sample_keeps_its_slot_and_nobody_else_moves(
     expected = [(n, f"{n:06d}", where[n], stage) for n, (_, stage) in unusable.items()]
     assert sorted(entry[:4] for entry in listed) == expected
     assert all(entry.reason for entry in listed)
+    assert any(slot.uid in unusable and slot.weight == 0 for slot in clean), "no repeat is bad"
 
 
 def test_a_bad_sample_is_listed_in_every_epoch_and_taken_once(tmp_path):
