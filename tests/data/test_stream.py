@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.decode import ImageDecode
+from pipeline.data.decode import ArrayDecode, ImageDecode
 from pipeline.data.index import Index, build_index
 from pipeline.data.settings import DataConfig
 from pipeline.data.splits import SplitSpec
@@ -23,6 +23,7 @@ from tests.data.streams import (
     delivered,
     label_of,
     members_of,
+    npy,
     slow_slots,
     source_array,
     source_image,
@@ -238,6 +239,17 @@ def test_counters_tell_what_was_delivered_and_spent(index):
     # Every wanted byte once, and the repeats of the last batch; gaps are read with them.
     assert wanted <= counters.bytes_read <= 2 * files
     assert 0 < counters.reads <= 60
+
+
+def test_a_stream_that_ends_reads_no_sample_behind_its_end(tmp_path):
+    large = npy(np.zeros((100, 100), np.float32))  # more than a gap that is read over
+    write_shards(tmp_path / "s", (8,), {number: {"npy": large} for number in range(8)})
+    decode = ArrayDecode(shape=(100, 100), range=(0.0, 1.0))
+    data = DataConfig(path=str(tmp_path / "s"), split="all", decode=decode, window=8)
+    index = build_index(tmp_path / "s")
+    with open_stream(data, index=index, seed=SEED, batch_size=1, num_steps=2) as stream:
+        assert len(list(stream)) == 2
+    assert 2 * len(large) <= stream.counters.bytes_read < 3 * len(large)
 
 
 def test_a_slow_consumer_finds_its_batches_ready(index):
