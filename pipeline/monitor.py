@@ -194,6 +194,8 @@ class WandbSink:
             lost = [record for record in past if record["step"] >= first_lost]
             kept = max((s for s in written if s < first_lost), default=None)
             if kept is not None:
+                # A WANDB_RUN_ID of the environment would contradict it in wandb's own check.
+                wandb.setup(wandb.Settings(run_id=identity["id"]))
                 identity["resume_from"] = f"{identity['id']}?_step={kept}"
         self._run = wandb.init(
             project=config.project,
