@@ -75,10 +75,14 @@ def claim_run_dir(config: TrainConfig, accepted: Sequence[str]) -> IO[bytes]:
             f"{run_dir}/STOP), or "
             "set another run_dir."
         ) from None
-    (run_dir / "STOP").unlink(missing_ok=True)
-    _take_over_config(run_dir, config, accepted)
-    remove_litter(run_dir / "checkpoints")
-    write_outcome(run_dir, Outcome("running", exit_code=None, step=None))
+    try:
+        _take_over_config(run_dir, config, accepted)
+        (run_dir / "STOP").unlink(missing_ok=True)
+        remove_litter(run_dir / "checkpoints")
+        write_outcome(run_dir, Outcome("running", exit_code=None, step=None))
+    except BaseException:
+        lock.close()
+        raise
     return lock
 
 
