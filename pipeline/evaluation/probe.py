@@ -23,6 +23,9 @@ from pipeline.errors import UserError
 
 TEST_FRACTION = 0.25
 NUM_NEIGHBOURS = 10
+# Of the logistic regression, whose loss is a sum over samples: a few latents hardly notice it, and
+# thousands of separable pixels converge.
+INVERSE_PENALTY = 0.01
 MIN_SAMPLES = 40
 MIN_SAMPLES_PER_CLASS = 2
 
@@ -73,7 +76,9 @@ def probe_features(
             f"a probe needs at least {MIN_SAMPLES} samples to train and test on, but there are "
             f"{len(keys)}"
         )
-    return [_probe_one(features, values, test, target, name) for target, values in targets.items()]
+    # In single precision the normal equations of thousands of pixels are ill-conditioned.
+    wide = features.astype(np.float64)
+    return [_probe_one(wide, values, test, target, name) for target, values in targets.items()]
 
 
 def _probe_one(
@@ -85,7 +90,7 @@ def _probe_one(
     linear: Estimator
     neighbours: Estimator
     if kind == "class":
-        linear = LogisticRegression(max_iter=500)
+        linear = LogisticRegression(C=INVERSE_PENALTY, tol=1e-3, max_iter=1000)
         neighbours = KNeighborsClassifier(NUM_NEIGHBOURS)
         _, counts = np.unique(values[test], return_counts=True)
         chance = float(counts.max() / counts.sum())

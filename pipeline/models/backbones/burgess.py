@@ -1,15 +1,14 @@
 """The convolutional network of Burgess et al. 2018 ("Understanding disentangling in beta-VAE").
 
 Architecture after their appendix A: four 4 x 4 convolutions with stride 2 and 32 channels (three
-for
-32 x 32 images), two hidden layers of 256, ReLU throughout, and the mirror image as decoder.
+for 32 x 32 images), two hidden layers of 256, ReLU throughout, and the mirror image as decoder.
 """
 
 from typing import Literal
 
 from torch import nn
 
-from pipeline.models.backbones.base import BackboneBase
+from pipeline.models.backbones.base import BackboneBase, initialise_
 
 CHANNELS = 32
 HIDDEN = 256
@@ -40,7 +39,7 @@ class Burgess(BackboneBase):
         layers += [nn.Flatten()]
         for size in (CHANNELS * SMALLEST**2, HIDDEN):
             layers += [nn.Linear(size, HIDDEN), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Linear(HIDDEN, num_channels))
+        return initialise_(nn.Sequential(*layers, nn.Linear(HIDDEN, num_channels)))
 
     def decoder(self, event_shape: tuple[int, ...], num_channels: int) -> nn.Module:
         """Return [B, num_channels] -> images [B, C, H, W]."""
@@ -53,7 +52,7 @@ class Burgess(BackboneBase):
         for _ in range(_num_convolutions(event_shape) - 1):
             layers += [nn.ConvTranspose2d(CHANNELS, CHANNELS, 4, stride=2, padding=1), nn.ReLU()]
         layers += [nn.ConvTranspose2d(CHANNELS, event_shape[0], 4, stride=2, padding=1)]
-        return nn.Sequential(*layers)
+        return initialise_(nn.Sequential(*layers))
 
 
 def _num_convolutions(event_shape: tuple[int, ...]) -> int:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import PositiveInt
 from torch import nn
 
-from pipeline.models.backbones.base import BackboneBase
+from pipeline.models.backbones.base import BackboneBase, initialise_
 
 
 class Mlp(BackboneBase):
@@ -26,12 +26,12 @@ class Mlp(BackboneBase):
     def encoder(self, event_shape: tuple[int, ...], num_channels: int) -> nn.Module:
         """Return [B, *event] -> [B, num_channels]."""
         sizes = (math.prod(event_shape), *self.hidden, num_channels)
-        return nn.Sequential(nn.Flatten(), *_layers(sizes))
+        return initialise_(nn.Sequential(nn.Flatten(), *_layers(sizes)))
 
     def decoder(self, event_shape: tuple[int, ...], num_channels: int) -> nn.Module:
         """Return [B, num_channels] -> [B, *event]."""
         sizes = (num_channels, *reversed(self.hidden), math.prod(event_shape))
-        return nn.Sequential(*_layers(sizes), nn.Unflatten(1, event_shape))
+        return initialise_(nn.Sequential(*_layers(sizes), nn.Unflatten(1, event_shape)))
 
 
 def _layers(sizes: tuple[int, ...]) -> list[nn.Module]:
