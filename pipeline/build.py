@@ -7,13 +7,29 @@ from pipeline import strict
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.data.order import Order
+from pipeline.data.splits import ALL
 from pipeline.data.stream import order_of
+from pipeline.errors import UserError
 from pipeline.forward import Forward, Inputs
 from pipeline.models.autoencoder import AutoEncoder, build_autoencoder, num_parameters
 from pipeline.precision import parameter_dtype
 from pipeline.runtime import Runtime
 from pipeline.strategies.base import Strategy
 from pipeline.strategies.ddp import DdpStrategy
+
+
+def check_data(config: TrainConfig, index: Index) -> None:
+    """Raise UserError unless the shards are the index's, and there is something to evaluate on."""
+    index.check_shards(config.data.shards_path)
+    split, names = config.evaluation.split, (*index.split_spec.names, ALL)
+    if split not in names:
+        known = ", ".join(names)
+        raise UserError(f"evaluation.split = {split!r}: the index has the splits {known}.")
+    if not index.counts(split).any():
+        raise UserError(
+            f"evaluation.split = {split!r} holds no sample: name another split, or give it a "
+            f"larger fraction by `latentmill index {config.data.path} --split ...`."
+        )
 
 
 def make_order(config: TrainConfig, index: Index) -> Order:
@@ -77,9 +93,8 @@ def throw_away_loss(
 def describe(config: TrainConfig) -> str:
     """Return what --dry-run prints: the resolved config as YAML, sizes as comments."""
     index = Index.open(config.data.path)
-    order = order_of(
-        config.data, index, seed=config.seed, batch_size=config.batch_size, tail="carry"
-    )
+    check_data(config, index)
+    order = make_order(config, index)
     with torch.device("meta"):
         model = AutoEncoder(config.model, config.data.decode.event_shape)
     steps = order.num_samples / config.batch_size

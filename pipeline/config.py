@@ -101,8 +101,7 @@ class TrainConfig(Component):
             if term.needs_random_posterior and self.model.bottleneck.kind == "deterministic":
                 raise ValueError(
                     f"regulariser {term.kind} needs a density, but model.bottleneck.kind is "
-                    "deterministic: "
-                    "take bottleneck gaussian, or leave the regulariser out"
+                    "deterministic: take bottleneck gaussian, or leave the regulariser out"
                 )
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"objective.regularisers names a kind twice: {', '.join(kinds)}")
@@ -110,8 +109,7 @@ class TrainConfig(Component):
         if not self.objective.emphasis.is_neutral and not masks:
             raise ValueError(
                 "objective.emphasis weighs corrupted elements, but no corruption marks any: add "
-                "masking, "
-                "salt_and_pepper or patch_mask, or leave emphasis out"
+                "masking, salt_and_pepper or patch_mask, or leave emphasis out"
             )
         return self
 
@@ -137,7 +135,6 @@ class TrainConfig(Component):
         if rate.warmup_samples > self.total_samples:
             raise ValueError(
                 f"optimizer.learning_rate.warmup_samples {rate.warmup_samples} is more than the "
-                "run's "
-                f"num_steps * batch_size = {self.total_samples} samples"
+                f"run's num_steps * batch_size = {self.total_samples} samples"
             )
         return self

@@ -24,6 +24,10 @@ from pipeline.errors import UserError
 
 STOP_FILE_POLL_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_HOW_TO_LAUNCH = (
+    "Launch with a topology file that starts them together, for example "
+    "`accelerate launch --config_file configs/accelerate/cpu-ddp.yaml`."
+)
 
 
 class Runtime:
@@ -45,6 +49,7 @@ class Runtime:
 
         accumulation: micro-batches per step, by which accelerate divides every loss.
         """
+        check_meeting_point(os.environ)
         _die_with_parent()
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
@@ -59,9 +64,8 @@ class Runtime:
         if ranks != expected:
             raise UserError(
                 f"the {runtime.world} processes do not all reach each other: the sum of their "
-                "ranks is "
-                f"{ranks:g} instead of {expected:g}. Check MASTER_ADDR, MASTER_PORT and the "
-                "launcher."
+                f"ranks is {ranks:g} instead of {expected:g}. Check MASTER_ADDR, MASTER_PORT and "
+                "the launcher."
             )
         return runtime
 
@@ -112,6 +116,17 @@ class Runtime:
         self.accelerator.end_training()
 
 
+def check_meeting_point(environment: Mapping[str, str]) -> None:
+    """Raise UserError if several processes are announced, but not where they meet."""
+    world = int(environment.get("WORLD_SIZE", "1"))
+    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in environment]
+    if world > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE announces {world} processes, but {', '.join(missing)} is not set: they "
+            f"cannot find each other. {_HOW_TO_LAUNCH}"
+        )
+
+
 def check_launch(environment: Mapping[str, str], *, rank: int, world: int) -> None:
     """Raise UserError unless rank and world size are those that the launcher announced.
 
@@ -123,11 +138,8 @@ def check_launch(environment: Mapping[str, str], *, rank: int, world: int) -> No
     if (rank, world) != (announced_rank, announced_world):
         raise UserError(
             f"the launcher announced process {announced_rank} of {announced_world} (RANK, "
-            "WORLD_SIZE), but "
-            f"accelerate runs as process {rank} of {world}: the processes do not see each other. "
-            "Launch with "
-            "a topology file that starts them together, for example "
-            "`accelerate launch --config_file configs/accelerate/cpu-ddp.yaml`."
+            f"WORLD_SIZE), but accelerate runs as process {rank} of {world}: the processes do not "
+            f"see each other. {_HOW_TO_LAUNCH}"
         )
 
 

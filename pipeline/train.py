@@ -14,7 +14,14 @@ from functools import partial
 from pathlib import Path
 
 from pipeline import strict
-from pipeline.build import describe, make_forward, make_order, make_strategy, throw_away_loss
+from pipeline.build import (
+    check_data,
+    describe,
+    make_forward,
+    make_order,
+    make_strategy,
+    throw_away_loss,
+)
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.data.stream import open_stream
@@ -38,11 +45,11 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
     runtime = Runtime.start(accumulation=config.accumulation)
     check_ranks(config, runtime)
     index = Index.open(config.data.path)
+    check_data(config, index)
     order = make_order(config, index)
     run_dir, checkpoints = Path(config.run_dir), Path(config.run_dir) / "checkpoints"
     with claimed(config, accept_changes, runtime), ExitStack() as stack:
-        # The model, as the newest checkpoint left it. The throw-away step comes first: see
-        # `warm_up`.
+        # The model, as the newest checkpoint left it; first the throw-away step: see `warm_up`.
         forward = make_forward(config, runtime.device)
         strategy = make_strategy(config, runtime)
         strategy.warm_up(throw_away_loss(config, forward, strategy, runtime))
@@ -139,10 +146,9 @@ def check_skipped(num_skipped: float, config: TrainConfig) -> None:
     if num_skipped > config.max_skipped_steps:
         raise RuntimeError(
             f"{num_skipped:.0f} updates were skipped because their gradient was not finite: more "
-            "than "
-            f"max_skipped_steps {config.max_skipped_steps}. A lower optimizer.learning_rate.peak "
-            "or an "
-            "optimizer.max_grad_norm often helps; the last checkpoint holds finite weights."
+            f"than max_skipped_steps {config.max_skipped_steps}. A lower "
+            "optimizer.learning_rate.peak or an optimizer.max_grad_norm often helps; the last "
+            "checkpoint holds finite weights."
         )
 
 
