@@ -1,0 +1,262 @@
+"""Evaluation on a real stream against brute force over the very images, one at a time."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import rng
+from pipeline.build import make_forward
+from pipeline.config import TrainConfig
+from pipeline.corruptions import corrupt
+from pipeline.data.index import Index, build_index
+from pipeline.data.splits import SplitSpec
+from pipeline.data.stream import open_stream
+from pipeline.evaluate import evaluate_split
+from pipeline.evaluation.reconstruction import evaluate
+from pipeline.models.autoencoder import build_autoencoder
+from pipeline.quarantine import Quarantine
+from pipeline.runtime import Runtime
+from tests.export.world import damage_sample
+from tests.shards import TINY_COUNTS, tiny_image, write_tiny_shards
+
+NOISE = ({"kind": "gaussian_noise", "sigma": [0.05, 0.3]},)
+SIZE, D = 32, 3 * 32 * 32
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    return Runtime.start(accumulation=1)
+
+
+@pytest.fixture(scope="module")
+def index(tiny_shards):
+    return Index.open(tiny_shards)
+
+
+def config_of(tiny_shards, likelihood="gaussian", bottleneck="gaussian", **settings):
+    link = {"link": "sigmoid"} if likelihood == "squared_error" else {}
+    terms = [{"kind": "kl", "weight": 3.0}] if bottleneck == "gaussian" else []
+    tree = {
+        "run_dir": "unused",
+        "data": {
+            "path": str(tiny_shards),
+            "decode": {"kind": "image", "size": SIZE, "channels": 3},
+        },
+        "model": {
+            "backbone": {"kind": "mlp", "hidden": [16]},
+            "bottleneck": {"kind": bottleneck, "size": 5},
+            "likelihood": {"kind": likelihood, **link},
+        },
+        "objective": {"regularisers": terms},
+        "corruptions": NOISE,
+        "batch_size": 4,
+    }
+    return TrainConfig.model_validate(tree | settings)
+
+
+def model_of(config, seed=0):
+    shape = config.data.decode.event_shape
+    model = build_autoencoder(config.model, shape, seed=seed, dtype=torch.float32)
+    with torch.no_grad():  # wide enough that variances and noise matter
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    return model
+
+
+def stream_of(config, index):
+    return open_stream(
+        config.data.model_copy(update={"split": "held_out"}),
+        index=index,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        tail="mask",
+    )
+
+
+def evaluated(config, index, runtime, model=None, num_images=0):
+    forward = make_forward(config, torch.device("cpu"))
+    with stream_of(config, index) as stream:
+        return evaluate(
+            model or model_of(config),
+            stream,
+            forward=forward,
+            weights=config.objective.weights_at(0),
+            num_images=num_images,
+            runtime=runtime,
+        )
+
+
+def held_out(config, index):
+    """Number and uid of every held-out sample: keys are their numbers."""
+    numbers = {}
+    with stream_of(config, index) as stream:
+        for batch in stream:
+            for key, uid, weight in zip(batch.keys, batch.uid, batch.weight, strict=True):
+                if weight > 0:
+                    assert int(key) not in numbers
+                    numbers[int(key)] = int(uid)
+    return numbers
+
+
+@torch.no_grad()
+def by_hand_of(config, model, number, uid):
+    """The figures of one image, from the picture that its shard was made of."""
+    x = torch.from_numpy(tiny_image(number)).permute(2, 0, 1).contiguous()[None].double() / 255
+    one = torch.tensor([uid])
+    corruption, noise = (
+        rng.sample_keys(config.seed, f"evaluation/{use}", epoch=torch.zeros_like(one), uid=one)
+        for use in ("corruption", "posterior")
+    )
+    seen = corrupt(x.float(), config.corruptions, corruption).x
+    posterior = model(seen, mode="encode").posterior
+    mu = posterior.mu.double()
+    var = torch.zeros_like(mu) if posterior.logvar is None else posterior.logvar.double().exp()
+    z = mu + var.sqrt() * rng.normal(noise, mu.shape[1:])
+    likelihood = config.model.likelihood
+    at_mean = likelihood.mean(model(mu.float(), mode="decode").decoded).double()
+    at_sample = model(z.float(), mode="decode")
+    return {
+        "squared_error": ((x - at_mean) ** 2).sum().item(),
+        "nll": likelihood.nll(at_sample.decoded, x.float(), at_sample.learned)
+        .double()
+        .sum()
+        .item(),
+        "kl": (0.5 * (mu**2 + var - 1 - var.log()).sum()).item(),
+    }
+
+
+def by_hand(config, index, model):
+    """The means over the held-out images, one at a time."""
+    rows = [by_hand_of(config, model, *sample) for sample in held_out(config, index).items()]
+    return {name: np.mean([row[name] for row in rows]) for name in rows[0]}
+
+
+def test_every_held_out_sample_counts_once(tiny_shards, index, runtime):
+    total = sum(TINY_COUNTS)
+    count = sum(index.counts("held_out"))
+    assert 0 < count < total
+    config = config_of(tiny_shards)
+    assert count % config.batch_size  # the last batch is filled with repeats
+    assert evaluated(config, index, runtime).metrics["samples"] == count
+    assert len(held_out(config, index)) == count
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli", "squared_error"])
+def test_a_random_bottleneck_equals_brute_force(tiny_shards, index, runtime, likelihood):
+    config = config_of(tiny_shards, likelihood)
+    found = evaluated(config, index, runtime).metrics
+    expected = by_hand(config, index, model_of(config))
+    for name in ("squared_error", "kl"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
+    assert found["distortion"] == pytest.approx(expected["nll"], rel=1e-5)
+    assert found["loss"] == pytest.approx(expected["nll"] + 3 * expected["kl"], rel=1e-5)
+    nats = expected["nll"] + expected["kl"]
+    if likelihood == "squared_error":
+        assert "nats" not in found
+    else:
+        assert found["nats"] == pytest.approx(nats, rel=1e-5)
+    if likelihood == "gaussian":
+        bits = nats / math.log(2) / D + 8
+        assert found["bits_per_dimension"] == pytest.approx(bits, rel=1e-5)
+    else:
+        assert "bits_per_dimension" not in found
+    # The mean, not the noisy sample, gives the squared error.
+    if likelihood == "squared_error":
+        assert found["squared_error"] != pytest.approx(found["distortion"], rel=1e-4)
+
+
+def test_a_deterministic_bottleneck_equals_brute_force(tiny_shards, index, runtime):
+    config = config_of(tiny_shards, "squared_error", "deterministic")
+    found = evaluated(config, index, runtime).metrics
+    expected = by_hand(config, index, model_of(config))["squared_error"]
+    for name in ("squared_error", "loss", "distortion"):
+        assert found[name] == pytest.approx(expected, rel=1e-5)
+    assert found.keys() == {"squared_error", "loss", "distortion", "samples"}
+
+
+def test_the_batch_size_and_the_order_do_not_matter(tiny_shards, index, runtime):
+    one = evaluated(config_of(tiny_shards), index, runtime).metrics
+    count = int(one["samples"])
+    for size, lanes in ((1, 1), (8, 2), (count, 1), (64, 64)):
+        config = config_of(tiny_shards, batch_size=size)
+        data = config.data.model_copy(update={"lanes": lanes})
+        other = evaluated(config.model_copy(update={"data": data}), index, runtime).metrics
+        assert other == pytest.approx(one, rel=1e-5)
+
+
+def test_two_evaluations_differ_by_the_weights_only(tiny_shards, index, runtime):
+    config = config_of(tiny_shards)
+    one, same = (evaluated(config, index, runtime).metrics for _ in range(2))
+    assert one == same
+    assert evaluated(config, index, runtime, model_of(config, seed=1)).metrics != one
+    other_noise = config.model_copy(update={"seed": 1})
+    assert evaluated(other_noise, index, runtime, model_of(config)).metrics["loss"] != one["loss"]
+
+
+def test_the_model_comes_back_in_the_mode_it_had(tiny_shards, index, runtime):
+    model = model_of(config_of(tiny_shards))
+    for training in (True, False):
+        model.train(training)
+        evaluated(config_of(tiny_shards), index, runtime, model)
+        assert model.training is training
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_pictures_are_clean_corrupted_reconstruction_error(tiny_shards, index, runtime):
+    config = config_of(tiny_shards, "squared_error", "deterministic")
+    model, count = model_of(config), 3
+    grid = evaluated(config, index, runtime, model, num_images=count).pictures
+    assert grid.shape == (count * SIZE, 4 * SIZE, 3)
+    assert grid.dtype == np.uint8
+    with stream_of(config, index) as stream:
+        batch = next(stream)
+        numbers, uid = [int(key) for key in batch.keys], batch.uid.clone()
+    cells = grid.reshape(count, SIZE, 4, SIZE, 3).transpose(2, 0, 1, 3, 4).astype(int)
+    for row in range(count):
+        x = torch.from_numpy(tiny_image(numbers[row])).permute(2, 0, 1)[None] / 255
+        keys = rng.sample_keys(
+            config.seed,
+            "evaluation/corruption",
+            epoch=torch.zeros(1).long(),
+            uid=uid[row : row + 1],
+        )
+        seen = corrupt(x, config.corruptions, keys).x
+        with torch.no_grad():
+            mean = config.model.likelihood.mean(model(seen).decoded)
+        for column, image in enumerate((x, seen, mean, (x - mean).abs())):
+            expected = (image[0].clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
+            assert np.abs(cells[column, row] - expected).max() <= 1
+        assert np.array_equal(cells[0, row], tiny_image(numbers[row]))
+    assert evaluated(config, index, runtime, model).pictures is None
+
+
+def test_a_broken_sample_is_counted_listed_and_left_out(tmp_path, runtime):
+    shards = tmp_path / "shards"
+    write_tiny_shards(shards)
+    index = build_index(shards, split=SplitSpec(fractions={"train": 0.75, "held_out": 0.25}))
+    config = config_of(shards)
+    whole = by_hand(config, index, model_of(config))["squared_error"]
+    numbers = held_out(config, index)
+    in_second_shard = range(TINY_COUNTS[0], TINY_COUNTS[0] + TINY_COUNTS[1])
+    broken = next(number for number in numbers if number in in_second_shard)
+    alone = by_hand_of(config, model_of(config), broken, numbers[broken])["squared_error"]
+    key = damage_sample(shards, "tiny-0001.tar", broken - TINY_COUNTS[0])
+    assert int(key) == broken
+    metrics = evaluate_split(
+        model_of(config),
+        config,
+        step=0,
+        forward=make_forward(config, torch.device("cpu")),
+        index=index,
+        runtime=runtime,
+        quarantine=Quarantine(tmp_path, 0.01, runtime),
+    ).metrics
+    count = len(numbers)
+    assert (metrics["tombstones"], metrics["samples"]) == (1, count - 1)
+    expected = (whole * count - alone) / (count - 1)
+    assert metrics["squared_error"] == pytest.approx(expected, rel=1e-5)
+    [entry] = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert (json.loads(entry)["key"], json.loads(entry)["uid"]) == (key, numbers[broken])
