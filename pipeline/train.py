@@ -5,6 +5,7 @@ slots of it, in `accumulation` micro-batches.
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -119,7 +120,8 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             last = step == config.num_steps
             stopped_by = None if last else runtime.first_reason(stop.reason())
             if last or stopped_by or step % config.monitor.log_every_steps == 0:
-                values = meter.read() | config.schedule_values(samples)
+                # Without one usable sample since the last log there is no loss to read.
+                values = {"train/loss": math.nan} | meter.read() | config.schedule_values(samples)
                 values |= {"data/samples_seen": step * config.batch_size}
                 values |= {"data/epoch": step * config.batch_size / order.num_samples}
                 values |= quarantine.collect(stream)

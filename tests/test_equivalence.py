@@ -174,6 +174,12 @@ def test_bf16_computes_its_losses_in_float32_and_near_those_of_fp32(config: Path
     assert 0 < losses < 0.02
 
 
+def logged(run_dir: Path, *names: str) -> list[list[float]]:
+    """These values at every step."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [[r[name] for name in names] for r in records if names[0] in r]
+
+
 def evaluations(run_dir: Path) -> dict[int, dict[str, float]]:
     """What a run logged under eval/ and eval_ema/, by step."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -189,6 +195,17 @@ def trained(config: Path) -> Path:
     run_dir = config.with_name("one")
     assert main([str(config), f"run_dir={run_dir}", *THREE_STEPS]) == 0
     return run_dir
+
+
+UPDATES = ("optim/grad_norm", "train/loss", "train/kl", "train/squared_error")
+
+
+def test_pipeline_train_takes_the_same_steps_in_two_micro_batches(config: Path, trained: Path):
+    run_dir = config.with_name("micro")
+    assert main([str(config), f"run_dir={run_dir}", "accumulation=2", *THREE_STEPS]) == 0
+    found, expected = logged(run_dir, *UPDATES), logged(trained, *UPDATES)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert logged(trained, "data/tombstones")[-1] > [0]  # a wrong divisor would show
 
 
 def num_held_out(config: Path) -> int:
@@ -214,12 +231,13 @@ def test_evaluating_a_finished_run_gives_what_the_run_itself_logged_last(trained
 
 
 @pytest.mark.distributed
-def test_two_processes_evaluate_as_one_does(
+def test_two_processes_of_pipeline_train_train_and_evaluate_as_one_does(
     run_processes: Callable[..., Result], config: Path, trained: Path
 ):
     run_dir = config.with_name("two")
     result = run_processes("pipeline.train", 2, config, f"run_dir={run_dir}", *THREE_STEPS)
     assert result.code == 0, result.output
+    np.testing.assert_allclose(logged(run_dir, *UPDATES), logged(trained, *UPDATES), rtol=1e-9)
     one, both = evaluations(trained), evaluations(run_dir)
     assert both.keys() == one.keys()
     for step, values in both.items():
