@@ -18,9 +18,8 @@ from PIL import Image
 
 from pipeline import strict
 from pipeline.config import TrainConfig
-from pipeline.files import write_atomic
 from pipeline.monitor import Monitor, MonitorConfig, cut_back
-from pipeline.wandb_pieces import read_piece, written_steps
+from pipeline.wandb_pieces import read_piece
 from tests.processes import ROOT
 
 OFFLINE, DISABLED = {"mode": "offline"}, {"mode": "disabled"}
@@ -296,21 +295,3 @@ def test_training_ends_well_when_wandbs_process_is_killed(tmp_path, tiny_shards,
     assert "Traceback" not in ended.output
     assert list(logged(tmp_path / "run")) == list(range(0, 1501, 20))
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["status"] == "done"
-
-
-def test_a_piece_cut_anywhere_gives_its_whole_records(tmp_path):
-    with open_monitor(tmp_path / "run", OFFLINE) as monitor:
-        for step in range(150):
-            monitor.log(step, {f"value/{number}": step / 7 for number in range(20)})
-    [path] = pieces(tmp_path / "run")
-    data, whole = path.read_bytes(), [r.SerializeToString() for r in read_piece(path)]
-    assert len(data) > 2 * 32768  # records cross the borders of blocks
-    assert written_steps(tmp_path / "run" / "wandb") == set(range(150))
-    found = []
-    for size in range(0, len(data), 997):
-        write_atomic(path, data[:size])
-        records = [record.SerializeToString() for record in read_piece(path)]
-        assert records == whole[: len(records)]
-        found.append(len(records))
-    assert found == sorted(found)
-    assert found[-1] > len(whole) - 20
