@@ -53,8 +53,7 @@ def save(
             problem = str(error)
             print(
                 f"warning: the checkpoint of step {step} could not be saved ({problem}); training "
-                "goes on, "
-                "and older checkpoints are kept",
+                "goes on, and older checkpoints are kept",
                 file=sys.stderr,
                 flush=True,
             )
@@ -87,6 +86,17 @@ def restore_newest(directory: Path, strategy: Strategy, *, order: Order, runtime
     return state.step
 
 
+def check_order(directory: Path, order: Order) -> None:
+    """Raise UserError if the newest readable checkpoint belongs to other data or another order."""
+    for path in list_checkpoints(directory):
+        try:
+            state = read_state(path)
+        except (OSError, ValueError, TypeError):
+            continue  # damaged: `restore_newest` says so and sets it aside
+        _check_data(state, order, path)
+        return
+
+
 def _check_data(state: RunState, order: Order, path: Path) -> None:
     for name, saved, now in (
         ("data set", state.dataset_id, order.dataset_id),
@@ -95,8 +105,6 @@ def _check_data(state: RunState, order: Order, path: Path) -> None:
         if saved != now:
             raise UserError(
                 f"{path} was trained on another {name} (id {saved}, now {now}): the shards or "
-                "data.split, "
-                "data.lanes, data.interleave, data.window or seed have changed. Restore them, or "
-                "start "
-                "anew in another run_dir."
+                "data.split, data.lanes, data.interleave, data.window or seed have changed. "
+                "Restore them, or start anew in another run_dir."
             )

@@ -28,10 +28,12 @@ from pipeline.checkpoint import (
     tensors_sha256,
 )
 from pipeline.config import MAY_CHANGE, TrainConfig
+from pipeline.data.order import Order
 from pipeline.errors import FAILED, WRONG_USE, UserError
 from pipeline.files import write_atomic, write_json
 from pipeline.models.autoencoder import AutoEncoder, build_autoencoder
 from pipeline.precision import parameter_dtype
+from pipeline.resume import check_order
 from pipeline.runtime import Runtime
 
 
@@ -50,11 +52,12 @@ def write_outcome(run_dir: Path, outcome: Outcome) -> None:
     write_json(run_dir / "outcome.json", asdict(outcome))
 
 
-def claim_run_dir(config: TrainConfig, accepted: Sequence[str]) -> IO[bytes]:
+def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Order) -> IO[bytes]:
     """Make the run directory this process's, and return the lock to hold; for the main process.
 
     Raises UserError if it cannot be written, if another process runs there, or if it belongs to a
-    run whose config differs in more than MAY_CHANGE and `accepted` name.
+    run whose config differs in more than MAY_CHANGE and `accepted` name, or that met its samples in
+    another order.
     """
     run_dir = Path(config.run_dir)
     try:
@@ -63,8 +66,7 @@ def claim_run_dir(config: TrainConfig, accepted: Sequence[str]) -> IO[bytes]:
     except OSError as error:
         raise UserError(
             f"cannot write to the run directory {run_dir}: {error.strerror}. Set run_dir to a "
-            "place where "
-            "you may write."
+            "place where you may write."
         ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,11 +74,10 @@ def claim_run_dir(config: TrainConfig, accepted: Sequence[str]) -> IO[bytes]:
         lock.close()
         raise UserError(
             f"another process is running in {run_dir}. Wait for it, stop it (touch "
-            f"{run_dir}/STOP), or "
-            "set another run_dir."
+            f"{run_dir}/STOP), or set another run_dir."
         ) from None
     try:
-        _take_over_config(run_dir, config, accepted)
+        _take_over_config(run_dir, config, accepted, order)
         (run_dir / "STOP").unlink(missing_ok=True)
         remove_litter(run_dir / "checkpoints")
         write_outcome(run_dir, Outcome("running", exit_code=None, step=None))
@@ -86,12 +87,15 @@ def claim_run_dir(config: TrainConfig, accepted: Sequence[str]) -> IO[bytes]:
     return lock
 
 
-def _take_over_config(run_dir: Path, config: TrainConfig, accepted: Sequence[str]) -> None:
+def _take_over_config(
+    run_dir: Path, config: TrainConfig, accepted: Sequence[str], order: Order
+) -> None:
     path = run_dir / "config.yaml"
     if path.exists():
         former = strict.load(TrainConfig, path, [])
         changes = strict.difference(former, config)
         _check_changes(run_dir, changes, accepted)
+        check_order(run_dir / "checkpoints", order)
         recorded = [change for change in changes if not _covered(change.path, MAY_CHANGE)]
         if recorded:
             newest = next(iter(list_checkpoints(run_dir / "checkpoints")), None)
@@ -114,8 +118,8 @@ def _check_changes(
             f"{run_dir} holds a run with another config; a resumed run may change only "
             f"{', '.join(MAY_CHANGE)}:\n"
             + "\n".join(lines)
-            + "\nSet another run_dir, give the former "
-            f"values, or, if you mean it, add {flags}"
+            + "\nSet another run_dir, give the former values, or, if you mean it, add "
+            + flags
         )
 
 
@@ -124,7 +128,9 @@ def _covered(path: str, names: Sequence[str]) -> bool:
 
 
 @contextmanager
-def claimed(config: TrainConfig, accepted: Sequence[str], runtime: Runtime) -> Generator[None]:
+def claimed(
+    config: TrainConfig, accepted: Sequence[str], order: Order, runtime: Runtime
+) -> Generator[None]:
     """Hold the run directory inside the context; a collective.
 
     A UserError of the main process is raised on every process. An exception on the way out is
@@ -134,7 +140,7 @@ def claimed(config: TrainConfig, accepted: Sequence[str], runtime: Runtime) -> G
     problem: str | None = None
     if runtime.is_main:
         try:
-            lock = claim_run_dir(config, accepted)
+            lock = claim_run_dir(config, accepted, order)
         except UserError as error:
             problem = str(error)
     problem = runtime.from_main(problem)
@@ -176,8 +182,7 @@ def load_run(
     """Load the model of `step`, or of the newest checkpoint that verifies.
 
     weights: the averaged ones, or as trained. Raises UserError if there is no such checkpoint, or
-    if
-    the run kept no average.
+    if the run kept no average.
     """
     config = load_config(run_dir)
     path = find_checkpoint(run_dir / "checkpoints", step)
@@ -209,7 +214,6 @@ def check_ranks(config: TrainConfig, runtime: Runtime) -> None:
         nearest = -(-config.batch_size // parts) * parts
         raise UserError(
             f"batch_size {config.batch_size} is not divisible by {runtime.world} processes x "
-            "accumulation "
-            f"{config.accumulation} = {parts}. Set batch_size to {nearest}, or use "
+            f"accumulation {config.accumulation} = {parts}. Set batch_size to {nearest}, or use "
             f"{', '.join(map(str, fitting))} processes."
         )

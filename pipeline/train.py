@@ -49,7 +49,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
     check_data(config, index)
     order = make_order(config, index)
     run_dir, checkpoints = Path(config.run_dir), Path(config.run_dir) / "checkpoints"
-    with claimed(config, accept_changes, runtime), ExitStack() as stack:
+    with claimed(config, accept_changes, order, runtime), ExitStack() as stack:
         # The model, as the newest checkpoint left it; first the throw-away step: see `warm_up`.
         forward = make_forward(config, runtime.device)
         strategy = make_strategy(config, runtime)

@@ -6,11 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.data.index import build_index
 from pipeline.data.splits import SplitSpec
 from tests.processes import ROOT, Processes, Result, argv_of
 from tests.shards import write_tiny_shards
+
+# As the launcher has it for each process: threads that wait for each other over tiny tensors cost
+# more than they give, above all where several processes share two cores.
+torch.set_num_threads(1)
 
 # A test counts for the first of these markers that it carries; without any, for "default".
 LANES = ("soak", "slurm", "netns", "browser", "deepspeed", "fault", "distributed", "slow")

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,6 @@ batch_size: 8
 num_steps: 2
 monitor: {{wandb: {{mode: disabled}}}}
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture
@@ -215,6 +207,24 @@ def test_processes_that_each_believe_to_be_alone(
     ctypes.CDLL(None).prctl(1, 0)  # take back PR_SET_PDEATHSIG, which a launched process asks for
     assert "the launcher announced process 0 of 2 (RANK, WORLD_SIZE), but accelerate runs" in text
     assert "the processes do not see each other" in text
+
+
+@pytest.mark.distributed
+def test_two_launched_processes_that_do_not_see_each_other(
+    config: Path, tmp_path: Path, start_processes: Callable[..., Processes]
+):
+    """A launcher that numbers them, but does not say where they meet."""
+    both = [
+        start_processes("pipeline.train", None, config, env={"RANK": str(rank), "WORLD_SIZE": "2"})
+        for rank in range(2)
+    ]
+    results = [processes.wait(60) for processes in both]
+    assert [result.code for result in results] == [2, 2]
+    text, silent = (result.output for result in results)  # told once, by rank 0
+    assert "WORLD_SIZE announces 2 processes, but MASTER_ADDR, MASTER_PORT is not set" in text
+    assert "configs/accelerate/cpu-ddp.yaml" in text
+    assert "Traceback" not in text + silent
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.distributed

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import pytest
-import torch
 
 from pipeline.component import Component
 from pipeline.config import MAY_CHANGE, TrainConfig
@@ -57,7 +56,7 @@ def leaves(tree: type[Component], path: str = "") -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     tmp_path = tmp_path_factory.mktemp("runs")
     shards = tmp_path / "shards"
     write_shards(shards)
@@ -66,10 +65,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     shutil.copytree(shards, other)
     (other / "3.tar").unlink()
     build_index(other, split=SplitSpec(fractions={"train": 0.6, "held_out": 0.4}))
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the launcher does; many tiny steps only wait for more threads
-    yield World(shards, tmp_path)
-    torch.set_num_threads(num_threads)
+    return World(shards, tmp_path)
 
 
 class Change(NamedTuple):

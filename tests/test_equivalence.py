@@ -7,13 +7,12 @@ beside one process at accumulation 2, which shows how much the order of addition
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from webdataset.writer import TarWriter
 
 from pipeline import strict
@@ -52,15 +51,6 @@ monitor: {{log_every_steps: 1, num_images: 2, wandb: {{mode: disabled}}}}
 """
 
 THREE_STEPS = ("num_steps=3", "precision=fp64", "optimizer.learning_rate.warmup_samples=0")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As the launcher sets it for each of several processes."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

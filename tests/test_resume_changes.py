@@ -2,11 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from pipeline.checkpoint import list_checkpoints, read_state
 from pipeline.data.index import build_index
@@ -15,15 +14,6 @@ from pipeline.train import main
 from tests.shards import write_tiny_shards
 
 SPLIT = SplitSpec(fractions={"train": 0.75, "held_out": 0.25})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the launcher has it: other tests may be using the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_config(folder: Path, data: Path) -> Path:

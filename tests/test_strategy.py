@@ -1,7 +1,6 @@
 """What a strategy promises, on one process: updates, skipped updates, averages, its state."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,15 +16,6 @@ from pipeline.strategies.ddp import DdpStrategy
 
 SHAPE = (1, 32, 32)
 RATE = 1e-3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Other tests may be using the cores: torch's threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -57,15 +57,6 @@ def outcome(run_dir):
     return json.loads((run_dir / "outcome.json").read_text())
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: threads that wait for each other cost more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_shards):
     """The run directory of each variant, trained when first asked for."""

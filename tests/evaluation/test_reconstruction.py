@@ -26,15 +26,6 @@ NOISE = ({"kind": "gaussian_noise", "sigma": [0.05, 0.3]},)
 SIZE, D = 32, 3 * 32 * 32
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: threads that wait for each other cost more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def runtime():
     return Runtime.start(accumulation=1)
