@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,10 +38,16 @@ def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:
     return lines
 
 
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
 def print_report(fields: dict[str, Any], as_json: bool) -> None:
     """Print the fields of a report on stdout: aligned text, or one JSON object."""
     if as_json:
-        print(json.dumps(fields, default=str, allow_nan=False))
+        # JSON has no NaN: a mean over nothing is null.
+        finite = {name: None if _is_nan(value) else value for name, value in fields.items()}
+        print(json.dumps(finite, default=str, allow_nan=False))
     else:
         print("\n".join(_lines(fields)))
 

@@ -15,6 +15,7 @@ and, without these prefixes:
     data/samples_seen, data/epoch, data/images and data/tombstones (since this start)
 """
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -54,9 +55,9 @@ class Meter:
         total, *sums = runtime.sum(packed).tolist()
         self._sums.clear()
         self._weight = torch.zeros_like(self._weight)
-        return {
-            name: value / total for name, value in zip(names, sums, strict=True) if total
-        }, total
+        # Without one usable sample there is no mean: NaN says so.
+        means = [value / total if total else math.nan for value in sums]
+        return dict(zip(names, means, strict=True)), total
 
 
 class TrainingMeter:
@@ -95,7 +96,7 @@ class TrainingMeter:
         stalled = self._stream.counters.stall_seconds - self._stall_start
         stalled = self._runtime.sum(torch.tensor(stalled, device=self._runtime.device)).item()
         values = {f"train/{name}": value for name, value in means.items()}
-        values["optim/grad_norm"] = norm_sum / applied if applied else float("nan")
+        values["optim/grad_norm"] = norm_sum / applied if applied else math.nan
         self._num_skipped += self._num_steps - int(applied)
         values["optim/skipped_steps"] = self._num_skipped
         values["perf/images_per_second"] = num_images / seconds

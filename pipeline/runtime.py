@@ -181,7 +181,9 @@ class StopRequest:
 
 def _die_with_parent() -> None:
     """Ask Linux for a SIGTERM when the launcher dies, so that no trainer is left behind."""
-    if sys.platform != "linux" or "WORLD_SIZE" not in os.environ:
+    # What torchrun and accelerate launch set; a plain Python may outlive its shell.
+    is_launched = not {"WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"}.isdisjoint(os.environ)
+    if sys.platform != "linux" or not is_launched:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:

@@ -5,7 +5,6 @@ slots of it, in `accumulation` micro-batches.
 """
 
 import argparse
-import math
 import os
 import re
 import sys
@@ -120,8 +119,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             last = step == config.num_steps
             stopped_by = None if last else runtime.first_reason(stop.reason())
             if last or stopped_by or step % config.monitor.log_every_steps == 0:
-                # Without one usable sample since the last log there is no loss to read.
-                values = {"train/loss": math.nan} | meter.read() | config.schedule_values(samples)
+                values = meter.read() | config.schedule_values(samples)
                 values |= {"data/samples_seen": step * config.batch_size}
                 values |= {"data/epoch": step * config.batch_size / order.num_samples}
                 values |= quarantine.collect(stream)
@@ -164,14 +162,17 @@ def finish(
 ) -> int:
     """Record how the run ended and return the exit code."""
     if stopped_by is not None:
-        outcome = Outcome("preempted", PREEMPTED, step, f"stopped by {stopped_by}")
+        lost = "" if saved else "; its checkpoint could not be saved, an older one serves"
+        outcome = Outcome("preempted", PREEMPTED, step, f"stopped by {stopped_by}{lost}")
     elif not saved:
         outcome = Outcome("failed", FAILED, step, "the last checkpoint could not be saved")
     else:
         outcome = Outcome("done", DONE, step)
     if runtime.is_main:
         write_outcome(run_dir, outcome)
-    then = "the same command resumes" if stopped_by is not None else outcome.message
+    then = outcome.message
+    if stopped_by is not None:
+        then += "; the same command resumes"
     monitor.say(f"{outcome.status} at step {step:,}" + (f": {then}" if then else ""))
     return outcome.exit_code or DONE
 

@@ -10,6 +10,7 @@ are there count: nothing else has to be remembered.
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,11 +74,10 @@ def _reusable_table(shard: Path, table_path: Path) -> ShardTable | None:
 
 def _write(root: Path, name: str, table_path: Path, split: SplitSpec) -> None:
     status = (root / name).stat()
-    storage = Storage(root)
-    scan = TarScan(_chunked_reader(storage, name, status.st_size), status.st_size)
-    samples = list(group_samples(scan))
-    splits = _splits(storage, name, samples, split)
-    storage.close()
+    with closing(Storage(root)) as storage:
+        scan = TarScan(_chunked_reader(storage, name, status.st_size), status.st_size)
+        samples = list(group_samples(scan))
+        splits = _splits(storage, name, samples, split)
     damage = scan.damage[:MAX_REPORTED_DAMAGE]
     if len(scan.damage) > len(damage):
         more = len(scan.damage) - len(damage)
@@ -94,9 +94,8 @@ def _split_again(
     """Rewrite a table for another split rule; only metadata members are read, if any."""
     mtime_ns = table_path.stat().st_mtime_ns
     samples = table.samples()
-    storage = Storage(root)
-    splits = _splits(storage, name, samples, split)
-    storage.close()
+    with closing(Storage(root)) as storage:
+        splits = _splits(storage, name, samples, split)
     old = table.origin
     origin = TableOrigin(old.shard_bytes, old.shard_sha256, split.digest(), old.damage)
     write_table(table_path, samples, splits, origin)

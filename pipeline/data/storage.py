@@ -116,8 +116,9 @@ class Storage:
             while len(data) < size:
                 piece = os.pread(descriptor, size - len(data), offset + len(data))
                 if not piece:
+                    end = os.fstat(descriptor).st_size
                     raise ShardReadError(
-                        f"{self.root / name} ends at byte {offset + len(data)}, before "
+                        f"{self.root / name} ends at byte {end}, before "
                         f"{offset + size}: it changed since it was indexed; run `latentmill index`."
                     )
                 data += piece
