@@ -1,8 +1,9 @@
-"""What the verbs of the command line print and read: reports, tables, sizes; nothing heavy."""
+"""What commands print and read: reports, tables, sizes, warnings; imports nothing heavy."""
 
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,11 @@ def size(text: str) -> int:
     if not number.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write 1000000, 64K, 256M or 2G")
     return int(number) << unit
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:

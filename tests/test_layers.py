@@ -17,7 +17,7 @@ LAYERS = (
     "errors console component files rng schedules strict precision tars",
     "corruptions likelihoods regularisers models writers",
     "objective data forward",
-    "runtime strategies metrics optimizer wandb_pieces",
+    "runtime strategies metrics optimizer wandb_pieces wandb_sink",
     "checkpoint resume quarantine monitor latents",
     "evaluation",
     "config",
