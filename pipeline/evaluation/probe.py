@@ -16,8 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from pipeline.errors import UserError
 
@@ -26,6 +24,7 @@ NUM_NEIGHBOURS = 10
 # Of the logistic regression, whose loss is a sum over samples: a few latents hardly notice it, and
 # thousands of separable pixels converge.
 INVERSE_PENALTY = 0.01
+RIDGE_PENALTY = 0.01  # per training sample
 MIN_SAMPLES = 40
 MIN_SAMPLES_PER_CLASS = 2
 
@@ -76,9 +75,8 @@ def probe_features(
             f"a probe needs at least {MIN_SAMPLES} samples to train and test on, but there are "
             f"{len(keys)}"
         )
-    # In single precision the normal equations of thousands of pixels are ill-conditioned.
-    wide = features.astype(np.float64)
-    return [_probe_one(wide, values, test, target, name) for target, values in targets.items()]
+    scaled = _scaled(features, ~test)
+    return [_probe_one(scaled, values, test, target, name) for target, values in targets.items()]
 
 
 def _probe_one(
@@ -95,7 +93,7 @@ def _probe_one(
         _, counts = np.unique(values[test], return_counts=True)
         chance = float(counts.max() / counts.sum())
     else:
-        linear = Ridge(alpha=1.0)
+        linear = Ridge(alpha=RIDGE_PENALTY * float((~test).sum()))
         neighbours = KNeighborsRegressor(NUM_NEIGHBOURS)
         chance = 0.0
     scores = [_score(estimator, features, values, test) for estimator in (linear, neighbours)]
@@ -108,6 +106,16 @@ def _score(
     estimator: Estimator, features: NDArray[Any], values: NDArray[Any], test: NDArray[np.bool_]
 ) -> float:
     """Fit on the training samples and score on the others: accuracy or R2, scikit-learn's own."""
-    model: Estimator = make_pipeline(StandardScaler(), estimator)
-    model.fit(features[~test], values[~test])
-    return float(model.score(features[test], values[test]))
+    estimator.fit(features[~test], values[~test])
+    return float(estimator.score(features[test], values[test]))
+
+
+def _scaled(features: NDArray[Any], train: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Centre every feature, and divide all by one number: the training samples' standard deviation.
+
+    A scale of its own for each feature would blow up the pixels that are nearly always black, and
+    the latents that a rate term has switched off.
+    """
+    # In single precision the normal equations of thousands of pixels are ill-conditioned.
+    centred = features.astype(np.float64) - features[train].mean(axis=0, dtype=np.float64)
+    return centred / (centred[train].std() or 1.0)
