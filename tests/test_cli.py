@@ -152,11 +152,21 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path):
 
 def test_ctrl_c_is_tidy(tmp_path: Path):
     argv = [*LATENTMILL, "pack", "sprites", tmp_path / "s", "--count", "1000000", "--workers", "1"]
-    running = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert running.stderr is not None
-    running.stderr.readline()  # the first sign of progress
-    running.send_signal(signal.SIGINT)
-    errors = running.communicate(timeout=60)[1]
+    # A shell's background jobs ignore SIGINT, and so would what they start.
+    running = subprocess.Popen(
+        argv,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        assert running.stderr is not None
+        running.stderr.readline()  # the first sign of progress
+        running.send_signal(signal.SIGINT)
+        errors = running.communicate(timeout=60)[1]
+    finally:
+        running.kill()
     assert running.returncode == 1
     assert errors.endswith("interrupted\n")
     assert "Traceback" not in errors

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,10 @@ def last_shard(index: Index) -> tuple[Path, int]:
 def leftovers() -> tuple[list[str], list[str]]:
     """Names of the streams' threads, and the shards that are open."""
     threads = [t.name for t in threading.enumerate() if t.name.startswith("stream-")]
-    files = [str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
+    files: list[str] = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since it was listed
+            files.append(str(descriptor.readlink()))
     return threads, [file for file in files if ".tar" in file]
 
 
