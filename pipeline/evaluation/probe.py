@@ -23,7 +23,7 @@ TEST_FRACTION = 0.25
 NUM_NEIGHBOURS = 10
 # Of the logistic regression, whose loss is a sum over samples: a few latents hardly notice it, and
 # thousands of separable pixels converge.
-INVERSE_PENALTY = 0.01
+INVERSE_PENALTY = 0.1
 RIDGE_PENALTY = 0.01  # per training sample
 MIN_SAMPLES = 40
 MIN_SAMPLES_PER_CLASS = 2
