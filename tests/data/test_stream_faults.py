@@ -248,10 +248,14 @@ def test_a_stream_dropped_after_an_error_ends_its_threads(index):
     assert leftovers() == NOTHING
 
 
+DROPPED = threading.Event()
+
+
 class Collecting(ImageDecode):
-    """Runs the garbage collector in the decode threads."""
+    """Runs the garbage collector in the decode threads, once the stream has been dropped."""
 
     def decode(self, data, out) -> None:
+        DROPPED.wait(20)
         gc.collect()
         super().decode(data, out)
 
@@ -263,6 +267,7 @@ def test_a_stream_collected_in_its_own_thread_ends_all_the_same(index):
         ring = [stream]
         ring.append(ring)
         del stream, ring
+        DROPPED.set()
         limit = time.monotonic() + 20
         while leftovers() != NOTHING and time.monotonic() < limit:
             time.sleep(0.01)
