@@ -162,7 +162,7 @@ def finish(
 ) -> int:
     """Record how the run ended and return the exit code."""
     if stopped_by is not None:
-        lost = "" if saved else "; its checkpoint could not be saved, an older one serves"
+        lost = "" if saved else "; its checkpoint could not be saved"
         outcome = Outcome("preempted", PREEMPTED, step, f"stopped by {stopped_by}{lost}")
     elif not saved:
         outcome = Outcome("failed", FAILED, step, "the last checkpoint could not be saved")
