@@ -8,31 +8,16 @@ progress and errors go to stderr.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import __version__
-from pipeline.console import print_report, print_scores, size
+from pipeline.console import print_report, print_scores
 from pipeline.errors import DONE, FAILED, WRONG_USE, UserError
+from pipeline.verbs import Run, parser
 
 if TYPE_CHECKING:
     from pipeline.data.splits import SplitSpec
-
-Run = Callable[[argparse.Namespace], int]
-AddParser = Callable[..., argparse.ArgumentParser]
-
-EPILOG = """\
-Training and export run under accelerate, on any number of processes; the same command resumes:
-  accelerate launch [...] -m pipeline.train  configs/train/vae.yaml       [a.b=c ...]
-  accelerate launch [...] -m pipeline.export configs/export/parquet.yaml  [a.b=c ...]
-`python -m launch local --help` starts several processes on one machine.
-
-Exit codes: 0 done, 2 wrong use or input, 1 everything else.
-"""
-SPLIT = "{by: key, fractions: {train: 0.98, held_out: 0.02}, seed: 0}"
-LEVELS = ("listing", "counts", "hashes", "keys", "statistics")  # pipeline.export.verify's
 
 
 def _split(arguments: argparse.Namespace) -> "SplitSpec | None":
@@ -149,110 +134,14 @@ def probe(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _add_split(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", metavar="YAML", help=f"which samples are held out: {SPLIT}")
-
-
-def _add_workers(parser: argparse.ArgumentParser) -> None:
-    cores = os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=cores, help="processes (%(default)s)")
-
-
-def _verb(add: AddParser, name: str, run: Run, text: str) -> argparse.ArgumentParser:
-    """A sub-command that runs `run`, with the options that every verb has."""
-    parser = add(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(call=run)
-    return parser
-
-
-def _add_pack(add: AddParser) -> None:
-    text = "write images into webdataset shards, and index them"
-    sources = add("pack", help=text, description=f"{text.capitalize()}.")
-    kinds = sources.add_subparsers(required=True, metavar="SOURCE")
-
-    folder = _verb(
-        kinds.add_parser, "folder", pack_folder, "an image folder; sub-folders are the classes"
-    )
-    folder.add_argument("source", type=Path, help="directory with the images")
-    folder.add_argument("out", type=Path, help="directory for the shards")
-    folder.add_argument("--shard-bytes", type=size, default=256 << 20, help="at most (256M)")
-    folder.add_argument("--shard-samples", type=int, default=10_000, help="at most (%(default)s)")
-    folder.add_argument("--resize", type=int, metavar="PIXELS", help="shorter side; else as it is")
-    folder.add_argument("--shuffle-seed", type=int, metavar="SEED", help="else sorted by path")
-    sprites = _verb(
-        kinds.add_parser, "sprites", pack_sprites, "the built-in sprites with known factors"
-    )
-    sprites.add_argument("out", type=Path, help="directory for the shards")
-    sprites.add_argument("--count", type=int, default=10_000, help="images (%(default)s)")
-    sprites.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    sprites.add_argument("--shard-samples", type=int, default=1_000, help="at most (%(default)s)")
-    for parser in (folder, sprites):
-        _add_split(parser)
-        _add_workers(parser)
-
-
-def _add_index(add: AddParser) -> None:
-    parser = _verb(add, "index", index, "index webdataset shards, once per data set or new split")
-    parser.add_argument("shards", help="directory, or glob or brace pattern of shards")
-    parser.add_argument("--out", type=Path, help="where the index goes; else beside the shards")
-    _add_split(parser)
-    _add_workers(parser)
-
-
-def _add_verify(add: AddParser) -> None:
-    text = "check an export, or shards against their index; exit 1 if anything is wrong"
-    parser = _verb(add, "verify", verify, text)
-    parser.add_argument("path", type=Path, help="directory of the export, or of the index")
-    parser.add_argument("--source", type=Path, help="index of an export's data, to compare keys")
-    parser.add_argument("--shards", type=Path, help="where the shards lie; else beside the index")
-    parser.add_argument(
-        "--level", choices=LEVELS, default=LEVELS[-1], help="how deep, for an export (%(default)s)"
-    )
-
-
-def _add_evaluate(add: AddParser) -> None:
-    parser = _verb(add, "evaluate", evaluate, "evaluate a run's checkpoint on held-out data")
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--step", type=int, help="of the checkpoint; else the newest good one")
-    parser.add_argument("--split", help="of the data; else the config's held-out split")
-
-
-def _add_probe(add: AddParser) -> None:
-    text = "what can be read off exported latents: a linear probe and nearest neighbours"
-    parser = _verb(add, "probe", probe, text)
-    parser.add_argument("export", type=Path, help="directory of a finished export")
-    parser.add_argument("--source", type=Path, help="its data set: probes raw pixels, too")
-    parser.add_argument(
-        "--target",
-        action="append",
-        metavar="NAME",
-        help="`label` or a field of the samples' JSON, several times; else all that fit",
-    )
-    parser.add_argument("--max-samples", type=int, default=8000, help="(%(default)s)")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    top = argparse.ArgumentParser(
-        prog="latentmill",
-        description="Train convolutional autoencoders on sharded data, export latents in bulk.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    top.add_argument("--version", action="version", version=f"latentmill {__version__}")
-    verbs = top.add_subparsers(required=True, metavar="VERB")
-    _add_pack(verbs.add_parser)
-    _add_index(verbs.add_parser)
-    _add_verify(verbs.add_parser)
-    _add_evaluate(verbs.add_parser)
-    _add_probe(verbs.add_parser)
-    return top
+RUNS: dict[str, Run] = {
+    run.__name__: run for run in (pack_folder, pack_sprites, index, verify, evaluate, probe)
+}
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one verb and return the exit code; `argv` without the program's name."""
-    arguments = parser().parse_args(argv)
+    arguments = parser(RUNS).parse_args(argv)
     try:
         code = arguments.call(arguments)
         sys.stdout.flush()  # so that a reader that has gone shows up here

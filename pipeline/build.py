@@ -20,7 +20,7 @@ from pipeline.strategies.ddp import DdpStrategy
 
 def check_data(config: TrainConfig, index: Index) -> None:
     """Raise UserError unless the shards are the index's, and there is something to evaluate on."""
-    index.check_shards(config.data.shards_path)
+    index.check_shards(config.data.shards_root)
     split, names = config.evaluation.split, (*index.split_spec.names, ALL)
     if split not in names:
         known = ", ".join(names)

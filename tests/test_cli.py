@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.__main__ import main, parser
+from pipeline.__main__ import RUNS, main
 from pipeline.console import size
+from pipeline.verbs import parser
 from tests.processes import ROOT
 
 VERBS = [
@@ -32,7 +33,7 @@ def cli(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_list_of_verbs_is_complete():
-    shown = parser().format_help()
+    shown = parser(RUNS).format_help()
     assert all(f"\n    {verb[0]} " in shown for verb in VERBS)
 
 

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.scan import ScannedShard, ShardEntry, index_shard
 from pipeline.data.splits import ALL, SplitSpec
-from pipeline.data.storage import Storage, find_shards
+from pipeline.data.storage import find_shards, open_storage
 from pipeline.data.table import ShardTable
 from pipeline.data.tar import Damage
 from pipeline.errors import UserError
@@ -108,16 +109,19 @@ class Index:
             return np.array([shard.samples for shard in self.shards], np.int64)
         return np.array([shard.splits[split] for shard in self.shards], np.int64)
 
-    def check_shards(self, root: Path) -> None:
+    def check_shards(self, root: Path | str) -> None:
         """Raise UserError naming the first shard below `root` that is missing or has changed."""
-        sizes = Storage(root).sizes([shard.name for shard in self.shards])
+        with closing(open_storage(root)) as storage:
+            states = storage.states(shard.name for shard in self.shards)
         for shard in self.shards:
-            size = sizes[shard.name]
-            if size == shard.bytes:
+            state = states[shard.name]
+            if state is not None and state.num_bytes == shard.bytes:
                 continue
-            state = "is missing" if size is None else f"has {size} bytes, not {shard.bytes}"
+            found = (
+                "is missing" if state is None else f"has {state.num_bytes} bytes, not {shard.bytes}"
+            )
             raise UserError(
-                f"The shard {root / shard.name} {state}: the index in "
+                f"The shard {storage.where(shard.name)} {found}: the index in "
                 f"{self.path / INDEX_DIRECTORY} is of another state. Put the shard back, or run "
                 f"`latentmill index {root}` (that makes it another data set)."
             )
@@ -154,7 +158,7 @@ def build_index(
     goes on. Damage and duplicate keys are reported in the result, not raised. Raises UserError.
     """
     found = find_shards(shards)
-    out = found.root if out is None else out
+    out = Path(found.root) if out is None else out
     if workers < 1:
         raise UserError(f"workers is {workers}, but must be at least 1.")
     split = split or SplitSpec()
@@ -177,10 +181,11 @@ def build_index(
 
 
 def _scan_all(
-    root: Path, names: Sequence[str], out: Path, split: SplitSpec, workers: int
+    root: str, names: Sequence[str], out: Path, split: SplitSpec, workers: int
 ) -> Iterator[ScannedShard]:
     """Yield the shards as they are finished."""
-    num_bytes = sum(size or 0 for size in Storage(root).sizes(list(names)).values())
+    with closing(open_storage(root)) as storage:
+        num_bytes = sum(state.num_bytes for state in storage.states(names).values() if state)
     workers = min(workers, len(names))
     if workers == 1 or num_bytes < PARALLEL_FROM_BYTES:
         for name in names:

@@ -20,7 +20,7 @@ from pipeline.data.decode import ArrayDecode, DecodeError, ImageDecode, missing_
 from pipeline.data.fetch import LABEL_SUFFIXES, parse_label, read_members
 from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
-from pipeline.data.storage import ShardReadError, Storage
+from pipeline.data.storage import ShardReadError, Storage, open_storage
 
 METADATA_SUFFIXES = ("json",)
 
@@ -62,12 +62,13 @@ def shard_batches(
 
     Raises UserError or ShardReadError if the shard is missing or is not what the index says.
     """
-    storage = Storage(data.shards_path)
+    storage = open_storage(data.shards_root)
     reader = _ShardReader(data, index, shard, batch_size, storage)
     entry = index.shards[shard]
-    if storage.sizes([entry.name])[entry.name] != entry.bytes:
+    state = storage.states([entry.name])[entry.name]
+    if state is None or state.num_bytes != entry.bytes:
         raise ShardReadError(
-            f"{storage.root / entry.name} is missing or has changed since it was indexed: put it "
+            f"{storage.where(entry.name)} is missing or has changed since it was indexed: put it "
             "back, or run `latentmill index` and a new export."
         )
     decoders = ThreadPoolExecutor(data.threads, thread_name_prefix="rows-decode")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.splits import SplitSpec, group_of
-from pipeline.data.storage import Storage
+from pipeline.data.storage import Storage, open_storage
 from pipeline.data.table import ShardTable, TableOrigin, write_table
 from pipeline.data.tar import Damage, ReadBytes, TarSample, TarScan, group_samples
 from pipeline.errors import UserError
@@ -48,17 +48,17 @@ class ScannedShard:
     key_hashes: NDArray[np.uint64]
 
 
-def index_shard(root: Path, name: str, table_path: Path, split: SplitSpec) -> ScannedShard:
+def index_shard(root: str, name: str, table_path: Path, split: SplitSpec) -> ScannedShard:
     """Bring one shard's table up to date and describe it; raise UserError on no permission."""
     try:
-        table = _reusable_table(root / name, table_path)
+        table = _reusable_table(Path(root) / name, table_path)
         if table is None:
             _write(root, name, table_path, split)
         elif table.origin.split_digest != split.digest():
             _split_again(root, name, table_path, split, table)
         return _describe(name, ShardTable(table_path), split)
     except PermissionError as error:
-        raise UserError(f"Indexing {root / name}: {error}.") from None
+        raise UserError(f"Indexing {root}/{name}: {error}.") from None
 
 
 def _reusable_table(shard: Path, table_path: Path) -> ShardTable | None:
@@ -72,9 +72,9 @@ def _reusable_table(shard: Path, table_path: Path) -> ShardTable | None:
     return table if table.origin.shard_bytes == status.st_size else None
 
 
-def _write(root: Path, name: str, table_path: Path, split: SplitSpec) -> None:
-    status = (root / name).stat()
-    with closing(Storage(root)) as storage:
+def _write(root: str, name: str, table_path: Path, split: SplitSpec) -> None:
+    status = (Path(root) / name).stat()
+    with closing(open_storage(root)) as storage:
         scan = TarScan(_chunked_reader(storage, name, status.st_size), status.st_size)
         samples = list(group_samples(scan))
         splits = _splits(storage, name, samples, split)
@@ -82,19 +82,19 @@ def _write(root: Path, name: str, table_path: Path, split: SplitSpec) -> None:
     if len(scan.damage) > len(damage):
         more = len(scan.damage) - len(damage)
         damage.append(Damage("more", damage[-1].offset, 0, f"{more} further faults"))
-    sha256 = sha256_file(root / name)
+    sha256 = sha256_file(Path(root) / name)
     origin = TableOrigin(status.st_size, sha256, split.digest(), tuple(damage))
     write_table(table_path, samples, splits, origin)
     os.utime(table_path, ns=(status.st_mtime_ns, status.st_mtime_ns))
 
 
 def _split_again(
-    root: Path, name: str, table_path: Path, split: SplitSpec, table: ShardTable
+    root: str, name: str, table_path: Path, split: SplitSpec, table: ShardTable
 ) -> None:
     """Rewrite a table for another split rule; only metadata members are read, if any."""
     mtime_ns = table_path.stat().st_mtime_ns
     samples = table.samples()
-    with closing(Storage(root)) as storage:
+    with closing(open_storage(root)) as storage:
         splits = _splits(storage, name, samples, split)
     old = table.origin
     origin = TableOrigin(old.shard_bytes, old.shard_sha256, split.digest(), old.damage)
@@ -125,7 +125,7 @@ def _splits(
         return [split.number_of(sample.key) for sample in samples]
     numbers: list[int] = []
     for sample in samples:
-        where = f"{storage.root / name}, sample {sample.key!r}"
+        where = f"{storage.where(name)}, sample {sample.key!r}"
         if "json" not in sample.members:
             raise UserError(f"{where}: no .json member, but the split is made by json.{field}.")
         metadata = storage.read(name, *sample.members["json"])

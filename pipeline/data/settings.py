@@ -1,6 +1,5 @@
 """The `data:` section: which samples, in which order, decoded how."""
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -28,6 +27,6 @@ class DataConfig(Component):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
 
     @property
-    def shards_path(self) -> Path:
-        """The directory of the shards."""
-        return Path(self.path if self.shards is None else self.shards)
+    def shards_root(self) -> str:
+        """The directory or URL of the shards."""
+        return self.path if self.shards is None else self.shards

@@ -23,7 +23,7 @@ from pipeline.data.fetch import Fetcher
 from pipeline.data.index import Index
 from pipeline.data.order import Order, Tail
 from pipeline.data.settings import DataConfig
-from pipeline.data.storage import Storage
+from pipeline.data.storage import Storage, open_storage
 from pipeline.errors import UserError
 
 MAX_READ_AMPLIFICATION = 1.1
@@ -99,14 +99,14 @@ def open_stream(
             f"The global batch of {batch_size} does not divide over {world} processes: choose "
             f"{' or '.join(map(str, near))}, or another number of processes."
         )
-    index.check_shards(data.shards_path)
+    index.check_shards(data.shards_root)
     _warn_of_amplification(order.lanes, rank, world)
     stop_step = None if num_steps is None else first_step + num_steps
     if stop_step is None and tail == "mask":
         steps_per_epoch = order.epoch_length // batch_size
         stop_step = (first_step // steps_per_epoch + 1) * steps_per_epoch
     board = Board(order, first_step=first_step, stop_step=stop_step, rank=rank, world=world)
-    storage = Storage(data.shards_path)
+    storage = open_storage(data.shards_root)
     fetcher = Fetcher(index, storage, order, split=data.split, suffixes=data.decode.member_suffixes)
     engine = Engine(
         board,

@@ -54,7 +54,7 @@ def prepare(config: ExportConfig, worker: Worker) -> Prepared:
     run = load_run(Path(config.run), step=config.step, weights=config.weights)
     data = data_of(config, run.config.data)
     index = Index.open(data.path)
-    index.check_shards(data.shards_path)
+    index.check_shards(data.shards_root)
     encoder = make_encoder(config, run.model, data, device)
     fingerprint = make_fingerprint(config, run, data, index, encoder)
     plan = Plan(fingerprint, tuple(make_tasks(index, data.split)))

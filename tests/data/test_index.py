@@ -15,7 +15,7 @@ from webdataset.writer import TarWriter
 from pipeline.data import scan
 from pipeline.data.index import Index, build_index, table_path
 from pipeline.data.splits import SplitSpec, group_of
-from pipeline.data.storage import ShardReadError, Storage, expand_braces, find_shards
+from pipeline.data.storage import ShardReadError, find_shards, open_storage
 from pipeline.errors import UserError
 from tests.shards import TINY_COUNTS, write_tiny_shards
 
@@ -41,19 +41,13 @@ def num_open_files() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def test_braces_expand_like_a_shell():
-    assert expand_braces("a-{08..11}.tar") == [f"a-{n:02d}.tar" for n in (8, 9, 10, 11)]
-    assert expand_braces("{a,b}/{0..1}") == ["a/0", "a/1", "b/0", "b/1"]
-    assert expand_braces("plain.tar") == ["plain.tar"]
-
-
 def test_directory_glob_and_braces_find_the_same_shards(shards):
     names = tuple(f"tiny-{i:04d}.tar" for i in range(len(TINY_COUNTS)))
     for pattern in (shards, shards / "*.tar", shards / "tiny-{0000..0004}.tar"):
         found = find_shards(pattern)
-        assert (found.root, found.names) == (shards, names)
+        assert (found.root, found.names) == (str(shards), names)
     nested = find_shards(shards.parent / "**" / "*.tar")
-    assert (nested.root, nested.names) == (shards, names)
+    assert (nested.root, nested.names) == (str(shards), names)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +73,7 @@ def test_remote_addresses_are_refused():
 def test_storage_reads_ranges_and_bounds_its_descriptors(tmp_path):
     for i in range(40):
         (tmp_path / f"{i}.tar").write_bytes(bytes(range(100)))
-    storage = Storage(tmp_path)
+    storage = open_storage(tmp_path)
     storage._max_open = 5
     before = num_open_files()
     for i in [*range(40), *range(40)]:

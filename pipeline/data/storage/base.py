@@ -1,0 +1,61 @@
+"""What every store offers: sizes and tags of shards, and byte ranges of them, from any thread."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from threading import Lock
+
+
+class ShardReadError(OSError):
+    """A shard does not give the bytes that its index promises: a transport fault, no bad sample."""
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """What a store says of a shard without reading it.
+
+    `tag` changes whenever the content does (a strong ETag); None where the store has none.
+    """
+
+    num_bytes: int
+    tag: str | None = None
+
+
+@dataclass
+class TransferCounters:
+    """What the transfers of one storage took; guarded by `lock`."""
+
+    num_retries: int = 0  # requests sent again: refused, timed out, broken off
+    num_reopened: int = 0  # of these, transfers that went on in the middle of their range
+    lock: Lock = field(default_factory=Lock, repr=False)
+
+
+class Storage(ABC):
+    """The shards below one root, a directory or a URL without a slash at its end."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.counters = TransferCounters()
+
+    def where(self, name: str) -> str:
+        """The full path or URL of a shard, for messages."""
+        return f"{self.root}/{name}"
+
+    @abstractmethod
+    def states(self, names: Iterable[str]) -> dict[str, ShardState | None]:
+        """State of each named shard, None where it is missing; raise UserError on no access."""
+
+    @abstractmethod
+    def read(self, name: str, offset: int, num_bytes: int) -> bytes:
+        """Bytes [offset, offset + num_bytes) of a shard; raise ShardReadError if there are fewer.
+
+        A store with tags reads nothing of a shard whose tag is not the first that was seen, by
+        `states`, `expect` or an earlier read: two contents are never mixed.
+        """
+
+    def expect(self, name: str, state: ShardState) -> None:  # noqa: B027 - most need not know
+        """Say which state of a shard the index was made from."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what is held open; reading again afterwards is allowed."""

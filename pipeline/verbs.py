@@ -1,0 +1,135 @@
+"""The command line's verbs and their options: words only, nothing is imported to be run.
+
+Each verb is bound to a function of `pipeline.__main__` of the same name.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pipeline import __version__
+from pipeline.console import size
+
+Run = Callable[[argparse.Namespace], int]
+AddParser = Callable[..., argparse.ArgumentParser]
+Runs = Mapping[str, Run]  # by name
+
+EPILOG = """\
+Training and export run under accelerate, on any number of processes; the same command resumes:
+  accelerate launch [...] -m pipeline.train  configs/train/vae.yaml       [a.b=c ...]
+  accelerate launch [...] -m pipeline.export configs/export/parquet.yaml  [a.b=c ...]
+`python -m launch local --help` starts several processes on one machine.
+
+Exit codes: 0 done, 2 wrong use or input, 1 everything else.
+"""
+SPLIT = "{by: key, fractions: {train: 0.98, held_out: 0.02}, seed: 0}"
+LEVELS = ("listing", "counts", "hashes", "keys", "statistics")  # pipeline.export.verify's
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", metavar="YAML", help=f"which samples are held out: {SPLIT}")
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    cores = os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=cores, help="processes (%(default)s)")
+
+
+def _verb(add: AddParser, name: str, run: Run, text: str) -> argparse.ArgumentParser:
+    """A sub-command that runs `run`, with the options that every verb has."""
+    parser = add(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(call=run)
+    return parser
+
+
+def _add_pack(add: AddParser, runs: Runs) -> None:
+    text = "write images into webdataset shards, and index them"
+    sources = add("pack", help=text, description=f"{text.capitalize()}.")
+    kinds = sources.add_subparsers(required=True, metavar="SOURCE")
+
+    folder = _verb(
+        kinds.add_parser,
+        "folder",
+        runs["pack_folder"],
+        "an image folder; sub-folders are the classes",
+    )
+    folder.add_argument("source", type=Path, help="directory with the images")
+    folder.add_argument("out", type=Path, help="directory for the shards")
+    folder.add_argument("--shard-bytes", type=size, default=256 << 20, help="at most (256M)")
+    folder.add_argument("--shard-samples", type=int, default=10_000, help="at most (%(default)s)")
+    folder.add_argument("--resize", type=int, metavar="PIXELS", help="shorter side; else as it is")
+    folder.add_argument("--shuffle-seed", type=int, metavar="SEED", help="else sorted by path")
+    sprites = _verb(
+        kinds.add_parser, "sprites", runs["pack_sprites"], "the built-in sprites with known factors"
+    )
+    sprites.add_argument("out", type=Path, help="directory for the shards")
+    sprites.add_argument("--count", type=int, default=10_000, help="images (%(default)s)")
+    sprites.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    sprites.add_argument("--shard-samples", type=int, default=1_000, help="at most (%(default)s)")
+    for parser in (folder, sprites):
+        _add_split(parser)
+        _add_workers(parser)
+
+
+def _add_index(add: AddParser, runs: Runs) -> None:
+    parser = _verb(
+        add, "index", runs["index"], "index webdataset shards, once per data set or new split"
+    )
+    parser.add_argument("shards", help="directory, or glob or brace pattern of shards")
+    parser.add_argument("--out", type=Path, help="where the index goes; else beside the shards")
+    _add_split(parser)
+    _add_workers(parser)
+
+
+def _add_verify(add: AddParser, runs: Runs) -> None:
+    text = "check an export, or shards against their index; exit 1 if anything is wrong"
+    parser = _verb(add, "verify", runs["verify"], text)
+    parser.add_argument("path", type=Path, help="directory of the export, or of the index")
+    parser.add_argument("--source", type=Path, help="index of an export's data, to compare keys")
+    parser.add_argument("--shards", type=Path, help="where the shards lie; else beside the index")
+    parser.add_argument(
+        "--level", choices=LEVELS, default=LEVELS[-1], help="how deep, for an export (%(default)s)"
+    )
+
+
+def _add_evaluate(add: AddParser, runs: Runs) -> None:
+    parser = _verb(
+        add, "evaluate", runs["evaluate"], "evaluate a run's checkpoint on held-out data"
+    )
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--step", type=int, help="of the checkpoint; else the newest good one")
+    parser.add_argument("--split", help="of the data; else the config's held-out split")
+
+
+def _add_probe(add: AddParser, runs: Runs) -> None:
+    text = "what can be read off exported latents: a linear probe and nearest neighbours"
+    parser = _verb(add, "probe", runs["probe"], text)
+    parser.add_argument("export", type=Path, help="directory of a finished export")
+    parser.add_argument("--source", type=Path, help="its data set: probes raw pixels, too")
+    parser.add_argument(
+        "--target",
+        action="append",
+        metavar="NAME",
+        help="`label` or a field of the samples' JSON, several times; else all that fit",
+    )
+    parser.add_argument("--max-samples", type=int, default=8000, help="(%(default)s)")
+
+
+def parser(runs: Runs) -> argparse.ArgumentParser:
+    """The whole command line; `runs`: what each verb calls."""
+    top = argparse.ArgumentParser(
+        prog="latentmill",
+        description="Train convolutional autoencoders on sharded data, export latents in bulk.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"latentmill {__version__}")
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+    _add_pack(verbs.add_parser, runs)
+    _add_index(verbs.add_parser, runs)
+    _add_verify(verbs.add_parser, runs)
+    _add_evaluate(verbs.add_parser, runs)
+    _add_probe(verbs.add_parser, runs)
+    return top
