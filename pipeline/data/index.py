@@ -34,6 +34,7 @@ INDEX_DIRECTORY = "index"
 MANIFEST = "manifest.json"
 TABLES = "tables"
 MAX_OPEN_TABLES = 1024
+ORDINAL_SHIFT = 48  # uid = ordinal * 2^48 + samples before
 MAX_DUPLICATES_SHOWN = 20
 PARALLEL_FROM_BYTES = 32 << 20  # below, starting worker processes takes longer than the work
 
@@ -43,8 +44,9 @@ Progress = Callable[[str], None]
 class Index:
     """The opened index of one data set."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], ordinal: int = 0) -> None:
         self.path = path
+        self.ordinal = ordinal  # of the data set among those of a mixture
         self.dataset_id: str = manifest["dataset_id"]
         self.split_spec = SplitSpec(**manifest["split"])
         self.shards = [_entry_from_json(entry) for entry in manifest["shards"]]
@@ -54,7 +56,7 @@ class Index:
         self.table = lru_cache(maxsize=MAX_OPEN_TABLES)(self._open_table)
 
     @classmethod
-    def open(cls, path: Path | str) -> "Index":
+    def open(cls, path: Path | str, ordinal: int = 0) -> "Index":
         """Open `<path>/index`; raise UserError if there is none that this version reads."""
         manifest_path = Path(path) / INDEX_DIRECTORY / MANIFEST
         try:
@@ -72,7 +74,7 @@ class Index:
                 f"{manifest_path} has format version {found}, this program reads {FORMAT_VERSION}: "
                 f"run `latentmill index {path}` again."
             )
-        return cls(Path(path), manifest)
+        return cls(Path(path), manifest, ordinal)
 
     @property
     def num_samples(self) -> int:
@@ -86,9 +88,27 @@ class Index:
 
     @cached_property
     def first_uids(self) -> NDArray[np.int64]:
-        """The uid of each shard's first row: dataset ordinal (0 so far) * 2^48 + samples before."""
+        """The uid of each shard's first row: dataset ordinal * 2^48 + samples in earlier shards."""
         counts = [shard.samples for shard in self.shards]
-        return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])[:-1]
+        return (self.ordinal << ORDINAL_SHIFT) + np.concatenate([[0], np.cumsum(counts)])[:-1]
+
+    def locate(self, uids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(shard, row) of samples by their uids."""
+        # Of shards that start at the same uid all but the last are empty.
+        shard = np.searchsorted(self.first_uids, uids, side="right") - 1
+        return shard, uids - self.first_uids[shard]
+
+    def keys_of(self, uids: NDArray[np.int64]) -> list[str]:
+        """Keys of samples by their uids."""
+        shards, rows = self.locate(uids)
+        keys = [""] * len(uids)
+        for shard in np.unique(shards).tolist():
+            places = np.flatnonzero(shards == shard)
+            for place, key in zip(
+                places.tolist(), self.table(shard).keys(rows[places]), strict=True
+            ):
+                keys[place] = key
+        return keys
 
     def split_number(self, split: str) -> int | None:
         """The number of a split in the tables, None for `all`; raise UserError if unknown."""
