@@ -65,11 +65,6 @@ def test_missing_shards_are_named(shards, pattern, message):
         find_shards(shards / pattern if pattern else empty)
 
 
-def test_remote_addresses_are_refused():
-    with pytest.raises(UserError, match="only local paths"):
-        find_shards("s3://bucket/{000..127}.tar")
-
-
 def test_storage_reads_ranges_and_bounds_its_descriptors(tmp_path):
     for i in range(40):
         (tmp_path / f"{i}.tar").write_bytes(bytes(range(100)))

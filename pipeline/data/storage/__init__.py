@@ -1,17 +1,17 @@
-"""Where shards lie, and how bytes of them are read: nothing else opens a shard.
+"""Where shards lie, and how bytes of them are read: the only place that opens a shard.
 
 directory, URL, glob or brace pattern --find_shards--> root and names
 root --open_storage--> Storage; name, offset, size --Storage.read--> bytes
 """
 
-from pathlib import Path
-
 from pipeline.data.storage.base import ShardReadError, ShardState, Storage, TransferCounters
-from pipeline.data.storage.local import LocalStorage
+from pipeline.data.storage.opening import open_storage
 from pipeline.data.storage.patterns import FoundShards, find_shards, is_url
+from pipeline.data.storage.policy import RemotePolicy
 
 __all__ = [
     "FoundShards",
+    "RemotePolicy",
     "ShardReadError",
     "ShardState",
     "Storage",
@@ -20,8 +20,3 @@ __all__ = [
     "is_url",
     "open_storage",
 ]
-
-
-def open_storage(root: str | Path) -> Storage:
-    """Return the store of the shards below `root`."""
-    return LocalStorage(str(root))

@@ -25,8 +25,10 @@ class ShardState:
 class TransferCounters:
     """What the transfers of one storage took; guarded by `lock`."""
 
+    num_requests: int = 0  # sent, redirects and repetitions included
     num_retries: int = 0  # requests sent again: refused, timed out, broken off
     num_reopened: int = 0  # of these, transfers that went on in the middle of their range
+    num_bytes_skipped: int = 0  # read and thrown away, because a server ignores Range
     lock: Lock = field(default_factory=Lock, repr=False)
 
 
@@ -56,6 +58,14 @@ class Storage(ABC):
     def expect(self, name: str, state: ShardState) -> None:  # noqa: B027 - most need not know
         """Say which state of a shard the index was made from."""
 
+    def read_whole(self, name: str) -> bytes | None:
+        """All bytes of a small file beside the shards; None if it is missing."""
+        state = self.states([name])[name]
+        return None if state is None else self.read(name, 0, state.num_bytes)
+
     @abstractmethod
     def close(self) -> None:
-        """Give back what is held open; reading again afterwards is allowed."""
+        """Give back what is held open and end reads of remote shards that are in progress.
+
+        Reading again afterwards is allowed.
+        """

@@ -1,16 +1,29 @@
-"""From what a user writes to shards: a directory, glob or brace pattern -> root and names."""
+"""From what a user writes to shards: a directory, URL, glob or brace pattern -> root and names.
+
+    text --webdataset's expand_urls--> paths or URLs --globs, listings--> addresses --> root, names
+
+Names are plain text relative to the root, the same for a local path and its URL: a query stays with
+the root, and percent signs are decoded.
+"""
 
 import os
-import re
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
+from posixpath import commonpath
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from webdataset.shardlists import expand_urls
 
+from pipeline.data.storage.filesystem import open_filesystem
+from pipeline.data.storage.opening import HTTP, check_scheme, is_url, local_path, open_storage
+from pipeline.data.storage.policy import RemotePolicy
 from pipeline.errors import UserError
 
-IS_URL = re.compile(r"[a-z][a-z0-9+]*:")
+SUFFIX = ".tar"
+NUM_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -21,37 +34,133 @@ class FoundShards:
     names: tuple[str, ...]
 
 
-def is_url(location: str | Path) -> bool:
-    """Tell whether a location names a store other than the local file systems."""
-    return IS_URL.match(str(location)) is not None
-
-
-def find_shards(pattern: str | Path) -> FoundShards:
+def find_shards(pattern: str | Path, remote: RemotePolicy | None = None) -> FoundShards:
     """List the `.tar` files of a directory (not of its sub-folders), glob or brace pattern.
 
-    Braces and `::` expand by webdataset's own rules.
+    Braces and `::` expand by webdataset's own rules. Folders and globs need a store that can list:
+    http(s) cannot. Raises UserError when nothing is there or something that was named is missing.
     """
     text = str(pattern)
-    if is_url(text):
-        raise UserError(f"{text}: only local paths can be read; copy or mount the shards.")
-    if Path(text).is_dir():
-        paths = sorted(Path(text).glob("*.tar"))
-        root = Path(text)
+    urls = _expand(text)
+    if not any(is_url(url) for url in urls):
+        return _find_local(text, [local_path(url) for url in urls])
+    if not all(is_url(url) for url in urls):
+        raise UserError(f"{text} names local paths and URLs: shards must lie in one store.")
+    return _find_remote(text, urls, remote)
+
+
+def _expand(text: str) -> list[str]:
+    check_urls = [url for url in text.split("::") if is_url(url)]
+    for url in check_urls:
+        check_scheme(url)
+    try:
+        return list(expand_urls(text))
+    except (AssertionError, ValueError) as error:  # of an unset WDS_ variable, of a bad brace
+        raise UserError(f"{text} cannot be expanded: {error}.") from None
+
+
+def _shown(addresses: Sequence[str]) -> str:
+    more = f", ... ({len(addresses)} in all)" if len(addresses) > NUM_SHOWN else ""
+    return ", ".join(addresses[:NUM_SHOWN]) + more
+
+
+def _find_local(text: str, expanded: list[str]) -> FoundShards:
+    if len(expanded) == 1 and Path(expanded[0]).is_dir():
+        root = Path(expanded[0])
+        paths = sorted(root.glob(f"*{SUFFIX}"))
     else:
-        paths = _expand_pattern(text)
+        paths = _local_files(text, expanded)
         root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path(text)
     if not paths:
-        raise UserError(f"{text}: no .tar shard found there (a folder, a glob or a{{0..9}}.tar).")
+        raise UserError(
+            f"{text}: no .tar shard found there (a folder, a glob or a{{0..9}}.tar); looked for "
+            f"{_shown(expanded)}."
+        )
     names = sorted(path.relative_to(root).as_posix() for path in paths)
     return FoundShards(str(root), tuple(names))
 
 
-def _expand_pattern(text: str) -> list[Path]:
+def _local_files(text: str, expanded: list[str]) -> list[Path]:
     paths: set[Path] = set()
-    for name in expand_urls(text):
+    for name in expanded:
         found = [Path(p) for p in glob(name, recursive=True)] if has_magic(name) else [Path(name)]  # noqa: PTH207
         for path in found:
             if not path.is_file():
-                raise UserError(f"{text}: there is no shard {path}.")
+                raise UserError(
+                    f"{text}: there is no shard {path}; the pattern expands to {_shown(expanded)}."
+                )
         paths.update(found)
     return sorted(paths)
+
+
+def _find_remote(text: str, urls: list[str], remote: RemotePolicy | None) -> FoundShards:
+    given = [url for url in urls if not _is_listing(url)]
+    paths = {_path(url) for url in given}
+    for url in urls:
+        if _is_listing(url):
+            paths.update(_listed(url))
+    if not paths:
+        raise UserError(f"{text}: no .tar shard found there; looked for {_shown(urls)}.")
+    folder = commonpath([path.rpartition("/")[0] or "/" for path in paths]).rstrip("/")
+    stores = {_store(url) for url in urls}
+    store = stores.pop()
+    if stores or not (folder or store[0] in HTTP):
+        raise UserError(f"{text}: shards must lie in one store, with one query for all.")
+    root = _root(store, folder)
+    names = sorted(path.removeprefix(f"{folder}/") for path in paths)
+    if given:
+        _check_there(text, root, names, remote)
+    return FoundShards(root, tuple(names))
+
+
+def _check_there(text: str, root: str, names: Sequence[str], remote: RemotePolicy | None) -> None:
+    with closing(open_storage(root, remote)) as storage:
+        states = storage.states(names)
+        missing = [storage.where(name) for name in names if states[name] is None]
+        expanded = [storage.where(name) for name in names]
+    if missing:
+        raise UserError(
+            f"{text}: there is no shard {_shown(missing)}; the pattern expands to "
+            f"{_shown(expanded)}."
+        )
+
+
+def _store(url: str) -> tuple[str, str, str]:
+    """What all shards must have in common: scheme, and for HTTP the host and the query."""
+    parts = urlsplit(url)
+    is_http = parts.scheme in HTTP
+    return parts.scheme, parts.netloc if is_http else "", parts.query if is_http else ""
+
+
+def _path(url: str) -> str:
+    """The path in the store with a leading slash; for HTTP with percent signs decoded."""
+    parts = urlsplit(url)
+    return unquote(parts.path) if parts.scheme in HTTP else f"/{url.partition('://')[2]}"
+
+
+def _root(store: tuple[str, str, str], folder: str) -> str:
+    scheme, host, query = store
+    if scheme in HTTP:
+        return urlunsplit((scheme, host, quote(folder), query, ""))
+    return f"{scheme}://{folder[1:]}"
+
+
+def _is_listing(url: str) -> bool:
+    path = _path(url)
+    return not path.endswith(SUFFIX) or has_magic(path)
+
+
+def _listed(url: str) -> list[str]:
+    """Paths in the store that a folder or glob stands for."""
+    if urlsplit(url).scheme in HTTP:
+        raise UserError(
+            f"{url}: HTTP cannot list shards; name them with braces, as in a{{0000..0127}}.tar."
+        )
+    files, place = open_filesystem(url)
+    try:
+        found = files.glob(place if has_magic(place) else f"{place}/*{SUFFIX}")
+    except Exception as error:  # every library has errors of its own
+        raise UserError(f"{url} cannot be listed ({type(error).__name__}: {error}).") from error
+    # fsspec's paths may lack the host that the URL begins with (sftp), or begin with a slash.
+    begin = _path(url).rstrip("/").removesuffix(place.lstrip("/"))
+    return [f"{begin}{path.lstrip('/')}" for path in found if path.endswith(SUFFIX)]

@@ -1,0 +1,100 @@
+"""Shards in any other store that fsspec knows (gs, az, hf, sftp, memory ...).
+
+    read --> cat_file of the range, then the file's size and tag: unchanged since the first look
+
+Retries and waits are those of `RemotePolicy`; the time limits of one request are the library's.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterable
+
+from pipeline.data.storage.answers import too_short
+from pipeline.data.storage.base import ShardReadError, ShardState, Storage
+from pipeline.data.storage.filesystem import open_filesystem, tag_in
+from pipeline.data.storage.pins import Pins
+from pipeline.data.storage.policy import Patience, RemotePolicy
+from pipeline.errors import UserError
+
+PERMANENT = (FileNotFoundError, PermissionError, NotImplementedError, ShardReadError)
+
+
+class GenericStorage(Storage):
+    """The shards below a URL of fsspec's."""
+
+    def __init__(self, root: str, policy: RemotePolicy) -> None:
+        super().__init__(root.rstrip("/"))
+        self._files, self._path = open_filesystem(root)
+        self._policy = policy
+        self._pins = Pins()
+        self._stopped = threading.Event()
+
+    def states(self, names: Iterable[str]) -> dict[str, ShardState | None]:
+        """State of each named shard by one listing per folder; raise UserError on no access."""
+        states: dict[str, ShardState | None] = dict.fromkeys(names)
+        folders: dict[str, list[str]] = defaultdict(list)
+        for name in states:
+            folders[self._place(name).rpartition("/")[0]].append(name)
+        for folder, inside in folders.items():
+            try:
+                self._files.invalidate_cache()
+                found = {entry["name"]: entry for entry in self._files.ls(folder, detail=True)}
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # every library has errors of its own
+                raise UserError(f"{self.root} cannot be listed: {error}.") from error
+            for name in inside:
+                entry = found.get(self._place(name))
+                if entry is not None and entry["type"] == "file":
+                    # Listings may tell less than `info` does, so they pin the size alone.
+                    states[name] = state = ShardState(entry["size"])
+                    self._pins.expect(name, state)
+        return states
+
+    def expect(self, name: str, state: ShardState) -> None:
+        """Say which state of a shard the index was made from."""
+        self._pins.expect(name, state)
+
+    def read(self, name: str, offset: int, num_bytes: int) -> bytes:
+        """Bytes [offset, offset + num_bytes) of a shard; raise ShardReadError if that fails."""
+        where = self.where(name)
+        patience = Patience(self._policy, where, self.counters, self._stopped)
+        while True:
+            try:
+                with self.counters.lock:
+                    self.counters.num_requests += 1
+                return self._read_once(name, offset, num_bytes)
+            except PERMANENT as error:
+                if isinstance(error, ShardReadError):
+                    raise
+                raise ShardReadError(f"{where} cannot be read: {error!r}.") from error
+            except Exception as error:  # noqa: BLE001 - every library has errors of its own
+                patience.after(error, has_progressed=False, is_reopened=False)
+
+    def close(self) -> None:
+        """End waiting reads."""
+        self._stopped.set()
+        self._stopped = threading.Event()
+
+    def _place(self, name: str) -> str:
+        return f"{self._path}/{name}"
+
+    def _read_once(self, name: str, offset: int, num_bytes: int) -> bytes:
+        where, place = self.where(name), self._place(name)
+        pinned = self._pins.get(name)
+        if pinned is None or pinned.tag is None:
+            self._check(name)
+        data = self._files.cat_file(place, start=offset, end=offset + num_bytes)
+        state = self._check(name)  # afterwards: so the bytes are older than this look at the file
+        if state.num_bytes < offset + num_bytes:
+            raise too_short(where, state.num_bytes, offset + num_bytes)
+        if len(data) != num_bytes:
+            raise OSError(f"{len(data)} bytes came, not {num_bytes}")
+        return data
+
+    def _check(self, name: str) -> ShardState:
+        self._files.invalidate_cache()
+        info = self._files.info(self._place(name))
+        state = ShardState(info["size"], tag_in(info))
+        self._pins.check(name, self.where(name), state)
+        return state

@@ -1,0 +1,283 @@
+"""Shards behind HTTP: exactly the bytes asked for, of exactly one state of each shard.
+
+    read --parts of at most part_bytes, in parallel--> GET with Range and If-Match
+      `--> status, Content-Range, length and tag checked --> bytes; a fault --> Patience --> Range
+           from the byte where it broke
+
+A server that ignores Range is put up with near the start of a shard (`answers.MAX_SKIPPED_BYTES`).
+Credentials: in the URL (`https://user:password@host`), in its query, or in ~/.netrc. Proxies: from
+the environment (HTTPS_PROXY, NO_PROXY). Neither credentials nor queries stand in any message.
+"""
+
+import netrc
+import threading
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
+
+import urllib3
+from urllib3 import BaseHTTPResponse
+from urllib3.exceptions import HTTPError, SSLError
+
+from pipeline.data.storage.answers import (
+    check_answer,
+    is_strong,
+    refusal,
+    tag_of,
+    whole_length,
+)
+from pipeline.data.storage.base import ShardReadError, ShardState, Storage
+from pipeline.data.storage.pins import Pins, changed
+from pipeline.data.storage.policy import Patience, RemotePolicy, TransferError
+from pipeline.data.storage.threads import map_in_threads
+from pipeline.errors import UserError
+
+MAX_REDIRECTS = 5
+PIECE_BYTES = 1 << 20
+MAX_ERROR_TEXT = 300  # bytes of an error's body that are shown
+REDIRECTS = frozenset((301, 302, 303, 307, 308))
+
+
+class HttpStorage(Storage):
+    """The shards below `http(s)://host/path`; a query of the root goes with every request."""
+
+    def __init__(self, root: str, policy: RemotePolicy) -> None:
+        super().__init__(root.rstrip("/"))
+        self._policy = policy
+        self._pins = Pins()
+        self._stopped = threading.Event()
+        self._parts = urlsplit(self.root)
+        self._headers = {"Accept-Encoding": "identity"} | _credentials(self.root)
+        self._pool = self._new_pool()
+
+    def where(self, name: str) -> str:
+        """The URL of a shard without credentials and query."""
+        return _shown(self._url(name))
+
+    def states(self, names: Iterable[str]) -> dict[str, ShardState | None]:
+        """State of each named shard, None where it is missing; raise UserError on no access."""
+        wanted = list(dict.fromkeys(names))
+        try:
+            found = map_in_threads(self._state, wanted, self._policy.connections)
+        except ShardReadError as error:
+            raise UserError(str(error)) from None
+        for name, state in zip(wanted, found, strict=True):
+            if state is not None:
+                self._pins.expect(name, state)
+        return dict(zip(wanted, found, strict=True))
+
+    def expect(self, name: str, state: ShardState) -> None:
+        """Say which state of a shard the index was made from."""
+        self._pins.expect(name, state)
+
+    def read(self, name: str, offset: int, num_bytes: int) -> bytes:
+        """Bytes [offset, offset + num_bytes) of a shard; raise ShardReadError if that fails."""
+        longest = self._policy.part_bytes
+        if num_bytes <= longest:
+            return self._read_part(name, offset, num_bytes)
+        # Equal parts, so that none is left to go alone at the end.
+        num_parts = -(-num_bytes // longest)
+        cuts = [offset + part * num_bytes // num_parts for part in range(num_parts + 1)]
+        pieces = map_in_threads(
+            lambda part: self._read_part(name, part[0], part[1] - part[0]),
+            list(pairwise(cuts)),
+            self._policy.connections,
+        )
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        """End reads in progress (within `timeout_seconds`) and close the connections."""
+        self._stopped.set()
+        self._stopped = threading.Event()
+        self._pool.clear()
+
+    def _url(self, name: str) -> str:
+        parts = self._parts
+        return urlunsplit(parts._replace(path=f"{parts.path}/{quote(name)}"))
+
+    def _new_pool(self) -> urllib3.PoolManager:
+        proxy = getproxies().get(self._parts.scheme)
+        connections = self._policy.connections
+        if proxy and not proxy_bypass(self._parts.hostname or ""):
+            return urllib3.ProxyManager(proxy, maxsize=connections, block=True)
+        return urllib3.PoolManager(maxsize=connections, block=True)
+
+    def _new_patience(self, where: str) -> Patience:
+        return Patience(self._policy, where, self.counters, self._stopped)
+
+    def _read_part(self, name: str, offset: int, num_bytes: int) -> bytes:
+        """Read one range over one connection at a time."""
+        patience = self._new_patience(self.where(name))
+        pieces: list[bytes] = []
+        num_read = 0
+        while num_read < num_bytes:
+            before = num_read
+            try:
+                for piece in self._pieces(name, offset + num_read, num_bytes - num_read, patience):
+                    pieces.append(piece)
+                    num_read += len(piece)
+            except (TransferError, HTTPError, OSError) as fault:
+                if isinstance(fault, ShardReadError):
+                    raise
+                _raise_if_permanent(self.where(name), fault)
+                patience.after(fault, has_progressed=num_read > before, is_reopened=num_read > 0)
+        return b"".join(pieces)
+
+    def _pieces(
+        self, name: str, offset: int, num_bytes: int, patience: Patience
+    ) -> Iterator[bytes]:
+        """Send one request, check the answer, and yield the wanted bytes as they come."""
+        where = self.where(name)
+        pinned = self._pins.get(name)
+        headers = {"Range": f"bytes={offset}-{offset + num_bytes - 1}"}
+        if pinned is not None and pinned.tag is not None and is_strong(pinned.tag):
+            headers["If-Match"] = pinned.tag
+        response = self._send("GET", self._url(name), headers, patience)
+        try:
+            if response.status == 412 and "If-Match" in headers:
+                now = tag_of(response.headers)
+                raise changed(where, f"it is no longer {headers['If-Match']}, but {now}")
+            if response.status not in (200, 206, 416):
+                raise _refusal(where, response)
+            answer = check_answer(where, response.status, response.headers, offset, num_bytes)
+            self._pins.check(name, where, answer.state)
+            yield from self._body(response, answer.num_skipped, answer.num_bytes, patience)
+        finally:
+            response.close()  # a connection that was read to its answer's end is kept, not closed
+
+    def _body(
+        self, response: BaseHTTPResponse, num_skipped: int, num_bytes: int, patience: Patience
+    ) -> Iterator[bytes]:
+        """Yield the body's bytes after the first `num_skipped`."""
+        left = num_skipped + num_bytes
+        budget = self._policy.timeout_seconds
+        if self._policy.min_bytes_per_second:
+            budget += left / self._policy.min_bytes_per_second
+            too_slow_at = patience.seconds_left - budget
+        else:
+            too_slow_at = 0.0
+        while left:
+            if patience.is_stopped or patience.seconds_left <= 0:
+                raise TransferError(f"{left} bytes of the answer were not there in time")
+            if patience.seconds_left < too_slow_at:
+                raise TransferError(f"slower than {self._policy.min_bytes_per_second} bytes/s")
+            piece = response.read1(min(left, PIECE_BYTES), decode_content=False)
+            if not piece:
+                raise TransferError(f"the answer ended {left} bytes early")
+            left -= len(piece)
+            if num_skipped:
+                with self.counters.lock:
+                    self.counters.num_bytes_skipped += min(num_skipped, len(piece))
+                piece, num_skipped = piece[num_skipped:], max(0, num_skipped - len(piece))
+            if piece:
+                yield piece
+
+    def _state(self, name: str) -> ShardState | None:
+        """Ask for a shard's state, patiently; None if it is missing."""
+        patience = self._new_patience(self.where(name))
+        method = "HEAD"
+        while True:
+            try:
+                headers = {"Range": "bytes=0-0"} if method == "GET" else {}
+                response = self._send(method, self._url(name), headers, patience)
+                try:
+                    status, length = response.status, whole_length(response.headers)
+                    if status in (404, 410):
+                        return None
+                    if method == "HEAD" and (status in (403, 405, 501) or length is None):
+                        method = "GET"  # signed URLs and some servers allow nothing else
+                        continue
+                    if status not in (200, 206, 416):
+                        raise _refusal(self.where(name), response)
+                    return _state_of(self.where(name), response)
+                finally:
+                    if method == "HEAD":
+                        response.read()  # of nothing: the connection can be used again
+                    response.close()
+            except (TransferError, HTTPError, OSError) as fault:
+                if isinstance(fault, ShardReadError):
+                    raise
+                _raise_if_permanent(self.where(name), fault)
+                patience.after(fault, has_progressed=False, is_reopened=False)
+
+    def _send(
+        self, method: str, url: str, headers: dict[str, str], patience: Patience
+    ) -> BaseHTTPResponse:
+        """Send one request and follow redirects; the caller closes the response."""
+        headers = self._headers | headers
+        for _ in range(MAX_REDIRECTS + 1):
+            seconds = min(self._policy.timeout_seconds, max(patience.seconds_left, 0.001))
+            with self.counters.lock:
+                self.counters.num_requests += 1
+            response = self._pool.urlopen(
+                method,
+                url,
+                redirect=False,
+                headers=headers,
+                retries=False,
+                timeout=urllib3.Timeout(connect=seconds, read=seconds),
+                pool_timeout=max(patience.seconds_left, 0.001),
+                preload_content=False,
+                decode_content=False,
+            )
+            target = response.headers.get("Location")
+            if response.status not in REDIRECTS or not target:
+                return response
+            response.close()
+            old, url = url, urljoin(url, target)
+            if urlsplit(url).netloc != urlsplit(old).netloc:
+                headers.pop("Authorization", None)
+            if urlsplit(url).scheme not in ("https", urlsplit(old).scheme):
+                raise ShardReadError(f"{_shown(old)} redirects to {_shown(url)}: not followed.")
+        raise ShardReadError(f"{_shown(url)}: more than {MAX_REDIRECTS} redirects in a row.")
+
+
+def _state_of(where: str, response: BaseHTTPResponse) -> ShardState:
+    """The state that an answer to HEAD, or to GET of the first byte, tells."""
+    size = whole_length(response.headers)
+    if response.status == 206:
+        return check_answer(where, 206, response.headers, 0, 1).state
+    if response.status == 416:
+        size = 0  # there is no first byte
+    if size is None:
+        raise TransferError("the server does not say how long the shard is")
+    return ShardState(size, tag_of(response.headers))
+
+
+def _refusal(where: str, response: BaseHTTPResponse) -> Exception:
+    """The error for a status, with the first bytes of what the server says to it."""
+    try:
+        text = response.read1(MAX_ERROR_TEXT, decode_content=False).decode("utf-8", "replace")
+    except HTTPError:
+        text = ""  # the status says enough
+    return refusal(where, response.status, response.headers, text)
+
+
+def _raise_if_permanent(where: str, fault: Exception) -> None:
+    """A certificate that is not trusted stays so."""
+    if isinstance(fault, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(fault):
+        raise ShardReadError(f"{where}: {fault}. This is not tried again.") from fault
+
+
+def _credentials(root: str) -> dict[str, str]:
+    """The Authorization header, if the URL or ~/.netrc holds credentials for the host."""
+    parts = urlsplit(root)
+    if parts.username is not None:
+        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        return urllib3.make_headers(basic_auth=pair)
+    file = Path("~/.netrc").expanduser()
+    if not file.is_file():
+        return {}
+    try:
+        found = netrc.netrc(str(file)).authenticators(parts.hostname or "")
+    except netrc.NetrcParseError as error:
+        raise UserError(f"{file} cannot be read: {error}.") from None
+    return urllib3.make_headers(basic_auth=f"{found[0]}:{found[2]}") if found else {}
+
+
+def _shown(url: str) -> str:
+    """A URL as it may stand in logs."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

@@ -1,0 +1,66 @@
+"""From the root of shards to the store that reads them."""
+
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+
+from pipeline.data.storage.base import Storage
+from pipeline.data.storage.generic import GenericStorage
+from pipeline.data.storage.http import HttpStorage
+from pipeline.data.storage.local import LocalStorage
+from pipeline.data.storage.policy import RemotePolicy
+from pipeline.data.storage.s3 import S3Storage
+from pipeline.errors import UserError
+
+SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
+HTTP = frozenset(("http", "https"))
+S3 = frozenset(("s3", "s3a"))
+LOCAL = frozenset(("", "file", "local"))
+
+
+def scheme_of(location: str | Path) -> str:
+    """The part before the first colon of a URL; empty for a local path."""
+    match = SCHEME.match(str(location))
+    return match[1].lower() if match else ""
+
+
+def is_url(location: str | Path) -> bool:
+    """Tell whether a location names a store other than the local file systems."""
+    return scheme_of(location) not in LOCAL
+
+
+def local_path(location: str | Path) -> str:
+    """A local location as a path: `file://` taken off."""
+    text = str(location)
+    return unquote(urlsplit(text).path) if scheme_of(text) else text
+
+
+def open_storage(root: str | Path, remote: RemotePolicy | None = None) -> Storage:
+    """Return the store of the shards below `root`, a directory or a URL; raise UserError.
+
+    `remote`: attempts, limits and connections for URLs; None = the defaults.
+    """
+    text, policy = str(root), remote or RemotePolicy()
+    scheme = scheme_of(text)
+    if scheme in LOCAL:
+        return LocalStorage(local_path(text))
+    check_scheme(text)
+    if scheme in HTTP:
+        return HttpStorage(text, policy)
+    if scheme in S3:
+        return S3Storage(text, policy)
+    return GenericStorage(text, policy)
+
+
+def check_scheme(location: str) -> None:
+    """Raise UserError unless the location's scheme is one that can be read."""
+    scheme = scheme_of(location)
+    known = sorted({*HTTP, *S3, *fsspec.available_protocols()})
+    if scheme not in known or "://" not in location:
+        raise UserError(
+            f"{location}: no store is known by the scheme {scheme!r}. Shards are read from local "
+            f"paths and from URLs of {', '.join(f'{name}://' for name in known)}; commands "
+            "(pipe:) are never run."
+        )

@@ -1,0 +1,113 @@
+"""How patient the reading of remote shards is, and when it gives up.
+
+a request fails --Patience.after--> wait (back-off with jitter, Retry-After) and try again,
+                               `--> ShardReadError that names the URL and the policy
+"""
+
+import random
+import threading
+import time
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.component import Component
+from pipeline.data.storage.base import ShardReadError, TransferCounters
+
+FIRST_BACKOFF_SECONDS = 0.25  # doubled by each failure in a row
+# From the system: no result depends on it, and the processes of a job must not draw the same.
+JITTER = random.SystemRandom()
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class RemotePolicy(Component):
+    """The `data.remote` section: attempts, time limits and connections; none changes a number.
+
+    A failed request is sent again after a random time of at most 0.25 s * 2^(failures in a row),
+    or what the server's Retry-After asks for. A transfer that broke goes on at the byte where it
+    broke, and counts as a new row of attempts if it brought at least one byte.
+    """
+
+    attempts: Annotated[int, Field(ge=1)] = 8  # requests in a row that bring no new byte
+    timeout_seconds: Seconds = 20.0  # to connect, and between two pieces of an answer
+    deadline_seconds: Seconds = 300.0  # for one range, with all attempts and waits
+    max_wait_seconds: Seconds = 30.0  # between two attempts, whatever Retry-After says
+    # A transfer slower than this on average (after `timeout_seconds`) is broken off and goes on
+    # over another connection, which in large stores is mostly faster.
+    min_bytes_per_second: Annotated[int, Field(ge=0)] = 16 << 10
+    connections: Annotated[int, Field(ge=1)] = 16  # to one host, per process
+    part_bytes: Annotated[int, Field(ge=1)] = 8 << 20  # longer ranges are read as several at once
+
+
+class TransferError(Exception):
+    """One attempt failed in a way that may pass; `retry_after`: seconds the server asks for."""
+
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class Patience:
+    """The attempts at one range; raises ShardReadError when the policy is used up."""
+
+    def __init__(
+        self,
+        policy: RemotePolicy,
+        where: str,
+        counters: TransferCounters,
+        stopped: threading.Event,
+    ) -> None:
+        self._policy = policy
+        self._where = where
+        self._counters = counters
+        self._stopped = stopped
+        self._started = time.monotonic()
+        self._num_attempts = 0
+        self._num_in_row = 0
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline; never negative."""
+        return max(0.0, self._started + self._policy.deadline_seconds - time.monotonic())
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the storage was closed while this range was being read."""
+        return self._stopped.is_set()
+
+    def after(self, fault: Exception, *, has_progressed: bool, is_reopened: bool) -> None:
+        """Wait before the next attempt, or raise: `fault` is what ended the last one."""
+        self._num_attempts += 1
+        self._num_in_row = 1 if has_progressed else self._num_in_row + 1
+        left = self.seconds_left
+        wait = self._wait_seconds(getattr(fault, "retry_after", None))
+        if self._num_in_row >= self._policy.attempts or wait >= left or self.is_stopped:
+            raise self._given_up(fault) from fault
+        if self._stopped.wait(wait):
+            raise self._given_up(fault) from fault
+        with self._counters.lock:
+            self._counters.num_retries += 1
+            self._counters.num_reopened += is_reopened
+
+    def _wait_seconds(self, retry_after: float | None) -> float:
+        """Full jitter: many readers that failed together do not come back together."""
+        highest = FIRST_BACKOFF_SECONDS * 2.0 ** min(self._num_in_row - 1, 30)
+        wait = JITTER.uniform(0, min(highest, self._policy.max_wait_seconds))
+        if retry_after is not None:
+            wait += retry_after
+        return min(wait, self._policy.max_wait_seconds)
+
+    def _given_up(self, fault: Exception) -> ShardReadError:
+        seconds = time.monotonic() - self._started
+        if self.is_stopped:
+            return ShardReadError(f"{self._where}: reading was stopped ({fault})")
+        policy = self._policy
+        return ShardReadError(
+            f"{self._where}: {fault}. Given up after {self._num_attempts} attempts in "
+            f"{seconds:.1f} s (data.remote: attempts = {policy.attempts} without a new byte, "
+            f"deadline_seconds = {policy.deadline_seconds:g}, "
+            f"timeout_seconds = {policy.timeout_seconds:g}, "
+            f"max_wait_seconds = {policy.max_wait_seconds:g}, "
+            f"min_bytes_per_second = {policy.min_bytes_per_second})."
+        )
