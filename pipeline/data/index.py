@@ -4,16 +4,13 @@
                                               <out>/index/manifest.json         (last: atomic)
     <path>/index --Index.open--> counts per split, byte ranges, dataset_id
 
-The same shards and split rule give the same bytes, however many workers or restarts it took.
+The same shards and split rule give the same bytes, however many workers or restarts it took; local
+or remote, the same shards give the same dataset_id.
 """
 
-import hashlib
-import json
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import as_completed
 from contextlib import closing
-from dataclasses import asdict, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,60 +18,65 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.scan import ScannedShard, ShardEntry, index_shard
+from pipeline.data.manifest import (
+    INDEX_DIRECTORY,
+    MANIFEST,
+    TABLES,
+    IndexFiles,
+    check_shard_name,
+    entry_from_json,
+    make_manifest,
+    place_of,
+    table_path,
+)
+from pipeline.data.pace import Pace, Progress
+from pipeline.data.pool import worker_processes
+from pipeline.data.scan import ScannedShard, ShardTask, index_shard
 from pipeline.data.splits import ALL, SplitSpec
-from pipeline.data.storage import find_shards, open_storage
+from pipeline.data.storage import (
+    FoundShards,
+    ShardState,
+    Storage,
+    find_shards,
+    is_url,
+    open_storage,
+)
 from pipeline.data.table import ShardTable
 from pipeline.data.tar import Damage
 from pipeline.errors import UserError
-from pipeline.files import canonical_json, write_json
+from pipeline.files import write_json
 
-FORMAT_VERSION = 1
-INDEX_DIRECTORY = "index"
-MANIFEST = "manifest.json"
-TABLES = "tables"
 MAX_OPEN_TABLES = 1024
 ORDINAL_SHIFT = 48  # uid = ordinal * 2^48 + samples before
-MAX_DUPLICATES_SHOWN = 20
 PARALLEL_FROM_BYTES = 32 << 20  # below, starting worker processes takes longer than the work
-
-Progress = Callable[[str], None]
 
 
 class Index:
-    """The opened index of one data set."""
+    """The opened index of one data set, local or remote.
 
-    def __init__(self, path: Path, manifest: dict[str, Any], ordinal: int = 0) -> None:
-        self.path = path
+    Samples that share a key (`num_duplicate_keys`) are different samples: each has its own uid, is
+    trained on once per epoch and exported as a row of its own.
+    """
+
+    def __init__(self, files: IndexFiles, manifest: dict[str, Any], ordinal: int = 0) -> None:
+        self._files = files
         self.ordinal = ordinal  # of the data set among those of a mixture
+        self.path = files.path
         self.dataset_id: str = manifest["dataset_id"]
         self.split_spec = SplitSpec(**manifest["split"])
-        self.shards = [_entry_from_json(entry) for entry in manifest["shards"]]
+        self.shards = [entry_from_json(entry) for entry in manifest["shards"]]
         self.num_duplicate_keys: int = manifest["duplicate_keys"]["count"]
         self.duplicate_keys: list[list[str]] = manifest["duplicate_keys"]["examples"]
+        self._suffixes: dict[str, int] | None = manifest.get("suffixes")
+        self._tags_of: str | None = manifest.get("tags_of")
         self._split_digest = self.split_spec.digest()
         self.table = lru_cache(maxsize=MAX_OPEN_TABLES)(self._open_table)
 
     @classmethod
     def open(cls, path: Path | str, ordinal: int = 0) -> "Index":
         """Open `<path>/index`; raise UserError if there is none that this version reads."""
-        manifest_path = Path(path) / INDEX_DIRECTORY / MANIFEST
-        try:
-            manifest = json.loads(manifest_path.read_bytes())
-        except FileNotFoundError:
-            raise UserError(
-                f"{manifest_path} does not exist: run `latentmill index {path}` (data.path names "
-                "the directory that holds `index/`)."
-            ) from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{manifest_path} cannot be read: {error}.") from None
-        found = manifest.get("format_version") if isinstance(manifest, dict) else None
-        if found != FORMAT_VERSION:
-            raise UserError(
-                f"{manifest_path} has format version {found}, this program reads {FORMAT_VERSION}: "
-                f"run `latentmill index {path}` again."
-            )
-        return cls(Path(path), manifest, ordinal)
+        files = IndexFiles(path)
+        return cls(files, files.manifest(), ordinal)
 
     @property
     def num_samples(self) -> int:
@@ -129,39 +131,61 @@ class Index:
             return np.array([shard.samples for shard in self.shards], np.int64)
         return np.array([shard.splits[split] for shard in self.shards], np.int64)
 
-    def check_shards(self, root: Path | str) -> None:
-        """Raise UserError naming the first shard below `root` that is missing or has changed."""
-        with closing(open_storage(root)) as storage:
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the CRC-32 of every member of every shard is known (`index --deep`, `pack`)."""
+        return all(shard.has_checksums for shard in self.shards)
+
+    def check_suffixes(self, wanted: Sequence[str]) -> None:
+        """Raise UserError if no sample has a member with any of the suffixes."""
+        if self._suffixes is None or any(suffix in self._suffixes for suffix in wanted):
+            return
+        known = ", ".join(f"{name} ({count})" for name, count in list(self._suffixes.items())[:20])
+        raise UserError(
+            f"No sample of {self.path} has a member with a suffix of {', '.join(wanted)} "
+            f"(data.decode.suffixes). The index has: {known or 'no samples at all'}."
+        )
+
+    def expected_state(self, shard: int, root: Path | str) -> ShardState:
+        """What the store of `root` must say of a shard; its tag is known where it was indexed."""
+        entry = self.shards[shard]
+        return ShardState(entry.bytes, entry.tag if place_of(root) == self._tags_of else None)
+
+    def check_shards(self, shards: Path | str | Storage) -> None:
+        """Raise UserError naming the first shard that is missing or has changed.
+
+        `shards`: their root, or the store that will read them: it pins what it sees here.
+        """
+        with closing(shards if isinstance(shards, Storage) else open_storage(shards)) as storage:
             states = storage.states(shard.name for shard in self.shards)
-        for shard in self.shards:
-            state = states[shard.name]
-            if state is not None and state.num_bytes == shard.bytes:
+        for number, shard in enumerate(self.shards):
+            state, expected = states[shard.name], self.expected_state(number, storage.root)
+            if state is None:
+                found = "is missing"
+            elif state.num_bytes != expected.num_bytes:
+                found = f"has {state.num_bytes} bytes, not {expected.num_bytes}"
+            elif None not in (state.tag, expected.tag) and state.tag != expected.tag:
+                found = f"has changed (its tag is {state.tag}, not {expected.tag})"
+            else:
                 continue
-            found = (
-                "is missing" if state is None else f"has {state.num_bytes} bytes, not {shard.bytes}"
-            )
             raise UserError(
                 f"The shard {storage.where(shard.name)} {found}: the index in "
-                f"{self.path / INDEX_DIRECTORY} is of another state. Put the shard back, or run "
-                f"`latentmill index {root}` (that makes it another data set)."
+                f"{self.path}/{INDEX_DIRECTORY} is of another state. Put the shard back, or run "
+                f"`latentmill index {storage.where('').rstrip('/')}` (that makes it another data "
+                "set)."
             )
 
     def _open_table(self, shard: int) -> ShardTable:
         entry = self.shards[shard]
-        table = ShardTable(table_path(self.path, entry.name))
+        table = self._files.table(entry.name)
         origin = table.origin
         is_ours = (origin.shard_sha256, origin.split_digest) == (entry.sha256, self._split_digest)
         if not is_ours or table.num_rows != entry.samples:
             raise UserError(
-                f"The index table of {entry.name} does not belong to {self.path / INDEX_DIRECTORY}/"
+                f"The index table of {entry.name} does not belong to {self.path}/{INDEX_DIRECTORY}/"
                 f"{MANIFEST}: indexing was stopped half-way; run `latentmill index` again."
             )
         return table
-
-
-def table_path(path: Path, shard_name: str) -> Path:
-    """Where the table of a shard lies."""
-    return path / INDEX_DIRECTORY / TABLES / f"{shard_name}.arrow"
 
 
 def build_index(
@@ -169,19 +193,26 @@ def build_index(
     *,
     out: Path | None = None,
     split: SplitSpec | None = None,
+    deep: bool = False,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Index:
-    """Index a directory, glob or brace pattern of shards into `<out>/index`.
+    """Index a directory, URL, glob or brace pattern of shards into `<out>/index`.
 
-    `out`: None = beside the shards. Tables of unchanged shards are used again, so a stopped build
-    goes on. Damage and duplicate keys are reported in the result, not raised. Raises UserError.
+    `out`: None = beside the shards. `deep`: with a checksum of every member. Tables of unchanged
+    shards are used again, so a stopped build goes on. Damage and duplicate keys are reported in the
+    result, not raised. Raises UserError.
     """
     found = find_shards(shards)
-    out = Path(found.root) if out is None else out
+    for name in found.names:
+        check_shard_name(name)
     if workers < 1:
         raise UserError(f"workers is {workers}, but must be at least 1.")
-    split = split or SplitSpec()
+    if out is None and is_url(found.root):
+        raise UserError(
+            f"{found.root} cannot be written to: name a directory for the index with --out."
+        )
+    out = Path(found.root) if out is None else out
     try:
         (out / INDEX_DIRECTORY / TABLES).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -189,69 +220,42 @@ def build_index(
             f"{out / INDEX_DIRECTORY} cannot be created ({error.strerror}): name a directory that "
             "can be written with --out."
         ) from None
-    scanned: dict[str, ScannedShard] = {}
-    for result in _scan_all(found.root, found.names, out, split, workers):
-        scanned[result.entry.name] = result
-        if progress:
-            progress(f"index: {len(scanned)} of {len(found.names)} shards")
-    manifest = _manifest([scanned[name] for name in found.names], split, out)
+    split = split or SplitSpec()
+    tasks = [
+        ShardTask(found.root, name, table_path(out, name), split, deep) for name in found.names
+    ]
+    scanned = _scan_all(found, tasks, workers, progress)
+    ordered = [scanned[name] for name in found.names]
+    manifest = make_manifest(ordered, split, found.root, out)
     write_json(out / INDEX_DIRECTORY / MANIFEST, manifest)
     _remove_old_tables(out, found.names)
     return Index.open(out)
 
 
 def _scan_all(
-    root: str, names: Sequence[str], out: Path, split: SplitSpec, workers: int
-) -> Iterator[ScannedShard]:
+    found: FoundShards, tasks: Sequence[ShardTask], workers: int, progress: Progress | None
+) -> dict[str, ScannedShard]:
+    with closing(open_storage(found.root)) as storage:
+        states = storage.states(found.names)
+    sizes = {name: state.num_bytes for name, state in states.items() if state is not None}
+    num_bytes = sum(sizes.values())
+    pace = Pace("index", len(tasks), num_bytes, progress)
+    scanned: dict[str, ScannedShard] = {}
+    for result in _scanned(tasks, 1 if num_bytes < PARALLEL_FROM_BYTES else workers):
+        scanned[result.entry.name] = result
+        pace.add(sizes.get(result.entry.name, 0), is_read=result.is_read)
+    return scanned
+
+
+def _scanned(tasks: Sequence[ShardTask], workers: int) -> Iterator[ScannedShard]:
     """Yield the shards as they are finished."""
-    with closing(open_storage(root)) as storage:
-        num_bytes = sum(state.num_bytes for state in storage.states(names).values() if state)
-    workers = min(workers, len(names))
-    if workers == 1 or num_bytes < PARALLEL_FROM_BYTES:
-        for name in names:
-            yield index_shard(root, name, table_path(out, name), split)
+    workers = min(workers, len(tasks))
+    if workers == 1:
+        yield from map(index_shard, tasks)
         return
-    # Started afresh: a fork would copy the locks of this process's threads.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        futures = [
-            pool.submit(index_shard, root, name, table_path(out, name), split) for name in names
-        ]
-        for future in as_completed(futures):
+    with worker_processes(workers) as pool:
+        for future in as_completed([pool.submit(index_shard, task) for task in tasks]):
             yield future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _manifest(scanned: Sequence[ScannedShard], split: SplitSpec, out: Path) -> dict[str, Any]:
-    entries = [result.entry for result in scanned]
-    identity = [[entry.name, entry.bytes, entry.samples, entry.sha256] for entry in entries]
-    return {
-        "format_version": FORMAT_VERSION,
-        "dataset_id": hashlib.sha256(canonical_json(identity)).hexdigest(),
-        "split": split.model_dump(mode="json"),
-        "samples": sum(entry.samples for entry in entries),
-        "splits": {name: sum(entry.splits[name] for entry in entries) for name in split.names},
-        "shards": [asdict(entry) for entry in entries],
-        "duplicate_keys": _duplicates(scanned, out),
-    }
-
-
-def _duplicates(scanned: Sequence[ScannedShard], out: Path) -> dict[str, Any]:
-    """Keys that several samples share: how many too many, and the first few with their shards."""
-    hashes = np.sort(np.concatenate([result.key_hashes for result in scanned]))
-    repeated = hashes[1:][hashes[1:] == hashes[:-1]]
-    if len(repeated) == 0:
-        return {"count": 0, "examples": []}
-    wanted = np.unique(repeated)[:MAX_DUPLICATES_SHOWN]
-    places: dict[str, list[str]] = {}
-    for result in scanned:
-        rows = np.flatnonzero(np.isin(result.key_hashes, wanted))
-        if len(rows):
-            for key in ShardTable(table_path(out, result.entry.name)).keys(rows):
-                places.setdefault(key, []).append(result.entry.name)
-    examples = [[key, *shards] for key, shards in sorted(places.items()) if len(shards) > 1]
-    return {"count": len(repeated), "examples": examples}
 
 
 def _remove_old_tables(out: Path, names: Sequence[str]) -> None:
@@ -260,8 +264,3 @@ def _remove_old_tables(out: Path, names: Sequence[str]) -> None:
     for path in (out / INDEX_DIRECTORY / TABLES).rglob("*"):
         if path.is_file() and path not in wanted:
             path.unlink()
-
-
-def _entry_from_json(entry: dict[str, Any]) -> ShardEntry:
-    damage = tuple(Damage(**fault) for fault in entry["damage"])
-    return replace(ShardEntry(**entry), damage=damage)

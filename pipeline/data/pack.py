@@ -7,17 +7,17 @@ workers; a pack that was killed goes on where it stopped when the same command i
 """
 
 import json
-import multiprocessing
 import shutil
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.index import build_index
+from pipeline.data.pace import Progress
 from pipeline.data.parts import PartRecord, part_paths, plan_parts, read_record, write_part
+from pipeline.data.pool import worker_processes
 from pipeline.data.sources import Source
 from pipeline.data.sources.folder import list_folder
 from pipeline.data.sources.sprites import SpritesSource
@@ -28,8 +28,6 @@ from pipeline.files import create_exclusive, publish, write_atomic, write_json
 STAGE = "_stage"
 SUMMARY = "pack.json"
 BROKEN = "broken.jsonl"
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def _pack(
         _write_parts(source, ranges, stage, workers, progress)
         _publish(source, len(ranges), out, identity)
     shutil.rmtree(out / STAGE, ignore_errors=True)  # what is left of it holds nothing we need
-    index = build_index(out, out=out, split=split, workers=workers, progress=progress)
+    index = build_index(out, out=out, split=split, deep=True, workers=workers, progress=progress)
     return _report(out, ignored, index.dataset_id)
 
 
@@ -185,26 +183,13 @@ def _written(
         for number, lo, hi in missing:
             yield write_part(source.part(lo, hi), stage, number)
         return
-    with _processes(min(workers, len(missing))) as pool:
+    with worker_processes(min(workers, len(missing))) as pool:
         futures = [
             pool.submit(write_part, source.part(lo, hi), stage, number)
             for number, lo, hi in missing
         ]
         for future in as_completed(futures):
             yield future.result()
-
-
-@contextmanager
-def _processes(workers: int) -> Generator[ProcessPoolExecutor, None, None]:
-    """Start worker processes afresh: a fork would copy the locks of our threads.
-
-    On an error the work that has not begun is dropped.
-    """
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _publish(source: Source, num_parts: int, out: Path, identity: dict[str, Any]) -> None:

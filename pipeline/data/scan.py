@@ -1,36 +1,36 @@
 """Indexing one shard: what a worker process does.
 
-    shard -> sha256, tar scan -> samples -> split of each -> table -> ShardEntry for the manifest
+    shard -> one forward pass: sha256, tar scan, CRC-32 per member if `deep`, split of each sample
+          -> table -> ShardEntry for the manifest
 
-A table carries its shard's modification time as its own, so an unchanged shard (same size, same
-time) is not read again, and no time stands in any file's content. After a crash the tables that
-are there count: nothing else has to be remembered.
+An unchanged shard is not read again. A local one is known by size and modification time, which its
+table carries as its own; a remote one by size and tag, which the table holds; a remote one without
+a tag is always read. After a crash the tables that are there count: nothing else is remembered.
 """
 
 import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.one_pass import OnePass
 from pipeline.data.splits import SplitSpec, group_of
-from pipeline.data.storage import Storage, open_storage
+from pipeline.data.storage import ShardReadError, ShardState, Storage, is_url, open_storage
 from pipeline.data.table import ShardTable, TableOrigin, write_table
-from pipeline.data.tar import Damage, ReadBytes, TarSample, TarScan, group_samples
+from pipeline.data.tar import NO_CHECKSUM, Damage, TarSample, TarScan, group_samples, split_name
 from pipeline.errors import UserError
-from pipeline.files import sha256_file
 
-CHUNK_BYTES = 1 << 20
 MAX_REPORTED_DAMAGE = 100  # per shard
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the manifest says of one shard; `splits`: samples per split."""
+    """What the manifest says of one shard; `splits`: samples per split; `tag`: the store's."""
 
     name: str
     bytes: int
@@ -38,102 +38,162 @@ class ShardEntry:
     sha256: str
     splits: dict[str, int]
     damage: tuple[Damage, ...]
+    has_checksums: bool = False
+    tag: str | None = None
 
 
 @dataclass(frozen=True)
 class ScannedShard:
-    """A shard's entry, and a 64-bit hash of each key, by which duplicates are found."""
+    """A shard's entry, and what is merged over all shards.
+
+    key_hashes: 64 bits of each key, by which duplicates are found; suffixes: rows that have it;
+    is_read: the shard was read now, not known from before.
+    """
 
     entry: ShardEntry
     key_hashes: NDArray[np.uint64]
+    suffixes: dict[str, int]
+    is_read: bool
 
 
-def index_shard(root: str, name: str, table_path: Path, split: SplitSpec) -> ScannedShard:
-    """Bring one shard's table up to date and describe it; raise UserError on no permission."""
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to index: where it lies, where its table goes, how deep, by which split."""
+
+    root: str
+    name: str
+    table_path: Path
+    split: SplitSpec
+    deep: bool
+
+    @property
+    def stamp(self) -> int | None:
+        """Modification time of a local shard in nanoseconds."""
+        return None if is_url(self.root) else (Path(self.root) / self.name).stat().st_mtime_ns
+
+
+def index_shard(task: ShardTask) -> ScannedShard:
+    """Bring one shard's table up to date and describe it; raise UserError if it is unreadable."""
     try:
-        table = _reusable_table(Path(root) / name, table_path)
-        if table is None:
-            _write(root, name, table_path, split)
-        elif table.origin.split_digest != split.digest():
-            _split_again(root, name, table_path, split, table)
-        return _describe(name, ShardTable(table_path), split)
-    except PermissionError as error:
-        raise UserError(f"Indexing {root}/{name}: {error}.") from None
+        with closing(open_storage(task.root)) as storage:
+            state = storage.states([task.name])[task.name]
+            if state is None:
+                raise UserError(f"The shard {storage.where(task.name)} is gone.")
+            table = _reusable_table(task, state)
+            is_read = table is None
+            if table is None:
+                _write(task, storage, state)
+            elif table.origin.split_digest != task.split.digest():
+                is_read = _split_again(task, storage, state, table)
+        return _describe(task.name, ShardTable(task.table_path), task.split, is_read)
+    except (PermissionError, ShardReadError, FileNotFoundError) as error:
+        raise UserError(f"Indexing {task.root}/{task.name}: {error}") from None
 
 
-def _reusable_table(shard: Path, table_path: Path) -> ShardTable | None:
-    status = shard.stat()
-    if not table_path.exists() or table_path.stat().st_mtime_ns != status.st_mtime_ns:
+def _reusable_table(task: ShardTask, state: ShardState) -> ShardTable | None:
+    path, stamp = task.table_path, task.stamp
+    if not path.exists() or (stamp is not None and path.stat().st_mtime_ns != stamp):
         return None
     try:
-        table = ShardTable(table_path)
+        table = ShardTable(path)
     except UserError:
         return None  # damaged: it is made anew
-    return table if table.origin.shard_bytes == status.st_size else None
+    origin = table.origin
+    if stamp is None and (state.tag is None or origin.tag != state.tag):
+        return None
+    is_enough = table.has_checksums or not task.deep
+    return table if is_enough and origin.shard_bytes == state.num_bytes else None
 
 
-def _write(root: str, name: str, table_path: Path, split: SplitSpec) -> None:
-    status = (Path(root) / name).stat()
-    with closing(open_storage(root)) as storage:
-        scan = TarScan(_chunked_reader(storage, name, status.st_size), status.st_size)
+def _write(task: ShardTask, storage: Storage, state: ShardState) -> None:
+    """Read the shard, once and forward, and write its table."""
+    stamp = task.stamp
+    groups = _Groups(task, storage.where(task.name))
+    with OnePass(storage, task.name, state.num_bytes) as bytes_of:
+
+        def visit(name: str, offset: int, num_bytes: int) -> int:
+            groups.visit(bytes_of, name, offset, num_bytes)
+            return bytes_of.crc32(offset, num_bytes) if task.deep else NO_CHECKSUM
+
+        scan = TarScan(bytes_of.read, state.num_bytes, visit)
         samples = list(group_samples(scan))
-        splits = _splits(storage, name, samples, split)
+        sha256 = bytes_of.sha256()
     damage = scan.damage[:MAX_REPORTED_DAMAGE]
     if len(scan.damage) > len(damage):
         more = len(scan.damage) - len(damage)
         damage.append(Damage("more", damage[-1].offset, 0, f"{more} further faults"))
-    sha256 = sha256_file(Path(root) / name)
-    origin = TableOrigin(status.st_size, sha256, split.digest(), tuple(damage))
-    write_table(table_path, samples, splits, origin)
-    os.utime(table_path, ns=(status.st_mtime_ns, status.st_mtime_ns))
+    digest = task.split.digest()
+    origin = TableOrigin(state.num_bytes, sha256, digest, tuple(damage), state.tag)
+    _write_table(task, samples, groups.numbers(samples), origin, task.deep, stamp)
 
 
-def _split_again(
-    root: str, name: str, table_path: Path, split: SplitSpec, table: ShardTable
+def _write_table(
+    task: ShardTask,
+    samples: Sequence[TarSample],
+    splits: Sequence[int],
+    origin: TableOrigin,
+    with_checksums: bool,
+    stamp: int | None,
 ) -> None:
-    """Rewrite a table for another split rule; only metadata members are read, if any."""
-    mtime_ns = table_path.stat().st_mtime_ns
+    write_table(task.table_path, samples, splits, origin, with_checksums=with_checksums)
+    if stamp is not None:
+        os.utime(task.table_path, ns=(stamp, stamp))
+
+
+def _split_again(task: ShardTask, storage: Storage, state: ShardState, table: ShardTable) -> bool:
+    """Rewrite a table for another split rule; tell whether the shard was read for that."""
+    if task.split.json_field is not None and is_url(task.root):
+        # One pass costs less there than a request for each sample's metadata.
+        _write(replace(task, deep=table.has_checksums), storage, state)
+        return True
+    stamp = task.stamp
     samples = table.samples()
-    with closing(open_storage(root)) as storage:
-        splits = _splits(storage, name, samples, split)
-    old = table.origin
-    origin = TableOrigin(old.shard_bytes, old.shard_sha256, split.digest(), old.damage)
-    write_table(table_path, samples, splits, origin)
-    os.utime(table_path, ns=(mtime_ns, mtime_ns))
+    groups = _Groups(task, storage.where(task.name))
+    if groups.field is not None:
+        for sample in samples:
+            if "json" in sample.members:
+                offset, num_bytes = sample.members["json"]
+                metadata = storage.read(task.name, offset, num_bytes)
+                groups.add(sample.key, offset, metadata)
+    origin = replace(table.origin, split_digest=task.split.digest())
+    splits = groups.numbers(samples)
+    _write_table(task, samples, splits, origin, table.has_checksums, stamp)
+    return False
 
 
-def _chunked_reader(storage: Storage, name: str, size: int) -> ReadBytes:
-    """Serve the scan's small forward reads from one chunk at a time."""
-    chunk, chunk_start = b"", 0
+class _Groups:
+    """Split numbers of samples; where they follow from metadata, taken as that passes by."""
 
-    def read(offset: int, num_bytes: int) -> bytes:
-        nonlocal chunk, chunk_start
-        num_bytes = max(0, min(num_bytes, size - offset))
-        if offset < chunk_start or offset + num_bytes > chunk_start + len(chunk):
-            chunk_start = offset
-            chunk = storage.read(name, offset, min(max(num_bytes, CHUNK_BYTES), size - offset))
-        return chunk[offset - chunk_start : offset - chunk_start + num_bytes]
+    def __init__(self, task: ShardTask, where: str) -> None:
+        self.field = task.split.json_field
+        self._split = task.split
+        self._where = where
+        self._number_at: dict[int, int] = {}  # by the offset of the .json member
 
-    return read
+    def visit(self, bytes_of: OnePass, name: str, offset: int, num_bytes: int) -> None:
+        found = split_name(name) if self.field is not None else None
+        if found is not None and found[1] == "json":
+            self.add(found[0], offset, bytes_of.read(offset, num_bytes))
+
+    def add(self, key: str, offset: int, metadata: bytes) -> None:
+        assert self.field is not None
+        group = group_of(metadata, self.field, f"{self._where}, sample {key!r}")
+        self._number_at[offset] = self._split.number_of(group)
+
+    def numbers(self, samples: Sequence[TarSample]) -> list[int]:
+        """The split number of each sample; raise UserError for one without metadata."""
+        if self.field is None:
+            return [self._split.number_of(sample.key) for sample in samples]
+        for sample in samples:
+            if "json" not in sample.members:
+                raise UserError(
+                    f"{self._where}, sample {sample.key!r}: no .json member, but the split is made "
+                    f"by json.{self.field}."
+                )
+        return [self._number_at[sample.members["json"][0]] for sample in samples]
 
 
-def _splits(
-    storage: Storage, name: str, samples: Sequence[TarSample], split: SplitSpec
-) -> list[int]:
-    field = split.json_field
-    if field is None:
-        return [split.number_of(sample.key) for sample in samples]
-    numbers: list[int] = []
-    for sample in samples:
-        where = f"{storage.where(name)}, sample {sample.key!r}"
-        if "json" not in sample.members:
-            raise UserError(f"{where}: no .json member, but the split is made by json.{field}.")
-        metadata = storage.read(name, *sample.members["json"])
-        numbers.append(split.number_of(group_of(metadata, field, where)))
-    return numbers
-
-
-def _describe(name: str, table: ShardTable, split: SplitSpec) -> ScannedShard:
+def _describe(name: str, table: ShardTable, split: SplitSpec, is_read: bool) -> ScannedShard:
     counts = np.bincount(table.split_numbers, minlength=len(split.names)).tolist()
     entry = ShardEntry(
         name=name,
@@ -142,7 +202,10 @@ def _describe(name: str, table: ShardTable, split: SplitSpec) -> ScannedShard:
         sha256=table.origin.shard_sha256,
         splits=dict(zip(split.names, counts, strict=True)),
         damage=table.origin.damage,
+        has_checksums=table.has_checksums,
+        tag=table.origin.tag,
     )
     keys = table.keys()
     digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
-    return ScannedShard(entry, np.frombuffer(b"".join(digests), np.uint64))
+    hashes = np.frombuffer(b"".join(digests), np.uint64)
+    return ScannedShard(entry, hashes, table.suffix_counts(), is_read)

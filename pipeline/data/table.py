@@ -2,7 +2,8 @@
 
     samples --write_table--> <index>/tables/<shard>.arrow --ShardTable--> keys, byte ranges, splits
 
-The file is memory-mapped: opening costs nothing, and only the rows asked for are read.
+A local file is memory-mapped: opening costs nothing, and only the rows asked for are read. The
+column `crc32` is there if the shard was indexed deeply.
 """
 
 import json
@@ -23,37 +24,44 @@ from pipeline.files import canonical_json, write_atomic
 Ints = NDArray[np.int64]
 
 ORIGIN = b"origin"
-SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.large_string(), nullable=False),
-        pa.field("split", pa.uint8(), nullable=False),
-        pa.field("suffixes", pa.list_(pa.dictionary(pa.int16(), pa.string())), nullable=False),
-        pa.field("offsets", pa.list_(pa.int64()), nullable=False),
-        pa.field("sizes", pa.list_(pa.int64()), nullable=False),
-    ]
-)
+CHECKSUMS = "crc32"
+MEMBER_FIELDS = ("offset", "num_bytes", "crc32")
+MAX_INT16 = 2**15 - 1
 
 
 @dataclass(frozen=True)
 class TableOrigin:
-    """What a table was made from: it is right for this content and this split rule only."""
+    """What a table was made from: it is right for this content and this split rule only.
+
+    `tag`: what the store said of the content, if it says such things; it saves reading again.
+    """
 
     shard_bytes: int
     shard_sha256: str
     split_digest: str
     damage: tuple[Damage, ...]
+    tag: str | None = None
 
 
 @dataclass(frozen=True)
 class MemberRanges:
-    """Where the wanted member of every row of a shard lies; -1 where the row has none."""
+    """Where the wanted member of every row of a shard lies; -1 where the row has none.
+
+    crc32: of the member's bytes; -1 where it is not known.
+    """
 
     offset: Ints
     num_bytes: Ints
+    crc32: Ints
 
 
 def write_table(
-    path: Path, samples: Sequence[TarSample], splits: Sequence[int], origin: TableOrigin
+    path: Path,
+    samples: Sequence[TarSample],
+    splits: Sequence[int],
+    origin: TableOrigin,
+    *,
+    with_checksums: bool,
 ) -> None:
     """Write one shard's table atomically; the same samples give the same bytes."""
     suffixes = sorted({suffix for sample in samples for suffix in sample.members})
@@ -61,18 +69,23 @@ def write_table(
     ends = np.cumsum([0, *(len(sample.members) for sample in samples)]).astype(np.int32)
     codes = [number[suffix] for sample in samples for suffix in sample.members]
     ranges = [where for sample in samples for where in sample.members.values()]
+    code_type = pa.int16() if len(suffixes) <= MAX_INT16 else pa.int32()
     dictionary = pa.DictionaryArray.from_arrays(
-        pa.array(codes, pa.int16()), pa.array(suffixes, pa.string())
+        pa.array(codes, code_type), pa.array(suffixes, pa.string())
     )
-    columns: list[Any] = [
-        pa.array([sample.key for sample in samples], pa.large_string()),
-        pa.array(splits, pa.uint8()),
-        pa.ListArray.from_arrays(ends, dictionary),
-        pa.ListArray.from_arrays(ends, pa.array([offset for offset, _ in ranges], pa.int64())),
-        pa.ListArray.from_arrays(ends, pa.array([size for _, size in ranges], pa.int64())),
-    ]
-    metadata = {ORIGIN: canonical_json(asdict(origin))}
-    table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(metadata))
+    columns: dict[str, Any] = {
+        "key": pa.array([sample.key for sample in samples], pa.large_string()),
+        "split": pa.array(splits, pa.uint8()),
+        "suffixes": pa.ListArray.from_arrays(ends, dictionary),
+        "offsets": pa.ListArray.from_arrays(ends, pa.array([at for at, _ in ranges], pa.int64())),
+        "sizes": pa.ListArray.from_arrays(ends, pa.array([n for _, n in ranges], pa.int64())),
+    }
+    if with_checksums:
+        checksums = [sample.checksums[name] for sample in samples for name in sample.members]
+        columns[CHECKSUMS] = pa.ListArray.from_arrays(ends, pa.array(checksums, pa.uint32()))
+    fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
+    schema = pa.schema(fields, metadata={ORIGIN: canonical_json(asdict(origin))})
+    table = pa.Table.from_arrays(list(columns.values()), schema=schema)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
@@ -83,21 +96,28 @@ def write_table(
 class ShardTable:
     """The rows of one shard, in the order of the tar."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, source: Path | bytes, where: str | None = None) -> None:
+        """Open a local file, or the content of a remote one; `where` names that in errors."""
+        is_file = isinstance(source, Path)
         try:
-            with pa.memory_map(str(path)) as source:
-                self._table: Any = pa.ipc.open_file(source).read_all().combine_chunks()
-        except (OSError, pa.ArrowInvalid) as error:
+            with pa.memory_map(str(source)) if is_file else pa.BufferReader(source) as file:
+                self._table: Any = pa.ipc.open_file(file).read_all().combine_chunks()
+            origin = json.loads(self._table.schema.metadata[ORIGIN])
+            damage = tuple(Damage(**entry) for entry in origin.pop("damage"))
+            self.origin = TableOrigin(damage=damage, **origin)
+        except (OSError, pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"The index table {path} cannot be read ({error}): delete it and run "
+                f"The index table {where or source} cannot be read ({error}): delete it and run "
                 "`latentmill index` again."
             ) from None
-        origin = json.loads(self._table.schema.metadata[ORIGIN])
-        damage = tuple(Damage(**entry) for entry in origin.pop("damage"))
-        self.origin = TableOrigin(damage=damage, **origin)
         self.num_rows: int = self._table.num_rows
         self.ranges_of = lru_cache(maxsize=4)(self._ranges_of)
         self.rows_of = lru_cache(maxsize=4)(self._rows_of)
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether the CRC-32 of every member is known."""
+        return CHECKSUMS in self._table.schema.names
 
     def keys(self, rows: Ints | None = None) -> list[str]:
         """Keys of the given rows, or of all."""
@@ -119,6 +139,14 @@ class ShardTable:
         """Tell whether any row has such a member."""
         return suffix in self._suffix_names
 
+    def suffix_counts(self) -> dict[str, int]:
+        """How many rows have a member of each suffix."""
+        if self.num_rows == 0:
+            return {}
+        codes = self._list_column("suffixes").values.indices.to_numpy()
+        counts = np.bincount(codes, minlength=len(self._suffix_names)).tolist()
+        return dict(zip(self._suffix_names, counts, strict=True))
+
     def members(self, row: int) -> dict[str, tuple[int, int]]:
         """All members of one row: suffix -> (offset, bytes), in the order of the tar."""
         columns = ("suffixes", "offsets", "sizes")
@@ -127,24 +155,31 @@ class ShardTable:
 
     def samples(self) -> list[TarSample]:
         """All rows, as the tar reader gave them."""
-        return [TarSample(key, self.members(row)) for row, key in enumerate(self.keys())]
+        samples = [TarSample(key, self.members(row)) for row, key in enumerate(self.keys())]
+        if self.has_checksums:
+            for row, sample in enumerate(samples):
+                values = self._table[CHECKSUMS][row].as_py()
+                sample.checksums = dict(zip(sample.members, values, strict=True))
+        return samples
 
     def _ranges_of(self, wanted: tuple[str, ...]) -> MemberRanges:
         """Where the first of the wanted suffixes that a row has lies, for every row at once."""
-        offset = np.full(self.num_rows, -1, np.int64)
-        num_bytes = np.full(self.num_rows, -1, np.int64)
+        columns = {"offsets": "offset", "sizes": "num_bytes"}
+        columns |= {CHECKSUMS: "crc32"} if self.has_checksums else {}
+        found = {name: np.full(self.num_rows, -1, np.int64) for name in MEMBER_FIELDS}
         if self.num_rows == 0:
-            return MemberRanges(offset, num_bytes)
+            return MemberRanges(**found)
         lists = self._list_column("suffixes")
         codes = lists.values.indices.to_numpy()
         ends = lists.offsets.to_numpy()
         row_of_member = np.repeat(np.arange(self.num_rows), np.diff(ends))
         for suffix in reversed(wanted):  # the most wanted comes last and wins
             if suffix in self._suffix_names:
-                found = np.flatnonzero(codes == self._suffix_names.index(suffix))
-                offset[row_of_member[found]] = self._list_values("offsets")[found]
-                num_bytes[row_of_member[found]] = self._list_values("sizes")[found]
-        return MemberRanges(offset, num_bytes)
+                places = np.flatnonzero(codes == self._suffix_names.index(suffix))
+                for column, name in columns.items():
+                    values = self._list_column(column).values.to_numpy()
+                    found[name][row_of_member[places]] = values[places]
+        return MemberRanges(**found)
 
     @cached_property
     def _suffix_names(self) -> list[str]:
@@ -154,6 +189,3 @@ class ShardTable:
 
     def _list_column(self, name: str) -> Any:
         return self._table[name].chunk(0)  # one record batch was written
-
-    def _list_values(self, name: str) -> Ints:
-        return self._list_column(name).values.to_numpy()

@@ -4,25 +4,42 @@
                         `-> damage: bad header, truncated member, no end marker, duplicate ...
 
 Python's `tarfile`, and so webdataset, ends a shard silently at one damaged header; this reader
-goes on at the next valid header and reports the gap. It reads forward only.
+goes on at the next valid header and reports the gap. It reads forward, and looks back only where
+something is wrong; it never holds more than one extension header and a piece of a content.
 """
 
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 
-BLOCK = 512
-ZERO_BLOCK = bytes(BLOCK)
+from pipeline.data.tar_header import (
+    BLOCK,
+    EMPTY_TYPES,
+    EXTENSION_TYPES,
+    FILE_TYPES,
+    GLOBAL_TYPE,
+    LONG_NAME_TYPE,
+    MAX_PAX_DIGITS,
+    PAX_TYPES,
+    SPARSE_TYPE,
+    ZERO_BLOCK,
+    Header,
+    padded,
+    parse_header,
+    parse_pax,
+    text_of,
+)
+
 # webdataset's rule: the key is the path up to the first dot of the base name.
 KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)")
 META_NAME = re.compile(r"__[^/]*__($|/)")
-FILE_TYPES = frozenset((b"0", b"\0", b"7"))  # POSIX file, old file, contiguous file
-SPARSE_TYPE = b"S"
-# Links, devices, directories and pipes carry no data, whatever their size field says.
-EMPTY_TYPES = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))
+MAX_EXTENSION_BYTES = 8 << 20  # a larger extension header is taken for damage
+PIECE_BYTES = 64 << 10
+NO_CHECKSUM = -1
 
 ReadBytes = Callable[[int, int], bytes]  # (offset, size) -> that many bytes, fewer at the end
+# (name, offset, size), called while the content passes by -> its CRC-32, or NO_CHECKSUM
+Visit = Callable[[str, int, int], int]
 
 
 @dataclass(frozen=True)
@@ -42,67 +59,33 @@ class Member:
     name: str
     offset: int
     num_bytes: int
+    crc32: int = NO_CHECKSUM
 
 
 @dataclass
 class TarSample:
-    """Consecutive members that share a key: suffix -> (offset, bytes)."""
+    """Consecutive members that share a key: suffix -> (offset, bytes), suffix -> CRC-32 if known.
+
+    Samples with the same key are different samples unless they are neighbours, as in webdataset.
+    """
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
-
-
-@dataclass(frozen=True)
-class _Header:
-    name: bytes
-    num_bytes: int
-    type: bytes
-    has_magic: bool
-
-
-def _text(block: bytes) -> bytes:
-    return block.split(b"\0", 1)[0]
-
-
-def _number(digits: bytes) -> int:
-    """An octal field, or GNU's base-256 one; raise ValueError."""
-    if digits[0] == 0x80:
-        return int.from_bytes(digits[1:], "big")
-    text = digits.strip(b" \0")
-    if not text:
-        return 0
-    if not text.isdigit():
-        raise ValueError(f"no octal number: {digits!r}")
-    return int(text, 8)
-
-
-def parse_header(block: bytes) -> _Header | None:
-    """Read one header block; None unless it is complete and its checksum holds."""
-    if len(block) < BLOCK:
-        return None
-    try:
-        stored = _number(block[148:156])
-        if sum(block) - sum(block[148:156]) + 8 * 0x20 != stored:
-            return None
-        num_bytes = _number(block[124:136])
-    except ValueError:
-        return None
-    name = _text(block[:100])
-    magic = block[257:265]
-    if magic[:6] == b"ustar\0" and block[345]:
-        name = _text(block[345:500]) + b"/" + name
-    return _Header(name, num_bytes, block[156:157], magic[:5] == b"ustar")
+    checksums: dict[str, int] = field(default_factory=dict[str, int])
 
 
 class TarScan:
     """One pass over a tar: iterate for its members, then read `damage`."""
 
-    def __init__(self, read: ReadBytes, size: int) -> None:
+    def __init__(self, read: ReadBytes, size: int, visit: Visit | None = None) -> None:
         self._read = read
         self._size = size
+        self._visit = visit
+        self._passed = 0  # the end of the contents that were visited
         self._offset = 0
         self._overrides: dict[str, bytes] = {}
         self._global_overrides: dict[str, bytes] = {}
+        self._lost_extension = False  # the skipped bytes may have held the next member's name
         self.damage: list[Damage] = []
 
     def __iter__(self) -> Iterator[Member]:
@@ -113,7 +96,7 @@ class TarScan:
                 return
             header = parse_header(block)
             if header is None:
-                self._resynchronise()
+                self._resynchronise("bad_header", "damaged header")
                 continue
             yield from self._member(header)
         self._report("no_end_marker", self._size, 0, "the two zero blocks at the end are missing")
@@ -129,72 +112,126 @@ class TarScan:
                 return False  # one zeroed header amid data: damage, not the end
             self._report("no_end_marker", self._offset, 0, "the end marker is cut short")
             return True
-        start = self._offset + 2 * BLOCK
-        if self._zeros_start > start:
+        start = stop = self._offset + 2 * BLOCK
+        for offset in range(start, self._size, PIECE_BYTES):
+            data = self._read(offset, PIECE_BYTES).rstrip(b"\0")
+            stop = offset + len(data) if data else stop
+        if stop > start:
             text = "data follows the end marker (concatenated tars?) and is not read"
-            self._report("data_after_end", start, self._zeros_start - start, text)
+            self._report("data_after_end", start, stop - start, text)
         return True
 
-    @cached_property
-    def _zeros_start(self) -> int:
-        """Where the zero blocks at the end of the file start; there can be no member after it."""
-        offset = -(-self._size // BLOCK) * BLOCK
-        while offset > 0 and not self._read(offset - BLOCK, BLOCK).strip(b"\0"):
-            offset -= BLOCK
-        return offset
-
-    def _resynchronise(self) -> None:
+    def _resynchronise(self, kind: str, what: str) -> None:
+        """Skip the header at hand, and all up to the next valid one."""
         start = self._offset
-        offset = start + BLOCK
-        while offset < self._size and not self._is_header(offset):
-            offset += BLOCK
-        self._offset = min(offset, self._size)
+        self._offset = self._find_header(start + BLOCK, self._size)
         self._overrides = {}
+        self._lost_extension = True
         lost = self._offset - start
-        where = f"reading goes on at byte {self._offset}" if offset < self._size else "to the end"
-        text = f"damaged header; {lost} bytes skipped, {where}"
-        self._report("bad_header", start, lost, text)
+        goes_on = self._offset < self._size
+        where = f"reading goes on at byte {self._offset}" if goes_on else "to the end"
+        self._report(kind, start, lost, f"{what}; {lost} bytes skipped, {where}")
 
-    def _is_header(self, offset: int) -> bool:
-        """A ustar header, or the end marker."""
-        if offset == self._zeros_start and self._size - offset >= 2 * BLOCK:
-            return True
-        header = parse_header(self._read(offset, BLOCK))
-        return header is not None and header.has_magic
+    def _find_header(self, offset: int, stop: int, *, or_end: bool = True) -> int:
+        """Where the first ustar header from `offset` on lies, or the end marker; else `stop`."""
+        while offset < stop:
+            block = self._read(offset, BLOCK)
+            if block == ZERO_BLOCK:
+                data = self._skip_zeros(offset)
+                if or_end and data >= self._size and self._size - offset >= 2 * BLOCK:
+                    break
+                offset = data
+                continue
+            header = parse_header(block)
+            if header is not None and header.has_magic:
+                break
+            offset += BLOCK
+        return min(offset, stop)
 
-    def _member(self, header: _Header) -> Iterator[Member]:
+    def _skip_zeros(self, offset: int) -> int:
+        """The next block from `offset` on that is not zero, or the end of the file."""
+        while offset < self._size:
+            piece = self._read(offset, PIECE_BYTES)
+            rest = len(piece.lstrip(b"\0"))
+            if rest:
+                return offset + (len(piece) - rest) // BLOCK * BLOCK
+            offset += len(piece)
+        return self._size
+
+    def _member(self, header: Header) -> Iterator[Member]:
         start = self._offset + BLOCK
-        is_extension = header.type in (b"x", b"g", b"L", b"K", b"X")
+        is_extension = header.type in EXTENSION_TYPES
         num_bytes = header.num_bytes if is_extension else self._true_size(header)
-        stop = start + num_bytes
-        self._offset = start + -(-num_bytes // BLOCK) * BLOCK
-        if stop > self._size:
-            self._report(
-                "truncated",
-                start,
-                self._size - start,
-                f"{self._name(header)!r}: {stop - self._size} of {num_bytes} bytes are missing",
-            )
-            self._offset = self._size
+        name = "an extension header" if is_extension else self._name(header)
+        if start + num_bytes > self._size:
+            missing = start + num_bytes - self._size
+            self._give_up(name, f"{name!r}: {missing} of {num_bytes} bytes are missing")
+            return
+        is_file = header.type in FILE_TYPES and not (header.type == b"\0" and name.endswith("/"))
+        visits = is_file and self._visit is not None
+        # First the content and then what is behind it. Only where reading has gone back is the
+        # size looked at first: many headers that claim the same bytes must not cost their product.
+        goes_forward = start >= self._passed
+        crc32 = self._visited(name, start, num_bytes) if visits and goes_forward else NO_CHECKSUM
+        if not self._is_size_right(name, start, num_bytes):
+            self._resynchronise("wrong_size", f"{name!r} has not its {num_bytes} bytes")
             return
         if is_extension:
-            self._extend(header.type, self._read(start, num_bytes))
+            self._extend(header.type, start, num_bytes)
             return
-        name = self._name(header)
-        overrides, self._overrides = self._overrides, {}
-        is_sparse = header.type == SPARSE_TYPE or any(k.startswith("GNU.sparse") for k in overrides)
+        if visits and not goes_forward:
+            crc32 = self._visited(name, start, num_bytes)
+        is_sparse = header.type == SPARSE_TYPE or any(
+            key.startswith("GNU.sparse") for key in self._overrides
+        )
+        is_nameless = self._lost_extension and header.is_doubtful_name
+        is_nameless = is_nameless and "path" not in self._overrides
+        self._overrides, self._lost_extension = {}, False
         if is_sparse:
             self._report("sparse", start, num_bytes, f"{name!r} is a sparse file: not supported")
-        elif header.type in FILE_TYPES and not (header.type == b"\0" and name.endswith("/")):
-            yield Member(name, start, num_bytes)
+        elif is_file and is_nameless:
+            text = f"{name!r}: its whole name stood in a damaged header; it is left out"
+            self._report("no_name", start - BLOCK, BLOCK + num_bytes, text)
+        elif is_file:
+            yield Member(name, start, num_bytes, crc32)
+        self._offset = start + padded(num_bytes)
 
-    def _true_size(self, header: _Header) -> int:
+    def _visited(self, name: str, start: int, num_bytes: int) -> int:
+        self._passed = max(self._passed, start + num_bytes)
+        return NO_CHECKSUM if self._visit is None else self._visit(name, start, num_bytes)
+
+    def _is_size_right(self, name: str, start: int, num_bytes: int) -> bool:
+        """Tell whether a content can have its size.
+
+        It has not if no header follows it although there is one in it: bytes are missing, or the
+        size was forged. A tar within the tar keeps the benefit of the doubt.
+        """
+        if num_bytes == 0 or name.endswith(".tar") or self._is_boundary(start + padded(num_bytes)):
+            return True
+        return self._find_header(start, start + num_bytes, or_end=False) == start + num_bytes
+
+    def _give_up(self, name: str, what: str) -> None:
+        """Leave out a member that goes beyond the end; headers in a tar within are not ours."""
+        if not name.endswith(".tar"):
+            self._resynchronise("truncated", what)
+            return
+        self._report("truncated", self._offset, self._size - self._offset, what)
+        self._offset = self._size
+
+    def _is_boundary(self, offset: int) -> bool:
+        """Tell whether a header or the end marker stands at `offset`."""
+        block = self._read(offset, BLOCK)
+        if block == ZERO_BLOCK:
+            return self._read(offset + BLOCK, BLOCK) == ZERO_BLOCK
+        return parse_header(block) is not None
+
+    def _true_size(self, header: Header) -> int:
         if header.type in EMPTY_TYPES:
             return 0
-        size = self._overrides.get("size", self._global_overrides.get("size"))
-        return int(size) if size is not None and size.isdigit() else header.num_bytes
+        size = self._overrides.get("size", self._global_overrides.get("size", b""))
+        return int(size) if size.isdigit() and len(size) <= MAX_PAX_DIGITS else header.num_bytes
 
-    def _name(self, header: _Header) -> str:
+    def _name(self, header: Header) -> str:
         name = self._overrides.get("path", self._global_overrides.get("path", header.name))
         try:
             return name.decode("utf-8")
@@ -203,39 +240,43 @@ class TarScan:
             self._report("name", self._offset, 0, f"a name is not UTF-8; it is read as {text!r}")
             return text
 
-    def _extend(self, kind: bytes, content: bytes) -> None:
+    def _extend(self, kind: bytes, start: int, num_bytes: int) -> None:
         """Keep what an extension header says of the members after it."""
-        if kind == b"L":
-            self._overrides["path"] = _text(content)
-        elif kind in (b"x", b"X"):
-            self._overrides |= parse_pax(content)
-        elif kind == b"g":
-            self._global_overrides |= parse_pax(content)
+        self._offset = start + padded(num_bytes)
+        if num_bytes > MAX_EXTENSION_BYTES:
+            records, is_whole = dict[str, bytes](), False
+        elif kind in PAX_TYPES or kind == GLOBAL_TYPE:
+            records, is_whole = parse_pax(self._read(start, num_bytes))
+        elif kind == LONG_NAME_TYPE:
+            records, is_whole = {"path": text_of(self._read(start, num_bytes))}, True
+        else:
+            return
+        if kind == GLOBAL_TYPE:
+            self._global_overrides |= records
+        else:
+            self._overrides |= records
+            self._lost_extension = not is_whole
+        if not is_whole:
+            text = "an extension header with a bad record; what follows in it is not read"
+            self._report("bad_extension", start - BLOCK, BLOCK + num_bytes, text)
 
 
-def parse_pax(content: bytes) -> dict[str, bytes]:
-    """Read PAX records `length key=value\\n` (POSIX pax, "Extended Header"); stop at a bad one."""
-    records: dict[str, bytes] = {}
-    position = 0
-    while position < len(content):
-        digits, _, _ = content[position : position + 24].partition(b" ")
-        stop = position + int(digits) if digits.isdigit() else 0
-        key, separator, value = content[position + len(digits) + 1 : stop].partition(b"=")
-        if stop > len(content) or not separator or not value.endswith(b"\n"):
-            break
-        records[key.decode("utf-8", errors="replace")] = value[:-1]
-        position = stop
-    return records
+def split_name(name: str) -> tuple[str, str] | None:
+    """A member's key and suffix by webdataset's rule; None for names that belong to no sample."""
+    match = KEY_AND_SUFFIX.fullmatch(name)
+    if match is None or META_NAME.match(name):
+        return None
+    return match.group(1), match.group(2).lower()
 
 
 def group_samples(scan: TarScan) -> Iterator[TarSample]:
     """Group a scan's members into samples by webdataset's rule; duplicates go to its damage."""
     current: TarSample | None = None
     for member in scan:
-        match = KEY_AND_SUFFIX.fullmatch(member.name)
-        if match is None or META_NAME.match(member.name):
+        found = split_name(member.name)
+        if found is None:
             continue
-        key, suffix = match.group(1), match.group(2).lower()
+        key, suffix = found
         if current is None or current.key != key:
             if current is not None:
                 yield current
@@ -243,7 +284,9 @@ def group_samples(scan: TarScan) -> Iterator[TarSample]:
         if suffix in current.members:
             text = f"{member.name!r}: the sample already has a .{suffix}; the first one counts"
             scan.damage.append(Damage("duplicate_member", member.offset, member.num_bytes, text))
-        else:
-            current.members[suffix] = (member.offset, member.num_bytes)
+            continue
+        current.members[suffix] = (member.offset, member.num_bytes)
+        if member.crc32 != NO_CHECKSUM:
+            current.checksums[suffix] = member.crc32
     if current is not None:
         yield current

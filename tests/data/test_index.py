@@ -199,7 +199,7 @@ def test_only_changed_shards_are_read_again(shards, monkeypatch):
     before = files_of(shards / "index")
     scanned = []
     write = scan._write
-    monkeypatch.setattr(scan, "_write", lambda *a: (scanned.append(a[1]), write(*a)))
+    monkeypatch.setattr(scan, "_write", lambda *a: (scanned.append(a[0].name), write(*a)))
     assert build_index(shards).dataset_id
     assert scanned == []
     assert files_of(shards / "index") == before

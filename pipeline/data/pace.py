@@ -1,0 +1,48 @@
+"""How far a long pass over shards is, as one line: shards done, bytes per second, time left."""
+
+import time
+from collections.abc import Callable
+
+Progress = Callable[[str], None]
+
+
+class Pace:
+    """Count what is done; tell `progress`, if there is one, after each shard."""
+
+    def __init__(
+        self, verb: str, num_shards: int, num_bytes: int, progress: Progress | None
+    ) -> None:
+        self._verb = verb
+        self._num_shards = num_shards
+        self._bytes_left = num_bytes
+        self._progress = progress
+        self._started = time.monotonic()
+        self._shards_done = 0
+        self._bytes_read = 0
+
+    def add(self, num_bytes: int, *, is_read: bool = True) -> None:
+        """One shard of `num_bytes` is done; `is_read`: it was read for that, now."""
+        self._shards_done += 1
+        self._bytes_left -= num_bytes
+        self._bytes_read += num_bytes if is_read else 0
+        if self._progress is not None:
+            self._progress(self._line())
+
+    def _line(self) -> str:
+        done = f"{self._verb}: {self._shards_done} of {self._num_shards} shards"
+        seconds = time.monotonic() - self._started
+        if self._bytes_read == 0 or seconds <= 0:
+            return done
+        speed = self._bytes_read / seconds
+        done += f", {speed / 1e6:.1f} MB/s"
+        if self._shards_done == self._num_shards:
+            return done
+        return f"{done}, {_duration(self._bytes_left / speed)} left"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
