@@ -1,0 +1,166 @@
+"""Raw samples of one rank: every member's bytes, in the order of its slots, read a window ahead.
+
+RankSlots -> stream positions, step by step -> windows of each lane -> byte ranges of all
+members (threads) -> dicts as webdataset's own reader makes them
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.fetch import read_ranges
+from pipeline.data.index import Index
+from pipeline.data.order import Order, Run
+from pipeline.data.storage import Storage, is_url, open_storage
+from pipeline.data.table import ShardTable
+
+THREAD_NAME = "raw-read"
+
+Ints = NDArray[np.int64]
+Sample = dict[str, Any]
+Read = Callable[[Run, Ints], list[Sample]]
+
+
+@dataclass(frozen=True)
+class RankSlots:
+    """The slots of `rank` of `world`: stream positions in [start, end); end None = endless."""
+
+    order: Order
+    rank: int
+    world: int
+    start: int
+    end: int | None
+
+    @property
+    def first_step(self) -> int:
+        """The step that holds the start."""
+        return self.start // self.order.batch_size
+
+    @property
+    def num_per_step(self) -> int:
+        """Slots in a step, but for the first and last, which start and end may cut."""
+        return self.order.batch_size // self.world
+
+    @property
+    def lane_slots(self) -> range:
+        """The lane slots that a step's slots lie in."""
+        first, share = self.rank * self.num_per_step, self.order.lane_share
+        return range(first // share, (first + self.num_per_step - 1) // share + 1)
+
+    def positions(self, step: int) -> Ints:
+        """Stream positions of a step's slots, in slot order."""
+        positions = self.order.positions(step, rank=self.rank, world=self.world)
+        return positions[self._in_limits(positions)]
+
+    def includes(self, positions: Ints) -> NDArray[np.bool_]:
+        """Which stream positions are this rank's."""
+        order = self.order
+        slots = positions % order.lanes * order.lane_share
+        slots += positions % order.batch_size // order.lanes
+        return (slots // self.num_per_step == self.rank) & self._in_limits(positions)
+
+    def is_over(self, step: int) -> bool:
+        """Whether no position is left at a step, for any rank."""
+        return self.end is not None and step * self.order.batch_size >= self.end
+
+    def _in_limits(self, positions: Ints) -> NDArray[np.bool_]:
+        inside = positions >= self.start
+        return inside if self.end is None else inside & (positions < self.end)
+
+
+def raw_samples(
+    index: Index, slots: RankSlots, *, root: str, split: str, threads: int
+) -> Iterator[Sample]:
+    """Yield the samples of a rank's slots in their order.
+
+    Dicts: `__key__`, `__url__`, bytes by suffix, and `__local_path__` unless the shards are remote.
+    At most two windows of each lane are in memory. Raises ShardReadError.
+    """
+    storage = open_storage(root)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=THREAD_NAME)
+    read = partial(_read_window, index, storage, slots.order, split)
+    try:
+        lanes = {lane_slot: _Lane(slots, lane_slot, read, pool) for lane_slot in slots.lane_slots}
+        step = slots.first_step
+        while not slots.is_over(step):
+            for position in slots.positions(step).tolist():
+                yield lanes[position % slots.order.lanes].take()
+            step += 1
+    finally:
+        _stop(pool, storage)
+
+
+class _Lane:
+    """One lane slot's samples, read one window ahead."""
+
+    def __init__(
+        self, slots: RankSlots, lane_slot: int, read: Read, pool: ThreadPoolExecutor
+    ) -> None:
+        self._slots, self._lane_slot, self._read, self._pool = slots, lane_slot, read, pool
+        self._turn = slots.first_step * slots.order.lane_share
+        self._samples: deque[Sample] = deque()
+        self._next = self._request()
+
+    def take(self) -> Sample:
+        """Return the next sample; an error met in reading it is raised here."""
+        while not self._samples:
+            self._samples.extend(self._next.result())
+            self._next = self._request()
+        return self._samples.popleft()
+
+    def _request(self) -> "Future[list[Sample]]":
+        order = self._slots.order
+        run = order.run_at(self._lane_slot, self._turn)
+        self._turn = run.next_turn
+        turns = np.arange(run.turn, run.next_turn)
+        ours = self._slots.includes(turns * order.lanes + self._lane_slot)
+        return self._pool.submit(self._read, run, (turns - run.turn + run.start)[ours])
+
+
+def _read_window(
+    index: Index, storage: Storage, order: Order, split: str, run: Run, positions: Ints
+) -> list[Sample]:
+    """Read the samples at some positions of a run's window, in the order of `positions`."""
+    if len(positions) == 0:
+        return []
+    shard, row = order.window(run.epoch, run.lane, run.window)
+    shard, row = shard[positions], row[positions]
+    samples: list[Sample] = [{}] * len(positions)
+    for number in np.unique(shard).tolist():
+        places = np.flatnonzero(shard == number)
+        table, name = index.table(number), index.shards[number].name
+        rows = table.rows_of(index.split_number(split))[row[places]]
+        found = _read_shard(storage, name, table, rows)
+        for place, sample in zip(places.tolist(), found, strict=True):
+            samples[place] = sample
+    return samples
+
+
+def _read_shard(storage: Storage, name: str, table: ShardTable, rows: Ints) -> Iterator[Sample]:
+    members = [table.members(row) for row in rows.tolist()]
+    ranges = np.array([where for m in members for where in m.values()], np.int64).reshape(-1, 2)
+    found = read_ranges(storage, name, ranges[:, 0], ranges[:, 1])
+    cuts = zip(found.pieces.tolist(), found.start.tolist(), found.stop.tolist(), strict=True)
+    contents = (piece[start:stop] for piece, start, stop in cuts)
+    url = storage.where(name)
+    extra = {} if is_url(url) else {"__local_path__": url}
+    for key, suffixes in zip(table.keys(rows), members, strict=True):
+        data = {suffix: next(contents) for suffix in suffixes}
+        yield {"__key__": key, "__url__": url, **data, **extra}
+
+
+def _stop(pool: ThreadPoolExecutor, storage: Storage) -> None:
+    if threading.current_thread().name.startswith(THREAD_NAME):
+        # The garbage collector came by in one of the pool's threads, which cannot wait for itself.
+        threading.Thread(target=_stop, args=(pool, storage)).start()
+        return
+    with closing(storage):
+        pool.shutdown(cancel_futures=True)

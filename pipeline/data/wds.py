@@ -1,0 +1,261 @@
+"""Our order as the first stage of a webdataset pipeline: raw samples, exact and resumable.
+
+    source = OrderedShards("shards-{000..127}.tar", batch_size=256)
+    wds.DataPipeline(source, wds.decode("rgb8"), wds.to_tuple("jpg", "cls"), wds.batched(256))
+    source.state_dict() -> {T, order_id, dataset_id, ...} -> source.load_state_dict(state)
+
+The samples are those of `open_stream` under the same numbers, in the order of its slots.
+"""
+
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from pipeline.data.index import INDEX_DIRECTORY, MANIFEST, Index
+from pipeline.data.order import Order
+from pipeline.data.raw import RankSlots, Sample, raw_samples
+from pipeline.data.splits import ALL
+from pipeline.data.storage import FoundShards, find_shards, is_url
+from pipeline.errors import UserError
+
+State = dict[str, Any]
+
+
+class _Place(NamedTuple):
+    """Where a rank stands: positions below T are done, and `taken` of its slots in T's step."""
+
+    T: int
+    taken: int
+
+
+class OrderedShards(IterableDataset[Sample]):
+    """An iterable of raw samples in the order of `order-v1`, for `wds.DataPipeline` or DataLoader.
+
+    Each rank gets its slots of every global batch, so wds.batched(batch_size // world) gives the
+    batches of `open_stream`. Iterating again goes on where the last iteration stopped. A DataLoader
+    may have 0 or 1 workers: every worker would read all of the rank's bytes.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path,
+        *,
+        batch_size: int,
+        index: str | Path | None = None,
+        split: str = ALL,
+        seed: int = 0,
+        lanes: int | None = None,
+        interleave: int = 8,
+        window: int = 256,
+        rank: int | None = None,
+        world: int | None = None,
+        epochs: int | None = None,
+        tail: Literal["carry", "drop"] = "carry",
+        read_threads: int = 2,
+    ) -> None:
+        """Check everything; raise UserError if the numbers or the shards do not fit.
+
+        shards: directory, glob or brace pattern; index: the directory that holds `index/`, None =
+        beside the shards; batch_size: samples per step over all ranks. epochs: length of the whole
+        stream, None = endless. tail: under `carry` each sample comes exactly once per epoch, and
+        at the end of the last one some ranks get fewer than others; `drop` leaves out what fills
+        no batch, and all ranks get the same number.
+        """
+        super().__init__()
+        self._found = find_shards(shards)
+        self._index_path = _index_path(self._found, shards, index)
+        self._split = split
+        self._read_threads = read_threads
+        self._numbers: dict[str, Any] = {
+            "seed": seed,
+            "batch_size": batch_size,
+            "lanes": lanes,
+            "interleave": interleave,
+            "window": window,
+            "tail": tail,
+        }
+        rank, world = _ranks(rank, world, batch_size)
+        if epochs is not None and epochs < 1:
+            raise UserError(f"epochs = {epochs}, but must be at least 1 (or None: endless).")
+        opened = Index.open(self._index_path)
+        _check_names(self._found, opened, shards)
+        opened.check_shards(self._found.root)
+        self._ranks = (rank, world)
+        order = self.order  # made here, so that its mistakes show here
+        self._end = None if epochs is None else epochs * order.epoch_length
+        self._start = _Place(0, 0)
+        self._num_yielded = 0
+        self._current = object()  # the iteration that may go on
+        # In shared memory: so the main process knows of an iteration in a DataLoader's worker.
+        self._runs_in_worker = torch.zeros((), dtype=torch.bool).share_memory_()
+
+    @cached_property
+    def order(self) -> Order:
+        """Which sample stands where."""
+        index = Index.open(self._index_path)
+        return Order(
+            index.counts(self._split),
+            dataset_id=index.dataset_id,
+            split=index.split_identity(self._split),
+            **self._numbers,
+        )
+
+    def state_dict(self, *, consumed: int | None = None) -> State:
+        """The state after `consumed` samples of this rank since the start, or since it was loaded.
+
+        None: after the samples that were yielded so far. Stages that hold samples back (a shuffle
+        buffer, a DataLoader's worker, which prefetches) have taken more than they gave: count what
+        the loop has used, and say it. Raises UserError where only the loop can know.
+        """
+        if consumed is None:
+            if self._runs_in_worker.item() and get_worker_info() is None:
+                raise UserError(
+                    "The samples are read in a DataLoader's worker, ahead of the loop: save "
+                    "state_dict(consumed=N), N being the samples of this rank that the loop has "
+                    "used since the start or since load_state_dict."
+                )
+            consumed = self._num_yielded
+        place = self._place_after(consumed)
+        numbers = {"batch_size": self.order.batch_size, "world": self._ranks[1]}
+        return {"T": place.T, "taken": place.taken} | self._identity() | numbers
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on at a state: with any ranks if it lies between steps; raise UserError otherwise.
+
+        It takes effect when the next iteration begins; one that runs ends.
+        """
+        for name, ours in self._identity().items():
+            if state.get(name) != ours:
+                raise UserError(
+                    f"The state is of another stream: its {name} is {state.get(name)}, here it is "
+                    f"{ours}. T means the same sample only under the same shards, split, seed, "
+                    "lanes, interleave, window and tail."
+                )
+        T, size = state["T"], self.order.batch_size
+        then, now = (state["batch_size"], state["world"]), (size, self._ranks[1])
+        if state["taken"] and then != now:
+            raise UserError(
+                f"The state lies within a step of (batch_size, world) = {then}, here they are "
+                f"{now}: others can go on only between steps. Save after a multiple of "
+                f"{then[0] // then[1]} samples per rank."
+            )
+        if T % size and T % self.order.epoch_length:
+            raise UserError(
+                f"The state's T = {T} is no multiple of batch_size = {size}, by which the steps "
+                f"are cut; it was saved with batch_size = {then[0]}."
+            )
+        self._start, self._num_yielded = _Place(T, state["taken"]), 0
+        self._current = object()
+        self._runs_in_worker.fill_(False)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Yield dicts: `__key__`, `__url__`, bytes by suffix, and `__local_path__` of a file."""
+        self._current = object()
+        return self._samples(self._current, self._place_after(self._num_yielded))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a DataLoader that spawns its worker: the order's caches are made anew there."""
+        return {name: value for name, value in self.__dict__.items() if name != "order"}
+
+    def _samples(self, current: object, place: _Place) -> Iterator[Sample]:
+        self._enter_worker()
+        samples = raw_samples(
+            Index.open(self._index_path),
+            self._slots(place.T),
+            root=self._found.root,
+            split=self._split,
+            threads=self._read_threads,
+        )
+        for number, sample in enumerate(samples):
+            if number < place.taken:
+                continue
+            if self._current is not current:
+                raise RuntimeError("this iteration ended when another began or a state was loaded")
+            self._num_yielded += 1
+            yield sample
+
+    def _enter_worker(self) -> None:
+        """Raise UserError in one of several workers; tell the main process of a single one."""
+        worker = get_worker_info()
+        if worker is None:
+            return
+        if worker.num_workers > 1:
+            raise UserError(
+                f"DataLoader(num_workers={worker.num_workers}): every worker would read all "
+                "bytes of this rank. Take 0 or 1; reading has threads of its own "
+                "(read_threads), and decoding scales with the ranks."
+            )
+        self._runs_in_worker.fill_(True)
+
+    def _slots(self, start: int) -> RankSlots:
+        return RankSlots(self.order, *self._ranks, start, self._end)
+
+    def _identity(self) -> State:
+        order = self.order
+        return {"order_id": order.order_id, "dataset_id": order.dataset_id, "tail": order.tail}
+
+    def _place_after(self, num: int) -> _Place:
+        """Where this rank stands `num` samples after the start."""
+        slots, size = self._slots(self._start.T), self.order.batch_size
+        start, step, rest = self._start.T, slots.first_step, self._start.taken + num
+        in_first = len(slots.positions(step))
+        if rest >= in_first:
+            steps, rest = divmod(rest - in_first, slots.num_per_step)
+            step += 1 + steps
+            start = step * size
+        if self._end is None:
+            return _Place(start, rest)
+        if start >= self._end or (slots.is_over(step + 1) and rest >= len(slots.positions(step))):
+            return _Place(self._end, 0)
+        return _Place(start, rest)
+
+
+def _ranks(rank: int | None, world: int | None, batch_size: int) -> tuple[int, int]:
+    """Both numbers, checked; they must be given where there are several processes."""
+    if rank is None and world is None:
+        processes = os.environ.get("WORLD_SIZE", "1")
+        if processes != "1":
+            raise UserError(
+                f"This is one of WORLD_SIZE = {processes} processes, and each would read "
+                "everything: give OrderedShards(..., rank=, world=)."
+            )
+        rank, world = 0, 1
+    if rank is None or world is None or not 0 <= rank < world:
+        raise UserError(f"rank = {rank}, world = {world}: give both, with 0 <= rank < world.")
+    if batch_size < 1 or batch_size % world:
+        raise UserError(f"batch_size = {batch_size} does not divide over world = {world} ranks.")
+    return rank, world
+
+
+def _index_path(found: FoundShards, shards: str | Path, index: str | Path | None) -> Path:
+    """The directory that holds `index/`; raise UserError naming the command if there is none."""
+    if index is None and is_url(found.root):
+        raise UserError(
+            f"{shards} is remote, so its index lies elsewhere: run `latentmill index '{shards}' "
+            "--out DIR`, and give index=DIR."
+        )
+    path = Path(found.root if index is None else index)
+    if not (path / INDEX_DIRECTORY / MANIFEST).is_file():
+        out = "" if index is None else f" --out {index}"
+        raise UserError(
+            f"{path / INDEX_DIRECTORY / MANIFEST} does not exist: run `latentmill index "
+            f"'{shards}'{out}` first."
+        )
+    return path
+
+
+def _check_names(found: FoundShards, index: Index, shards: str | Path) -> None:
+    indexed = {shard.name for shard in index.shards}
+    if indexed == set(found.names):
+        return
+    more, less = sorted(set(found.names) - indexed), sorted(indexed - set(found.names))
+    raise UserError(
+        f"{shards} names {len(found.names)} shards, the index in {index.path} has {len(indexed)}: "
+        f"not indexed are {more[:3] or 'none'}, not named are {less[:3] or 'none'}. Name the same "
+        f"shards, or run `latentmill index '{shards}' --out DIR` and give index=DIR."
+    )
