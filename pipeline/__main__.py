@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.console import print_report, print_scores
@@ -78,6 +79,7 @@ def index(arguments: argparse.Namespace) -> int:
         arguments.shards,
         out=arguments.out,
         split=_split(arguments),
+        deep=arguments.deep,
         workers=arguments.workers,
         progress=_progress,
     )
@@ -104,9 +106,20 @@ def verify(arguments: argparse.Namespace) -> int:
 
     path, shards = arguments.path, arguments.shards
     if has_index(path):
-        report = verify_shards(path, shards=shards, progress=_progress)
+        report = verify_shards(
+            path,
+            shards=shards,
+            decode=arguments.decode,
+            threads=arguments.threads,
+            progress=_progress,
+        )
     else:
-        report = verify_export(path, source=arguments.source, shards=shards, level=arguments.level)
+        report = verify_export(
+            Path(path),
+            source=arguments.source,
+            shards=None if shards is None else Path(shards),
+            level=arguments.level,
+        )
     print_report(asdict(report), arguments.json)
     return FAILED if report.problems else DONE
 

@@ -77,8 +77,9 @@ def _add_index(add: AddParser, runs: Runs) -> None:
     parser = _verb(
         add, "index", runs["index"], "index webdataset shards, once per data set or new split"
     )
-    parser.add_argument("shards", help="directory, or glob or brace pattern of shards")
+    parser.add_argument("shards", help="directory, URL, or glob or brace pattern of shards")
     parser.add_argument("--out", type=Path, help="where the index goes; else beside the shards")
+    parser.add_argument("--deep", action="store_true", help="with a checksum of every member")
     _add_split(parser)
     _add_workers(parser)
 
@@ -86,9 +87,12 @@ def _add_index(add: AddParser, runs: Runs) -> None:
 def _add_verify(add: AddParser, runs: Runs) -> None:
     text = "check an export, or shards against their index; exit 1 if anything is wrong"
     parser = _verb(add, "verify", runs["verify"], text)
-    parser.add_argument("path", type=Path, help="directory of the export, or of the index")
+    parser.add_argument("path", help="directory of the export, or directory or URL of the index")
     parser.add_argument("--source", type=Path, help="index of an export's data, to compare keys")
-    parser.add_argument("--shards", type=Path, help="where the shards lie; else beside the index")
+    parser.add_argument("--shards", help="where the shards lie, also a URL; else beside the index")
+    parser.add_argument("--decode", action="store_true", help="shards: decode every image, too")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--threads", type=int, default=cores, help="that decode (%(default)s)")
     parser.add_argument(
         "--level", choices=LEVELS, default=LEVELS[-1], help="how deep, for an export (%(default)s)"
     )

@@ -1,79 +1,185 @@
 """Do the shards still hold what the index says? Every problem is listed.
 
-    <path>/index + the shards --verify_shards--> sizes, content hashes, tables, damage, duplicates
+    <path>/index + the shards, one forward pass each --verify_shards--> sizes, content hashes,
+                       CRC-32 of every member, tables, damage, duplicates; images if asked
 
-This reads every byte of every shard; a stream only checks sizes before it starts.
+This reads every byte of every shard; a stream only checks sizes and tags before it starts.
 """
 
-from collections.abc import Callable, Iterator
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.index import INDEX_DIRECTORY, MANIFEST, Index
+from pipeline.data.decode import DecodeError, ImageDecode, missing_member
+from pipeline.data.decode.codecs import PixelRules, full_scale, read_pixels
+from pipeline.data.index import Index
+from pipeline.data.manifest import INDEX_DIRECTORY, MANIFEST, IndexFiles
+from pipeline.data.one_pass import OnePass
+from pipeline.data.pace import Pace, Progress
 from pipeline.data.scan import ShardEntry
+from pipeline.data.storage import Storage, open_storage
+from pipeline.data.table import ShardTable
 from pipeline.errors import UserError
-from pipeline.files import sha256_file
 
-Progress = Callable[[str], None]
+IMAGES = ImageDecode()  # the suffixes and the rules of a config that names none
+RULES = PixelRules(IMAGES.channels, IMAGES.background, IMAGES.max_pixels)
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that cannot be used. stage: "checksum", or that of a DecodeError."""
+
+    shard: str
+    key: str
+    stage: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class ShardsReport:
     """What was looked at, and everything that is wrong."""
 
-    path: Path
+    path: Path | str
     dataset_id: str
     num_shards: int
     num_samples: int
     num_bytes: int
     problems: list[str]
+    bad_samples: list[BadSample]
 
 
-def has_index(path: Path) -> bool:
-    """Tell whether `path` is the directory of an index."""
-    return (path / INDEX_DIRECTORY / MANIFEST).is_file()
+def has_index(path: Path | str) -> bool:
+    """Tell whether `path`, a directory or a URL, holds an index."""
+    try:
+        IndexFiles(path).read(f"{INDEX_DIRECTORY}/{MANIFEST}")
+    except OSError:
+        return False
+    return True
 
 
 def verify_shards(
-    path: Path, *, shards: Path | None = None, progress: Progress | None = None
+    path: Path | str,
+    *,
+    shards: Path | str | None = None,
+    decode: bool = False,
+    threads: int = 2,
+    progress: Progress | None = None,
 ) -> ShardsReport:
     """Compare the shards with the index in `path`; `shards`: where they lie, None = in `path`.
 
-    What was damaged already when the index was made is a problem, too. Raises UserError when there
-    is no index.
+    `decode`: also decode every sample's image, in `threads` threads. What was damaged already when
+    the index was made is a problem, too. Raises UserError when there is no index, or no image.
     """
+    if threads < 1:
+        raise UserError(f"threads is {threads}, but must be at least 1.")
     index = Index.open(path)
+    if decode:
+        index.check_suffixes(IMAGES.suffixes)
     problems: list[str] = []
-    for number, shard in enumerate(index.shards):
-        problems += _check_shard(shard, (shards or path) / shard.name)
-        problems += _check_table(index, number)
-        if progress:
-            progress(f"verify: {number + 1} of {len(index.shards)} shards")
+    bad: list[BadSample] = []
+    num_bytes = sum(shard.bytes for shard in index.shards)
+    pace = Pace("verify", len(index.shards), num_bytes, progress)
+    with (
+        closing(open_storage(index.path if shards is None else shards)) as storage,
+        ThreadPoolExecutor(threads, thread_name_prefix="verify-decode") as pool,
+    ):
+        for number, shard in enumerate(index.shards):
+            problems += _check_shard(index, number, storage, pool if decode else None, bad)
+            pace.add(shard.bytes)
+    if bad:
+        problems.append(f"{len(bad)} samples are bad")
     if index.num_duplicate_keys:
         problems.append(f"{index.num_duplicate_keys} keys occur more than once in the data set")
-    num_bytes = sum(shard.bytes for shard in index.shards)
     return ShardsReport(
-        path, index.dataset_id, len(index.shards), index.num_samples, num_bytes, problems
+        index.path,
+        index.dataset_id,
+        len(index.shards),
+        index.num_samples,
+        num_bytes,
+        problems,
+        bad,
     )
 
 
-def _check_shard(shard: ShardEntry, file: Path) -> Iterator[str]:
+def _check_shard(
+    index: Index,
+    number: int,
+    storage: Storage,
+    pool: ThreadPoolExecutor | None,
+    bad: list[BadSample],
+) -> Iterator[str]:
+    shard = index.shards[number]
     try:
-        size = file.stat().st_size
-        changed = size == shard.bytes and sha256_file(file) != shard.sha256
-    except OSError as error:
-        yield f"{shard.name}: cannot be read: {error.strerror}"
-        return
-    if size != shard.bytes:
-        yield f"{shard.name}: has {size} bytes, but was indexed with {shard.bytes}"
-    elif changed:
-        yield f"{shard.name}: has another content than was indexed (sha256)"
-    for damage in shard.damage:
-        yield f"{shard.name}: {damage.text}"
-
-
-def _check_table(index: Index, number: int) -> Iterator[str]:
-    try:
-        index.table(number)
+        table = index.table(number)
     except UserError as error:
         yield str(error)
+        table = None
+    for damage in shard.damage:
+        yield f"{shard.name}: {damage.text}"
+    state = storage.states([shard.name])[shard.name]
+    if state is None:
+        yield f"{shard.name}: is missing"
+        return
+    if state.num_bytes != shard.bytes:
+        yield f"{shard.name}: has {state.num_bytes} bytes, but was indexed with {shard.bytes}"
+        return
+    try:
+        with OnePass(storage, shard.name, shard.bytes) as bytes_of:
+            if table is not None:
+                bad += _bad_samples(shard, table, bytes_of, pool)
+            if bytes_of.sha256() != shard.sha256:
+                yield f"{shard.name}: has another content than was indexed (sha256)"
+    except OSError as error:
+        yield f"{shard.name}: cannot be read: {error}"
+
+
+def _bad_samples(
+    shard: ShardEntry, table: ShardTable, bytes_of: OnePass, pool: ThreadPoolExecutor | None
+) -> Iterator[BadSample]:
+    """Yield what is wrong in one shard, sample by sample, as its bytes pass by."""
+    decoding: deque[tuple[str, Future[DecodeError | None]]] = deque()
+    for sample in table.samples() if table.has_checksums or pool is not None else ():
+        image = next((name for name in IMAGES.suffixes if name in sample.members), None)
+        content, wrong = b"", list[str]()
+        for suffix, (offset, num_bytes) in sample.members.items():
+            is_wanted = pool is not None and suffix == image
+            piece = bytes_of.read(offset, num_bytes) if is_wanted else None
+            content = content if piece is None else piece
+            known = sample.checksums.get(suffix)
+            if known is not None:
+                found = bytes_of.crc32(offset, num_bytes) if piece is None else zlib.crc32(piece)
+                wrong += [] if found == known else [f".{suffix}"]
+        if wrong:
+            reason = f"another content than was indexed: {', '.join(wrong)}"
+            yield BadSample(shard.name, sample.key, "checksum", reason)
+        if pool is not None:
+            job = pool.submit(_fault_of, None if image is None else content)
+            decoding.append((sample.key, job))
+        # Few encoded images wait in memory, and the order of the shard is kept.
+        yield from _decoded(shard, decoding, keep=16)
+    yield from _decoded(shard, decoding, keep=0)
+
+
+def _decoded(
+    shard: ShardEntry, decoding: deque[tuple[str, Future[DecodeError | None]]], *, keep: int
+) -> Iterator[BadSample]:
+    while len(decoding) > keep:
+        key, job = decoding.popleft()
+        error = job.result()
+        if error is not None:
+            yield BadSample(shard.name, key, error.stage, error.reason)
+
+
+def _fault_of(content: bytes | None) -> DecodeError | None:
+    """What keeps an image from being decoded in full size; None = nothing."""
+    try:
+        if content is None:
+            raise missing_member()
+        read_pixels(content, RULES, full_scale)
+    except DecodeError as error:
+        return error
+    return None
