@@ -1,14 +1,18 @@
 """From a config to the objects of a run."""
 
+from collections.abc import Sequence
+from contextlib import closing
+
 import torch
 from torch import Tensor
 
 from pipeline import strict
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
-from pipeline.data.order import Order
+from pipeline.data.mixture import Mixture
 from pipeline.data.splits import ALL
-from pipeline.data.stream import order_of
+from pipeline.data.storage import open_storage
+from pipeline.data.stream import open_indexes, order_of
 from pipeline.errors import UserError
 from pipeline.forward import Forward, Inputs
 from pipeline.models.autoencoder import AutoEncoder, build_autoencoder, num_parameters
@@ -18,24 +22,28 @@ from pipeline.strategies.base import Strategy
 from pipeline.strategies.ddp import DdpStrategy
 
 
-def check_data(config: TrainConfig, index: Index) -> None:
-    """Raise UserError unless the shards are the index's, and there is something to evaluate on."""
-    index.check_shards(config.data.shards_root)
-    split, names = config.evaluation.split, (*index.split_spec.names, ALL)
-    if split not in names:
-        known = ", ".join(names)
-        raise UserError(f"evaluation.split = {split!r}: the index has the splits {known}.")
-    if not index.counts(split).any():
+def check_data(config: TrainConfig, indexes: Sequence[Index]) -> None:
+    """Raise UserError unless the shards are the indexes', and there is something to evaluate on."""
+    split, num_held_out = config.evaluation.split, 0
+    for source, index in zip(config.data.sources, indexes, strict=True):
+        with closing(open_storage(source.root, config.data.remote)) as storage:
+            index.check_shards(storage)
+        names = (*index.split_spec.names, ALL)
+        if split not in names:
+            known = ", ".join(names)
+            raise UserError(f"evaluation.split = {split!r}: {source.path} has the splits {known}.")
+        num_held_out += int(index.counts(split).sum())
+    if num_held_out == 0:
+        path = config.data.sources[0].path
         raise UserError(
             f"evaluation.split = {split!r} holds no sample: name another split, or give it a "
-            f"larger fraction by `latentmill index {config.data.path} --split ...`."
+            f"larger fraction by `latentmill index {path} --split ...`."
         )
 
 
-def make_order(config: TrainConfig, index: Index) -> Order:
+def make_order(config: TrainConfig, indexes: Sequence[Index]) -> Mixture:
     """Return the order in which the run meets its samples."""
-    data, size = config.data, config.batch_size
-    return order_of(data, index, seed=config.seed, batch_size=size, tail="carry")
+    return order_of(config.data, indexes, config.seed, config.batch_size)
 
 
 def make_forward(config: TrainConfig, device: torch.device) -> Forward:
@@ -92,9 +100,9 @@ def throw_away_loss(
 
 def describe(config: TrainConfig) -> str:
     """Return what --dry-run prints: the resolved config as YAML, sizes as comments."""
-    index = Index.open(config.data.path)
-    check_data(config, index)
-    order = make_order(config, index)
+    indexes = open_indexes(config.data)
+    check_data(config, indexes)
+    order = make_order(config, indexes)
     with torch.device("meta"):
         model = AutoEncoder(config.model, config.data.decode.event_shape)
     steps = order.num_samples / config.batch_size

@@ -1,5 +1,6 @@
 """Held-out evaluation of a run, while it trains and, by `latentmill evaluate RUN`, afterwards."""
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
@@ -8,8 +9,9 @@ from torch import nn
 
 from pipeline.build import make_forward, place_model
 from pipeline.config import TrainConfig
+from pipeline.data.batch import Batch
 from pipeline.data.index import Index
-from pipeline.data.stream import open_stream
+from pipeline.data.stream import open_indexes, open_stream
 from pipeline.evaluation.reconstruction import Evaluation, evaluate
 from pipeline.forward import Forward
 from pipeline.monitor import Monitor
@@ -25,7 +27,7 @@ def evaluate_split(
     *,
     step: int,
     forward: Forward,
-    index: Index,
+    indexes: Sequence[Index],
     runtime: Runtime,
     quarantine: Quarantine,
 ) -> Evaluation:
@@ -34,29 +36,38 @@ def evaluate_split(
     The losses carry the regularisers' weights of `step`. Samples that could not be used are taken
     into `quarantine`.
     """
-    data = config.data.model_copy(update={"split": config.evaluation.split})
-    stream = open_stream(
-        data,
-        index=index,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        first_step=0,
-        num_steps=None,
-        rank=runtime.rank,
-        world=runtime.world,
-        tail="mask",
-        pin=runtime.device.type == "cuda",
+    num_tombstones = 0.0
+
+    def batches() -> Iterator[Batch]:
+        """Every data set in turn, each once, not augmented."""
+        nonlocal num_tombstones
+        for source, index in zip(config.data.sources, indexes, strict=True):
+            held_out = {"split": config.evaluation.split, "augmentations": ()}
+            single = {"path": source.path, "shards": source.shards, "mixture": ()}
+            if not index.counts(config.evaluation.split).any():
+                continue
+            with open_stream(
+                config.data.model_copy(update=held_out | single),
+                index=index,
+                seed=config.seed,
+                batch_size=config.batch_size,
+                rank=runtime.rank,
+                world=runtime.world,
+                tail="mask",
+                pin=runtime.device.type == "cuda",
+            ) as stream:
+                yield from stream
+                num_tombstones += quarantine.collect(stream)["data/tombstones"]
+
+    result = evaluate(
+        model,
+        batches(),
+        forward=forward,
+        weights=config.objective.weights_at(step * config.batch_size),
+        num_images=config.monitor.num_images,
+        runtime=runtime,
     )
-    with stream:
-        result = evaluate(
-            model,
-            stream,
-            forward=forward,
-            weights=config.objective.weights_at(step * config.batch_size),
-            num_images=config.monitor.num_images,
-            runtime=runtime,
-        )
-        result.metrics["tombstones"] = quarantine.collect(stream)["data/tombstones"]
+    result.metrics["tombstones"] = num_tombstones
     return result
 
 
@@ -66,7 +77,7 @@ def report_evaluation(
     *,
     forward: Forward,
     strategy: Strategy,
-    index: Index,
+    indexes: Sequence[Index],
     runtime: Runtime,
     quarantine: Quarantine,
     monitor: Monitor,
@@ -82,7 +93,7 @@ def report_evaluation(
                 config,
                 step=step,
                 forward=forward,
-                index=index,
+                indexes=indexes,
                 runtime=runtime,
                 quarantine=quarantine,
             )
@@ -105,7 +116,7 @@ def evaluate_run(
         config = config.model_copy(update={"evaluation": evaluation})
     runtime = Runtime.start(accumulation=1)
     check_ranks(config, runtime)
-    index = Index.open(config.data.path)
+    indexes = open_indexes(config.data)
     quarantine = Quarantine(run_dir, config.data.max_bad_fraction, runtime)
     forward = make_forward(config, runtime.device)
     metrics: dict[str, float] = {}
@@ -119,7 +130,7 @@ def evaluate_run(
             config,
             step=run.step,
             forward=forward,
-            index=index,
+            indexes=indexes,
             runtime=runtime,
             quarantine=quarantine,
         )

@@ -111,7 +111,7 @@ def _pixels(
     decode = TypeAdapter[Decode](Decode).validate_python(recorded["decode"])
     split = recorded["split"].partition("/")[0]
     data = DataConfig(path=str(source), split=split, decode=decode)
-    index.check_shards(data.shards_root)
+    index.check_shards(source)
     numbers = {shard.name.removesuffix(".tar"): n for n, shard in enumerate(index.shards)}
     parts: list[NDArray[np.floating[Any]]] = []
     for rows in chosen:

@@ -18,7 +18,7 @@ from pipeline.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from pipeline.data.order import Order
+from pipeline.data.mixture import Mixture
 from pipeline.errors import UserError
 from pipeline.runtime import Runtime
 from pipeline.strategies.base import Strategy
@@ -27,7 +27,7 @@ _VERSIONS_OF = ("latentmill", "torch", "accelerate", "numpy", "safetensors")
 
 
 def save(
-    directory: Path, strategy: Strategy, *, step: int, order: Order, keep: int, runtime: Runtime
+    directory: Path, strategy: Strategy, *, step: int, order: Mixture, keep: int, runtime: Runtime
 ) -> bool:
     """Save the state after `step` global batches; tell whether that worked; a collective.
 
@@ -60,7 +60,7 @@ def save(
     return runtime.from_main(problem) is None
 
 
-def restore_newest(directory: Path, strategy: Strategy, *, order: Order, runtime: Runtime) -> int:
+def restore_newest(directory: Path, strategy: Strategy, *, order: Mixture, runtime: Runtime) -> int:
     """Restore the newest checkpoint that verifies everywhere, return its step; a collective.
 
     Without a checkpoint the initial state stays, and the step is 0. Raises UserError if the
@@ -86,7 +86,7 @@ def restore_newest(directory: Path, strategy: Strategy, *, order: Order, runtime
     return state.step
 
 
-def check_order(directory: Path, order: Order) -> None:
+def check_order(directory: Path, order: Mixture) -> None:
     """Raise UserError if the newest readable checkpoint belongs to other data or another order."""
     for path in list_checkpoints(directory):
         try:
@@ -97,7 +97,7 @@ def check_order(directory: Path, order: Order) -> None:
         return
 
 
-def _check_data(state: RunState, order: Order, path: Path) -> None:
+def _check_data(state: RunState, order: Mixture, path: Path) -> None:
     for name, saved, now in (
         ("data set", state.dataset_id, order.dataset_id),
         ("order of samples", state.order_id, order.order_id),

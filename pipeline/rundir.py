@@ -28,7 +28,7 @@ from pipeline.checkpoint import (
     tensors_sha256,
 )
 from pipeline.config import MAY_CHANGE, TrainConfig
-from pipeline.data.order import Order
+from pipeline.data.mixture import Mixture
 from pipeline.errors import FAILED, WRONG_USE, UserError
 from pipeline.files import write_atomic, write_json
 from pipeline.models.autoencoder import AutoEncoder, build_autoencoder
@@ -52,7 +52,7 @@ def write_outcome(run_dir: Path, outcome: Outcome) -> None:
     write_json(run_dir / "outcome.json", asdict(outcome))
 
 
-def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Order) -> IO[bytes]:
+def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) -> IO[bytes]:
     """Make the run directory this process's, and return the lock to hold; for the main process.
 
     Raises UserError if it cannot be written, if another process runs there, or if it belongs to a
@@ -88,7 +88,7 @@ def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Order) ->
 
 
 def _take_over_config(
-    run_dir: Path, config: TrainConfig, accepted: Sequence[str], order: Order
+    run_dir: Path, config: TrainConfig, accepted: Sequence[str], order: Mixture
 ) -> None:
     path = run_dir / "config.yaml"
     if path.exists():
@@ -129,7 +129,7 @@ def _covered(path: str, names: Sequence[str]) -> bool:
 
 @contextmanager
 def claimed(
-    config: TrainConfig, accepted: Sequence[str], order: Order, runtime: Runtime
+    config: TrainConfig, accepted: Sequence[str], order: Mixture, runtime: Runtime
 ) -> Generator[None]:
     """Hold the run directory inside the context; a collective.
 

@@ -23,8 +23,7 @@ from pipeline.build import (
     throw_away_loss,
 )
 from pipeline.config import TrainConfig
-from pipeline.data.index import Index
-from pipeline.data.stream import open_stream
+from pipeline.data.stream import open_indexes, open_stream
 from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
 from pipeline.evaluate import report_evaluation
 from pipeline.metrics import TrainingMeter
@@ -44,9 +43,9 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
     # The processes, their data, and the right to write.
     runtime = Runtime.start(accumulation=config.accumulation)
     check_ranks(config, runtime)
-    index = Index.open(config.data.path)
-    check_data(config, index)
-    order = make_order(config, index)
+    indexes = open_indexes(config.data)
+    check_data(config, indexes)
+    order = make_order(config, indexes)
     run_dir, checkpoints = Path(config.run_dir), Path(config.run_dir) / "checkpoints"
     with claimed(config, accept_changes, order, runtime), ExitStack() as stack:
         # The model, as the newest checkpoint left it; first the throw-away step: see `warm_up`.
@@ -60,7 +59,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
         stream = stack.enter_context(
             open_stream(
                 config.data,
-                index=index,
+                index=indexes,
                 seed=config.seed,
                 batch_size=config.batch_size,
                 first_step=first_step,
@@ -90,7 +89,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             config=config,
             forward=forward,
             strategy=strategy,
-            index=index,
+            indexes=indexes,
             runtime=runtime,
             quarantine=quarantine,
             monitor=monitor,

@@ -98,10 +98,37 @@ def corruption(kind: str, **settings: str) -> dict[str, Change]:
     return rows
 
 
+def augmentation(kind: str, required: str, **settings: str) -> dict[str, Change]:
+    """Choosing the kind, and each of its settings."""
+    given = f"data.augmentations=[{{kind: {kind}{required}}}]"
+    rows = {f"data.augmentations.{kind}.kind": Change((given,))}
+    for name, value in settings.items():
+        path = f"data.augmentations.{kind}.{name}"
+        rows[path] = Change((f"data.augmentations.0.{name}={value}",), given=(given,))
+    return rows
+
+
+def mixed(*parts: str) -> tuple[str, ...]:
+    """Several data sets instead of one."""
+    entries = ", ".join(f"{{path: {{tmp}}/{part}}}" for part in parts)
+    return ("data.path=null", f"data.mixture=[{entries}]")
+
+
 CHANGES: dict[str, Change] = {
     "run_dir": Change(("run_dir={tmp}/elsewhere",), place),
     "data.path": Change(("data.path={tmp}/other",)),
     "data.shards": Change(("data.shards={tmp}/shards",), ending, ("data.path={tmp}/apart",)),
+    "data.mixture.path": Change(mixed("shards", "other"), given=mixed("shards", "shards")),
+    "data.mixture.shards": Change(
+        mixed("shards", "apart, shards: {tmp}/shards"), ending, mixed("shards", "apart")
+    ),
+    "data.mixture.weight": Change(
+        mixed("shards, weight: 3", "other"), given=mixed("shards", "other")
+    ),
+    "data.augmentations": Change(("data.augmentations=[{kind: horizontal_flip}]",)),
+    **augmentation("horizontal_flip", "", probability="1.0"),
+    **augmentation("random_crop", ", shorter_side: 14", shorter_side="20"),
+    **augmentation("random_resized_crop", "", scale="[0.5, 0.6]", ratio="[1, 1]"),
     "data.split": Change(("data.split=other",)),
     "data.decode.image.kind": Change(("data.decode={kind: image, size: 8}",), given=ARRAY),
     "data.decode.image.size": Change(("data.decode.size=10",)),
@@ -121,6 +148,7 @@ CHANGES: dict[str, Change] = {
     "data.threads": Change(("data.threads=3",), thread_names),
     "data.read_threads": Change(("data.read_threads=3",), thread_names),
     "data.prefetch": Change(("data.prefetch=4",), buffers),
+    "data.verify_checksums": Change(("data.verify_checksums=true",), ending),
     "data.max_bad_fraction": Change(
         ("data.max_bad_fraction=0.0",), ending, ("data.decode.suffixes=[webp]",)
     ),

@@ -3,14 +3,18 @@
 decode threads -> BatchBuffer (ring) -> Batch (views, valid until the next one is asked for)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.decode import ArrayDecode, ImageDecode
+
+KeyLookup = Callable[[NDArray[np.int64]], list[str]]  # uids -> keys
 
 
 @dataclass
@@ -19,8 +23,8 @@ class Batch:
 
     x: [b, *event] in the stored dtype, images uint8 [b, C, H, W] in channels-last memory;
     uid, epoch, label: int64 [b] (label -1: the sample has none); weight: float32 [b], 0 for a
-    tombstone or the repeats that fill a masked batch; keys: b strings. All but the keys are views
-    of memory that the stream uses again: they hold until the next batch is asked for.
+    tombstone or the repeats that fill a masked batch. All are views of memory that the stream uses
+    again: they hold until the next batch is asked for.
     """
 
     x: Tensor
@@ -28,17 +32,25 @@ class Batch:
     epoch: Tensor
     weight: Tensor
     label: Tensor
-    keys: list[str]
+    key_lookup: KeyLookup
+
+    @property
+    def keys(self) -> list[str]:
+        """The samples' keys, looked up in the index (most training steps never ask)."""
+        return self.key_lookup(self.uid.numpy(force=True))
+
+    def __len__(self) -> int:
+        return len(self.uid)
 
     def split(self, num_parts: int) -> list["Batch"]:
         """Cut into equal micro-batches in slot order, as views."""
-        size, rest = divmod(len(self.keys), num_parts)
-        assert rest == 0, f"{len(self.keys)} slots do not split into {num_parts} equal parts"
+        size, rest = divmod(len(self), num_parts)
+        assert rest == 0, f"{len(self)} slots do not split into {num_parts} equal parts"
         return [self._slots(slice(i * size, (i + 1) * size)) for i in range(num_parts)]
 
     def _slots(self, slots: slice) -> "Batch":
         tensors = (self.x, self.uid, self.epoch, self.weight, self.label)
-        return Batch(*(tensor[slots] for tensor in tensors), keys=self.keys[slots])
+        return Batch(*(tensor[slots] for tensor in tensors), key_lookup=self.key_lookup)
 
 
 class Fault(NamedTuple):
@@ -58,15 +70,21 @@ class BatchBuffer:
     epoch: NDArray[Any]
     weight: NDArray[Any]
     label: NDArray[Any]
-    shard: NDArray[Any]
     tensors: Batch
     slots: list[NDArray[Any]]  # one writable view per slot
-    data: list[bytes | None] = field(default_factory=list[bytes | None])
+    # Per slot: what was read, and where in it the member lies; None = the sample lacks it.
+    pieces: list[bytes | None] = field(default_factory=list[bytes | None])
+    starts: list[int] = field(default_factory=list[int])
+    stops: list[int] = field(default_factory=list[int])
+    crc32: list[int] = field(default_factory=list[int])  # -1 = not to be checked
+    draws: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     faults: list[Fault] = field(default_factory=list[Fault])
     num_chunks_left: int = 0
 
 
-def new_buffer(decode: ImageDecode | ArrayDecode, num_slots: int, *, pin: bool) -> BatchBuffer:
+def new_buffer(
+    decode: ImageDecode | ArrayDecode, num_slots: int, key_lookup: KeyLookup, *, pin: bool
+) -> BatchBuffer:
     """Allocate one buffer; `pin` page-locks it for asynchronous copies to a GPU."""
     stored = getattr(torch, decode.stored_dtype.name)
     x = torch.zeros((num_slots, *decode.buffer_shape), dtype=stored, pin_memory=pin)
@@ -78,7 +96,6 @@ def new_buffer(decode: ImageDecode | ArrayDecode, num_slots: int, *, pin: bool) 
         epoch=epoch.numpy(),
         weight=weight.numpy(),
         label=label.numpy(),
-        shard=torch.zeros(num_slots, dtype=torch.int64).numpy(),
-        tensors=Batch(decode.event_view(x), uid, epoch, weight, label, keys=[]),
+        tensors=Batch(decode.event_view(x), uid, epoch, weight, label, key_lookup),
         slots=list(x.numpy()),
     )

@@ -5,41 +5,92 @@
 Only `missing` needs the engine's lock; cells are written once by one thread each.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.batch import BatchBuffer
 from pipeline.data.fetch import Samples
-from pipeline.data.order import Order, Run
+from pipeline.data.mixture import Mixture
+from pipeline.data.order import Run
 
 Ints = NDArray[np.int64]
+
+
+class Request(NamedTuple):
+    """A window of a lane to fetch, for the step at which its first sample is due."""
+
+    step: int
+    source: int  # the data set's number
+    lane_slot: int
+    run: Run
 
 
 class Board:
     """The steps ahead of a rank: which runs to request, which cells they fill, what is ready."""
 
     def __init__(
-        self, order: Order, *, first_step: int, stop_step: int | None, rank: int, world: int
+        self,
+        order: Mixture,
+        *,
+        first_step: int,
+        stop_step: int | None,
+        rank: int,
+        world: int,
+        num_draws: int = 0,
     ) -> None:
+        """`num_draws`: random numbers that travel with each sample, for its augmentation."""
         self._order = order
-        self._share = order.lane_share
         self.num_slots = order.batch_size // world
         self._first_slot = rank * self.num_slots
         self._first_step = first_step
         self.next_step = first_step
         self.stop_step = stop_step
-        last_slot = self._first_slot + self.num_slots - 1
-        lane_slots = range(self._first_slot // self._share, last_slot // self._share + 1)
-        self._next_turn = dict.fromkeys(lane_slots, first_step * self._share)
+        self._next_turn = {
+            (source, lane): self._first_turn(source, lane, first_step)
+            for source in range(len(order.orders))
+            for lane in self._lane_slots(source)
+        }
         # One window ahead of the one being read; more where a step takes more than a window.
-        self._turns_ahead = max(order.window_size, 2 * self._share)
-        self._depth = (self._turns_ahead + order.window_size) // self._share + 3
+        self._turns_ahead = [
+            max(one.window_size, 2 * -(-order.most_per_step(source) // one.lanes))
+            for source, one in enumerate(order.orders)
+        ]
+        self._depth = max(self._steps_held(source) for source in range(len(order.orders)))
         self.missing = np.full(self._depth, self.num_slots)
         num_cells = self._depth * self.num_slots
-        self._data: list[bytes | None] = [None] * num_cells
-        self._keys = [""] * num_cells
-        self._whole = np.zeros((4, num_cells), np.int64)  # uid, epoch, label, shard
+        self._pieces = np.full(num_cells, None, object)
+        self._whole = np.zeros((5, num_cells), np.int64)  # uid, epoch, label, start, stop
         self._weight = np.zeros(num_cells, np.float32)
+        self._crc32 = np.full(num_cells, -1, np.int64)
+        self._draws = np.zeros((num_cells, num_draws), np.float32)
+
+    def _lane_slots(self, source: int) -> range:
+        """The lane slots that may meet this rank's slots; too many cost a little arithmetic."""
+        order = self._order.orders[source]
+        if len(self._order.orders) > 1:
+            return range(order.lanes)
+        share = order.lane_share
+        last_slot = self._first_slot + self.num_slots - 1
+        return range(self._first_slot // share, last_slot // share + 1)
+
+    def _first_turn(self, source: int, lane_slot: int, step: int) -> int:
+        """The first turn of a lane slot at or after the start of a step."""
+        start = self._order.start_of(source, step)
+        return -((lane_slot - start) // self._order.orders[source].lanes)
+
+    def _steps_held(self, source: int) -> int:
+        """How many steps the windows that may be requested at a time can touch."""
+        order = self._order.orders[source]
+        turns = self._turns_ahead[source] + order.window_size + 3
+        last = self._order.steps_of(source, np.array([turns * order.lanes]))
+        return int(last[0]) + 3
+
+    @property
+    def num_lane_slots(self) -> int:
+        """Lane slots that this rank may read."""
+        return len(self._next_turn)
 
     @property
     def is_done(self) -> bool:
@@ -51,26 +102,39 @@ class Board:
         """Whether the next step's samples are all here."""
         return not self.is_done and self.missing[self.next_step % self._depth] == 0
 
-    def requests(self) -> list[tuple[int, Run]]:
-        """(lane slot, run) to fetch now, most urgent first; each is returned once."""
-        limit = self.next_step * self._share + self._turns_ahead
-        if self.stop_step is not None:
-            limit = min(limit, self.stop_step * self._share)
-        wanted: list[tuple[int, Run]] = []
-        for lane_slot, turn in self._next_turn.items():
-            while turn < limit:
-                run = self._order.run_at(lane_slot, turn)
-                wanted.append((lane_slot, run))
-                turn = run.next_turn
-            self._next_turn[lane_slot] = turn
-        wanted.sort(key=lambda item: item[1].turn)
+    def requests(self) -> list[Request]:
+        """What to fetch now, most urgent first; each is returned once."""
+        wanted: list[Request] = []
+        limits = [self._limit(source) for source in range(len(self._order.orders))]
+        for (source, lane_slot), turn in self._next_turn.items():
+            if turn >= limits[source]:
+                continue
+            order = self._order.orders[source]
+            stop = turn
+            while stop < limits[source]:
+                run = order.run_at(lane_slot, stop)
+                position = np.array([stop * order.lanes + lane_slot])
+                step = int(self._order.steps_of(source, position)[0])
+                wanted.append(Request(step, source, lane_slot, run))
+                stop = run.next_turn
+            self._next_turn[source, lane_slot] = stop
+        wanted.sort(key=lambda request: (request.step, request.source, request.lane_slot))
         return wanted
 
-    def cells_of(self, lane_slot: int, run: Run) -> tuple[Ints, Ints]:
+    def _limit(self, source: int) -> int:
+        """Turns of a data set that may be requested now end before this one."""
+        limit = self._first_turn(source, 0, self.next_step) + self._turns_ahead[source]
+        if self.stop_step is not None:
+            limit = min(limit, self._first_turn(source, 0, self.stop_step))
+        return limit
+
+    def cells_of(self, request: Request) -> tuple[Ints, Ints]:
         """(positions in the run's window, cells) of the samples that this rank delivers."""
+        run = request.run
         turns = np.arange(run.turn, run.next_turn)
-        step, place = np.divmod(turns, self._share)
-        slot = lane_slot * self._share + place - self._first_slot
+        lanes = self._order.orders[request.source].lanes
+        step, slot = self._order.slots(request.source, turns * lanes + request.lane_slot)
+        slot -= self._first_slot
         ours = (slot >= 0) & (slot < self.num_slots)
         if self.stop_step is not None:
             ours &= step < self.stop_step
@@ -79,14 +143,14 @@ class Board:
 
     def fill(self, run: Run, cells: Ints, samples: Samples) -> None:
         """Put fetched samples into their cells; `arrived` tells the steps afterwards."""
-        self._whole[0, cells] = samples.uid
-        self._whole[1, cells] = run.epoch
-        self._whole[2, cells] = samples.label
-        self._whole[3, cells] = samples.shard
+        self._pieces[cells] = samples.pieces
+        for row, values in enumerate((samples.uid, run.epoch, samples.label)):
+            self._whole[row, cells] = values
+        self._whole[3, cells] = samples.start
+        self._whole[4, cells] = samples.stop
+        self._crc32[cells] = samples.crc32
         self._weight[cells] = 0 if run.repeated else 1
-        for cell, data, key in zip(cells.tolist(), samples.data, samples.keys, strict=True):
-            self._data[cell] = data
-            self._keys[cell] = key
+        self._draws[cells] = samples.draws
 
     def arrived(self, cells: Ints) -> None:
         """Count filled cells; the caller holds the lock."""
@@ -96,10 +160,12 @@ class Board:
         """Move the next step's samples to a buffer and free their cells; the lock is held."""
         place = self.next_step % self._depth
         cells = slice(place * self.num_slots, (place + 1) * self.num_slots)
-        buffer.uid[:], buffer.epoch[:], buffer.label[:], buffer.shard[:] = self._whole[:, cells]
+        buffer.uid[:], buffer.epoch[:], buffer.label[:], start, stop = self._whole[:, cells]
         buffer.weight[:] = self._weight[cells]
-        buffer.tensors.keys = self._keys[cells]
-        buffer.data = self._data[cells]
-        self._data[cells] = [None] * self.num_slots
+        buffer.pieces = self._pieces[cells].tolist()
+        buffer.starts, buffer.stops = start.tolist(), stop.tolist()
+        buffer.crc32 = self._crc32[cells].tolist()
+        buffer.draws = self._draws[cells].copy()
+        self._pieces[cells] = None
         self.missing[place] = self.num_slots
         self.next_step += 1

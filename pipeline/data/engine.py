@@ -9,31 +9,26 @@ of the Stream object, so a stream that is dropped without being closed still sto
 """
 
 import threading
+import time
+import zlib
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
-from pipeline.data.batch import BatchBuffer, Fault, new_buffer
-from pipeline.data.board import Board
-from pipeline.data.decode import ArrayDecode, DecodeError, ImageDecode, missing_member
+from pipeline.data.batch import BatchBuffer, Fault
+from pipeline.data.board import Board, Request
+from pipeline.data.counters import StreamCounters
+from pipeline.data.decode import DecodeError, missing_member
 from pipeline.data.fetch import Fetcher
-from pipeline.data.order import Run
 
 MAX_CHUNK_SLOTS = 16
 ALIVE_CHECK_SECONDS = 2.0
 
 Task = tuple[Any, ...]
 Queue = SimpleQueue[Task | None]
-
-
-@dataclass
-class ReadCounters:
-    """What the read threads did."""
-
-    num_bytes: int = 0
-    num_reads: int = 0
+# Decodes slot n of a buffer from the member's bytes; raises DecodeError.
+DecodeSlot = Callable[[BatchBuffer, int, bytes], None]
 
 
 class Engine:
@@ -42,25 +37,26 @@ class Engine:
     def __init__(
         self,
         board: Board,
-        fetcher: Fetcher,
-        decode: ImageDecode | ArrayDecode,
+        fetchers: Sequence[Fetcher],
+        decode_slot: DecodeSlot,
+        buffers: Sequence[BatchBuffer],
         *,
         decode_threads: int,
         read_threads: int,
-        prefetch: int,
-        pin: bool,
     ) -> None:
-        self.reads = ReadCounters()
+        """`fetchers`: one per data set. One of `buffers` is with the consumer, the others are being
+        filled or wait.
+        """
+        self.counters = StreamCounters()
         self._board = board
-        self._fetcher = fetcher
-        self._decode = decode.decode
+        self._fetchers = fetchers
+        self._decode_slot = decode_slot
         per_thread = -(-board.num_slots // (2 * decode_threads))
         self._chunk_slots = min(MAX_CHUNK_SLOTS, per_thread)
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._is_stopped = False
-        # One buffer is with the consumer, `prefetch` are being filled or wait.
-        self._free = [new_buffer(decode, board.num_slots, pin=pin) for _ in range(prefetch + 1)]
+        self._free = list(buffers)
         self._ahead: deque[BatchBuffer] = deque()
         self._lent: BatchBuffer | None = None
         self._read_queue: Queue = SimpleQueue()
@@ -79,11 +75,13 @@ class Engine:
 
     def take(self) -> BatchBuffer | None:
         """Wait for the next batch; None at the end. The batch taken before becomes invalid."""
+        started = time.perf_counter()
         with self._changed:
             if self._lent is not None:
                 self._free.append(self._lent)
                 self._lent = None
             self._advance()
+            self.counters.num_ready += sum(buffer.num_chunks_left == 0 for buffer in self._ahead)
             while self._is_stopped or not self._is_next_complete():
                 if self._error is not None:
                     raise self._error
@@ -92,6 +90,9 @@ class Engine:
                 if not self._changed.wait(ALIVE_CHECK_SECONDS):
                     self._check_alive()
             self._lent = self._ahead.popleft()
+            self.counters.stall_seconds += time.perf_counter() - started
+            self.counters.batches += 1
+            self.counters.images += self._board.num_slots
             return self._lent
 
     def stop(self) -> None:
@@ -152,32 +153,51 @@ class Engine:
                 stop = min(start + self._chunk_slots, self._board.num_slots)
                 self._decode_queue.put((buffer, start, stop))
         for request in self._board.requests():
-            self._read_queue.put(request)
+            self._read_queue.put((request,))
 
-    def _fetch(self, lane_slot: int, run: Run) -> None:
-        positions, cells = self._board.cells_of(lane_slot, run)
+    def _fetch(self, request: Request) -> None:
+        positions, cells = self._board.cells_of(request)
         if len(positions) == 0:
             return
-        samples = self._fetcher.fetch(run, positions)
-        self._board.fill(run, cells, samples)
+        samples = self._fetchers[request.source].fetch(request.run, positions)
+        self._board.fill(request.run, cells, samples)
         with self._changed:
-            self.reads.num_bytes += samples.num_bytes_read
-            self.reads.num_reads += samples.num_reads
+            self.counters.reads += len(samples.read_sizes)
+            self.counters.bytes_read += sum(samples.read_sizes)
+            self.counters.bytes_wanted += samples.num_bytes_wanted
             self._board.arrived(cells)
             self._advance()
 
     def _decode_chunk(self, buffer: BatchBuffer, start: int, stop: int) -> None:
-        decode, data, slots = self._decode, buffer.data, buffer.slots
+        decode_slot, pieces, starts, stops = (
+            self._decode_slot,
+            buffer.pieces,
+            buffer.starts,
+            buffer.stops,
+        )
+        began = time.perf_counter()
         for slot in range(start, stop):
-            content = data[slot]
+            piece = pieces[slot]
             try:
-                if content is None:
+                if piece is None:
                     raise missing_member()
-                decode(content, slots[slot])
+                content = piece[starts[slot] : stops[slot]]
+                if buffer.crc32[slot] >= 0:
+                    check_crc32(content, buffer.crc32[slot])
+                decode_slot(buffer, slot, content)
             except DecodeError as error:
                 buffer.faults.append(Fault(slot, error.stage, error.reason))
-            data[slot] = None
+            pieces[slot] = None
+        seconds = time.perf_counter() - began
         with self._changed:
+            self.counters.decode_seconds.append(seconds / (stop - start))
             buffer.num_chunks_left -= 1
             if buffer.num_chunks_left == 0:
                 self._changed.notify_all()
+
+
+def check_crc32(content: bytes, expected: int) -> None:
+    """Raise DecodeError unless the content has the CRC-32 that the index holds."""
+    found = zlib.crc32(content)
+    if found != expected:
+        raise DecodeError("checksum", f"CRC-32 {found:08x}, but {expected:08x} was indexed")

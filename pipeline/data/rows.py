@@ -62,7 +62,7 @@ def shard_batches(
 
     Raises UserError or ShardReadError if the shard is missing or is not what the index says.
     """
-    storage = open_storage(data.shards_root)
+    storage = open_storage(data.sources[0].root, data.remote)
     reader = _ShardReader(data, index, shard, batch_size, storage)
     entry = index.shards[shard]
     state = storage.states([entry.name])[entry.name]

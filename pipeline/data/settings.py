@@ -1,32 +1,93 @@
 """The `data:` section: which samples, in which order, decoded how."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.component import Component
+from pipeline.data.augmentations import Augmentation
 from pipeline.data.decode import Decode, ImageDecode
+from pipeline.data.storage import RemotePolicy, is_url
+
+LOCAL_READ_THREADS = 2
 
 Positive = Annotated[int, Field(ge=1)]
+
+
+class Source(Component):
+    """One data set of a mixture."""
+
+    path: str  # the directory or URL that holds `index/`
+    shards: str | None = None  # where the shards lie; None = in `path`
+    weight: Annotated[int, Field(ge=1, le=10_000)] = 1  # its part of the mixture's sum of weights
+
+    @property
+    def root(self) -> str:
+        """The directory or URL of the shards."""
+        return self.path if self.shards is None else self.shards
 
 
 class DataConfig(Component):
     """What to read and how. `lanes`, `interleave` and `window` are part of the order's identity."""
 
-    path: str  # the directory that holds `index/`
+    path: str | None = None  # the directory or URL that holds `index/`
     shards: str | None = None  # where the shards lie; None = in `path`
+    # Several data sets instead of `path`, each endless by itself, mixed by weight.
+    mixture: tuple[Source, ...] = ()
     split: str = "train"  # a split that the index names, or "all"
     decode: Decode = ImageDecode()
+    # In this order, keyed by sample and epoch; the model's target is the augmented image.
+    augmentations: tuple[Augmentation, ...] = ()
     lanes: Positive | None = None  # L; None = the largest divisor of the global batch up to 64
     interleave: Annotated[int, Field(ge=1, le=1024)] = 8  # K: shards that one lane reads at a time
     window: Annotated[int, Field(ge=1, le=1 << 20)] = 256  # S: samples per shuffled window
     threads: Positive = 2  # that decode, per process
-    read_threads: Positive = 2  # that fetch, per process
+    # That fetch, per process; None = 2 for local shards, one per connection for remote ones.
+    read_threads: Positive | None = None
+    remote: RemotePolicy = RemotePolicy()  # for shards and indexes behind URLs
     prefetch: Positive = 2  # batches decoded ahead
+    # Compare every member read with the CRC-32 that `pack` and `index --deep` wrote down.
+    verify_checksums: bool = False
     # Of the samples delivered (counted as at least 1000): above it, the run stops.
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
 
     @property
-    def shards_root(self) -> str:
-        """The directory or URL of the shards."""
-        return self.path if self.shards is None else self.shards
+    def num_read_threads(self) -> int:
+        """Threads that fetch: enough to hide the latency of a remote store."""
+        if self.read_threads is not None:
+            return self.read_threads
+        is_remote = any(is_url(source.root) for source in self.sources)
+        return self.remote.connections if is_remote else LOCAL_READ_THREADS
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The data sets: the one at `path`, or the mixture's."""
+        if self.path is not None:
+            return (Source(path=self.path, shards=self.shards),)
+        return self.mixture
+
+    @model_validator(mode="after")
+    def _data_is_named_once(self) -> Self:
+        if (self.path is None) == (not self.mixture):
+            raise ValueError(
+                "name the data either by path or by mixture, but "
+                + ("neither is given" if self.path is None else "both are given")
+            )
+        if self.path is None and self.shards is not None:
+            raise ValueError("shards belongs to path: each entry of mixture has its own")
+        return self
+
+    @model_validator(mode="after")
+    def _only_images_are_augmented(self) -> Self:
+        if self.augmentations and self.decode.kind != "image":
+            raise ValueError(
+                f"augmentations cut and mirror images, but decode.kind is {self.decode.kind}"
+            )
+        for augmentation in self.augmentations:
+            size = self.decode.event_shape[-1]
+            if augmentation.kind == "random_crop" and augmentation.shorter_side < size:
+                raise ValueError(
+                    f"random_crop.shorter_side {augmentation.shorter_side} is below decode.size "
+                    f"{size}: there is no such square in the image"
+                )
+        return self

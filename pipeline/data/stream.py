@@ -9,18 +9,24 @@ decoded batches. The state of the stream is its step number.
 import logging
 import math
 import threading
-import time
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from pipeline.data.batch import Batch, BatchBuffer
+import numpy as np
+
+from pipeline.data.augmentations import Augmenter
+from pipeline.data.batch import Batch, BatchBuffer, new_buffer
 from pipeline.data.board import Board
-from pipeline.data.engine import Engine
+from pipeline.data.counters import StreamCounters
+from pipeline.data.decode import ArrayDecode, ImageDecode
+from pipeline.data.engine import DecodeSlot, Engine
 from pipeline.data.fetch import Fetcher
 from pipeline.data.index import Index
+from pipeline.data.mixture import Mixture, lanes_of_parts
+from pipeline.data.names import SampleNames
 from pipeline.data.order import Order, Tail
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import Storage, open_storage
@@ -41,32 +47,40 @@ class Quarantined(NamedTuple):
     reason: str
 
 
-@dataclass
-class StreamCounters:
-    """What a stream has delivered and spent since it was opened."""
-
-    batches: int = 0
-    images: int = 0  # slots delivered, tombstones and repeats included
-    tombstones: int = 0
-    stall_seconds: float = 0.0  # in next(), waiting for data
-    bytes_read: int = 0
-    reads: int = 0
-    retries: int = 0  # local files are read without
+Indexes = Index | Sequence[Index]  # of the one data set, or one for each of a mixture
 
 
-def order_of(data: DataConfig, index: Index, seed: int, batch_size: int, tail: Tail) -> Order:
-    """Build the order of a config's split; raise UserError on numbers that do not fit."""
-    return Order(
-        index.counts(data.split),
-        seed=seed,
-        batch_size=batch_size,
-        lanes=data.lanes,
-        interleave=data.interleave,
-        window=data.window,
-        tail=tail,
-        dataset_id=index.dataset_id,
-        split=index.split_identity(data.split),
-    )
+def open_indexes(data: DataConfig) -> tuple[Index, ...]:
+    """Open the index of every data set that a config names; raise UserError."""
+    return tuple(Index.open(source.path, n) for n, source in enumerate(data.sources))
+
+
+def order_of(
+    data: DataConfig, indexes: Indexes, seed: int, batch_size: int, tail: Tail = "carry"
+) -> Mixture:
+    """Build the order of a config's data; raise UserError on numbers that do not fit."""
+    indexes = [indexes] if isinstance(indexes, Index) else indexes
+    weights = [source.weight for source in data.sources]
+    is_alone = len(indexes) == 1
+    if not is_alone and tail != "carry":
+        raise ValueError("only an endless stream can be mixed: read one data set at a time")
+    orders: list[Order] = []
+    lanes = lanes_of_parts(batch_size, data.lanes, weights)
+    for index, part_lanes in zip(indexes, lanes, strict=True):
+        order = Order(
+            index.counts(data.split),
+            seed=seed,
+            # A part of a mixture has no batches of its own; its quotas are the mixture's.
+            batch_size=batch_size if is_alone else part_lanes or 1,
+            lanes=part_lanes,
+            interleave=data.interleave,
+            window=data.window,
+            tail=tail,
+            dataset_id=index.dataset_id,
+            split=index.split_identity(data.split),
+        )
+        orders.append(order)
+    return Mixture(orders, weights, batch_size)
 
 
 def read_amplification(lanes: int, world: int) -> float:
@@ -77,7 +91,7 @@ def read_amplification(lanes: int, world: int) -> float:
 def open_stream(
     data: DataConfig,
     *,
-    index: Index,
+    index: Indexes,
     seed: int,
     batch_size: int,
     first_step: int = 0,
@@ -89,35 +103,66 @@ def open_stream(
 ) -> "Stream":
     """Open the stream of `rank` of `world` from `first_step` on.
 
-    `num_steps`: None = endless; under the tail `mask`, to the end of the epoch. Raises UserError
-    before any thread starts, if the numbers do not fit or the shards are not those of the index.
+    `index`: of the data set; of a mixture, one for each. `num_steps`: None = endless; under the
+    tail `mask`, to the end of the epoch. Raises UserError before any thread starts, if the numbers
+    do not fit or the shards are not those of the index.
     """
-    order = order_of(data, index, seed, batch_size, tail)
+    indexes = [index] if isinstance(index, Index) else list(index)
+    order = order_of(data, indexes, seed, batch_size, tail)
     if batch_size % world:
         near = sorted({max(1, batch_size // world) * world, (batch_size // world + 1) * world})
         raise UserError(
             f"The global batch of {batch_size} does not divide over {world} processes: choose "
             f"{' or '.join(map(str, near))}, or another number of processes."
         )
-    index.check_shards(data.shards_root)
-    _warn_of_amplification(order.lanes, rank, world)
+    storages = [open_storage(source.root, data.remote) for source in data.sources]
+    for source, storage, one in zip(data.sources, storages, indexes, strict=True):
+        one.check_shards(storage)
+        if data.verify_checksums and not one.has_checksums:
+            raise UserError(
+                f"data.verify_checksums: the index of {source.path} holds no checksums; run "
+                f"`latentmill index --deep {source.root}`."
+            )
+    for one in order.orders:
+        _warn_of_amplification(one.lanes, rank, world)
     stop_step = None if num_steps is None else first_step + num_steps
     if stop_step is None and tail == "mask":
-        steps_per_epoch = order.epoch_length // batch_size
+        steps_per_epoch = order.orders[0].epoch_length // batch_size
         stop_step = (first_step // steps_per_epoch + 1) * steps_per_epoch
-    board = Board(order, first_step=first_step, stop_step=stop_step, rank=rank, world=world)
-    storage = open_storage(data.shards_root)
-    fetcher = Fetcher(index, storage, order, split=data.split, suffixes=data.decode.member_suffixes)
+    augmenter = Augmenter(data.augmentations, seed, size=data.decode.event_shape[-1])
+    board = Board(
+        order,
+        first_step=first_step,
+        stop_step=stop_step,
+        rank=rank,
+        world=world,
+        num_draws=augmenter.num_draws,
+    )
+    fetchers = [
+        Fetcher(
+            one,
+            storage,
+            part,
+            split=data.split,
+            suffixes=data.decode.member_suffixes,
+            draw=augmenter.draw,
+            verify_checksums=data.verify_checksums,
+        )
+        for one, storage, part in zip(indexes, storages, order.orders, strict=True)
+    ]
+    names = SampleNames(indexes)
     engine = Engine(
         board,
-        fetcher,
-        data.decode,
+        fetchers,
+        slot_decoder(data.decode, augmenter),
+        [
+            new_buffer(data.decode, board.num_slots, names.keys, pin=pin)
+            for _ in range(data.prefetch + 1)
+        ],
         decode_threads=data.threads,
-        read_threads=data.read_threads,
-        prefetch=data.prefetch,
-        pin=pin,
+        read_threads=data.num_read_threads,
     )
-    return Stream(engine, storage, order, index)
+    return Stream(engine, storages, order, names)
 
 
 def _warn_of_amplification(lanes: int, rank: int, world: int) -> None:
@@ -133,17 +178,44 @@ def _warn_of_amplification(lanes: int, rank: int, world: int) -> None:
         )
 
 
+def slot_decoder(decode: ImageDecode | ArrayDecode, augmenter: Augmenter) -> DecodeSlot:
+    """Return what turns a member's bytes into a slot of a buffer."""
+    if augmenter.num_draws and isinstance(decode, ImageDecode):
+        decode_view = decode.decode_view
+
+        def decode_augmented(buffer: BatchBuffer, slot: int, content: bytes) -> None:
+            decode_view(content, buffer.slots[slot], augmenter.view_of(buffer.draws[slot]))
+
+        return decode_augmented
+    decode_whole = decode.decode
+
+    def decode_plain(buffer: BatchBuffer, slot: int, content: bytes) -> None:
+        decode_whole(content, buffer.slots[slot])
+
+    return decode_plain
+
+
 class Stream(Iterator[Batch]):
     """Batches of one rank, one per step; close it, or use it in a `with` statement."""
 
-    def __init__(self, engine: Engine, storage: Storage, order: Order, index: Index) -> None:
+    def __init__(
+        self, engine: Engine, storages: Sequence[Storage], order: Mixture, names: SampleNames
+    ) -> None:
         self.order = order
-        self.counters = StreamCounters()
         self._engine = engine
-        self._shards = index.shards
+        self._storages = storages
+        self._names = names
         self._quarantined: list[Quarantined] = []
-        self._close = weakref.finalize(self, _stop, engine, storage)
+        self._close = weakref.finalize(self, _stop, engine, storages)
         engine.start()
+
+    @property
+    def counters(self) -> StreamCounters:
+        """What was delivered and spent so far."""
+        counters = self._engine.counters
+        counters.retries = sum(storage.counters.num_retries for storage in self._storages)
+        counters.reopened = sum(storage.counters.num_reopened for storage in self._storages)
+        return counters
 
     def __enter__(self) -> Self:
         return self
@@ -165,24 +237,18 @@ class Stream(Iterator[Batch]):
         Bad samples raise nothing here: too many of them is a decision for all processes together,
         which `pipeline.quarantine` takes.
         """
-        started = time.perf_counter()
         try:
             buffer = self._engine.take()
         except BaseException:
             # The error's traceback leads to this stream, so the collector would never end it.
             self.close()
             raise
-        counters = self.counters
-        counters.stall_seconds += time.perf_counter() - started
-        counters.bytes_read = self._engine.reads.num_bytes
-        counters.reads = self._engine.reads.num_reads
         if buffer is None:
             self.close()
             raise StopIteration
-        counters.batches += 1
-        counters.images += len(buffer.slots)
         if buffer.faults:
             self._bury(buffer)
+        self._engine.counters.seen += int(np.count_nonzero(buffer.weight))
         return replace(buffer.tensors)
 
     def take_quarantined(self) -> list[Quarantined]:
@@ -202,19 +268,20 @@ class Stream(Iterator[Batch]):
             if buffer.weight[slot] == 0:
                 continue  # a repeat that fills a masked batch: its original was counted
             buffer.weight[slot] = 0
-            self.counters.tombstones += 1
-            shard = self._shards[int(buffer.shard[slot])].name
-            key = buffer.tensors.keys[slot]
-            self._quarantined.append(
-                Quarantined(int(buffer.uid[slot]), key, shard, fault.stage, fault.reason)
-            )
+            self._engine.counters.tombstones += 1
+            uid = int(buffer.uid[slot])
+            key, shard = self._names.place(uid)
+            self._quarantined.append(Quarantined(uid, key, shard, fault.stage, fault.reason))
 
 
-def _stop(engine: Engine, storage: Storage) -> None:
+def _stop(engine: Engine, storages: Sequence[Storage]) -> None:
     if engine.owns_current_thread():
         # The garbage collector came by in a thread of the stream, which may hold a lock that the
         # others need in order to end.
-        threading.Thread(target=_stop, args=(engine, storage), name="stream-stop").start()
+        threading.Thread(target=_stop, args=(engine, storages), name="stream-stop").start()
         return
+    for storage in storages:
+        storage.close()  # ends what waits for a server
     engine.stop()
-    storage.close()
+    for storage in storages:
+        storage.close()

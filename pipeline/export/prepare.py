@@ -4,6 +4,7 @@ config -> trained model, index, device -> encoder and plan -> Prepared
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor
 from pipeline.data.index import Index
 from pipeline.data.rows import RowBatch, shard_batches
 from pipeline.data.settings import DataConfig
+from pipeline.data.storage import open_storage
+from pipeline.errors import UserError
 from pipeline.export.layout import ExportDir
 from pipeline.export.plan import Plan, Task
 from pipeline.export.run import Work
@@ -53,8 +56,10 @@ def prepare(config: ExportConfig, worker: Worker) -> Prepared:
     fix_arithmetic(device)
     run = load_run(Path(config.run), step=config.step, weights=config.weights)
     data = data_of(config, run.config.data)
-    index = Index.open(data.path)
-    index.check_shards(data.shards_root)
+    source = data.sources[0]
+    index = Index.open(source.path)
+    with closing(open_storage(source.root, data.remote)) as storage:
+        index.check_shards(storage)
     encoder = make_encoder(config, run.model, data, device)
     fingerprint = make_fingerprint(config, run, data, index, encoder)
     plan = Plan(fingerprint, tuple(make_tasks(index, data.split)))
@@ -89,7 +94,13 @@ def data_of(config: ExportConfig, trained: DataConfig) -> DataConfig:
     """Return the run's data settings with the export's own put over them."""
     own: dict[str, Any] = {"split": config.data.split, "threads": config.data.threads}
     if config.data.path is not None:
-        own |= {"path": config.data.path, "shards": config.data.shards}
+        own |= {"path": config.data.path, "shards": config.data.shards, "mixture": ()}
+    elif trained.mixture:
+        paths = ", ".join(source.path for source in trained.mixture)
+        raise UserError(
+            f"The run was trained on a mixture ({paths}): name the one data set to export by "
+            "data.path."
+        )
     elif config.data.shards is not None:
         own |= {"shards": config.data.shards}
     return DataConfig.model_validate(trained.model_dump() | own)

@@ -250,7 +250,7 @@ def test_a_broken_sample_is_counted_listed_and_left_out(tmp_path, runtime):
         config,
         step=0,
         forward=make_forward(config, torch.device("cpu")),
-        index=index,
+        indexes=[index],
         runtime=runtime,
         quarantine=Quarantine(tmp_path, 0.01, runtime),
     ).metrics

@@ -8,7 +8,9 @@ JPEG goes through libjpeg-turbo, plain PNG (8 bit, no alpha) and plain lossy Web
 """
 
 import io
+import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -20,6 +22,8 @@ from PIL import Image, ImageOps
 from pipeline.data.decode.fault import DecodeError
 
 Pixels = NDArray[np.uint8]
+# (height, width) of the upright image in its file -> the smallest scale that is still enough.
+ScaleOf = Callable[[int, int], float]
 
 JPEG_MAGIC = b"\xff\xd8\xff"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -29,6 +33,12 @@ PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 PNG_SPECIAL_CHUNKS = (b"tRNS", b"eXIf", b"acTL")
 EXIF_MARK = b"Exif\x00\x00"
 EXIF_SEARCH_BYTES = 256
+TURNED = (5, 6, 7, 8)  # the Exif orientations that swap height and width
+
+
+def full_scale(height: int, width: int) -> float:  # noqa: ARG001
+    """Want every pixel that the file has."""
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -57,14 +67,14 @@ def has_exif(data: bytes) -> bool:
     return EXIF_MARK in data[:EXIF_SEARCH_BYTES]
 
 
-def read_pixels(data: bytes, rules: PixelRules, shorter_side: int) -> Pixels:
+def read_pixels(data: bytes, rules: PixelRules, scale_of: ScaleOf) -> Pixels:
     """Decode any supported image, upright, as uint8 [height, width, channels].
 
-    A JPEG may come out scaled down by its decoder, its shorter side still >= `shorter_side`.
-    Raises DecodeError.
+    A JPEG may come out scaled down by its decoder, to no less than `scale_of` wants. Raises
+    DecodeError.
     """
     if data.startswith(JPEG_MAGIC):
-        return _read_jpeg(data, rules, shorter_side)
+        return _read_jpeg(data, rules, scale_of)
     if data.startswith(PNG_MAGIC):
         return _read_png(data, rules)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -72,19 +82,23 @@ def read_pixels(data: bytes, rules: PixelRules, shorter_side: int) -> Pixels:
     return _read_with_pillow(data, rules)
 
 
-def _read_jpeg(data: bytes, rules: PixelRules, shorter_side: int) -> Pixels:
+def _read_jpeg(data: bytes, rules: PixelRules, scale_of: ScaleOf) -> Pixels:
     try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        check_size(int(height), int(width), rules.max_pixels)
+        height, width = (int(side) for side in simplejpeg.decode_jpeg_header(data)[:2])
+        check_size(height, width, rules.max_pixels)
+        orientation = _orientation(data) if has_exif(data) else 1
+        is_turned = orientation in TURNED
+        scale = scale_of(width, height) if is_turned else scale_of(height, width)
         pixels = simplejpeg.decode_jpeg(
             data,
             "RGB" if rules.channels == 3 else "GRAY",
-            min_height=shorter_side,
-            min_width=shorter_side,
+            # Less a hair: a product that should be whole must not be rounded up.
+            min_height=math.ceil(height * scale - 1e-6),
+            min_width=math.ceil(width * scale - 1e-6),
         )
     except ValueError as error:
         raise DecodeError("decode", f"JPEG: {error}") from None
-    return _upright(pixels, _orientation(data)) if has_exif(data) else pixels
+    return _upright(pixels, orientation) if orientation != 1 else pixels
 
 
 def _read_png(data: bytes, rules: PixelRules) -> Pixels:
@@ -178,7 +192,7 @@ def _orientation(data: bytes) -> int:
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
     """Undo an Exif orientation (tag 0x0112, CIPA DC-008): mirror and turn the stored pixels."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in TURNED:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]

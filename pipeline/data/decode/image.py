@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.component import Component
+from pipeline.data.augmentations import View, ViewOf
 from pipeline.data.decode.codecs import (
     JPEG_MAGIC,
     PixelRules,
@@ -77,7 +78,32 @@ class ImageDecode(Component):
                     return
             except ValueError:
                 pass  # too large, or damaged: the general way tells which
-        self._fit(read_pixels(data, self._rules, self.size), out)
+        self._fit(read_pixels(data, self._rules, self._scale_of), out)
+
+    def decode_view(self, data: bytes, out: NDArray[np.uint8], view_of: ViewOf) -> None:
+        """Decode the part of a file that an augmentation looks at into `out`, as `decode` does."""
+        views: list[tuple[View, int, int]] = []
+
+        def scale_of(height: int, width: int) -> float:
+            view = view_of(height, width)
+            views.append((view, height, width))
+            return min(1.0, max(self.size / view.height, self.size / view.width))
+
+        pixels = read_pixels(data, self._rules, scale_of)
+        if not views:  # not a JPEG: decoded as it is
+            scale_of(*pixels.shape[:2])
+        view, height, width = views[0]
+        # The decoder may have scaled the image down.
+        down, across = pixels.shape[0] / height, pixels.shape[1] / width
+        top, left = view.top * down, view.left * across
+        # Sums of rounded numbers must not leave the image.
+        bottom = min(top + view.height * down, pixels.shape[0])
+        right = min(left + view.width * across, pixels.shape[1])
+        square = self._resized(pixels, (left, top, right, bottom))
+        out[...] = square[:, ::-1] if view.is_mirrored else square
+
+    def _scale_of(self, height: int, width: int) -> float:
+        return min(1.0, self.size / min(height, width))
 
     def _fit(self, pixels: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
         height, width = pixels.shape[:2]
@@ -85,13 +111,19 @@ class ImageDecode(Component):
         top, left = (height - side) // 2, (width - side) // 2
         square = pixels[top : top + side, left : left + side]
         if side != self.size:
-            # Pillow's resize widens its filter when it shrinks (no aliasing) and counts in
-            # fixed point: the same bits on every CPU.
-            image = Image.fromarray(square if self.channels == 3 else square[:, :, 0])
-            method = Image.Resampling[self.resample.upper()]
-            resized = np.asarray(image.resize((self.size, self.size), method))
-            square = resized.reshape(out.shape)
+            square = self._resized(square, (0, 0, side, side))
         out[...] = square
+
+    def _resized(
+        self, pixels: NDArray[np.uint8], box: tuple[float, float, float, float]
+    ) -> NDArray[np.uint8]:
+        """Stretch the box (left, top, right, bottom) to the square [size, size, channels]."""
+        # Pillow's resize widens its filter when it shrinks (no aliasing) and counts in fixed
+        # point: the same bits on every CPU.
+        image = Image.fromarray(pixels if self.channels == 3 else pixels[:, :, 0])
+        method = Image.Resampling[self.resample.upper()]
+        resized = image.resize((self.size, self.size), method, box=box)
+        return np.asarray(resized).reshape(self.buffer_shape)
 
     def event_view(self, x: Tensor) -> Tensor:
         """[b, height, width, channels] as [b, channels, height, width], channels-last memory."""

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.decode import ImageDecode
-from pipeline.data.decode.codecs import PixelRules, read_pixels
+from pipeline.data.decode.codecs import PixelRules, full_scale, read_pixels
 
 SUFFIXES = ImageDecode().suffixes  # what the stream looks for
 JPEG_QUALITY = 95  # of pictures that `resize` makes smaller; other formats are saved without loss
@@ -16,7 +16,6 @@ _RULES = {
     channels: PixelRules(channels, ImageDecode().background, ImageDecode().max_pixels)
     for channels in (1, 3)
 }
-_FULL_SIZE = 1 << 30  # a shorter side that lets no decoder scale down
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
@@ -33,11 +32,11 @@ def prepare_image(suffix: str, data: bytes, resize: int | None) -> tuple[str, by
     decoders are those of the stream, so what passes here will be read there: raises DecodeError on
     whatever they refuse.
     """
-    pixels = read_pixels(data, _RULES[3], _FULL_SIZE)
+    pixels = read_pixels(data, _RULES[3], full_scale)
     if resize is None or min(pixels.shape[:2]) <= resize:
         return suffix, data
     if _is_grey(data):
-        pixels = read_pixels(data, _RULES[1], _FULL_SIZE)[:, :, 0]
+        pixels = read_pixels(data, _RULES[1], full_scale)[:, :, 0]
     return _shrink(Image.fromarray(pixels), suffix, resize)
 
 

@@ -1,0 +1,41 @@
+"""What an augmentation is: it moves the part of an image that is looked at.
+
+    (height, width) -> View of the whole image -> augmentation, augmentation ... -> View -> decoder
+
+Nothing is resampled here: the decoder cuts, resizes and mirrors once, whatever the number of
+augmentations.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.component import Component
+
+
+@dataclass(frozen=True)
+class View:
+    """A rectangle of an upright image in its own pixels, and whether it is mirrored."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+    is_mirrored: bool = False
+
+
+class AugmentationBase(Component):
+    """Settings and behaviour of one kind."""
+
+    kind: str
+
+    @property
+    def num_draws(self) -> int:
+        """Random numbers that one sample takes."""
+        raise NotImplementedError
+
+    def apply(self, view: View, draws: Sequence[float], size: int) -> View:
+        """Return the new view.
+
+        draws: `num_draws` numbers in [0, 1). size: pixels of the square that the model sees.
+        """
+        raise NotImplementedError

@@ -1,0 +1,121 @@
+"""Several data sets mixed by fixed weights; one alone is the simplest mixture.
+
+    place X in the endless stream of all -> data set d, its own position T_d (closed form)
+    step s = X in [s G, (s + 1) G)       -> slots, by (data set, lane, position)
+
+The places repeat a pattern of W = sum of weights entries, in which data set d stands w_d times,
+spread evenly (sorted by (2 i + 1) / (2 w_d), ties in order of the data sets). So every W samples
+hold each data set's exact share, a step's quotas follow from s alone, and T = s G stays the only
+state. Each data set keeps its own order, epochs and lanes; for one alone a slot is order-v1's
+(T % L) c + (T % G) // L.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.order import Order, default_lanes
+from pipeline.files import canonical_json
+
+MIXTURE_VERSION = "mixture-v1"
+
+Ints = NDArray[np.int64]
+
+
+def lanes_of_parts(batch_size: int, lanes: int | None, weights: Sequence[int]) -> list[int | None]:
+    """Share `lanes` (None = the default) out by weight, so that a lane takes as many turns per step
+    in every data set; one data set alone gets what was asked for.
+    """
+    if len(weights) == 1:
+        return [lanes]
+    total = default_lanes(batch_size) if lanes is None else lanes
+    return [max(1, round(total * weight / sum(weights))) for weight in weights]
+
+
+class Mixture:
+    """The order of a run: which sample of which data set stands in which slot of which step."""
+
+    def __init__(self, orders: Sequence[Order], weights: Sequence[int], batch_size: int) -> None:
+        """`weights`: integers, parts of their sum."""
+        self.orders = tuple(orders)
+        self.weights = tuple(weights)
+        self.batch_size = batch_size
+        self._period = sum(weights)
+        weight = np.array(weights, np.int64)
+        source = np.repeat(np.arange(len(weight)), weight)
+        turn = np.arange(self._period) - np.repeat(np.cumsum(weight) - weight, weight)
+        # Exact: fractions of numbers below 2^25 that differ are different floats.
+        pattern = source[np.lexsort((source, (2 * turn + 1) / (2 * weight[source])))]
+        self._places = [np.flatnonzero(pattern == d) for d in range(len(weight))]
+        self._before = [np.concatenate([[0], np.cumsum(pattern == d)]) for d in range(len(weight))]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all data sets together."""
+        return sum(order.num_samples for order in self.orders)
+
+    @property
+    def order_id(self) -> str:
+        """Hex identity of place -> sample."""
+        if len(self.orders) == 1:
+            return self.orders[0].order_id
+        ids = [order.order_id for order in self.orders]
+        return hashlib.sha256(canonical_json([MIXTURE_VERSION, ids, self.weights])).hexdigest()
+
+    @property
+    def dataset_id(self) -> str:
+        """Hex identity of the data."""
+        if len(self.orders) == 1:
+            return self.orders[0].dataset_id
+        ids = [order.dataset_id for order in self.orders]
+        return hashlib.sha256(canonical_json([MIXTURE_VERSION, ids])).hexdigest()
+
+    def positions_before(self, source: int, place: Ints | int) -> Ints:
+        """How many of the first `place` samples of the stream come from a data set."""
+        rounds, rest = np.divmod(place, self._period)
+        return rounds * self.weights[source] + self._before[source][rest]
+
+    def start_of(self, source: int, step: int) -> int:
+        """A data set's position T_d at the start of a step."""
+        return int(self.positions_before(source, step * self.batch_size))
+
+    def most_per_step(self, source: int) -> int:
+        """A bound on the samples that a data set gives to one step."""
+        return min(self.batch_size, self.batch_size * self.weights[source] // self._period + 2)
+
+    def steps_of(self, source: int, positions: Ints) -> Ints:
+        """The steps that positions of a data set fall into."""
+        rounds, rest = np.divmod(positions, self.weights[source])
+        return (rounds * self._period + self._places[source][rest]) // self.batch_size
+
+    def slots(self, source: int, positions: Ints) -> tuple[Ints, Ints]:
+        """(step, slot in the global batch) of positions of a data set."""
+        step = self.steps_of(source, positions)
+        first, end = step * self.batch_size, (step + 1) * self.batch_size
+        base = np.zeros_like(positions)
+        for earlier in range(source):
+            base += self.positions_before(earlier, end) - self.positions_before(earlier, first)
+        start, stop = self.positions_before(source, first), self.positions_before(source, end)
+        lanes = self.orders[source].lanes
+        turn, lane = np.divmod(positions, lanes)
+        in_earlier_lanes = _below_lane(stop, lane, lanes) - _below_lane(start, lane, lanes)
+        first_turn = -((lane - start) // lanes)  # of this lane in this step
+        return step, base + in_earlier_lanes + turn - first_turn
+
+    def samples(self, step: int) -> tuple[Ints, Ints, Ints]:
+        """(data set, shard, row within the split) of every slot of a step, by planning alone."""
+        which, shard, row = np.empty((3, self.batch_size), np.int64)
+        for source, order in enumerate(self.orders):
+            start, stop = self.start_of(source, step), self.start_of(source, step + 1)
+            positions = np.arange(start, stop)
+            slots = self.slots(source, positions)[1]
+            which[slots] = source
+            shard[slots], row[slots] = order.samples(positions)
+        return which, shard, row
+
+
+def _below_lane(end: Ints, lane: Ints, lanes: int) -> Ints:
+    """How many positions t < end have t % lanes < lane."""
+    return end // lanes * lane + np.minimum(end % lanes, lane)
