@@ -145,7 +145,7 @@ class HttpStorage(Storage):
             self._pins.check(name, where, answer.state)
             yield from self._body(response, answer.num_skipped, answer.num_bytes, patience)
         finally:
-            response.close()  # a connection that was read to its answer's end is kept, not closed
+            _finish(response)
 
     def _body(
         self, response: BaseHTTPResponse, num_skipped: int, num_bytes: int, patience: Patience
@@ -195,7 +195,7 @@ class HttpStorage(Storage):
                 finally:
                     if method == "HEAD":
                         response.read()  # of nothing: the connection can be used again
-                    response.close()
+                    _finish(response)
             except (TransferError, HTTPError, OSError) as fault:
                 if isinstance(fault, ShardReadError):
                     raise
@@ -225,13 +225,19 @@ class HttpStorage(Storage):
             target = response.headers.get("Location")
             if response.status not in REDIRECTS or not target:
                 return response
-            response.close()
+            _finish(response)
             old, url = url, urljoin(url, target)
             if urlsplit(url).netloc != urlsplit(old).netloc:
                 headers.pop("Authorization", None)
             if urlsplit(url).scheme not in ("https", urlsplit(old).scheme):
                 raise ShardReadError(f"{_shown(old)} redirects to {_shown(url)}: not followed.")
         raise ShardReadError(f"{_shown(url)}: more than {MAX_REDIRECTS} redirects in a row.")
+
+
+def _finish(response: BaseHTTPResponse) -> None:
+    """Give the connection's place in the pool back; only a body that was read whole keeps it."""
+    response.close()
+    response.release_conn()
 
 
 def _state_of(where: str, response: BaseHTTPResponse) -> ShardState:
