@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "checkpoint",
     "evaluation.every_steps",
     "data.threads",
+    "data.remote",
 )
 
 
