@@ -6,10 +6,11 @@ progress and errors go to stderr.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,6 +125,23 @@ def verify(arguments: argparse.Namespace) -> int:
     return FAILED if report.problems else DONE
 
 
+def order(arguments: argparse.Namespace) -> int:
+    """Say who reads what, or what an order would cost."""
+    from pipeline.order import Request, assignments, simulation
+
+    request = Request(**{field.name: getattr(arguments, field.name) for field in fields(Request)})
+    if not arguments.simulate:
+        for line in assignments(request, arguments.steps):
+            print(json.dumps(line))
+        return DONE
+    report = simulation(request)
+    if arguments.json:
+        print_report(asdict(report), as_json=True)
+    else:
+        print(report.text())
+    return DONE
+
+
 def evaluate(arguments: argparse.Namespace) -> int:
     """Evaluate a run's checkpoint on held-out data."""
     from pipeline.evaluate import evaluate_run
@@ -148,7 +166,7 @@ def probe(arguments: argparse.Namespace) -> int:
 
 
 RUNS: dict[str, Run] = {
-    run.__name__: run for run in (pack_folder, pack_sprites, index, verify, evaluate, probe)
+    run.__name__: run for run in (pack_folder, pack_sprites, index, verify, order, evaluate, probe)
 }
 
 

@@ -20,6 +20,22 @@ def size(text: str) -> int:
     return int(number) << unit
 
 
+def numbers(text: str) -> list[int]:
+    """Numbers of at least 1 from 4 or 1,2,4."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers: write 4, or 1,2,4 for several")
+    return [int(part) for part in parts]
+
+
+def steps(text: str) -> range:
+    """A range of steps from 3:7 (3 to 6)."""
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal()) or int(first) >= int(end):
+        raise argparse.ArgumentTypeError(f"{text!r} are no steps: write 3:7 for steps 3 to 6")
+    return range(int(first), int(end))
+
+
 def warn(text: str) -> None:
     """Print a warning on stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)

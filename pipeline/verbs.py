@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline import __version__
-from pipeline.console import size
+from pipeline.console import numbers, size, steps
 
 Run = Callable[[argparse.Namespace], int]
 AddParser = Callable[..., argparse.ArgumentParser]
@@ -98,6 +98,30 @@ def _add_verify(add: AddParser, runs: Runs) -> None:
     )
 
 
+def _add_order(add: AddParser, runs: Runs) -> None:
+    text = "who reads what, as JSON lines; with --simulate what an order costs and how it mixes"
+    parser = _verb(add, "order", runs["order"], text)
+    parser.add_argument("source", nargs="?", help="config (.yaml), or directory of an index")
+    parser.add_argument("overrides", nargs="*", help="settings of the config as a.b=c")
+    parser.add_argument("--steps", type=steps, default=range(1), metavar="A:B", help="(0:1)")
+    parser.add_argument("--simulate", action="store_true", help="a table, planned on counts alone")
+    several = "; several, as 1,2,4, for a table"
+    for option, what in (
+        ("--world-size", "processes R"),
+        ("--lanes", "L"),
+        ("--interleave", "K, shards that a lane reads at a time"),
+        ("--window", "S, samples per shuffled window"),
+    ):
+        parser.add_argument(option, type=numbers, metavar="N,...", help=what + several)
+    parser.add_argument("--batch-size", type=int, help="G, over all processes")
+    parser.add_argument("--seed", type=int, help="else the config's, or 0")
+    parser.add_argument("--split", metavar="NAME", help="else the config's, or all")
+    counts = parser.add_argument_group("simulation of equal shards that need not exist")
+    counts.add_argument("--shards", type=int, help="how many")
+    counts.add_argument("--samples-per-shard", type=int, default=1000, help="(%(default)s)")
+    counts.add_argument("--mean-bytes", type=size, default=115_000, help="per sample (%(default)s)")
+
+
 def _add_evaluate(add: AddParser, runs: Runs) -> None:
     parser = _verb(
         add, "evaluate", runs["evaluate"], "evaluate a run's checkpoint on held-out data"
@@ -134,6 +158,7 @@ def parser(runs: Runs) -> argparse.ArgumentParser:
     _add_pack(verbs.add_parser, runs)
     _add_index(verbs.add_parser, runs)
     _add_verify(verbs.add_parser, runs)
+    _add_order(verbs.add_parser, runs)
     _add_evaluate(verbs.add_parser, runs)
     _add_probe(verbs.add_parser, runs)
     return top

@@ -21,6 +21,7 @@ VERBS = [
     ["pack", "sprites"],
     ["index"],
     ["verify"],
+    ["order"],
     ["evaluate"],
     ["probe"],
 ]

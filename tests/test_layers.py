@@ -18,12 +18,12 @@ LAYERS = (
     "corruptions likelihoods regularisers models writers",
     "objective data forward",
     "runtime strategies metrics optimizer wandb_pieces wandb_sink",
-    "checkpoint resume quarantine monitor latents",
+    "checkpoint resume quarantine ledger monitor latents",
     "evaluation",
     "config",
     "rundir build",
     "train evaluate export",
-    "probe bench doctor report demo",
+    "probe bench doctor report demo order",
     "__main__",
 )
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.data.fetch import read_ranges
 from pipeline.data.index import Index
 from pipeline.data.order import Order, Run
-from pipeline.data.storage import Storage, is_url, open_storage
+from pipeline.data.storage import Storage, is_url
 from pipeline.data.table import ShardTable
 
 THREAD_NAME = "raw-read"
@@ -77,14 +77,16 @@ class RankSlots:
 
 
 def raw_samples(
-    index: Index, slots: RankSlots, *, root: str, split: str, threads: int
+    index: Index, slots: RankSlots, *, storage: Storage, split: str, threads: int
 ) -> Iterator[Sample]:
     """Yield the samples of a rank's slots in their order.
 
     Dicts: `__key__`, `__url__`, bytes by suffix, and `__local_path__` unless the shards are remote.
-    At most two windows of each lane are in memory. Raises ShardReadError.
+    At most two windows of each lane are in memory. Closes the storage at the end. Raises
+    ShardReadError.
     """
-    storage = open_storage(root)
+    for number, shard in enumerate(index.shards):
+        storage.expect(shard.name, index.expected_state(number, storage.root))
     pool = ThreadPoolExecutor(threads, thread_name_prefix=THREAD_NAME)
     read = partial(_read_window, index, storage, slots.order, split)
     try:

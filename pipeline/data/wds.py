@@ -16,11 +16,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.data.index import INDEX_DIRECTORY, MANIFEST, Index
+from pipeline.data.index import Index
 from pipeline.data.order import Order
 from pipeline.data.raw import RankSlots, Sample, raw_samples
 from pipeline.data.splits import ALL
-from pipeline.data.storage import FoundShards, find_shards, is_url
+from pipeline.data.storage import FoundShards, RemotePolicy, find_shards, open_storage
 from pipeline.errors import UserError
 
 State = dict[str, Any]
@@ -57,18 +57,20 @@ class OrderedShards(IterableDataset[Sample]):
         epochs: int | None = None,
         tail: Literal["carry", "drop"] = "carry",
         read_threads: int = 2,
+        remote: RemotePolicy | None = None,
     ) -> None:
         """Check everything; raise UserError if the numbers or the shards do not fit.
 
-        shards: directory, glob or brace pattern; index: the directory that holds `index/`, None =
-        beside the shards; batch_size: samples per step over all ranks. epochs: length of the whole
-        stream, None = endless. tail: under `carry` each sample comes exactly once per epoch, and
-        at the end of the last one some ranks get fewer than others; `drop` leaves out what fills
-        no batch, and all ranks get the same number.
+        shards: directory, URL, glob or brace pattern; index: the directory or URL that holds
+        `index/`, None = beside the shards; batch_size: samples per step over all ranks. epochs:
+        length of the whole stream, None = endless. tail: under `carry` each sample comes exactly
+        once per epoch, and at the end of the last one some ranks get fewer than others; `drop`
+        leaves out what fills no batch, and all ranks get the same number.
         """
         super().__init__()
-        self._found = find_shards(shards)
-        self._index_path = _index_path(self._found, shards, index)
+        self._found = find_shards(shards, remote)
+        self._remote = remote
+        self._index_path = self._found.root if index is None else index
         self._split = split
         self._read_threads = read_threads
         self._numbers: dict[str, Any] = {
@@ -84,7 +86,7 @@ class OrderedShards(IterableDataset[Sample]):
             raise UserError(f"epochs = {epochs}, but must be at least 1 (or None: endless).")
         opened = Index.open(self._index_path)
         _check_names(self._found, opened, shards)
-        opened.check_shards(self._found.root)
+        opened.check_shards(open_storage(self._found.root, remote))
         self._ranks = (rank, world)
         order = self.order  # made here, so that its mistakes show here
         self._end = None if epochs is None else epochs * order.epoch_length
@@ -167,7 +169,7 @@ class OrderedShards(IterableDataset[Sample]):
         samples = raw_samples(
             Index.open(self._index_path),
             self._slots(place.T),
-            root=self._found.root,
+            storage=open_storage(self._found.root, self._remote),
             split=self._split,
             threads=self._read_threads,
         )
@@ -230,23 +232,6 @@ def _ranks(rank: int | None, world: int | None, batch_size: int) -> tuple[int, i
     if batch_size < 1 or batch_size % world:
         raise UserError(f"batch_size = {batch_size} does not divide over world = {world} ranks.")
     return rank, world
-
-
-def _index_path(found: FoundShards, shards: str | Path, index: str | Path | None) -> Path:
-    """The directory that holds `index/`; raise UserError naming the command if there is none."""
-    if index is None and is_url(found.root):
-        raise UserError(
-            f"{shards} is remote, so its index lies elsewhere: run `latentmill index '{shards}' "
-            "--out DIR`, and give index=DIR."
-        )
-    path = Path(found.root if index is None else index)
-    if not (path / INDEX_DIRECTORY / MANIFEST).is_file():
-        out = "" if index is None else f" --out {index}"
-        raise UserError(
-            f"{path / INDEX_DIRECTORY / MANIFEST} does not exist: run `latentmill index "
-            f"'{shards}'{out}` first."
-        )
-    return path
 
 
 def _check_names(found: FoundShards, index: Index, shards: str | Path) -> None:
