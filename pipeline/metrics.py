@@ -17,7 +17,8 @@ and, without these prefixes:
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -87,6 +88,14 @@ class TrainingMeter:
         self._norm_sum = self._norm_sum + result.grad_norm.where(applied > 0, 0.0).float()
         self._applied = self._applied + applied
         self._num_steps += 1
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Leave the time spent inside (an evaluation, a save) out of the rates."""
+        started, stalled = time.monotonic(), self._stream.counters.stall_seconds
+        yield
+        self._start += time.monotonic() - started
+        self._stall_start += self._stream.counters.stall_seconds - stalled
 
     def read(self) -> dict[str, float]:
         """Return all since the last call, and start anew; a collective, the one host sync."""

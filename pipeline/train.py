@@ -23,15 +23,20 @@ from pipeline.build import (
     throw_away_loss,
 )
 from pipeline.config import TrainConfig
+from pipeline.data.batch import Batch
+from pipeline.data.device import DeviceBatches
 from pipeline.data.stream import open_indexes, open_stream
 from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
 from pipeline.evaluate import report_evaluation
+from pipeline.forward import Forward
+from pipeline.ledger import Ledger
 from pipeline.metrics import TrainingMeter
 from pipeline.monitor import Monitor
 from pipeline.quarantine import Quarantine
 from pipeline.resume import restore_newest, save
 from pipeline.rundir import Outcome, check_ranks, claimed, write_outcome
 from pipeline.runtime import Runtime, StopRequest
+from pipeline.strategies.base import Strategy
 
 
 def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
@@ -80,7 +85,15 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
                 is_main=runtime.is_main,
             )
         )
+        batches = DeviceBatches(stream, runtime.device)
         meter = TrainingMeter(runtime, stream)
+        ledger = Ledger(
+            stream,
+            indexes,
+            split=config.data.split,
+            prefetch=config.data.prefetch,
+            runtime=runtime,
+        )
         quarantine = Quarantine(run_dir, config.data.max_bad_fraction, runtime)
         stopped_by: str | None = None
         saved = True
@@ -95,23 +108,13 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             monitor=monitor,
         )
         if first_step == 0:
-            evaluate_now(0)
+            with meter.paused():
+                evaluate_now(0)
 
         step = first_step
         while step < config.num_steps and stopped_by is None:
-            # One update from one global batch.
             samples = step * config.batch_size
-            weights = config.objective.weights_at(samples)
-            strategy.set_learning_rate(config.learning_rate_at(samples))
-            parts = next(stream).split(config.accumulation)
-            for number, part in enumerate(parts, start=1):
-                inputs = forward.inputs(part, "train")
-                with strategy.accumulate(is_last=number == len(parts)):
-                    _, losses = forward.run(strategy.model, inputs, weights=weights)
-                    # A constant divisor, not the sum of weights: engines average over ranks.
-                    strategy.backward((losses.total * inputs.weight).sum() / len(inputs.weight))
-                meter.add(losses, inputs.weight)
-            meter.add_step(strategy.step())
+            train_step(next(batches), samples, config, forward, strategy, meter)
             step += 1
 
             # Once in a while. Order matters: measure, then save what was measured.
@@ -121,23 +124,47 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
                 values = meter.read() | config.schedule_values(samples)
                 values |= {"data/samples_seen": step * config.batch_size}
                 values |= {"data/epoch": step * config.batch_size / order.num_samples}
-                values |= quarantine.collect(stream)
+                values |= quarantine.collect(stream) | ledger.read()
                 monitor.log(step, values)
                 monitor.progress(step, values)
                 check_skipped(values["optim/skipped_steps"], config)
-            if last or step % config.evaluation.every_steps == 0:
-                evaluate_now(step)
-            if last or stopped_by or step % config.checkpoint.every_steps == 0:
-                saved = save(
-                    checkpoints,
-                    strategy,
-                    step=step,
-                    order=order,
-                    keep=config.checkpoint.keep,
-                    runtime=runtime,
-                )
+            with meter.paused():
+                if last or step % config.evaluation.every_steps == 0:
+                    ledger.check_against_plan()
+                    evaluate_now(step)
+                if last or stopped_by or step % config.checkpoint.every_steps == 0:
+                    saved = save(
+                        checkpoints,
+                        strategy,
+                        step=step,
+                        order=order,
+                        keep=config.checkpoint.keep,
+                        runtime=runtime,
+                    )
 
         return finish(run_dir, step, stopped_by, saved, monitor, runtime)
+
+
+def train_step(
+    batch: Batch,
+    samples: int,
+    config: TrainConfig,
+    forward: Forward,
+    strategy: Strategy,
+    meter: TrainingMeter,
+) -> None:
+    """Update once, from this process's part of one global batch, after `samples` seen samples."""
+    weights = config.objective.weights_at(samples)
+    strategy.set_learning_rate(config.learning_rate_at(samples))
+    parts = batch.split(config.accumulation)
+    for number, part in enumerate(parts, start=1):
+        inputs = forward.inputs(part, "train")
+        with strategy.accumulate(is_last=number == len(parts)):
+            _, losses = forward.run(strategy.model, inputs, weights=weights)
+            # A constant divisor, not the sum of weights: engines average over ranks.
+            strategy.backward((losses.total * inputs.weight).sum() / len(inputs.weight))
+        meter.add(losses, inputs.weight)
+    meter.add_step(strategy.step())
 
 
 def check_skipped(num_skipped: float, config: TrainConfig) -> None:

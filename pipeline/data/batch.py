@@ -48,9 +48,17 @@ class Batch:
         assert rest == 0, f"{len(self)} slots do not split into {num_parts} equal parts"
         return [self._slots(slice(i * size, (i + 1) * size)) for i in range(num_parts)]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that lies in memory of a device."""
+        return (self.x, self.uid, self.epoch, self.weight, self.label)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy to a device, asynchronously where the memory is pinned."""
+        copies = (tensor.to(device, non_blocking=True) for tensor in self.tensors())
+        return Batch(*copies, key_lookup=self.key_lookup)
+
     def _slots(self, slots: slice) -> "Batch":
-        tensors = (self.x, self.uid, self.epoch, self.weight, self.label)
-        return Batch(*(tensor[slots] for tensor in tensors), key_lookup=self.key_lookup)
+        return Batch(*(tensor[slots] for tensor in self.tensors()), key_lookup=self.key_lookup)
 
 
 class Fault(NamedTuple):

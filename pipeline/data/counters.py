@@ -12,7 +12,6 @@ class StreamCounters:
 
     batches: int = 0
     images: int = 0  # slots delivered, tombstones and repeats included
-    seen: int = 0  # of these, usable samples
     tombstones: int = 0
     stall_seconds: float = 0.0  # in next(), waiting for data
     num_ready: int = 0  # batches that lay ready, summed over the calls of next()

@@ -15,8 +15,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple, Self
 
-import numpy as np
-
+from pipeline.data.account import Account
 from pipeline.data.augmentations import Augmenter
 from pipeline.data.batch import Batch, BatchBuffer, new_buffer
 from pipeline.data.board import Board
@@ -162,7 +161,8 @@ def open_stream(
         decode_threads=data.threads,
         read_threads=data.num_read_threads,
     )
-    return Stream(engine, storages, order, names)
+    account = Account(first_step, rank * board.num_slots)
+    return Stream(engine, storages, order, names, account)
 
 
 def _warn_of_amplification(lanes: int, rank: int, world: int) -> None:
@@ -199,9 +199,15 @@ class Stream(Iterator[Batch]):
     """Batches of one rank, one per step; close it, or use it in a `with` statement."""
 
     def __init__(
-        self, engine: Engine, storages: Sequence[Storage], order: Mixture, names: SampleNames
+        self,
+        engine: Engine,
+        storages: Sequence[Storage],
+        order: Mixture,
+        names: SampleNames,
+        account: Account,
     ) -> None:
         self.order = order
+        self.account = account
         self._engine = engine
         self._storages = storages
         self._names = names
@@ -248,7 +254,7 @@ class Stream(Iterator[Batch]):
             raise StopIteration
         if buffer.faults:
             self._bury(buffer)
-        self._engine.counters.seen += int(np.count_nonzero(buffer.weight))
+        self.account.add(buffer)
         return replace(buffer.tensors)
 
     def take_quarantined(self) -> list[Quarantined]:
