@@ -79,13 +79,13 @@ def random_ranges(rng: random.Random, size: int, number: int) -> Iterator[tuple[
         yield offset, rng.randrange(1, min(size - offset, 30_000) + 1)
 
 
-def now_and_then(fault: Fault, rng: random.Random) -> Plan:
+def now_and_then(fault: Fault, rng: random.Random, share: float = 0.5) -> Plan:
     """At most two faults in a row: a patient client gets through."""
     in_row = 0
 
     def plan(request: Request) -> Fault | None:
         nonlocal in_row
-        in_row = in_row + 1 if in_row < 2 and rng.random() < 0.5 else 0
+        in_row = in_row + 1 if in_row < 2 and rng.random() < share else 0
         return fault if in_row else None
 
     return plan
