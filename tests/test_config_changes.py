@@ -12,6 +12,7 @@ from pipeline.component import Component
 from pipeline.config import MAY_CHANGE, TrainConfig
 from pipeline.data.index import build_index
 from pipeline.data.splits import SplitSpec
+from tests.config_remote import REMOTE_CHANGES
 from tests.config_runs import (
     Given,
     World,
@@ -149,6 +150,7 @@ CHANGES: dict[str, Change] = {
     "data.read_threads": Change(("data.read_threads=3",), thread_names),
     "data.prefetch": Change(("data.prefetch=4",), buffers),
     "data.verify_checksums": Change(("data.verify_checksums=true",), ending),
+    **{f"data.remote.{name}": Change(*row) for name, row in REMOTE_CHANGES.items()},
     "data.max_bad_fraction": Change(
         ("data.max_bad_fraction=0.0",), ending, ("data.decode.suffixes=[webp]",)
     ),
