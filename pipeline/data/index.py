@@ -69,6 +69,8 @@ class Index:
         self.duplicate_keys: list[list[str]] = manifest["duplicate_keys"]["examples"]
         self._suffixes: dict[str, int] | None = manifest.get("suffixes")
         self._tags_of: str | None = manifest.get("tags_of")
+        # Root of a remote store -> what it said of its shards when they were checked.
+        self._checked: dict[str, dict[str, ShardState]] = {}
         self._split_digest = self.split_spec.digest()
         self.table = lru_cache(maxsize=MAX_OPEN_TABLES)(self._open_table)
 
@@ -154,10 +156,16 @@ class Index:
     def check_shards(self, shards: Path | str | Storage) -> None:
         """Raise UserError naming the first shard that is missing or has changed.
 
-        `shards`: their root, or the store that will read them: it pins what it sees here.
+        `shards`: their root, or the store that will read them: it pins what it sees here. A remote
+        store is asked once, and every later one of the same root must show the same states.
         """
         with closing(shards if isinstance(shards, Storage) else open_storage(shards)) as storage:
+            for name, state in self._checked.get(storage.root, {}).items():
+                storage.expect(name, state)
+            if storage.root in self._checked:
+                return
             states = storage.states(shard.name for shard in self.shards)
+        sound: dict[str, ShardState] = {}
         for number, shard in enumerate(self.shards):
             state, expected = states[shard.name], self.expected_state(number, storage.root)
             if state is None:
@@ -167,6 +175,7 @@ class Index:
             elif None not in (state.tag, expected.tag) and state.tag != expected.tag:
                 found = f"has changed (its tag is {state.tag}, not {expected.tag})"
             else:
+                sound[shard.name] = state
                 continue
             raise UserError(
                 f"The shard {storage.where(shard.name)} {found}: the index in "
@@ -174,6 +183,8 @@ class Index:
                 f"`latentmill index {storage.where('').rstrip('/')}` (that makes it another data "
                 "set)."
             )
+        if is_url(storage.root):
+            self._checked[storage.root] = sound
 
     def _open_table(self, shard: int) -> ShardTable:
         entry = self.shards[shard]
