@@ -26,8 +26,8 @@ from pipeline.data.tar_header import (
     Header,
     padded,
     parse_header,
+    parse_long_name,
     parse_pax,
-    text_of,
 )
 
 # webdataset's rule: the key is the path up to the first dot of the base name.
@@ -173,7 +173,7 @@ class TarScan:
         # size looked at first: many headers that claim the same bytes must not cost their product.
         goes_forward = start >= self._passed
         crc32 = self._visited(name, start, num_bytes) if visits and goes_forward else NO_CHECKSUM
-        if not self._is_size_right(name, start, num_bytes):
+        if not self._is_size_right(name, start, num_bytes, is_extension=is_extension):
             self._resynchronise("wrong_size", f"{name!r} has not its {num_bytes} bytes")
             return
         if is_extension:
@@ -200,13 +200,16 @@ class TarScan:
         self._passed = max(self._passed, start + num_bytes)
         return NO_CHECKSUM if self._visit is None else self._visit(name, start, num_bytes)
 
-    def _is_size_right(self, name: str, start: int, num_bytes: int) -> bool:
+    def _is_size_right(self, name: str, start: int, num_bytes: int, *, is_extension: bool) -> bool:
         """Tell whether a content can have its size.
 
         It has not if no header follows it although there is one in it: bytes are missing, or the
-        size was forged. A tar within the tar keeps the benefit of the doubt.
+        size was forged. A tar within the tar keeps the benefit of the doubt; an extension header
+        has no headers in it.
         """
-        if num_bytes == 0 or name.endswith(".tar") or self._is_boundary(start + padded(num_bytes)):
+        if num_bytes == 0 or name.endswith(".tar"):
+            return True
+        if not is_extension and self._is_boundary(start + padded(num_bytes)):
             return True
         return self._find_header(start, start + num_bytes, or_end=False) == start + num_bytes
 
@@ -241,24 +244,24 @@ class TarScan:
             return text
 
     def _extend(self, kind: bytes, start: int, num_bytes: int) -> None:
-        """Keep what an extension header says of the members after it."""
+        """Keep what an extension header says of the members after it; if it is bad, nothing."""
         self._offset = start + padded(num_bytes)
+        records: dict[str, bytes] | None = {}
         if num_bytes > MAX_EXTENSION_BYTES:
-            records, is_whole = dict[str, bytes](), False
+            records = None
         elif kind in PAX_TYPES or kind == GLOBAL_TYPE:
-            records, is_whole = parse_pax(self._read(start, num_bytes))
+            records = parse_pax(self._read(start, num_bytes))
         elif kind == LONG_NAME_TYPE:
-            records, is_whole = {"path": text_of(self._read(start, num_bytes))}, True
-        else:
-            return
-        if kind == GLOBAL_TYPE:
+            records = parse_long_name(self._read(start, num_bytes))
+        if records is None:
+            self._lost_extension = True
+            text = "an extension header that cannot be read"
+            self._report("bad_extension", start - BLOCK, BLOCK + num_bytes, text)
+        elif kind == GLOBAL_TYPE:
             self._global_overrides |= records
         else:
             self._overrides |= records
-            self._lost_extension = not is_whole
-        if not is_whole:
-            text = "an extension header with a bad record; what follows in it is not read"
-            self._report("bad_extension", start - BLOCK, BLOCK + num_bytes, text)
+            self._lost_extension = False
 
 
 def split_name(name: str) -> tuple[str, str] | None:

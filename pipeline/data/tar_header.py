@@ -76,10 +76,14 @@ def parse_header(block: bytes) -> Header | None:
     return Header(name, num_bytes, block[156:157], magic[:5] == b"ustar", is_doubtful)
 
 
-def parse_pax(content: bytes) -> tuple[dict[str, bytes], bool]:
-    """Read PAX records `length key=value\\n` (POSIX pax, "Extended Header") up to the first bad
-    one; tell whether there was none.
-    """
+def parse_long_name(content: bytes) -> dict[str, bytes] | None:
+    """The path in GNU's long-name member; None if that holds anything else."""
+    name = text_of(content)
+    return None if content[len(name) :].strip(b"\0") else {"path": name}
+
+
+def parse_pax(content: bytes) -> dict[str, bytes] | None:
+    """Read PAX records `length key=value\\n` (POSIX pax, "Extended Header"); None if one is bad."""
     records: dict[str, bytes] = {}
     position = 0
     while position < len(content):
@@ -87,7 +91,7 @@ def parse_pax(content: bytes) -> tuple[dict[str, bytes], bool]:
         stop = position + int(digits) if digits.isdigit() else 0
         key, separator, value = content[position + len(digits) + 1 : stop].partition(b"=")
         if stop > len(content) or not separator or not value.endswith(b"\n"):
-            return records, False
+            return None
         records[key.decode("utf-8", errors="replace")] = value[:-1]
         position = stop
-    return records, True
+    return records

@@ -77,8 +77,8 @@ def test_old_headers_and_binary_sizes():
 
 
 def test_pax_size_and_global_records_count():
-    assert parse_pax(b"12 path=a/b\n13 size=1234\n") == ({"path": b"a/b", "size": b"1234"}, True)
-    assert parse_pax(b"12 path=a/b\n99 size=1\n") == ({"path": b"a/b"}, False)
+    assert parse_pax(b"12 path=a/b\n13 size=1234\n") == {"path": b"a/b", "size": b"1234"}
+    assert parse_pax(b"12 path=a/b\n99 size=1\n") is None
     buffer = io.BytesIO()
     headers = {"size": "5"}
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
