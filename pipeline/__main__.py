@@ -142,6 +142,47 @@ def order(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """Examine a training that is to be started."""
+    from pipeline.doctor import diagnose
+
+    findings = diagnose(
+        arguments.config,
+        arguments.overrides,
+        world=arguments.processes,
+        topology=arguments.topology,
+    )
+    if arguments.json:
+        print_report({"findings": [asdict(finding) for finding in findings]}, as_json=True)
+    else:
+        print("\n".join(finding.line(sys.stdout.isatty()) for finding in findings))
+    return FAILED if any(finding.verdict == "FAIL" for finding in findings) else DONE
+
+
+def bench_data(arguments: argparse.Namespace) -> int:
+    """Measure the data path."""
+    from pipeline import strict
+    from pipeline.bench.data import bench_data
+    from pipeline.config import TrainConfig
+
+    config = strict.load(TrainConfig, arguments.config, arguments.overrides)
+    result = bench_data(config, num_images=arguments.images, rounds=arguments.rounds)
+    print_report(asdict(result), arguments.json)
+    return DONE
+
+
+def bench_train(arguments: argparse.Namespace) -> int:
+    """Measure the training loop."""
+    from pipeline import strict
+    from pipeline.bench.train import bench_train
+    from pipeline.config import TrainConfig
+
+    config = strict.load(TrainConfig, arguments.config, arguments.overrides)
+    result = bench_train(config, num_steps=arguments.steps, rounds=arguments.rounds)
+    print_report(asdict(result), arguments.json)
+    return DONE
+
+
 def evaluate(arguments: argparse.Namespace) -> int:
     """Evaluate a run's checkpoint on held-out data."""
     from pipeline.evaluate import evaluate_run
@@ -166,7 +207,19 @@ def probe(arguments: argparse.Namespace) -> int:
 
 
 RUNS: dict[str, Run] = {
-    run.__name__: run for run in (pack_folder, pack_sprites, index, verify, order, evaluate, probe)
+    run.__name__: run
+    for run in (
+        pack_folder,
+        pack_sprites,
+        index,
+        verify,
+        order,
+        doctor,
+        bench_data,
+        bench_train,
+        evaluate,
+        probe,
+    )
 }
 
 

@@ -122,6 +122,33 @@ def _add_order(add: AddParser, runs: Runs) -> None:
     counts.add_argument("--mean-bytes", type=size, default=115_000, help="per sample (%(default)s)")
 
 
+def _add_doctor(add: AddParser, runs: Runs) -> None:
+    text = "will this training start, and stay up? a line per check; exit 1 if one fails"
+    parser = _verb(add, "doctor", runs["doctor"], text)
+    parser.add_argument("config", type=Path, help="YAML file of the training")
+    parser.add_argument("overrides", nargs="*", help="settings as a.b=c")
+    parser.add_argument("--processes", type=int, default=1, help="of the training (%(default)s)")
+    parser.add_argument("--topology", type=Path, help="accelerate config file of the launch")
+
+
+def _add_bench(add: AddParser, runs: Runs) -> None:
+    text = "how close the data path, or the training, comes to what this machine can do"
+    benches = add("bench", help=text, description=f"{text.capitalize()}.")
+    kinds = benches.add_subparsers(required=True, metavar="WHAT")
+    data = _verb(
+        kinds.add_parser, "data", runs["bench_data"], "the stream beside raw reading and decoding"
+    )
+    data.add_argument("--images", type=int, default=8192, help="per round (%(default)s)")
+    train = _verb(
+        kinds.add_parser, "train", runs["bench_train"], "the training beside a bare loop in memory"
+    )
+    train.add_argument("--steps", type=int, default=20, help="per round (%(default)s)")
+    for parser in (data, train):
+        parser.add_argument("config", type=Path, help="YAML file, see configs/train/")
+        parser.add_argument("overrides", nargs="*", help="settings as a.b=c")
+        parser.add_argument("--rounds", type=int, default=5, help="after a warm-up (%(default)s)")
+
+
 def _add_evaluate(add: AddParser, runs: Runs) -> None:
     parser = _verb(
         add, "evaluate", runs["evaluate"], "evaluate a run's checkpoint on held-out data"
@@ -159,6 +186,8 @@ def parser(runs: Runs) -> argparse.ArgumentParser:
     _add_index(verbs.add_parser, runs)
     _add_verify(verbs.add_parser, runs)
     _add_order(verbs.add_parser, runs)
+    _add_doctor(verbs.add_parser, runs)
+    _add_bench(verbs.add_parser, runs)
     _add_evaluate(verbs.add_parser, runs)
     _add_probe(verbs.add_parser, runs)
     return top

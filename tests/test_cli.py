@@ -22,6 +22,9 @@ VERBS = [
     ["index"],
     ["verify"],
     ["order"],
+    ["doctor"],
+    ["bench", "data"],
+    ["bench", "train"],
     ["evaluate"],
     ["probe"],
 ]
