@@ -6,7 +6,8 @@ from fsspec.core import url_to_fs
 
 from pipeline.errors import UserError
 
-TAGS = ("ETag", "etag", "md5Hash", "generation", "checksum", "mtime", "LastModified")
+# Best first; of the times, "created" is that of the content where files are replaced as a whole.
+TAGS = ("ETag", "etag", "md5Hash", "generation", "checksum", "mtime", "LastModified", "created")
 
 
 def open_filesystem(root: str) -> tuple[Any, str]:

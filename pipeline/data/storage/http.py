@@ -228,7 +228,7 @@ class HttpStorage(Storage):
             _finish(response)
             old, url = url, urljoin(url, target)
             if urlsplit(url).netloc != urlsplit(old).netloc:
-                headers.pop("Authorization", None)
+                headers.pop("authorization", None)  # as urllib3 spells it
             if urlsplit(url).scheme not in ("https", urlsplit(old).scheme):
                 raise ShardReadError(f"{_shown(old)} redirects to {_shown(url)}: not followed.")
         raise ShardReadError(f"{_shown(url)}: more than {MAX_REDIRECTS} redirects in a row.")
