@@ -1,0 +1,1 @@
+"""Our figures beside others' on the same data; each script prints a table and JSON."""
