@@ -56,7 +56,7 @@ def _add_pack(add: AddParser, runs: Runs) -> None:
         "an image folder; sub-folders are the classes",
     )
     folder.add_argument("source", type=Path, help="directory with the images")
-    folder.add_argument("out", type=Path, help="directory for the shards")
+    folder.add_argument("out", help="directory or URL (s3://...) for the shards")
     folder.add_argument("--shard-bytes", type=size, default=256 << 20, help="at most (256M)")
     folder.add_argument("--shard-samples", type=int, default=10_000, help="at most (%(default)s)")
     folder.add_argument("--resize", type=int, metavar="PIXELS", help="shorter side; else as it is")
@@ -64,7 +64,7 @@ def _add_pack(add: AddParser, runs: Runs) -> None:
     sprites = _verb(
         kinds.add_parser, "sprites", runs["pack_sprites"], "the built-in sprites with known factors"
     )
-    sprites.add_argument("out", type=Path, help="directory for the shards")
+    sprites.add_argument("out", help="directory or URL (s3://...) for the shards")
     sprites.add_argument("--count", type=int, default=10_000, help="images (%(default)s)")
     sprites.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     sprites.add_argument("--shard-samples", type=int, default=1_000, help="at most (%(default)s)")

@@ -48,7 +48,7 @@ class Board:
         self.next_step = first_step
         self.stop_step = stop_step
         self._next_turn = {
-            (source, lane): self._first_turn(source, lane, first_step)
+            (source, lane): order.first_turn(source, lane, first_step)
             for source in range(len(order.orders))
             for lane in self._lane_slots(source)
         }
@@ -74,11 +74,6 @@ class Board:
         share = order.lane_share
         last_slot = self._first_slot + self.num_slots - 1
         return range(self._first_slot // share, last_slot // share + 1)
-
-    def _first_turn(self, source: int, lane_slot: int, step: int) -> int:
-        """The first turn of a lane slot at or after the start of a step."""
-        start = self._order.start_of(source, step)
-        return -((lane_slot - start) // self._order.orders[source].lanes)
 
     def _steps_held(self, source: int) -> int:
         """How many steps the windows that may be requested at a time can touch."""
@@ -123,9 +118,9 @@ class Board:
 
     def _limit(self, source: int) -> int:
         """Turns of a data set that may be requested now end before this one."""
-        limit = self._first_turn(source, 0, self.next_step) + self._turns_ahead[source]
+        limit = self._order.first_turn(source, 0, self.next_step) + self._turns_ahead[source]
         if self.stop_step is not None:
-            limit = min(limit, self._first_turn(source, 0, self.stop_step))
+            limit = min(limit, self._order.first_turn(source, 0, self.stop_step))
         return limit
 
     def cells_of(self, request: Request) -> tuple[Ints, Ints]:

@@ -162,8 +162,8 @@ class Engine:
         samples = self._fetchers[request.source].fetch(request.run, positions)
         self._board.fill(request.run, cells, samples)
         with self._changed:
-            self.counters.reads += len(samples.read_sizes)
-            self.counters.bytes_read += sum(samples.read_sizes)
+            self.counters.reads += len(samples.reads)
+            self.counters.bytes_read += samples.num_bytes_read
             self.counters.bytes_wanted += samples.num_bytes_wanted
             self._board.arrived(cells)
             self._advance()

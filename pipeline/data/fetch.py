@@ -9,7 +9,7 @@ in Python keeps the decoding threads from running.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,14 @@ LABEL_SUFFIXES = ("cls",)
 MISSING = -1  # as an offset: the sample has no such member
 
 
+class Read(NamedTuple):
+    """One read of a shard."""
+
+    shard: int
+    offset: int
+    num_bytes: int
+
+
 @dataclass(frozen=True)
 class Ranges:
     """Members [n] in a shard: where they lie (-1 = missing), and in which piece that was read."""
@@ -38,7 +46,7 @@ class Ranges:
     pieces: NDArray[Any]  # bytes, None where missing
     start: Ints  # within the piece
     stop: Ints
-    read_sizes: list[int]  # of every read
+    reads: list[tuple[int, int]]  # (offset, bytes) of every read
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,12 @@ class Samples:
     uid: Ints
     label: Ints
     draws: NDArray[np.float32]  # [n, num_draws]
-    read_sizes: list[int]
+    reads: list[Read]
+
+    @property
+    def num_bytes_read(self) -> int:
+        """Bytes that came from the store."""
+        return sum(read.num_bytes for read in self.reads)
 
     @property
     def num_bytes_wanted(self) -> int:
@@ -70,17 +83,17 @@ def read_ranges(storage: Storage, name: str, offset: Ints, num_bytes: Ints) -> R
     cuts = np.flatnonzero(starts[1:] - reached[:-1] > MAX_GAP_BYTES) + 1
     pieces = np.full(len(offset), None, object)
     start, stop = np.zeros((2, len(offset)), np.int64)
-    sizes: list[int] = []
+    reads: list[tuple[int, int]] = []
     for chosen in np.split(np.arange(len(places)), cuts):
         if len(chosen) == 0:
             continue
         base = int(starts[chosen[0]])
         piece = storage.read(name, base, int(reached[chosen[-1]]) - base)
-        sizes.append(len(piece))
+        reads.append((base, len(piece)))
         at = places[chosen]
         pieces[at] = piece
         start[at], stop[at] = starts[chosen] - base, stops[chosen] - base
-    return Ranges(pieces, start, stop, sizes)
+    return Ranges(pieces, start, stop, reads)
 
 
 def read_members(
@@ -93,7 +106,8 @@ def read_members(
     cut = zip(found.pieces.tolist(), found.start.tolist(), found.stop.tolist(), strict=True)
     data = [None if piece is None else piece[start:stop] for piece, start, stop in cut]
     num = len(rows)
-    return [data[kind * num : (kind + 1) * num] for kind in range(len(wanted))], found.read_sizes
+    sizes = [num_bytes for _, num_bytes in found.reads]
+    return [data[kind * num : (kind + 1) * num] for kind in range(len(wanted))], sizes
 
 
 def parse_label(text: bytes | None) -> int:
@@ -139,7 +153,7 @@ class Fetcher:
         pieces = np.full(num, None, object)
         start, stop, uid = np.zeros((3, num), np.int64)
         label, crc32 = np.full((2, num), -1, np.int64)
-        sizes: list[int] = []
+        reads: list[Read] = []
         for number in np.unique(shard).tolist():
             places = np.flatnonzero(shard == number)
             table = self._index.table(number)
@@ -160,10 +174,10 @@ class Fetcher:
                 label[places] = [parse_label(piece and piece[a:b]) for piece, a, b in cut]
             if self._verify_checksums:
                 crc32[places] = ranges.crc32[rows]
-            sizes += found.read_sizes
+            reads += [Read(number, *read) for read in found.reads]
         epoch = np.full(num, run.epoch, np.int64)
         draws = self._draw(epoch, uid)
-        return Samples(pieces, start, stop, crc32, uid, label, draws, sizes)
+        return Samples(pieces, start, stop, crc32, uid, label, draws, reads)
 
     def _label_ranges(self, table: ShardTable) -> MemberRanges | None:
         return table.ranges_of(LABEL_SUFFIXES) if table.has_suffix(LABEL_SUFFIXES[0]) else None

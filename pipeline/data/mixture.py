@@ -81,6 +81,10 @@ class Mixture:
         """A data set's position T_d at the start of a step."""
         return int(self.positions_before(source, step * self.batch_size))
 
+    def first_turn(self, source: int, lane_slot: int, step: int) -> int:
+        """The first turn of a data set's lane slot at or after the start of a step."""
+        return -((lane_slot - self.start_of(source, step)) // self.orders[source].lanes)
+
     def most_per_step(self, source: int) -> int:
         """A bound on the samples that a data set gives to one step."""
         return min(self.batch_size, self.batch_size * self.weights[source] // self._period + 2)

@@ -1,0 +1,224 @@
+"""`bench data`: the stream beside the ceilings of its parts, on the same bytes and threads.
+
+read                 the ranges that the stream reads, and nothing else
+read + parse         planned, read and cut into members
+decode (ceiling)     members in memory decoded into batch buffers
+stream               our batches, once the stream has got going
+stream + corruption  the same, each batch corrupted on the device as training does
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.bench.rounds import Rates, interleave
+from pipeline.build import check_data, make_forward
+from pipeline.config import TrainConfig
+from pipeline.data.augmentations import Augmenter
+from pipeline.data.batch import new_buffer
+from pipeline.data.fetch import Fetcher, Samples
+from pipeline.data.names import SampleNames
+from pipeline.data.order import Run
+from pipeline.data.storage import Storage, open_storage
+from pipeline.data.stream import open_indexes, open_stream, order_of, slot_decoder
+
+WARM_UP_STEPS = 8
+# A stream at this share of its ceiling is as fast as decoding lets it be.
+AT_THE_CEILING = 0.9
+
+READ, PARSE, DECODE = "read", "read + parse", "decode (ceiling)"
+STREAM, CORRUPT = "stream", "stream + corruption"
+
+
+@dataclass(frozen=True)
+class DataBench:
+    """Rates in images per second, medians over the rounds, and their shares of the ceiling."""
+
+    images_per_round: int
+    bytes_per_image: float
+    threads: int
+    rounds: int
+    images_per_second: Rates
+    share_of_ceiling: dict[str, float]
+    bottleneck: str
+
+
+def bench_data(config: TrainConfig, *, num_images: int, rounds: int) -> DataBench:
+    """Measure the data path of one process; raises UserError if the data is not there."""
+    work = _Work(config, max(num_images // config.batch_size, 1))
+    try:
+        contenders: dict[str, Callable[[], float]] = {
+            READ: work.read,
+            PARSE: work.parse,
+            DECODE: work.decode,
+            STREAM: lambda: work.stream(corrupt=False),
+        }
+        if config.corruptions:
+            contenders[CORRUPT] = lambda: work.stream(corrupt=True)
+        rates = interleave(contenders, rounds)
+    finally:
+        for storage in work.storages:
+            storage.close()
+    return DataBench(
+        images_per_round=work.num_images,
+        bytes_per_image=sum(map(len, work.contents)) / max(len(work.contents), 1),
+        threads=config.data.threads,
+        rounds=rounds,
+        images_per_second=rates,
+        share_of_ceiling={name: rate / rates[DECODE] for name, rate in rates.items()},
+        bottleneck=_bottleneck(rates),
+    )
+
+
+def _bottleneck(rates: Rates) -> str:
+    if CORRUPT in rates and rates[CORRUPT] < AT_THE_CEILING * rates[STREAM]:
+        return "corruption: it takes the time of the processor that decodes"
+    if rates[STREAM] >= AT_THE_CEILING * rates[DECODE]:
+        return "decoding: more data.threads on more cores, or smaller stored images"
+    if rates[PARSE] < rates[DECODE]:
+        return "reading: a faster store, or more data.read_threads"
+    return "Python between the parts"
+
+
+class _Work:
+    """One stretch of the order: its reads, and its members in memory."""
+
+    def __init__(self, config: TrainConfig, num_steps: int) -> None:
+        data, size = config.data, config.batch_size
+        self._config = config
+        self._indexes = open_indexes(data)
+        check_data(config, self._indexes)
+        self._augmenter = Augmenter(
+            data.augmentations, config.seed, size=data.decode.event_shape[-1]
+        )
+        self._order = order_of(data, self._indexes, config.seed, size)
+        self.storages = [open_storage(source.root, data.remote) for source in data.sources]
+        self._fetchers = [
+            Fetcher(
+                index,
+                storage,
+                order,
+                split=data.split,
+                suffixes=data.decode.member_suffixes,
+                draw=self._augmenter.draw,
+            )
+            for index, storage, order in zip(
+                self._indexes, self.storages, self._order.orders, strict=True
+            )
+        ]
+        self._num_steps = num_steps
+        self._readers = data.num_read_threads
+        self._reads: list[tuple[Storage, str, int, int]] = []
+        self.contents: list[bytes] = []
+        self._draws: list[NDArray[np.float32]] = []
+        for source, samples in self._fetch():
+            index, storage = self._indexes[source], self.storages[source]
+            self._reads += [
+                (storage, index.shards[read.shard].name, read.offset, read.num_bytes)
+                for read in samples.reads
+            ]
+            pieces = zip(samples.pieces, samples.start, samples.stop, samples.draws, strict=True)
+            for piece, start, stop, draws in pieces:
+                if piece is not None:
+                    self.contents.append(piece[start:stop])
+                    self._draws.append(draws)
+
+    @property
+    def num_images(self) -> int:
+        """Images of one round."""
+        return self._num_steps * self._config.batch_size
+
+    def _runs(self) -> Iterator[tuple[int, Run, NDArray[np.int64]]]:
+        """(data set, run, positions in its window) of the stretch."""
+        first, stop = WARM_UP_STEPS, WARM_UP_STEPS + self._num_steps
+        for source, order in enumerate(self._order.orders):
+            for lane in range(order.lanes):
+                turn = self._order.first_turn(source, lane, first)
+                end = self._order.first_turn(source, lane, stop)
+                while turn < end:
+                    run = order.run_at(lane, turn)
+                    turn = run.next_turn
+                    yield source, run, np.arange(run.start, min(run.stop, run.stop + end - turn))
+
+    def _fetch(self) -> list[tuple[int, Samples]]:
+        def fetch(item: tuple[int, Run, NDArray[np.int64]]) -> tuple[int, Samples]:
+            source, run, positions = item
+            return source, self._fetchers[source].fetch(run, positions)
+
+        with ThreadPoolExecutor(self._readers) as pool:
+            return list(pool.map(fetch, self._runs()))
+
+    def read(self) -> float:
+        """Read the ranges alone."""
+
+        def read(item: tuple[Storage, str, int, int]) -> None:
+            storage, name, offset, num_bytes = item
+            storage.read(name, offset, num_bytes)
+
+        def work() -> None:
+            with ThreadPoolExecutor(self._readers) as pool:
+                for _ in pool.map(read, self._reads):
+                    pass
+
+        return self._rate(work)
+
+    def parse(self) -> float:
+        """Plan, read and cut."""
+        return self._rate(self._fetch)
+
+    def decode(self) -> float:
+        """Decode the members from memory into buffers like the stream's, in its threads."""
+        data, size = self._config.data, self._config.batch_size
+        names = SampleNames(self._indexes)
+        decode_slot = slot_decoder(data.decode, self._augmenter)
+        contents, draws = self.contents, self._draws
+
+        def decode(thread: int) -> None:
+            buffer = new_buffer(data.decode, size, names.keys, pin=False)
+            buffer.draws = np.zeros((size, self._augmenter.num_draws), np.float32)
+            for number in range(thread, len(contents), data.threads):
+                slot = number % size
+                buffer.draws[slot] = draws[number]
+                decode_slot(buffer, slot, contents[number])
+
+        def work() -> None:
+            with ThreadPoolExecutor(data.threads) as pool:
+                for _ in pool.map(decode, range(data.threads)):
+                    pass
+
+        return self._rate(work)
+
+    def stream(self, *, corrupt: bool) -> float:
+        """Take the stretch's batches from a stream that has got going."""
+        config = self._config
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        forward = make_forward(config, device)
+        with open_stream(
+            config.data,
+            index=self._indexes,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            pin=device.type == "cuda",
+        ) as stream:
+
+            def take(num_steps: int) -> None:
+                for _ in range(num_steps):
+                    batch = next(stream)
+                    if corrupt:
+                        forward.inputs(batch, "train")
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+
+            take(WARM_UP_STEPS)
+            return self._rate(lambda: take(self._num_steps))
+
+    def _rate(self, work: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        work()
+        return self.num_images / (time.perf_counter() - started)
