@@ -13,7 +13,7 @@ LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
 IMAGE_TAG = re.compile(r"<img[^>]*src=\"([^\"]+)\"")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 # In the map a package may stand for its files; every file of these must be named or covered.
-MAPPED = ("pipeline", "launch", "configs", "benchmarks", "docker")
+MAPPED = ("pipeline", "launch", "configs", "benchmarks", "docker", "examples")
 
 
 def tracked() -> set[str]:

@@ -110,9 +110,10 @@ class OrderedShards(IterableDataset[Sample]):
     def state_dict(self, *, consumed: int | None = None) -> State:
         """The state after `consumed` samples of this rank since the start, or since it was loaded.
 
-        None: after the samples that were yielded so far. Stages that hold samples back (a shuffle
-        buffer, a DataLoader's worker, which prefetches) have taken more than they gave: count what
-        the loop has used, and say it. Raises UserError where only the loop can know.
+        None: after the samples that were yielded so far. Stages behind this one have often taken
+        more than they gave (wds.batched one sample, a shuffle its buffer, a DataLoader's worker
+        what it prefetches), and a state that counts these loses them: count what the loop has used,
+        and say it. Raises UserError where only the loop can know.
         """
         if consumed is None:
             if self._runs_in_worker.item() and get_worker_info() is None:

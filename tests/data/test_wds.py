@@ -153,6 +153,18 @@ def test_decoders_maps_and_batching_of_webdataset_work_unchanged(tiny_shards: Pa
         assert classes.tolist() == [number % 3 for number in numbers]
 
 
+def test_a_loop_over_batches_counts_what_it_used(tiny_shards: Path):
+    def batches(ordered: OrderedShards):
+        return wds.DataPipeline(ordered, wds.to_tuple("__key__"), wds.batched(G))
+
+    first, second = source(tiny_shards), source(tiny_shards)
+    used = [keys for (keys,) in islice(batches(first), 4)]
+    assert first.state_dict()["taken"] == 1  # wds.batched has asked for one more
+    second.load_state_dict(first.state_dict(consumed=4 * G))
+    used += [keys for (keys,) in islice(batches(second), 4)]
+    assert [key for keys in used for key in keys] == keys_of_source(tiny_shards, 8 * G)
+
+
 def test_pil_images_and_an_epoch_of_webdataset(tiny_shards: Path):
     stages = (wds.decode("pil"), wds.to_tuple("__key__", "png"))
     pipeline = wds.DataPipeline(source(tiny_shards), *stages).with_epoch(5)
