@@ -18,6 +18,7 @@ runs in neither is named with the reason. Adding a loader: see benchmarks/rivals
 Speed: images/s of a whole epoch, the second of its process (workers, files and code are warm), to a
 batch in the training process; 2 threads or 2 worker processes with 1 thread each, shuffled. The
 ceiling is 2 threads that decode the same bytes out of memory by simplejpeg, in the same rounds.
+CPU us/image is the processor time of all the loader's processes: the figure for a busy machine.
 Ranks: real processes with RANK, WORLD_SIZE and the like read the first size's pictures; every label
 is counted. Resume: a new process goes on in the middle of an epoch, the data dropped from the page
 cache; seconds and bytes off the disk to its first batch, without the imports of its file.
@@ -79,7 +80,7 @@ def measure_speed(
 ) -> list[dict[str, Any]]:
     """Rows of loader x decoder: images/s of every round; the first row is the ceiling."""
     rows: list[dict[str, Any]] = [
-        {"loader": name, "decoder": decoder, "runs": []}
+        {"loader": name, "decoder": decoder, "runs": [], "cpu_us_runs": []}
         for name in names
         for decoder in runner.ready[name]["decoders"]
     ]
@@ -93,6 +94,7 @@ def measure_speed(
                 row["failure"] = str(failure)
                 continue
             row["runs"].append(result["images_per_second"])
+            row["cpu_us_runs"].append(result["cpu_us"])
             row["batch"] = result["batch"]
     ceiling = rows[0]["runs"]
     for row in rows:
@@ -100,6 +102,7 @@ def measure_speed(
         row["images_per_second"] = median(row["runs"]) if complete else None
         shares = [run / top for run, top in zip(row["runs"], ceiling, strict=False)]
         row["share"] = median(shares) if complete else None
+        row["cpu_us"] = median(row["cpu_us_runs"]) if complete else None
     return rows
 
 

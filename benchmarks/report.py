@@ -55,7 +55,10 @@ def print_tables(report: dict[str, Any]) -> None:
         print(f"\n{figures['count']:,} JPEG pictures of {size} px, {mean_kb:.1f} kB each\n")
         if "speed" in figures:
             _print_table(
-                ["loader", "decoder", "images/s", "of the ceiling", "lowest to highest", "batch"],
+                [
+                    *("loader", "decoder", "images/s", "of the ceiling", "lowest to highest"),
+                    *("CPU us/image", "batch"),
+                ],
                 [_speed_cells(row, footnotes) for row in figures["speed"]],
             )
         if "ranks" in figures:
@@ -105,10 +108,11 @@ def _speed_cells(row: dict[str, Any], footnotes: list[str]) -> list[str]:
     decoder = "simplejpeg" if row["loader"] == CEILING else row["decoder"]
     if row["images_per_second"] is None:
         mark = _note(footnotes, f"{name} failed: {row['failure']}")
-        return [name, decoder, f"- {mark}", "-", "-", "-"]
+        return [name, decoder, f"- {mark}", "-", "-", "-", "-"]
     rate, lowest, highest = row["images_per_second"], min(row["runs"]), max(row["runs"])
     spread = f"{lowest:,.0f} to {highest:,.0f}"
-    return [name, decoder, f"{rate:,.0f}", f"{row['share']:.2f}", spread, row["batch"]]
+    share, cpu = f"{row['share']:.2f}", f"{row['cpu_us']:.0f}"
+    return [name, decoder, f"{rate:,.0f}", share, spread, cpu, row["batch"]]
 
 
 def _rank_cell(result: dict[str, Any], footnotes: list[str]) -> str:

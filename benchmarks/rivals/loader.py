@@ -26,6 +26,8 @@ from torch import Tensor
 # Class numbers, int64 [b]: the sample's number. Pixels, [b, ...]: uint8, or float in [0, 1].
 Batch = tuple[Tensor, Tensor]
 
+TICKS = os.sysconf("SC_CLK_TCK")  # of the times in /proc/PID/stat, per second
+
 
 @dataclass(frozen=True)
 class Task:
@@ -128,16 +130,26 @@ def shards_of(task: Task) -> list[str]:
     return [str(path) for path in sorted(Path(task.pictures, "tar").glob("*.tar"))]
 
 
-def _bytes_read() -> int:
-    """Bytes that this process and its children fetched from the disk, mapped files included."""
-    total, pids = 0, ["self"]
+def _processes() -> Iterator[Path]:
+    """/proc/PID of this process and all below it."""
+    pids = ["self"]
     while pids:
         process = Path("/proc", pids.pop())
-        fields = dict(line.split(": ") for line in (process / "io").read_text().splitlines())
-        total += int(fields["read_bytes"])
+        yield process
         for thread in (process / "task").iterdir():
             pids += (thread / "children").read_text().split()
-    return total
+
+
+def _bytes_read() -> int:
+    """Bytes that these processes fetched from the disk, mapped files included."""
+    lines = [(process / "io").read_text().splitlines() for process in _processes()]
+    return sum(int(dict(line.split(": ") for line in text)["read_bytes"]) for text in lines)
+
+
+def _cpu_seconds() -> float:
+    """Processor time of these processes, user and system; hardly depends on what else runs."""
+    fields = [(process / "stat").read_text().rpartition(")")[2].split() for process in _processes()]
+    return sum(int(user) + int(system) for *_, user, system in (row[:13] for row in fields)) / TICKS
 
 
 def _forget(folder: Path) -> None:
@@ -167,11 +179,13 @@ def _speed(loader: Loader, task: Task) -> dict[str, Any]:
     session = loader.open(task, None)
     for _ in session.epoch(0):
         pass
-    start, count = time.perf_counter(), 0
+    cpu, start, count = _cpu_seconds(), time.perf_counter(), 0
     for ids, pixels in session.epoch(1):
         count += len(ids)
         batch = f"{str(pixels.dtype).removeprefix('torch.')} {list(pixels.shape[1:])}"
-    return {"images_per_second": count / (time.perf_counter() - start), "batch": batch}
+    seconds = time.perf_counter() - start
+    cpu_us = (_cpu_seconds() - cpu) / count * 1e6
+    return {"images_per_second": count / seconds, "cpu_us": cpu_us, "batch": batch}
 
 
 def _drain(batches: Iterator[Batch]) -> dict[str, Any]:
