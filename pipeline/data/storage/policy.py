@@ -4,6 +4,7 @@ a request fails --Patience.after--> wait (back-off with jitter, Retry-After) and
                                `--> ShardReadError that names the URL and the policy
 """
 
+import logging
 import random
 import threading
 import time
@@ -17,6 +18,10 @@ from pipeline.data.storage.base import ShardReadError, TransferCounters
 FIRST_BACKOFF_SECONDS = 0.25  # doubled by each failure in a row
 # From the system: no result depends on it, and the processes of a job must not draw the same.
 JITTER = random.SystemRandom()
+
+LOUD_FROM = 3  # failures in a row that are worth a warning
+
+log = logging.getLogger(__name__)
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -84,6 +89,13 @@ class Patience:
         wait = self._wait_seconds(getattr(fault, "retry_after", None))
         if self._num_in_row >= self._policy.attempts or wait >= left or self.is_stopped:
             raise self._given_up(fault) from fault
+        log.log(
+            logging.WARNING if self._num_in_row >= LOUD_FROM else logging.INFO,
+            "%s: %s; next attempt in %.1f s",
+            self._where,
+            fault,
+            wait,
+        )
         if self._stopped.wait(wait):
             raise self._given_up(fault) from fault
         with self._counters.lock:

@@ -49,6 +49,12 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait(timeout=10)
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers of this machine are spoken to directly, whatever its environment says."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
 @pytest.fixture
 def nginx(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
     """Serve a directory by nginx; the result is its URL."""

@@ -8,6 +8,7 @@ It writes to the socket itself, so that every wrong answer is exactly as wrong a
 import random
 import socket
 import socketserver
+import ssl
 import struct
 import threading
 import time
@@ -226,8 +227,8 @@ class FaultServer:
 
 
 @contextmanager
-def serving(server: FaultServer) -> Iterator[FaultServer]:
-    """Run a server in threads; `server.url` is its root."""
+def serving(server: FaultServer, tls: ssl.SSLContext | None = None) -> Iterator[FaultServer]:
+    """Run a server in threads; `server.url` is its root. `tls`: for HTTPS."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -235,8 +236,12 @@ def serving(server: FaultServer) -> Iterator[FaultServer]:
                 server.num_open += 1
                 server.most_open = max(server.most_open, server.num_open)
             try:
-                server.serve(self.request)
-            except (ConnectionError, TimeoutError):
+                if tls is None:
+                    server.serve(self.request)
+                else:
+                    with tls.wrap_socket(self.request, server_side=True) as client:
+                        server.serve(client)
+            except (ConnectionError, TimeoutError, ssl.SSLError):
                 return  # the client or a fault ended it
             finally:
                 with server.lock:
@@ -253,7 +258,7 @@ def serving(server: FaultServer) -> Iterator[FaultServer]:
     with Listener(("127.0.0.1", 0), Handler) as listener:
         thread = threading.Thread(target=listener.serve_forever, args=(0.05,), daemon=True)
         thread.start()
-        server.url = f"http://127.0.0.1:{listener.server_address[1]}"
+        server.url = f"http{'s' if tls else ''}://127.0.0.1:{listener.server_address[1]}"
         try:
             yield server
         finally:

@@ -1,12 +1,20 @@
 """Reading over HTTP from servers that behave, each in its own way."""
 
 import random
+import ssl
 import threading
 import time
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from pipeline.data.storage import RemotePolicy, ShardReadError, ShardState, open_storage
 from pipeline.errors import UserError
@@ -246,6 +254,47 @@ def test_closing_ends_a_wait_and_reading_goes_on_afterwards():
         assert "reading was stopped" in errors[0]
         plan_of[0] = None
         assert storage.read("a.tar", 0, 1) == CONTENT[:1]
+
+
+def write_certificate(path: Path) -> ssl.SSLContext:
+    """Make a certificate for 127.0.0.1 that nobody has signed; return a server's side of it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), True)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .sign(key, hashes.SHA256())
+    )
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path.write_bytes(certificate.public_bytes(Encoding.PEM) + secret)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    return context
+
+
+def test_https_reads_from_trusted_servers_alone(tmp_path, monkeypatch):
+    context = write_certificate(tmp_path / "certificate.pem")
+    with serving(FaultServer({"a.tar": CONTENT}), context) as server:
+        started = time.monotonic()
+        storage = open_storage(server.url)
+        with pytest.raises(ShardReadError, match="https://.*self.signed.*not tried again"):
+            storage.read("a.tar", 0, 1)
+        assert time.monotonic() - started < 2
+        assert server.requests == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
+        storage = open_storage(server.url, RemotePolicy(part_bytes=9_999))
+        assert storage.read("a.tar", 1, 99_998) == CONTENT[1:-1]
+
+
+def test_a_proxy_of_the_environment_is_used(monkeypatch):
+    # A proxy sees the whole URL; the server here drops the first character of what it sees.
+    with serving(FaultServer({"ttp://shards.invalid/a.tar": CONTENT})) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert open_storage("http://shards.invalid").read("a.tar", 3, 4) == CONTENT[3:7]
 
 
 def test_nobody_listening_is_an_error_in_time():
