@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.index_place import IndexPlace, index_place
 from pipeline.data.manifest import (
     INDEX_DIRECTORY,
     MANIFEST,
-    TABLES,
     IndexFiles,
     check_shard_name,
     entry_from_json,
@@ -44,7 +44,6 @@ from pipeline.data.storage import (
 from pipeline.data.table import ShardTable
 from pipeline.data.tar import Damage
 from pipeline.errors import UserError
-from pipeline.files import write_json
 
 MAX_OPEN_TABLES = 1024
 ORDINAL_SHIFT = 48  # uid = ordinal * 2^48 + samples before
@@ -202,7 +201,7 @@ class Index:
 def build_index(
     shards: Path | str,
     *,
-    out: Path | None = None,
+    out: Path | str | None = None,
     split: SplitSpec | None = None,
     deep: bool = False,
     workers: int = 1,
@@ -210,41 +209,34 @@ def build_index(
 ) -> Index:
     """Index a directory, URL, glob or brace pattern of shards into `<out>/index`.
 
-    `out`: None = beside the shards. `deep`: with a checksum of every member. Tables of unchanged
-    shards are used again, so a stopped build goes on. Damage and duplicate keys are reported in the
-    result, not raised. Raises UserError.
+    `out`: a directory or URL, None = beside the shards. `deep`: with a checksum of every member.
+    Tables of unchanged shards are used again, so a stopped build goes on. Damage and duplicate keys
+    are reported in the result, not raised. Raises UserError.
     """
     found = find_shards(shards)
     for name in found.names:
         check_shard_name(name)
     if workers < 1:
         raise UserError(f"workers is {workers}, but must be at least 1.")
-    if out is None and is_url(found.root):
-        raise UserError(
-            f"{found.root} cannot be written to: name a directory for the index with --out."
-        )
-    out = Path(found.root) if out is None else out
-    try:
-        (out / INDEX_DIRECTORY / TABLES).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{out / INDEX_DIRECTORY} cannot be created ({error.strerror}): name a directory that "
-            "can be written with --out."
-        ) from None
     split = split or SplitSpec()
-    tasks = [
-        ShardTask(found.root, name, table_path(out, name), split, deep) for name in found.names
-    ]
-    scanned = _scan_all(found, tasks, workers, progress)
-    ordered = [scanned[name] for name in found.names]
-    manifest = make_manifest(ordered, split, found.root, out)
-    write_json(out / INDEX_DIRECTORY / MANIFEST, manifest)
-    _remove_old_tables(out, found.names)
+    out = found.root if out is None else out
+    with index_place(out, found.names) as place:
+        tasks = [
+            ShardTask(found.root, name, table_path(place.folder, name), split, deep)
+            for name in found.names
+        ]
+        scanned = _scan_all(found, tasks, workers, place, progress)
+        ordered = [scanned[name] for name in found.names]
+        place.finish(make_manifest(ordered, split, found.root, place.folder), found.names)
     return Index.open(out)
 
 
 def _scan_all(
-    found: FoundShards, tasks: Sequence[ShardTask], workers: int, progress: Progress | None
+    found: FoundShards,
+    tasks: Sequence[ShardTask],
+    workers: int,
+    place: IndexPlace,
+    progress: Progress | None,
 ) -> dict[str, ScannedShard]:
     with closing(open_storage(found.root)) as storage:
         states = storage.states(found.names)
@@ -253,8 +245,11 @@ def _scan_all(
     pace = Pace("index", len(tasks), num_bytes, progress)
     scanned: dict[str, ScannedShard] = {}
     for result in _scanned(tasks, 1 if num_bytes < PARALLEL_FROM_BYTES else workers):
-        scanned[result.entry.name] = result
-        pace.add(sizes.get(result.entry.name, 0), is_read=result.is_read)
+        name = result.entry.name
+        scanned[name] = result
+        if result.is_written:
+            place.add_table(name)
+        pace.add(sizes.get(name, 0), is_read=result.is_read)
     return scanned
 
 
@@ -267,11 +262,3 @@ def _scanned(tasks: Sequence[ShardTask], workers: int) -> Iterator[ScannedShard]
     with worker_processes(workers) as pool:
         for future in as_completed([pool.submit(index_shard, task) for task in tasks]):
             yield future.result()
-
-
-def _remove_old_tables(out: Path, names: Sequence[str]) -> None:
-    """Delete the tables of shards that are gone, and temporary files of killed builds."""
-    wanted = {table_path(out, name) for name in names}
-    for path in (out / INDEX_DIRECTORY / TABLES).rglob("*"):
-        if path.is_file() and path not in wanted:
-            path.unlink()

@@ -47,13 +47,14 @@ class ScannedShard:
     """A shard's entry, and what is merged over all shards.
 
     key_hashes: 64 bits of each key, by which duplicates are found; suffixes: rows that have it;
-    is_read: the shard was read now, not known from before.
+    is_read: the shard was read now, not known from before; is_written: its table is new.
     """
 
     entry: ShardEntry
     key_hashes: NDArray[np.uint64]
     suffixes: dict[str, int]
     is_read: bool
+    is_written: bool
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,14 @@ def index_shard(task: ShardTask) -> ScannedShard:
             if state is None:
                 raise UserError(f"The shard {storage.where(task.name)} is gone.")
             table = _reusable_table(task, state)
-            is_read = table is None
+            is_read, is_written = table is None, True
             if table is None:
                 _write(task, storage, state)
             elif table.origin.split_digest != task.split.digest():
                 is_read = _split_again(task, storage, state, table)
-        return _describe(task.name, ShardTable(task.table_path), task.split, is_read)
+            else:
+                is_written = False
+        return _describe(task, ShardTable(task.table_path), is_read, is_written)
     except (PermissionError, ShardReadError, FileNotFoundError) as error:
         raise UserError(f"Indexing {task.root}/{task.name}: {error}") from None
 
@@ -193,10 +196,11 @@ class _Groups:
         return [self._number_at[sample.members["json"][0]] for sample in samples]
 
 
-def _describe(name: str, table: ShardTable, split: SplitSpec, is_read: bool) -> ScannedShard:
+def _describe(task: ShardTask, table: ShardTable, is_read: bool, is_written: bool) -> ScannedShard:
+    split = task.split
     counts = np.bincount(table.split_numbers, minlength=len(split.names)).tolist()
     entry = ShardEntry(
-        name=name,
+        name=task.name,
         bytes=table.origin.shard_bytes,
         samples=table.num_rows,
         sha256=table.origin.shard_sha256,
@@ -208,4 +212,4 @@ def _describe(name: str, table: ShardTable, split: SplitSpec, is_read: bool) -> 
     keys = table.keys()
     digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
     hashes = np.frombuffer(b"".join(digests), np.uint64)
-    return ScannedShard(entry, hashes, table.suffix_counts(), is_read)
+    return ScannedShard(entry, hashes, table.suffix_counts(), is_read, is_written)

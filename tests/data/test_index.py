@@ -241,10 +241,10 @@ def test_a_stopped_build_goes_on_and_leaves_the_same_index(shards, monkeypatch):
     out = shards.parent / "stopped"
     describe = scan._describe
 
-    def stop_at_third(name, *rest):
-        if name == "tiny-0002.tar":
+    def stop_at_third(task, *rest):
+        if task.name == "tiny-0002.tar":
             raise KeyboardInterrupt
-        return describe(name, *rest)
+        return describe(task, *rest)
 
     monkeypatch.setattr(scan, "_describe", stop_at_third)
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,92 @@
+"""Where an index is made: in its directory, or for a remote one in a temporary directory first.
+
+    remote tables --fetch--> temporary directory --index_shard--> table --upload, at once--> remote
+                                                                  manifest --upload, last--> remote
+
+So a build that was stopped goes on from the tables that are there, local or remote.
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pipeline.data.manifest import (
+    INDEX_DIRECTORY,
+    MANIFEST,
+    TABLES,
+    table_name,
+    table_path,
+)
+from pipeline.data.storage import is_url, open_storage
+from pipeline.data.storage.opening import local_path
+from pipeline.data.storage.publish import Publisher, open_publisher
+from pipeline.data.storage.threads import map_in_threads
+from pipeline.errors import UserError
+from pipeline.files import write_json
+
+FETCH_THREADS = 16
+
+
+class IndexPlace:
+    """The directory in which an index is made, and the store that gets it, if it is remote."""
+
+    def __init__(self, folder: Path, publisher: Publisher | None) -> None:
+        self.folder = folder
+        self._publisher = publisher
+
+    def add_table(self, shard_name: str) -> None:
+        """A shard's table was written, or was right already."""
+        if self._publisher is not None:
+            self._publisher.put(table_name(shard_name), table_path(self.folder, shard_name))
+
+    def finish(self, manifest: dict[str, Any], names: Sequence[str]) -> None:
+        """Write the manifest, and drop the tables of shards that are not among `names`."""
+        path = self.folder / INDEX_DIRECTORY / MANIFEST
+        write_json(path, manifest)
+        if self._publisher is not None:
+            self._publisher.put(f"{INDEX_DIRECTORY}/{MANIFEST}", path)
+            return
+        wanted = {table_path(self.folder, name) for name in names}
+        for file in (self.folder / INDEX_DIRECTORY / TABLES).rglob("*"):
+            if file.is_file() and file not in wanted:  # of a shard that is gone, of a killed build
+                file.unlink()
+
+
+@contextmanager
+def index_place(out: Path | str, shard_names: Sequence[str]) -> Generator[IndexPlace]:
+    """Open the place for an index in `out`, a directory or URL; raise UserError if it is no place
+    to write to.
+    """
+    if is_url(out):
+        publisher = open_publisher(str(out))
+        with TemporaryDirectory(prefix="latentmill-index-") as folder:
+            _fetch_tables(str(out), shard_names, Path(folder))
+            yield IndexPlace(Path(folder), publisher)
+        return
+    folder = Path(local_path(out))
+    try:
+        (folder / INDEX_DIRECTORY / TABLES).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder / INDEX_DIRECTORY} cannot be created ({error.strerror}): name a directory "
+            "that can be written with --out."
+        ) from None
+    yield IndexPlace(folder, None)
+
+
+def _fetch_tables(root: str, shard_names: Sequence[str], folder: Path) -> None:
+    """Copy the tables that are there already."""
+    with closing(open_storage(root)) as storage:
+        states = storage.states([table_name(name) for name in shard_names])
+        found = [(name, state.num_bytes) for name, state in states.items() if state is not None]
+
+        def fetch(file: tuple[str, int]) -> None:
+            name, num_bytes = file
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(storage.read(name, 0, num_bytes))
+
+        map_in_threads(fetch, found, FETCH_THREADS)
+    (folder / INDEX_DIRECTORY / TABLES).mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,112 @@
+"""Packing into S3: the same files as a local pack, also after it was stopped."""
+
+import hashlib
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data import pack_remote
+from pipeline.data.index import Index
+from pipeline.data.pack import pack_folder, pack_sprites
+from pipeline.data.storage.publish import open_publisher
+from pipeline.data.verify import verify_shards
+from pipeline.errors import UserError
+from tests.data.storage.conftest import BUCKET
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest, s3_endpoint: str) -> str:
+    return f"s3://{BUCKET}/{request.node.name.translate({ord('['): '-', ord(']'): None})}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five images, two of them broken, of which one is a shard of its own."""
+    for number in range(5):
+        path = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        if number in (1, 2):
+            path.write_bytes(path.read_bytes()[:-30])
+    return tmp_path / "images"
+
+
+def in_s3(url: str) -> dict[str, str]:
+    """Every object below the URL with its hash, but for the index: it holds S3's tags."""
+    client, prefix = boto3.client("s3"), url.removeprefix(f"s3://{BUCKET}/") + "/"
+    listed = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
+    names = [entry["Key"].removeprefix(prefix) for entry in listed]
+    return {
+        name: hashlib.sha256(
+            client.get_object(Bucket=BUCKET, Key=prefix + name)["Body"].read()
+        ).hexdigest()
+        for name in names
+        if not name.startswith("index/")
+    }
+
+
+def locally(root: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.iterdir()
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_folder_in_s3_has_the_bytes_of_a_local_pack(
+    folder: Path, tmp_path: Path, url: str, workers: int
+):
+    local = pack_folder(folder, tmp_path / "out", shard_samples=1)
+    remote = pack_folder(folder, url, shard_samples=1, workers=workers)
+    assert in_s3(url) == locally(tmp_path / "out")
+    assert (remote.dataset_id, remote.classes) == (local.dataset_id, local.classes)
+    assert (remote.broken, remote.num_shards) == (local.broken, 3)
+    assert Index.open(url).has_checksums
+    assert verify_shards(url, decode=True).problems == []
+    assert pack_folder(folder, url, shard_samples=1) == remote  # nothing is left to do
+    with pytest.raises(UserError, match="another source or with other settings"):
+        pack_folder(folder, url, shard_samples=2)
+
+
+def test_a_stopped_pack_goes_on(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch):
+    pack_sprites(tmp_path / "out", count=10, shard_samples=2)
+    write, written = pack_remote.write_part, []
+
+    def counted(*arguments: object) -> int:
+        written.append(arguments[-1])
+        return write(*arguments)
+
+    monkeypatch.setattr(pack_remote, "write_part", counted)
+    publisher_type = type(open_publisher(url))
+    put = publisher_type.put
+
+    def stop_before_a_record(self: object, name: str, content: bytes | Path) -> None:
+        if name == "_stage/part-000002.json" and written.count(2) == 1:
+            raise KeyboardInterrupt
+        put(self, name, content)
+
+    monkeypatch.setattr(publisher_type, "put", stop_before_a_record)
+    with pytest.raises(KeyboardInterrupt):
+        pack_sprites(url, count=10, shard_samples=2)
+    assert "pack.json" not in in_s3(url)
+    pack_sprites(url, count=10, shard_samples=2)
+    assert written == [0, 1, 2, 2, 3, 4]
+    assert in_s3(url) == locally(tmp_path / "out")
+
+
+def test_foreign_shards_are_refused(url: str):
+    open_publisher(url).put("other.tar", b"x")
+    with pytest.raises(UserError, match=r"already holds shards .* other\.tar"):
+        pack_sprites(url, count=10)
+
+
+def test_http_is_refused_before_anything_is_made():
+    with pytest.raises(UserError, match="read only"):
+        pack_sprites("http://127.0.0.1:9/x", count=10)
