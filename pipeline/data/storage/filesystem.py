@@ -10,14 +10,14 @@ from pipeline.errors import UserError
 TAGS = ("ETag", "etag", "md5Hash", "generation", "checksum", "mtime", "LastModified", "created")
 
 
-def open_filesystem(root: str) -> tuple[Any, str]:
+def open_filesystem(root: str, **options: Any) -> tuple[Any, str]:
     """Return the fsspec file system of a URL and the path in it; raise UserError if it cannot be.
 
     Settings come from where each library looks for them: its environment variables, its files and
-    fsspec's own configuration.
+    fsspec's own configuration; `options` come before these.
     """
     try:
-        filesystem, path = url_to_fs(root)
+        filesystem, path = url_to_fs(root, **options)
     except (ImportError, ValueError) as error:
         raise UserError(
             f"{root} cannot be opened: {error}. (s3: install latentmill[s3]; others: the package "

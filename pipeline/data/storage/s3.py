@@ -12,6 +12,8 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable
 
+from fsspec.config import conf
+
 from pipeline.data.storage.base import ShardReadError, ShardState
 from pipeline.data.storage.filesystem import open_filesystem
 from pipeline.data.storage.http import HttpStorage
@@ -25,7 +27,10 @@ class S3Storage(HttpStorage):
     """The shards below `s3://bucket/prefix`."""
 
     def __init__(self, root: str, policy: RemotePolicy) -> None:
-        self._files, self._path = open_filesystem(root)
+        # botocore still signs URLs by version 2 in some regions, which newer stores, and AWS for
+        # objects under a KMS key, refuse.
+        config = {"signature_version": "s3v4"} | conf.get("s3", {}).get("config_kwargs", {})
+        self._files, self._path = open_filesystem(root, config_kwargs=config)
         super().__init__(root, policy)
 
     def where(self, name: str) -> str:

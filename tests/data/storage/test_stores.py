@@ -16,6 +16,7 @@ from pipeline.data.storage import (
     find_shards,
     open_storage,
 )
+from pipeline.data.storage.http import HttpStorage
 from pipeline.data.storage.local import LocalStorage
 from pipeline.data.storage.publish import open_publisher
 from pipeline.errors import UserError
@@ -172,6 +173,26 @@ def test_s3_lists_once_for_many_shards_and_reads_by_http(s3, folder):
         assert states[NAMES[4]] == ShardState(4000, head["ETag"])
         assert storage.read(NAMES[4], 1, 9) == CONTENT[1:10]
         assert storage.counters.num_requests == 1
+
+
+def test_s3_urls_are_signed_by_version_4_unless_the_bucket_is_public(s3, folder, monkeypatch):
+    root = s3(folder, "signed")
+    seen: list[str] = []
+    send = HttpStorage._send
+
+    def watch(storage, method, url, headers, patience):
+        seen.append(url)
+        return send(storage, method, url, headers, patience)
+
+    monkeypatch.setattr(HttpStorage, "_send", watch)
+    with closing(open_storage(root)) as storage:
+        storage.read(NAMES[1], 0, 1)
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True})
+    boto3.client("s3").put_object_acl(Bucket=BUCKET, Key=f"signed/{NAMES[2]}", ACL="public-read")
+    with closing(open_storage(root)) as storage:
+        assert storage.read(NAMES[2], 0, 1) == CONTENT[:1]
+    assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in seen[0]
+    assert "?" not in seen[1]
 
 
 def test_s3_that_cannot_be_reached_or_entered_is_explained(s3_endpoint, monkeypatch):
