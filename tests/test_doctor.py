@@ -122,6 +122,28 @@ def test_no_index_is_one_failure(tmp_path: Path):
     assert f"run `latentmill index {tmp_path / 's'}`" in failures[0][2]
 
 
+def test_every_data_set_of_a_mixture_is_examined(shards: Path, tmp_path: Path):
+    data = f"{{mixture: [{{path: {shards}}}, {{path: {tmp_path / 'none'}}}]}}"
+    findings = diagnose(config_of(shards, tmp_path, data=data))
+    assert "60 samples in 5 shards" in texts(findings, "ok", "index")
+    assert f"run `latentmill index {tmp_path / 'none'}`" in texts(findings, "FAIL", "index")
+    both = f"{{mixture: [{{path: {shards}}}, {{path: {shards}, weight: 2}}], lanes: 6}}"
+    findings = diagnose(config_of(shards, tmp_path, data=both))
+    orders = [finding.text for finding in findings if finding.check == "order"]
+    assert [" 2 lanes" in orders[0], " 4 lanes" in orders[1]] == [True, True]
+    assert texts(findings, "ok", "memory")
+
+
+def test_a_store_that_cannot_be_reached_is_a_failure_soon(shards: Path, tmp_path: Path):
+    url = "http://127.0.0.1:9"  # nothing listens there
+    data = f"{{path: {shards}, shards: '{url}', decode: {{kind: image, size: 32}}}}"
+    started = time.monotonic()
+    findings = diagnose(config_of(shards, tmp_path, data=data))
+    assert url in texts(findings, "FAIL", "shards")
+    assert "does not tell its time" in texts(findings, "warning", "clock")
+    assert time.monotonic() - started < 30
+
+
 def test_duplicate_keys_and_damage_are_warnings(tmp_path: Path):
     folder = tmp_path / "s"
     folder.mkdir()
@@ -158,7 +180,7 @@ def test_files_from_the_future_show_a_wrong_clock(shards: Path, tmp_path: Path):
     later = time.time() + 3600
     os.utime(shards / "tiny-0000.tar", (later, later))
     failure = texts(diagnose(config_of(shards, tmp_path)), "FAIL", "clock")
-    assert "s behind the newest file" in failure
+    assert "s behind the newest shard" in failure
     assert "NTP" in failure
 
 

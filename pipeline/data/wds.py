@@ -19,8 +19,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from pipeline.data.index import Index
 from pipeline.data.order import Order
 from pipeline.data.raw import RankSlots, Sample, raw_samples
+from pipeline.data.settings import LOCAL_READ_THREADS
 from pipeline.data.splits import ALL
-from pipeline.data.storage import FoundShards, RemotePolicy, find_shards, open_storage
+from pipeline.data.storage import FoundShards, RemotePolicy, find_shards, is_url, open_storage
 from pipeline.errors import UserError
 
 State = dict[str, Any]
@@ -56,7 +57,7 @@ class OrderedShards(IterableDataset[Sample]):
         world: int | None = None,
         epochs: int | None = None,
         tail: Literal["carry", "drop"] = "carry",
-        read_threads: int = 2,
+        read_threads: int | None = None,
         remote: RemotePolicy | None = None,
     ) -> None:
         """Check everything; raise UserError if the numbers or the shards do not fit.
@@ -65,13 +66,18 @@ class OrderedShards(IterableDataset[Sample]):
         `index/`, None = beside the shards; batch_size: samples per step over all ranks. epochs:
         length of the whole stream, None = endless. tail: under `carry` each sample comes exactly
         once per epoch, and at the end of the last one some ranks get fewer than others; `drop`
-        leaves out what fills no batch, and all ranks get the same number.
+        leaves out what fills no batch, and all ranks get the same number. read_threads: None = 2
+        for local shards, `remote.connections` for others.
         """
         super().__init__()
         self._found = find_shards(shards, remote)
         self._remote = remote
         self._index_path = self._found.root if index is None else index
         self._split = split
+        if read_threads is None:
+            is_remote = is_url(self._found.root)
+            policy = remote or RemotePolicy()
+            read_threads = policy.connections if is_remote else LOCAL_READ_THREADS
         self._read_threads = read_threads
         self._numbers: dict[str, Any] = {
             "seed": seed,

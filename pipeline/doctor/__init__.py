@@ -44,6 +44,8 @@ def diagnose(
     config: Path, overrides: Sequence[str] = (), *, world: int = 1, topology: Path | None = None
 ) -> list[Finding]:
     """Check everything that can be checked; `topology`: the accelerate file of the launch."""
+    if world < 1:
+        raise UserError(f"--processes {world}: a training has at least 1.")
     findings: list[Finding] = []
     whole, parts = _read(config, overrides, findings)
     if parts is None:

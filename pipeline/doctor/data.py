@@ -66,7 +66,7 @@ def _check_members(data: DataConfig, index: Index) -> Findings:
 def check_shards(patient: Patient) -> Findings:
     """Every shard is there, and is what was indexed; all that are not."""
     for source, index in patient.indexes:
-        with closing(open_storage(source.root, patient.parts.data.remote)) as storage:
+        with closing(open_storage(source.root, patient.remote)) as storage:
             states = storage.states(shard.name for shard in index.shards)
             where = {shard.name: storage.where(shard.name) for shard in index.shards}
         missing: list[str] = []

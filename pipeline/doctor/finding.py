@@ -12,8 +12,10 @@ from pipeline.config import EvaluationConfig, TrainConfig
 from pipeline.data.index import Index
 from pipeline.data.mixture import Mixture
 from pipeline.data.settings import DataConfig, Source
+from pipeline.data.storage import RemotePolicy
 
 NUM_SHOWN = 3
+ATTEMPTS = 2
 COLOURS = {"ok": "\x1b[32m", "warning": "\x1b[33m", "FAIL": "\x1b[31m"}
 NO_COLOUR = "\x1b[0m"
 
@@ -65,6 +67,11 @@ class Patient:
     order: Mixture | None
     world: int
     topology: Path | None
+
+    @property
+    def remote(self) -> RemotePolicy:
+        """The config's, but a store that cannot be reached shows soon."""
+        return self.parts.data.remote.model_copy(update={"attempts": ATTEMPTS})
 
 
 def some(names: Sequence[str]) -> str:
