@@ -36,7 +36,7 @@ class RemotePolicy(Component):
 
     attempts: Annotated[int, Field(ge=1)] = 8  # requests in a row that bring no new byte
     timeout_seconds: Seconds = 20.0  # to connect, and between two pieces of an answer
-    deadline_seconds: Seconds = 300.0  # for one range, with all attempts and waits
+    deadline_seconds: Seconds = 300.0  # for one range or part, with all attempts and waits
     max_wait_seconds: Seconds = 30.0  # between two attempts, whatever Retry-After says
     # A transfer slower than this on average (after `timeout_seconds`) is broken off and goes on
     # over another connection, which in large stores is mostly faster.

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.index import Index, build_index
+from pipeline.data.rows import shard_batches
+from pipeline.data.settings import DataConfig
 from pipeline.data.stream import Stream
 from tests.data.storage.fault_server import Fault, FaultServer, Request, serving
 from tests.data.storage.test_http_faults import FAULTS, now_and_then
-from tests.data.streams import delivered, write_shards
+from tests.data.streams import IMAGES, delivered, write_shards
 
 COUNTS = (20, 31, 3, 0, 41, 26)  # 121 samples: ten steps of 12 and one sample in an epoch
 NUM_STEPS = 11
@@ -69,6 +71,19 @@ def test_a_stream_of_any_store_is_the_same(index, baseline, root):
     """The pieces draw their own ranks and threads; three draws."""
     for draw in range(3):
         assert in_pieces(index, f"any/{draw}", shards=root) == baseline
+
+
+def test_the_rows_of_an_export_are_the_same(index, root):
+    def rows(shards: str) -> list[tuple[list[str], bytes]]:
+        data = DataConfig(path=str(index.path), shards=shards, split="all", decode=IMAGES)
+        return [
+            (batch.keys, batch.x.numpy().tobytes())
+            for shard in (0, 4)
+            for batch in shard_batches(data, index, shard, 8)
+        ]
+
+    assert rows(root) == rows(str(index.path))
+    assert len(rows(root)) == 3 + 6
 
 
 @pytest.mark.slow
