@@ -57,6 +57,7 @@ class Engine:
         self._error: BaseException | None = None
         self._is_stopped = False
         self._free = list(buffers)
+        self._prefetch = len(buffers) - 1
         self._ahead: deque[BatchBuffer] = deque()
         self._lent: BatchBuffer | None = None
         self._read_queue: Queue = SimpleQueue()
@@ -81,7 +82,8 @@ class Engine:
                 self._free.append(self._lent)
                 self._lent = None
             self._advance()
-            self.counters.num_ready += sum(buffer.num_chunks_left == 0 for buffer in self._ahead)
+            num_ready = sum(buffer.num_chunks_left == 0 for buffer in self._ahead)
+            self.counters.num_ready += min(num_ready, self._prefetch)
             while self._is_stopped or not self._is_next_complete():
                 if self._error is not None:
                     raise self._error
