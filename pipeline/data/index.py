@@ -185,6 +185,16 @@ class Index:
         if is_url(storage.root):
             self._checked[storage.root] = sound
 
+    def not_indexed(self, root: Path | str) -> list[str]:
+        """Shards that lie right below `root` but are not in the index: added later, or left out by
+        the pattern. Empty where the store cannot list.
+        """
+        try:
+            found = find_shards(root).names
+        except UserError:
+            return []
+        return sorted(set(found) - {shard.name for shard in self.shards})
+
     def _open_table(self, shard: int) -> ShardTable:
         entry = self.shards[shard]
         table = self._files.table(entry.name)

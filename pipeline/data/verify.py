@@ -41,7 +41,10 @@ class BadSample:
 
 @dataclass(frozen=True)
 class ShardsReport:
-    """What was looked at, and everything that is wrong."""
+    """What was looked at, and everything that is wrong.
+
+    not_indexed: shards beside those of the index, which may be as it should be.
+    """
 
     path: Path | str
     dataset_id: str
@@ -50,6 +53,7 @@ class ShardsReport:
     num_bytes: int
     problems: list[str]
     bad_samples: list[BadSample]
+    not_indexed: list[str]
 
 
 def has_index(path: Path | str) -> bool:
@@ -83,8 +87,9 @@ def verify_shards(
     bad: list[BadSample] = []
     num_bytes = sum(shard.bytes for shard in index.shards)
     pace = Pace("verify", len(index.shards), num_bytes, progress)
+    root = index.path if shards is None else shards
     with (
-        closing(open_storage(index.path if shards is None else shards)) as storage,
+        closing(open_storage(root)) as storage,
         ThreadPoolExecutor(threads, thread_name_prefix="verify-decode") as pool,
     ):
         for number, shard in enumerate(index.shards):
@@ -102,6 +107,7 @@ def verify_shards(
         num_bytes,
         problems,
         bad,
+        index.not_indexed(root),
     )
 
 
