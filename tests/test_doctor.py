@@ -70,6 +70,7 @@ def test_a_sound_run_is_green(shards: Path, tmp_path: Path, capsys: pytest.Captu
     assert [line.split()[0] for line in lines] == ["ok"] * len(lines)
     assert list(dict.fromkeys(line.split()[1] for line in lines)) == CHECKS
     assert not (tmp_path / "run").exists()  # it only looks
+    assert not bad(diagnose(config, [f"data.shards='file://{shards}'"]))
 
 
 def test_all_problems_show_at_once(

@@ -4,10 +4,11 @@ from contextlib import closing
 from pathlib import Path
 
 from pipeline.data.index import Index
-from pipeline.data.manifest import table_path
+from pipeline.data.manifest import place_of, table_path
 from pipeline.data.settings import DataConfig, Source
 from pipeline.data.simulate import lanes_that_read_once
 from pipeline.data.storage import is_url, open_storage
+from pipeline.data.storage.opening import local_path
 from pipeline.data.stream import MAX_READ_AMPLIFICATION, read_amplification
 from pipeline.doctor.finding import NUM_SHOWN, Finding, Findings, Parts, Patient, some
 from pipeline.errors import UserError
@@ -79,7 +80,7 @@ def check_shards(patient: Patient) -> Findings:
                 None not in (state.tag, expected.tag) and state.tag != expected.tag
             ):
                 changed.append(where[shard.name])
-        again = f"run `latentmill index {source.root}` (that makes it another data set)"
+        again = f"run `latentmill index {place_of(source.root)}` (that makes it another data set)"
         if missing:
             yield Finding("shards", "FAIL", f"{some(missing)} missing: put them back, or {again}")
         if changed:
@@ -94,7 +95,7 @@ def _check_stamps(source: Source, index: Index) -> Findings:
         touched = [
             shard.name
             for shard in index.shards
-            if (Path(source.root) / shard.name).stat().st_mtime_ns
+            if (Path(local_path(source.root)) / shard.name).stat().st_mtime_ns
             != table_path(index.path, shard.name).stat().st_mtime_ns
         ]
         if touched:
@@ -105,7 +106,9 @@ def _check_stamps(source: Source, index: Index) -> Findings:
                 f"`latentmill verify {source.path}` tells whether the content is the same",
             )
             return
-    yield Finding("shards", "ok", f"{source.root}: {len(index.shards):,} there and unchanged")
+    yield Finding(
+        "shards", "ok", f"{place_of(source.root)}: {len(index.shards):,} there and unchanged"
+    )
 
 
 def check_order(patient: Patient) -> Findings:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from email.utils import parsedate_to_datetime
 from functools import cache
 from math import prod
@@ -16,8 +17,10 @@ import psutil
 import torch
 import urllib3
 
+from pipeline.data.manifest import place_of
 from pipeline.data.simulate import memory_bound
 from pipeline.data.storage import is_url, open_storage
+from pipeline.data.storage.opening import local_path
 from pipeline.doctor.finding import Finding, Findings, Patient, size
 from pipeline.models.autoencoder import AutoEncoder, num_parameters
 from pipeline.precision import parameter_dtype
@@ -102,8 +105,8 @@ def check_clock(patient: Patient) -> Findings:
     """The clock agrees with the store that holds the shards."""
     for source, index in patient.indexes:
         if source.root.startswith(("http://", "https://")):
-            storage = open_storage(source.root, patient.remote)
-            url = storage.where(index.shards[0].name)
+            with closing(open_storage(source.root, patient.remote)) as storage:
+                url = storage.where(index.shards[0].name)
             try:
                 answer = urllib3.request("HEAD", url, timeout=10, retries=False)
                 there = parsedate_to_datetime(answer.headers["Date"]).timestamp()
@@ -111,11 +114,11 @@ def check_clock(patient: Patient) -> Findings:
                 told = f"{url} does not tell its time ({type(error).__name__})"
                 yield Finding("clock", "warning", f"{told}: compare the clocks yourself")
                 continue
-            skew, what = time.time() - there, f"the server of {source.root}"
+            skew, what = time.time() - there, f"the server of {place_of(source.root)}"
         elif is_url(source.root):
             continue  # S3 refuses what a wrong clock has signed: the shards' check shows it
         else:
-            shards = [Path(source.root) / shard.name for shard in index.shards]
+            shards = [Path(local_path(source.root)) / shard.name for shard in index.shards]
             newest = max((path.stat().st_mtime for path in shards if path.exists()), default=0.0)
             skew, what = min(0.0, time.time() - newest), f"the newest shard in {source.root}"
         side = f"{abs(skew):,.0f} s {'behind' if skew < 0 else 'ahead of'} {what}"
