@@ -1,14 +1,20 @@
 """Shards against their index: nothing is wrong until something is, and then it is named."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from webdataset.writer import TarWriter
 
-from pipeline.data.index import build_index
+from pipeline.data.index import Index, build_index
 from pipeline.data.pack import pack_sprites
 from pipeline.data.verify import has_index, verify_shards
 from pipeline.errors import UserError
+from tests.data.streams import members_of, write_shards
+from tests.processes import ROOT
 
 
 @pytest.fixture
@@ -74,3 +80,79 @@ def test_without_an_index_there_is_nothing_to_verify(tmp_path: Path):
     assert not has_index(tmp_path)
     with pytest.raises(UserError, match="latentmill index"):
         verify_shards(tmp_path)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Two shards of images in three formats, indexed with checksums; three samples are bad."""
+    damage: dict[int, dict[str, bytes | None]] = {
+        1: {"png": members_of(1)["png"][:-30]},
+        3: {"jpg": b"no image"},
+        6: {"jpg": None},
+    }
+    write_shards(tmp_path / "m", (5, 4), damage)
+    build_index(tmp_path / "m", deep=True)
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_decode_lists_every_bad_image(mixed: Path, threads: int):
+    assert verify_shards(mixed).problems == []
+    report = verify_shards(mixed, decode=True, threads=threads)
+    found = [(bad.shard, bad.key, bad.stage) for bad in report.bad_samples]
+    assert found == [
+        ("s-000.tar", "000001", "decode"),
+        ("s-000.tar", "000003", "decode"),
+        ("s-001.tar", "000006", "member"),
+    ]
+    assert all(bad.reason for bad in report.bad_samples)
+    assert report.problems == ["3 samples are bad"]
+
+
+def test_a_changed_member_is_named_by_its_checksum(mixed: Path):
+    file = mixed / "s-001.tar"
+    offset, _ = Index.open(mixed).table(1).members(2)["npy"]
+    data = bytearray(file.read_bytes())
+    data[offset + 130] ^= 4  # of the values: it can still be decoded
+    file.write_bytes(data)
+    report = verify_shards(mixed)
+    (bad,) = report.bad_samples
+    assert (bad.shard, bad.key, bad.stage) == ("s-001.tar", "000007", "checksum")
+    assert bad.reason == "another content than was indexed: .npy"
+    assert report.problems == [
+        "s-001.tar: has another content than was indexed (sha256)",
+        "1 samples are bad",
+    ]
+
+
+def test_without_any_image_there_is_nothing_to_decode(tmp_path: Path):
+    with TarWriter(str(tmp_path / "a.tar")) as tar:
+        tar.write({"__key__": "a", "txt": "text"})
+    build_index(tmp_path)
+    with pytest.raises(UserError, match=r"No sample .* The index has: txt \(1\)"):
+        verify_shards(tmp_path, decode=True)
+
+
+def test_no_threads_are_refused(mixed: Path):
+    with pytest.raises(UserError, match="threads is 0"):
+        verify_shards(mixed, decode=True, threads=0)
+
+
+def test_shards_beside_those_of_the_index_are_listed(mixed: Path):
+    (mixed / "later.tar").write_bytes((mixed / "s-000.tar").read_bytes())
+    report = verify_shards(mixed)
+    assert (report.problems, report.not_indexed) == ([], ["later.tar"])
+
+
+def test_the_command_prints_every_bad_sample(mixed: Path):
+    argv = [sys.executable, "-m", "pipeline", "verify", mixed, "--decode", "--json"]
+    ran = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    bad = json.loads(ran.stdout)["bad_samples"]
+    assert bad[2] == {
+        "shard": "s-001.tar",
+        "key": "000006",
+        "stage": "member",
+        "reason": "the sample has no member with a wanted suffix",
+    }
+    assert "verify: 2 of 2 shards, " in ran.stderr
