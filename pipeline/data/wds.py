@@ -101,6 +101,7 @@ class OrderedShards(IterableDataset[Sample]):
         self._current = object()  # the iteration that may go on
         # In shared memory: so the main process knows of an iteration in a DataLoader's worker.
         self._runs_in_worker = torch.zeros((), dtype=torch.bool).share_memory_()
+        self._has_begun_in_worker = False  # in this process, if it is a worker
 
     @cached_property
     def order(self) -> Order:
@@ -136,8 +137,12 @@ class OrderedShards(IterableDataset[Sample]):
     def load_state_dict(self, state: State) -> None:
         """Go on at a state: with any ranks if it lies between steps; raise UserError otherwise.
 
-        It takes effect when the next iteration begins; one that runs ends.
+        A run's data state {T, order_id, dataset_id} will do. It takes effect when the next
+        iteration begins; one that runs ends.
         """
+        size, world = self.order.batch_size, self._ranks[1]
+        defaults = {"tail": "carry", "taken": 0, "batch_size": size, "world": world}
+        state = defaults | state
         for name, ours in self._identity().items():
             if state.get(name) != ours:
                 raise UserError(
@@ -145,8 +150,7 @@ class OrderedShards(IterableDataset[Sample]):
                     f"{ours}. T means the same sample only under the same shards, split, seed, "
                     "lanes, interleave, window and tail."
                 )
-        T, size = state["T"], self.order.batch_size
-        then, now = (state["batch_size"], state["world"]), (size, self._ranks[1])
+        T, then, now = state["T"], (state["batch_size"], state["world"]), (size, world)
         if state["taken"] and then != now:
             raise UserError(
                 f"The state lies within a step of (batch_size, world) = {then}, here they are "
@@ -199,6 +203,12 @@ class OrderedShards(IterableDataset[Sample]):
                 "bytes of this rank. Take 0 or 1; reading has threads of its own "
                 "(read_threads), and decoding scales with the ranks."
             )
+        if self._has_begun_in_worker:
+            raise UserError(
+                "DataLoader(persistent_workers=True) would go on behind what its worker has "
+                "prefetched, and lose that: leave persistent_workers out."
+            )
+        self._has_begun_in_worker = True
         self._runs_in_worker.fill_(True)
 
     def _slots(self, start: int) -> RankSlots:

@@ -202,6 +202,30 @@ def test_two_workers_are_refused_with_the_reason(
     batches._shutdown_workers()
 
 
+def test_a_persistent_worker_is_refused_when_it_begins_again(
+    tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    loader = DataLoader(
+        source(tiny_shards), batch_size=None, num_workers=1, persistent_workers=True
+    )
+    assert len(list(islice(loader, 5))) == 5
+    with pytest.raises(UserError, match="leave persistent_workers out"):
+        list(islice(loader, 5))
+    assert loader._iterator is not None
+    loader._iterator._shutdown_workers()
+
+
+def test_the_data_state_of_a_run_will_do(tiny_shards: Path):
+    ordered = source(tiny_shards)
+    run = {"T": 5 * G, "order_id": ordered.order.order_id, "dataset_id": ordered.order.dataset_id}
+    ordered.load_state_dict(run)
+    keys = [sample["__key__"] for sample in islice(ordered, 3 * G)]
+    assert keys == keys_of_stream(tiny_shards, range(5, 8), rank=0, world=1)
+    with pytest.raises(UserError, match="order_id is None"):
+        ordered.load_state_dict({"T": 0})
+
+
 def test_a_state_of_another_stream_is_refused_and_both_are_shown(tiny_shards: Path):
     ours, theirs = source(tiny_shards), source(tiny_shards, window=6)
     with pytest.raises(UserError) as refused:
