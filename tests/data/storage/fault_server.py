@@ -37,6 +37,11 @@ class Answer(NamedTuple):
     body: bytes
 
 
+def head_bytes(status: int, headers: Mapping[str, str]) -> bytes:
+    lines = [f"HTTP/1.1 {status} X", *(f"{key}: {value}" for key, value in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
 Fault = Callable[["Connection", Answer, random.Random], None]
 Plan = Callable[[Request], Fault | None]
 
@@ -57,8 +62,7 @@ class Connection:
         self.request = request
 
     def head(self, status: int, headers: Mapping[str, str]) -> None:
-        lines = [f"HTTP/1.1 {status} X", *(f"{key}: {value}" for key, value in headers.items())]
-        self.client.sendall("\r\n".join([*lines, "", ""]).encode())
+        self.client.sendall(head_bytes(status, headers))
 
     def reset(self) -> None:
         """Close with RST, as a machine does that has died."""
@@ -140,9 +144,9 @@ def ignored_range(connection: Connection, answer: Answer, rng: random.Random) ->
 
 
 def trickle(connection: Connection, answer: Answer, rng: random.Random) -> None:
-    connection.head(answer.status, answer.headers)
-    for start in range(0, len(answer.body), 20):
-        connection.client.sendall(answer.body[start : start + 20])
+    everything = head_bytes(answer.status, answer.headers) + answer.body
+    for start in range(0, len(everything), 20):
+        connection.client.sendall(everything[start : start + 20])
         if connection.server.stopped.wait(20 / TRICKLE_BYTES_PER_SECOND):
             connection.end()
 

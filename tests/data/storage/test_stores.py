@@ -8,6 +8,7 @@ from pathlib import Path
 import boto3
 import fsspec
 import pytest
+from s3fs import S3FileSystem
 
 from pipeline.data.storage import (
     RemotePolicy,
@@ -21,7 +22,8 @@ from pipeline.data.storage.local import LocalStorage
 from pipeline.data.storage.publish import open_publisher
 from pipeline.errors import UserError
 from tests.data.storage.conftest import BUCKET
-from tests.data.storage.fault_server import FaultServer, serving
+from tests.data.storage.fault_server import FaultServer, serving, short_body
+from tests.data.storage.test_http_faults import now_and_then
 
 CONTENT = random.Random(1).randbytes(50_000)
 NAMES = tuple(f"s-{i:03d}.tar" for i in range(12))
@@ -208,6 +210,20 @@ def test_s3_that_cannot_be_reached_or_entered_is_explained(s3_endpoint, monkeypa
     monkeypatch.setattr(from_s3, "_files", files)
     with pytest.raises(UserError, match=f"s3://{BUCKET}/none cannot be listed .*environment"):
         from_s3.states(["a.tar"])
+
+
+def test_s3_has_the_same_patience_as_http(s3_endpoint, monkeypatch):
+    rng = random.Random(2)
+    server = FaultServer({f"{BUCKET}/p/a.tar": CONTENT}, now_and_then(short_body, rng))
+    with serving(server):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        S3FileSystem.clear_instance_cache()
+        storage = open_storage(f"s3://{BUCKET}/p", RemotePolicy(max_wait_seconds=0.01))
+        for start in range(0, 50_000, 5000):
+            assert storage.read("a.tar", start, 5000) == CONTENT[start : start + 5000]
+        assert storage.counters.num_reopened > 0
+        assert storage.counters.num_retries == server.num_faults
+    S3FileSystem.clear_instance_cache()
 
 
 def test_other_stores_are_tried_again_by_the_same_policy(monkeypatch):
