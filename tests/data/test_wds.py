@@ -84,7 +84,8 @@ def test_resume_in_mid_epoch_goes_on_as_our_own_stream(tiny_shards: Path, worlds
 def test_a_stop_after_any_sample_loses_and_repeats_none(tiny_shards: Path, world: int, tail: str):
     options = {"rank": world - 1, "world": world, "tail": tail, "epochs": 2, "split": "train"}
     whole = [sample["__key__"] for sample in source(tiny_shards, **options)]
-    for stop in range(len(whole) + 1):
+    epoch, end = len(whole) // 2, len(whole)
+    for stop in sorted({*range(0, end, 7), epoch - 1, epoch, epoch + 1, end - 1, end}):
         stopped = source(tiny_shards, **options)
         samples = iter(stopped)
         keys = [next(samples)["__key__"] for _ in range(stop)]
