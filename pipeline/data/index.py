@@ -35,6 +35,7 @@ from pipeline.data.scan import ScannedShard, ShardTask, index_shard
 from pipeline.data.splits import ALL, SplitSpec
 from pipeline.data.storage import (
     FoundShards,
+    RemotePolicy,
     ShardState,
     Storage,
     find_shards,
@@ -74,9 +75,14 @@ class Index:
         self.table = lru_cache(maxsize=MAX_OPEN_TABLES)(self._open_table)
 
     @classmethod
-    def open(cls, path: Path | str, ordinal: int = 0) -> "Index":
-        """Open `<path>/index`; raise UserError if there is none that this version reads."""
-        files = IndexFiles(path)
+    def open(
+        cls, path: Path | str, ordinal: int = 0, remote: RemotePolicy | None = None
+    ) -> "Index":
+        """Open `<path>/index`; raise UserError if there is none that this version reads.
+
+        `remote`: attempts and limits for a URL; None = the defaults.
+        """
+        files = IndexFiles(path, remote)
         return cls(files, files.manifest(), ordinal)
 
     @property

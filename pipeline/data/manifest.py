@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.data.scan import ScannedShard, ShardEntry
 from pipeline.data.splits import SplitSpec
-from pipeline.data.storage import is_url, open_storage
+from pipeline.data.storage import RemotePolicy, is_url, open_storage
 from pipeline.data.table import ShardTable
 from pipeline.data.tar import Damage
 from pipeline.errors import UserError
@@ -60,8 +60,8 @@ def place_of(root: Path | str) -> str:
 class IndexFiles:
     """The files of an index, local or remote, to be read."""
 
-    def __init__(self, path: Path | str) -> None:
-        self._storage = open_storage(path)
+    def __init__(self, path: Path | str, remote: RemotePolicy | None = None) -> None:
+        self._storage = open_storage(path, remote)
         self.path: Path | str = path if is_url(path) else Path(self._storage.root)
 
     def where(self, name: str) -> str:
