@@ -11,6 +11,7 @@ from pipeline.data.index import Index, build_index
 from pipeline.data.splits import SplitSpec
 from pipeline.data.verify import has_index, verify_shards
 from pipeline.errors import UserError
+from tests.data.storage.fault_server import FaultServer, serving
 from tests.data.streams import delivered, write_shards
 from tests.shards import TINY_COUNTS, write_tiny_shards
 
@@ -153,3 +154,27 @@ def test_shards_behind_http_need_a_place_for_the_index(
     (shards / "index" / "manifest.json").write_text(json.dumps([]))
     with pytest.raises(UserError, match=r"http://.*manifest\.json has format version None"):
         Index.open(url)
+
+
+def test_a_server_without_tags_is_read_again_and_each_byte_once(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    files = {path.name: path.read_bytes() for path in shards.glob("*.tar")}
+    local = build_index(shards, out=tmp_path / "local", deep=True, split=JSON_SPLIT)
+    written: list[str] = []
+    write = scan._write
+    monkeypatch.setattr(
+        scan, "_write", lambda task, *a: (written.append(task.name), write(task, *a))
+    )
+    with serving(FaultServer(files, has_tags=False)) as server:
+        for _ in range(2):
+            server.requests.clear()
+            pattern = f"{server.url}/tiny-{{0000..0004}}.tar"
+            index = build_index(pattern, out=tmp_path / "index", deep=True, split=JSON_SPLIT)
+            assert index.dataset_id == local.dataset_id
+            assert {shard.tag for shard in index.shards} == {None}
+            ranges = [r.headers["range"] for r in server.requests if r.method == "GET"]
+            asked = [[int(n) for n in text.removeprefix("bytes=").split("-")] for text in ranges]
+            whole = [last - first + 1 for first, last in asked if last > first]
+            assert sum(whole) == sum(map(len, files.values()))
+    assert written == 2 * sorted(files)
