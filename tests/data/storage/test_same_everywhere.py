@@ -11,6 +11,7 @@ import pytest
 from pipeline.data.index import Index, build_index
 from pipeline.data.rows import shard_batches
 from pipeline.data.settings import DataConfig
+from pipeline.data.storage import ShardReadError
 from pipeline.data.stream import Stream
 from tests.data.storage.fault_server import Fault, FaultServer, Request, serving
 from tests.data.storage.test_http_faults import FAULTS, now_and_then
@@ -84,6 +85,23 @@ def test_the_rows_of_an_export_are_the_same(index, root):
 
     assert rows(root) == rows(str(index.path))
     assert len(rows(root)) == 3 + 6
+
+
+def test_a_later_stream_of_the_same_run_refuses_changed_shards(index):
+    """As between training and its next evaluation: the store was asked for all shards once."""
+    files = {path.name: path.read_bytes() for path in Path(index.path).glob("*.tar")}
+    opened = Index.open(index.path)
+    with serving(FaultServer(files)) as server:
+        piece = {"num_steps": 1, "shards": server.url, **ORDER}
+        first = delivered(opened, **piece)
+        num_heads = sum(request.method == "HEAD" for request in server.requests)
+        assert delivered(opened, **piece) == first
+        assert sum(request.method == "HEAD" for request in server.requests) == num_heads
+        for name, content in files.items():
+            server.files[name] = bytes(len(content))  # of the same size
+            server.tags[name] = 1
+        with pytest.raises(ShardReadError, match=f"{server.url}/s-.*changed while it was in use"):
+            delivered(opened, **piece)
 
 
 @pytest.mark.slow
