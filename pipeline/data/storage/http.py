@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
-from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 from urllib3 import BaseHTTPResponse
@@ -29,6 +28,7 @@ from pipeline.data.storage.answers import (
     whole_length,
 )
 from pipeline.data.storage.base import ShardReadError, ShardState, Storage
+from pipeline.data.storage.connections import OpenConnections
 from pipeline.data.storage.pins import Pins, changed
 from pipeline.data.storage.policy import Patience, RemotePolicy, TransferError
 from pipeline.data.storage.threads import map_in_threads
@@ -50,7 +50,9 @@ class HttpStorage(Storage):
         self._stopped = threading.Event()
         self._parts = urlsplit(self.root)
         self._headers = {"Accept-Encoding": "identity"} | _credentials(self.root)
-        self._pool = self._new_pool()
+        self._opened = OpenConnections()
+        host, num = self._parts.hostname or "", policy.connections
+        self._pool = self._opened.new_pool(self._parts.scheme, host, num)
 
     def where(self, name: str) -> str:
         """The URL of a shard without credentials and query."""
@@ -88,21 +90,15 @@ class HttpStorage(Storage):
         return b"".join(pieces)
 
     def close(self) -> None:
-        """End reads in progress (within `timeout_seconds`) and close the connections."""
+        """End reads in progress and close the connections."""
         self._stopped.set()
         self._stopped = threading.Event()
+        self._opened.break_off()
         self._pool.clear()
 
     def _url(self, name: str) -> str:
         parts = self._parts
         return urlunsplit(parts._replace(path=f"{parts.path}/{quote(name)}"))
-
-    def _new_pool(self) -> urllib3.PoolManager:
-        proxy = getproxies().get(self._parts.scheme)
-        connections = self._policy.connections
-        if proxy and not proxy_bypass(self._parts.hostname or ""):
-            return urllib3.ProxyManager(proxy, maxsize=connections, block=True)
-        return urllib3.PoolManager(maxsize=connections, block=True)
 
     def _new_patience(self, where: str) -> Patience:
         return Patience(self._policy, where, self.counters, self._stopped)

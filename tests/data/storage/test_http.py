@@ -231,8 +231,20 @@ def test_credentials_may_stand_in_netrc(tmp_path: Path, monkeypatch: pytest.Monk
         assert server.requests[0].headers["authorization"] == "Basic bWU6c2VjcmV0"
 
 
-def test_closing_ends_a_wait_and_reading_goes_on_afterwards():
-    plan_of: list[Fault | None] = [status(503, Retry_After="60")]
+def silent(connection: Connection, answer: Answer, rng: random.Random) -> None:
+    connection.server.stopped.wait(30)
+
+
+def half_silent(connection: Connection, answer: Answer, rng: random.Random) -> None:
+    connection.head(206, answer.headers)
+    silent(connection, answer, rng)
+
+
+@pytest.mark.parametrize(
+    "fault", [status(503, Retry_After="60"), silent, half_silent], ids=["busy", "silent", "half"]
+)
+def test_closing_ends_a_wait_and_reading_goes_on_afterwards(fault: Fault):
+    plan_of: list[Fault | None] = [fault]
     with serving(FaultServer({"a.tar": CONTENT}, lambda _: plan_of[0])) as server:
         storage = open_storage(server.url, RemotePolicy(max_wait_seconds=60))
         errors: list[str] = []
@@ -249,7 +261,7 @@ def test_closing_ends_a_wait_and_reading_goes_on_afterwards():
             time.sleep(0.01)
         time.sleep(0.1)
         storage.close()
-        thread.join(timeout=5)
+        thread.join(timeout=3)
         assert not thread.is_alive()
         assert "reading was stopped" in errors[0]
         plan_of[0] = None
