@@ -3,25 +3,31 @@
     Storage.read, one chunk ahead --> `read`, `crc32`: forward, as the tar reader asks
                                   `-> `sha256` of the whole, at the end
 
-Looking back is allowed and costs a read of its own: only damage asks for it.
+Looking back is allowed, page by page: only damage asks for it, and not without bound.
 """
 
 import hashlib
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from types import TracebackType
 from typing import Self
 
-from pipeline.data.storage import Storage, is_url
+from pipeline.data.storage import ShardReadError, Storage, is_url
 
 LOCAL_CHUNK_BYTES = 1 << 20
 REMOTE_CHUNK_BYTES = (
     8 << 20
 )  # a request to a remote store takes tens of milliseconds, whatever size
+PAGE_BYTES = 1 << 18
+MAX_PAGES = 16
+# Times the shard's size that may be read again, beside the pages that are held: headers that all
+# point elsewhere, which no accident makes, end with an error instead of hours of reading.
+MAX_TIMES_BACK = 8
 
 
 class OnePass:
-    """The pass; use it in a `with` statement. At most three chunks are held."""
+    """The pass; use it in a `with` statement. At most three chunks and 16 pages are held."""
 
     def __init__(self, storage: Storage, name: str, num_bytes: int) -> None:
         self._storage = storage
@@ -30,7 +36,8 @@ class OnePass:
         self._chunk_bytes = REMOTE_CHUNK_BYTES if is_url(storage.root) else LOCAL_CHUNK_BYTES
         self._digest = hashlib.sha256()
         self._chunk, self._start = b"", 0  # the newest chunk
-        self._rear, self._rear_start = b"", 0  # the chunk that was read again last
+        self._bytes_back_left = MAX_TIMES_BACK * num_bytes + MAX_PAGES * PAGE_BYTES
+        self._page = lru_cache(maxsize=MAX_PAGES)(self._read_page)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="one-pass")
         self._next: Future[bytes] = self._request(0)
 
@@ -89,8 +96,17 @@ class OnePass:
         self._digest.update(self._chunk)
 
     def _look_back(self, offset: int, stop: int) -> bytes:
-        if not self._rear_start <= offset < self._rear_start + len(self._rear):
-            num_bytes = min(self._chunk_bytes, self._start - offset)
-            self._rear_start = offset
-            self._rear = self._storage.read(self._name, offset, num_bytes)
-        return self._rear[offset - self._rear_start : stop - self._rear_start]
+        number = offset // PAGE_BYTES
+        start = number * PAGE_BYTES
+        return self._page(number)[offset - start : stop - start]
+
+    def _read_page(self, number: int) -> bytes:
+        start = number * PAGE_BYTES
+        num_bytes = min(PAGE_BYTES, self._num_bytes - start)
+        self._bytes_back_left -= num_bytes
+        if self._bytes_back_left < 0:
+            raise ShardReadError(
+                f"{self._storage.where(self._name)} would have to be read more than "
+                f"{MAX_TIMES_BACK} times to find what is in it: it is too damaged; leave it out."
+            )
+        return self._storage.read(self._name, start, num_bytes)

@@ -41,6 +41,7 @@ from tests.data.tar_mutations import (
     Part,
     Shard,
     new_shard,
+    seal,
     wild_size,
 )
 
@@ -372,30 +373,59 @@ def test_names_never_become_paths(
     }
 
 
-def test_giant_sizes_and_many_claims_on_the_same_bytes_cost_nothing(marker: Path):
-    """A header that claims gigabytes, and thousands that all claim the rest of the file."""
-    shard = new_shard(0, marker)
+def many_claims(shard: Shard, count: int, size_of: Callable[[int], int]) -> bytes:
+    """Nothing but headers, each with a claim on the bytes after it."""
     header = Data(shard.data[shard.parts[0].header : shard.parts[0].offset])
-    claims = b""
-    for number in range(3000):
-        header[124:136] = b"%011o\0" % ((3000 - number) * BLOCK - 700)
-        header[148:156] = b" " * 8
-        header[148:156] = b"%06o\0 " % sum(header)
-        claims += bytes(header)
-    meter = Meter(claims + b"x" * 4096)
+    claims = Data()
+    for number in range(count):
+        header[124:136] = b"%011o\0" % size_of(number)
+        seal(header, 0)
+        claims += header
+    return bytes(claims) + b"x" * 4096
+
+
+def test_many_claims_on_the_same_bytes_cost_nothing(marker: Path, tmp_path: Path):
+    """Thousands of headers that all claim the rest of the file."""
+    count = 3000
+    data = many_claims(new_shard(0, marker), count, lambda number: (count - number) * BLOCK - 700)
+    meter = Meter(data)
     visited: list[int] = []
 
-    def visit(name: str, offset: int, num_bytes: int) -> int:
+    def visit(_name: str, _offset: int, num_bytes: int) -> int:
         visited.append(num_bytes)
         return 0
 
-    scan = TarScan(meter.read, len(meter.data), visit)
-    assert list(scan) is not None
-    assert sum(visited) <= 4 * len(meter.data)
-    assert meter.total <= 20 * len(meter.data)
-    assert scan.damage
+    scan = TarScan(meter.read, len(data), visit)
+    found = list(scan)
+    assert sum(visited) <= 4 * len(data)
+    assert meter.total <= 20 * len(data)
+    assert len(scan.damage) + len(found) > 100
+    (tmp_path / "s.tar").write_bytes(data)
+    started = time.monotonic()
+    build_index(tmp_path, deep=True)
+    assert time.monotonic() - started < MAX_SECONDS
+
+
+def test_a_shard_made_to_be_read_for_hours_is_an_error(marker: Path, tmp_path: Path):
+    count = 30_000
+    shares = np.random.default_rng(0).random(count)
+
+    def size_of(number: int) -> int:
+        return int(shares[number] * (count - number) / 2) * 2 * BLOCK
+
+    gaps = Data(many_claims(new_shard(0, marker), count, size_of))
+    for place in range(1, count, 2):  # where the claims end there is no header
+        gaps[place * BLOCK : place * BLOCK + 8] = b"damaged!"
+    (tmp_path / "s.tar").write_bytes(gaps)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"s\.tar would have to be read more than 8 times"):
+        build_index(tmp_path, deep=True)
+    assert time.monotonic() - started < 60
+
+
+def test_giant_sizes_allocate_nothing(marker: Path):
     for seed in range(30):
-        scanned(mutated(shard, wild_size, seed))
+        scanned(mutated(new_shard(seed % 3, marker), wild_size, seed))
 
 
 def test_no_mutation_is_without_effect(marker: Path):
