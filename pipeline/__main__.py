@@ -223,9 +223,20 @@ RUNS: dict[str, Run] = {
 }
 
 
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; overrides a.b=c may stand anywhere behind the config."""
+    arguments, rest = parser(RUNS).parse_known_args(argv)
+    is_override = ["=" in text and not text.startswith("-") for text in rest]
+    if rest and not (hasattr(arguments, "overrides") and all(is_override)):
+        parser(RUNS).error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one verb and return the exit code; `argv` without the program's name."""
-    arguments = parser(RUNS).parse_args(argv)
+    arguments = _parse(argv)
     try:
         code = arguments.call(arguments)
         sys.stdout.flush()  # so that a reader that has gone shows up here

@@ -10,8 +10,9 @@ from torch import nn
 from pipeline.build import make_forward, place_model
 from pipeline.config import TrainConfig
 from pipeline.data.batch import Batch
+from pipeline.data.datasets import open_indexes
 from pipeline.data.index import Index
-from pipeline.data.stream import open_indexes, open_stream
+from pipeline.data.stream import open_stream
 from pipeline.evaluation.reconstruction import Evaluation, evaluate
 from pipeline.forward import Forward
 from pipeline.monitor import Monitor

@@ -24,8 +24,9 @@ from pipeline.build import (
 )
 from pipeline.config import TrainConfig
 from pipeline.data.batch import Batch
+from pipeline.data.datasets import open_indexes
 from pipeline.data.device import DeviceBatches
-from pipeline.data.stream import open_indexes, open_stream
+from pipeline.data.stream import open_stream
 from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
 from pipeline.evaluate import report_evaluation
 from pipeline.forward import Forward

@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 from pipeline.bench.rounds import Rates, interleave
 from pipeline.build import check_data, make_forward
 from pipeline.config import TrainConfig
-from pipeline.data.augmentations import Augmenter
 from pipeline.data.batch import new_buffer
-from pipeline.data.fetch import Fetcher, Samples
-from pipeline.data.names import SampleNames
+from pipeline.data.datasets import DataSets, open_indexes
+from pipeline.data.fetch import Samples
 from pipeline.data.order import Run
-from pipeline.data.storage import Storage, open_storage
-from pipeline.data.stream import open_indexes, open_stream, order_of, slot_decoder
+from pipeline.data.storage import Storage
+from pipeline.data.stream import open_stream
 
 WARM_UP_STEPS = 8
 # A stream at this share of its ceiling is as fast as decoding lets it be.
@@ -63,8 +62,7 @@ def bench_data(config: TrainConfig, *, num_images: int, rounds: int) -> DataBenc
             contenders[CORRUPT] = lambda: work.stream(corrupt=True)
         rates = interleave(contenders, rounds)
     finally:
-        for storage in work.storages:
-            storage.close()
+        work.close()
     return DataBench(
         images_per_round=work.num_images,
         bytes_per_image=sum(map(len, work.contents)) / max(len(work.contents), 1),
@@ -90,35 +88,17 @@ class _Work:
     """One stretch of the order: its reads, and its members in memory."""
 
     def __init__(self, config: TrainConfig, num_steps: int) -> None:
-        data, size = config.data, config.batch_size
         self._config = config
-        self._indexes = open_indexes(data)
-        check_data(config, self._indexes)
-        self._augmenter = Augmenter(
-            data.augmentations, config.seed, size=data.decode.event_shape[-1]
-        )
-        self._order = order_of(data, self._indexes, config.seed, size)
-        self.storages = [open_storage(source.root, data.remote) for source in data.sources]
-        self._fetchers = [
-            Fetcher(
-                index,
-                storage,
-                order,
-                split=data.split,
-                suffixes=data.decode.member_suffixes,
-                draw=self._augmenter.draw,
-            )
-            for index, storage, order in zip(
-                self._indexes, self.storages, self._order.orders, strict=True
-            )
-        ]
+        indexes = open_indexes(config.data)
+        check_data(config, indexes)
+        self._sets = DataSets(config.data, indexes, seed=config.seed, batch_size=config.batch_size)
         self._num_steps = num_steps
-        self._readers = data.num_read_threads
+        self._readers = config.data.num_read_threads
         self._reads: list[tuple[Storage, str, int, int]] = []
         self.contents: list[bytes] = []
         self._draws: list[NDArray[np.float32]] = []
         for source, samples in self._fetch():
-            index, storage = self._indexes[source], self.storages[source]
+            index, storage = self._sets.indexes[source], self._sets.storages[source]
             self._reads += [
                 (storage, index.shards[read.shard].name, read.offset, read.num_bytes)
                 for read in samples.reads
@@ -137,10 +117,10 @@ class _Work:
     def _runs(self) -> Iterator[tuple[int, Run, NDArray[np.int64]]]:
         """(data set, run, positions in its window) of the stretch."""
         first, stop = WARM_UP_STEPS, WARM_UP_STEPS + self._num_steps
-        for source, order in enumerate(self._order.orders):
+        for source, order in enumerate(self._sets.order.orders):
             for lane in range(order.lanes):
-                turn = self._order.first_turn(source, lane, first)
-                end = self._order.first_turn(source, lane, stop)
+                turn = self._sets.order.first_turn(source, lane, first)
+                end = self._sets.order.first_turn(source, lane, stop)
                 while turn < end:
                     run = order.run_at(lane, turn)
                     turn = run.next_turn
@@ -149,7 +129,7 @@ class _Work:
     def _fetch(self) -> list[tuple[int, Samples]]:
         def fetch(item: tuple[int, Run, NDArray[np.int64]]) -> tuple[int, Samples]:
             source, run, positions = item
-            return source, self._fetchers[source].fetch(run, positions)
+            return source, self._sets.fetchers[source].fetch(run, positions)
 
         with ThreadPoolExecutor(self._readers) as pool:
             return list(pool.map(fetch, self._runs()))
@@ -175,13 +155,12 @@ class _Work:
     def decode(self) -> float:
         """Decode the members from memory into buffers like the stream's, in its threads."""
         data, size = self._config.data, self._config.batch_size
-        names = SampleNames(self._indexes)
-        decode_slot = slot_decoder(data.decode, self._augmenter)
+        decode_slot = self._sets.slot_decoder()
         contents, draws = self.contents, self._draws
 
         def decode(thread: int) -> None:
-            buffer = new_buffer(data.decode, size, names.keys, pin=False)
-            buffer.draws = np.zeros((size, self._augmenter.num_draws), np.float32)
+            buffer = new_buffer(data.decode, size, self._sets.names.keys, pin=False)
+            buffer.draws = np.zeros((size, self._sets.augmenter.num_draws), np.float32)
             for number in range(thread, len(contents), data.threads):
                 slot = number % size
                 buffer.draws[slot] = draws[number]
@@ -201,7 +180,7 @@ class _Work:
         forward = make_forward(config, device)
         with open_stream(
             config.data,
-            index=self._indexes,
+            index=self._sets.indexes,
             seed=config.seed,
             batch_size=config.batch_size,
             pin=device.type == "cuda",
@@ -217,6 +196,10 @@ class _Work:
 
             take(WARM_UP_STEPS)
             return self._rate(lambda: take(self._num_steps))
+
+    def close(self) -> None:
+        """Give back what is held open."""
+        self._sets.close()
 
     def _rate(self, work: Callable[[], Any]) -> float:
         started = time.perf_counter()

@@ -11,6 +11,7 @@ state. Each data set keeps its own order, epochs and lanes; for one alone a slot
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +33,11 @@ def lanes_of_parts(batch_size: int, lanes: int | None, weights: Sequence[int]) -
         return [lanes]
     total = default_lanes(batch_size) if lanes is None else lanes
     return [max(1, round(total * weight / sum(weights))) for weight in weights]
+
+
+def read_amplification(lanes: int, world: int) -> float:
+    """How often a shard's bytes are read on average: lanes at the border of two ranks twice."""
+    return (lanes + world - math.gcd(lanes, world)) / lanes
 
 
 class Mixture:

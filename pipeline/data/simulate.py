@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.mixture import read_amplification
 from pipeline.data.order import Order
 from pipeline.data.raw import RankSlots
-from pipeline.data.stream import read_amplification
 
 MAX_SAMPLES = 4_000_000  # that a simulation looks at: a second or two
 MAX_SHOWN = 5

@@ -1,34 +1,28 @@
 """The data stream of a training run: one Batch per step, the same on any machine.
 
-    DataConfig + Index + seed + G -> Order -> Board -> Engine (threads) -> Stream -> Batch
+    DataConfig + Index + seed + G -> DataSets -> Board -> Engine (threads) -> Stream -> Batch
 
 Memory: at most two windows of encoded samples per lane that the rank reads, and `prefetch` + 1
 decoded batches. The state of the stream is its step number.
 """
 
 import logging
-import math
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from pipeline.data.account import Account
-from pipeline.data.augmentations import Augmenter
 from pipeline.data.batch import Batch, BatchBuffer, new_buffer
 from pipeline.data.board import Board
 from pipeline.data.counters import StreamCounters
-from pipeline.data.decode import ArrayDecode, ImageDecode
-from pipeline.data.engine import DecodeSlot, Engine
-from pipeline.data.fetch import Fetcher
-from pipeline.data.index import Index
-from pipeline.data.mixture import Mixture, lanes_of_parts
-from pipeline.data.names import SampleNames
-from pipeline.data.order import Order, Tail
+from pipeline.data.datasets import DataSets, Indexes
+from pipeline.data.engine import Engine
+from pipeline.data.mixture import read_amplification
+from pipeline.data.order import Tail
 from pipeline.data.settings import DataConfig
-from pipeline.data.storage import Storage, open_storage
 from pipeline.errors import UserError
 
 MAX_READ_AMPLIFICATION = 1.1
@@ -44,47 +38,6 @@ class Quarantined(NamedTuple):
     shard: str
     stage: str
     reason: str
-
-
-Indexes = Index | Sequence[Index]  # of the one data set, or one for each of a mixture
-
-
-def open_indexes(data: DataConfig) -> tuple[Index, ...]:
-    """Open the index of every data set that a config names; raise UserError."""
-    return tuple(Index.open(source.path, n) for n, source in enumerate(data.sources))
-
-
-def order_of(
-    data: DataConfig, indexes: Indexes, seed: int, batch_size: int, tail: Tail = "carry"
-) -> Mixture:
-    """Build the order of a config's data; raise UserError on numbers that do not fit."""
-    indexes = [indexes] if isinstance(indexes, Index) else indexes
-    weights = [source.weight for source in data.sources]
-    is_alone = len(indexes) == 1
-    if not is_alone and tail != "carry":
-        raise ValueError("only an endless stream can be mixed: read one data set at a time")
-    orders: list[Order] = []
-    lanes = lanes_of_parts(batch_size, data.lanes, weights)
-    for index, part_lanes in zip(indexes, lanes, strict=True):
-        order = Order(
-            index.counts(data.split),
-            seed=seed,
-            # A part of a mixture has no batches of its own; its quotas are the mixture's.
-            batch_size=batch_size if is_alone else part_lanes or 1,
-            lanes=part_lanes,
-            interleave=data.interleave,
-            window=data.window,
-            tail=tail,
-            dataset_id=index.dataset_id,
-            split=index.split_identity(data.split),
-        )
-        orders.append(order)
-    return Mixture(orders, weights, batch_size)
-
-
-def read_amplification(lanes: int, world: int) -> float:
-    """How often a shard's bytes are read on average: lanes at the border of two ranks twice."""
-    return (lanes + world - math.gcd(lanes, world)) / lanes
 
 
 def open_stream(
@@ -106,68 +59,50 @@ def open_stream(
     tail `mask`, to the end of the epoch. Raises UserError before any thread starts, if the numbers
     do not fit or the shards are not those of the index.
     """
-    indexes = [index] if isinstance(index, Index) else list(index)
-    order = order_of(data, indexes, seed, batch_size, tail)
+    sets = DataSets(data, index, seed=seed, batch_size=batch_size, tail=tail)
     if batch_size % world:
         near = sorted({max(1, batch_size // world) * world, (batch_size // world + 1) * world})
         raise UserError(
             f"The global batch of {batch_size} does not divide over {world} processes: choose "
             f"{' or '.join(map(str, near))}, or another number of processes."
         )
-    storages = [open_storage(source.root, data.remote) for source in data.sources]
-    for source, storage, one in zip(data.sources, storages, indexes, strict=True):
-        one.check_shards(storage)
-        if data.verify_checksums and not one.has_checksums:
-            raise UserError(
-                f"data.verify_checksums: the index of {source.path} holds no checksums; run "
-                f"`latentmill index --deep {source.root}`."
-            )
-    for one in order.orders:
-        _warn_of_amplification(one.lanes, rank, world)
+    try:
+        sets.check()
+    except BaseException:
+        sets.close()
+        raise
+    if rank == 0:
+        for order in sets.order.orders:
+            _warn_of_amplification(order.lanes, world)
     stop_step = None if num_steps is None else first_step + num_steps
     if stop_step is None and tail == "mask":
-        steps_per_epoch = order.orders[0].epoch_length // batch_size
+        steps_per_epoch = sets.order.orders[0].epoch_length // batch_size
         stop_step = (first_step // steps_per_epoch + 1) * steps_per_epoch
-    augmenter = Augmenter(data.augmentations, seed, size=data.decode.event_shape[-1])
     board = Board(
-        order,
+        sets.order,
         first_step=first_step,
         stop_step=stop_step,
         rank=rank,
         world=world,
-        num_draws=augmenter.num_draws,
+        num_draws=sets.augmenter.num_draws,
     )
-    fetchers = [
-        Fetcher(
-            one,
-            storage,
-            part,
-            split=data.split,
-            suffixes=data.decode.member_suffixes,
-            draw=augmenter.draw,
-            verify_checksums=data.verify_checksums,
-        )
-        for one, storage, part in zip(indexes, storages, order.orders, strict=True)
-    ]
-    names = SampleNames(indexes)
     engine = Engine(
         board,
-        fetchers,
-        slot_decoder(data.decode, augmenter),
+        sets.fetchers,
+        sets.slot_decoder(),
         [
-            new_buffer(data.decode, board.num_slots, names.keys, pin=pin)
+            new_buffer(data.decode, board.num_slots, sets.names.keys, pin=pin)
             for _ in range(data.prefetch + 1)
         ],
         decode_threads=data.threads,
         read_threads=data.num_read_threads,
     )
-    account = Account(first_step, rank * board.num_slots)
-    return Stream(engine, storages, order, names, account)
+    return Stream(engine, sets, Account(first_step, rank * board.num_slots))
 
 
-def _warn_of_amplification(lanes: int, rank: int, world: int) -> None:
+def _warn_of_amplification(lanes: int, world: int) -> None:
     amplification = read_amplification(lanes, world)
-    if rank == 0 and amplification > MAX_READ_AMPLIFICATION:
+    if amplification > MAX_READ_AMPLIFICATION:
         log.warning(
             "data.lanes = %d over %d processes reads every byte %.2f times; a multiple of %d "
             "lanes that divides the global batch reads it once",
@@ -178,41 +113,17 @@ def _warn_of_amplification(lanes: int, rank: int, world: int) -> None:
         )
 
 
-def slot_decoder(decode: ImageDecode | ArrayDecode, augmenter: Augmenter) -> DecodeSlot:
-    """Return what turns a member's bytes into a slot of a buffer."""
-    if augmenter.num_draws and isinstance(decode, ImageDecode):
-        decode_view = decode.decode_view
-
-        def decode_augmented(buffer: BatchBuffer, slot: int, content: bytes) -> None:
-            decode_view(content, buffer.slots[slot], augmenter.view_of(buffer.draws[slot]))
-
-        return decode_augmented
-    decode_whole = decode.decode
-
-    def decode_plain(buffer: BatchBuffer, slot: int, content: bytes) -> None:
-        decode_whole(content, buffer.slots[slot])
-
-    return decode_plain
-
-
 class Stream(Iterator[Batch]):
     """Batches of one rank, one per step; close it, or use it in a `with` statement."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        storages: Sequence[Storage],
-        order: Mixture,
-        names: SampleNames,
-        account: Account,
-    ) -> None:
-        self.order = order
+    def __init__(self, engine: Engine, sets: DataSets, account: Account) -> None:
+        self.order = sets.order
         self.account = account
         self._engine = engine
-        self._storages = storages
-        self._names = names
+        self._storages = sets.storages
+        self._names = sets.names
         self._quarantined: list[Quarantined] = []
-        self._close = weakref.finalize(self, _stop, engine, storages)
+        self._close = weakref.finalize(self, _stop, engine, sets)
         engine.start()
 
     @property
@@ -280,14 +191,12 @@ class Stream(Iterator[Batch]):
             self._quarantined.append(Quarantined(uid, key, shard, fault.stage, fault.reason))
 
 
-def _stop(engine: Engine, storages: Sequence[Storage]) -> None:
+def _stop(engine: Engine, sets: DataSets) -> None:
     if engine.owns_current_thread():
         # The garbage collector came by in a thread of the stream, which may hold a lock that the
         # others need in order to end.
-        threading.Thread(target=_stop, args=(engine, storages), name="stream-stop").start()
+        threading.Thread(target=_stop, args=(engine, sets), name="stream-stop").start()
         return
-    for storage in storages:
-        storage.close()  # ends what waits for a server
+    sets.close()  # ends what waits for a server
     engine.stop()
-    for storage in storages:
-        storage.close()
+    sets.close()

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from pipeline.data.augmentations import Augmenter
+from pipeline.data.datasets import order_of
 from pipeline.data.fetch import Fetcher
 from pipeline.data.index import build_index
+from pipeline.data.mixture import read_amplification
 from pipeline.data.settings import DataConfig
 from pipeline.data.splits import SplitSpec
 from pipeline.data.storage import open_storage
-from pipeline.data.stream import open_stream, order_of, read_amplification
+from pipeline.data.stream import open_stream
 from tests.data.sparse_shards import write_sparse_shards
 from tests.data.streams import IMAGES, SEED, write_shards
 from tests.processes import ROOT

@@ -1,0 +1,128 @@
+"""The data sets that a config names, opened: where samples lie, in which order, how they are read.
+
+DataConfig --open_indexes--> Index of each --order_of--> Mixture
+           --DataSets--> stores, fetchers, decoder of slots: all that a stream's threads need
+"""
+
+from collections.abc import Sequence
+
+from pipeline.data.augmentations import Augmenter
+from pipeline.data.batch import BatchBuffer
+from pipeline.data.decode import ArrayDecode, ImageDecode
+from pipeline.data.engine import DecodeSlot
+from pipeline.data.fetch import Fetcher
+from pipeline.data.index import Index
+from pipeline.data.mixture import Mixture, lanes_of_parts
+from pipeline.data.names import SampleNames
+from pipeline.data.order import Order, Tail
+from pipeline.data.settings import DataConfig
+from pipeline.data.storage import open_storage
+from pipeline.errors import UserError
+
+Indexes = Index | Sequence[Index]  # of the one data set, or one for each of a mixture
+
+
+def open_indexes(data: DataConfig) -> tuple[Index, ...]:
+    """Open the index of every data set that a config names; raise UserError."""
+    return tuple(Index.open(source.path, n) for n, source in enumerate(data.sources))
+
+
+def order_of(
+    data: DataConfig, indexes: Indexes, seed: int, batch_size: int, tail: Tail = "carry"
+) -> Mixture:
+    """Build the order of a config's data; raise UserError on numbers that do not fit."""
+    indexes = [indexes] if isinstance(indexes, Index) else indexes
+    weights = [source.weight for source in data.sources]
+    is_alone = len(indexes) == 1
+    if not is_alone and tail != "carry":
+        raise ValueError("only an endless stream can be mixed: read one data set at a time")
+    orders: list[Order] = []
+    lanes = lanes_of_parts(batch_size, data.lanes, weights)
+    for index, part_lanes in zip(indexes, lanes, strict=True):
+        order = Order(
+            index.counts(data.split),
+            seed=seed,
+            # A part of a mixture has no batches of its own; its quotas are the mixture's.
+            batch_size=batch_size if is_alone else part_lanes or 1,
+            lanes=part_lanes,
+            interleave=data.interleave,
+            window=data.window,
+            tail=tail,
+            dataset_id=index.dataset_id,
+            split=index.split_identity(data.split),
+        )
+        orders.append(order)
+    return Mixture(orders, weights, batch_size)
+
+
+class DataSets:
+    """What one process reads from, and how; close it when its threads have ended."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        indexes: Indexes,
+        *,
+        seed: int,
+        batch_size: int,
+        tail: Tail = "carry",
+    ) -> None:
+        """Raise UserError on numbers that do not fit; no shard is looked at."""
+        self.data = data
+        self.indexes = [indexes] if isinstance(indexes, Index) else list(indexes)
+        self.order = order_of(data, self.indexes, seed, batch_size, tail)
+        self.names = SampleNames(self.indexes)
+        self.augmenter = Augmenter(data.augmentations, seed, size=data.decode.event_shape[-1])
+        self.storages = [open_storage(source.root, data.remote) for source in data.sources]
+        self.fetchers = [
+            Fetcher(
+                index,
+                storage,
+                order,
+                split=data.split,
+                suffixes=data.decode.member_suffixes,
+                draw=self.augmenter.draw,
+                verify_checksums=data.verify_checksums,
+            )
+            for index, storage, order in zip(
+                self.indexes, self.storages, self.order.orders, strict=True
+            )
+        ]
+
+    def check(self) -> None:
+        """Raise UserError unless the shards are those of the indexes, checksums where wanted."""
+        for source, storage, index in zip(
+            self.data.sources, self.storages, self.indexes, strict=True
+        ):
+            index.check_shards(storage)
+            if self.data.verify_checksums and not index.has_checksums:
+                raise UserError(
+                    f"data.verify_checksums: the index of {source.path} holds no checksums; run "
+                    f"`latentmill index --deep {source.root}`."
+                )
+
+    def slot_decoder(self) -> DecodeSlot:
+        """Return what turns a member's bytes into a slot of a buffer."""
+        return slot_decoder(self.data.decode, self.augmenter)
+
+    def close(self) -> None:
+        """End what waits for a server, and give back what is held open."""
+        for storage in self.storages:
+            storage.close()
+
+
+def slot_decoder(decode: ImageDecode | ArrayDecode, augmenter: Augmenter) -> DecodeSlot:
+    """Return what turns a member's bytes into a slot of a buffer."""
+    if augmenter.num_draws and isinstance(decode, ImageDecode):
+        decode_view = decode.decode_view
+
+        def decode_augmented(buffer: BatchBuffer, slot: int, content: bytes) -> None:
+            decode_view(content, buffer.slots[slot], augmenter.view_of(buffer.draws[slot]))
+
+        return decode_augmented
+    decode_whole = decode.decode
+
+    def decode_plain(buffer: BatchBuffer, slot: int, content: bytes) -> None:
+        decode_whole(content, buffer.slots[slot])
+
+    return decode_plain

@@ -1,0 +1,110 @@
+"""`bench`: what it prints, and that the pipeline keeps its distance to the ceilings.
+
+The bounds are what a shared, noisy machine must show in the best of three medians; the goals, and
+what was measured on an idle one, stand in LOG.md.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.pictures import make_pictures
+from pipeline.data.index import build_index
+from pipeline.data.splits import SplitSpec
+from tests.processes import ROOT
+
+CONFIG = """
+run_dir: {folder}/run
+data:
+  path: {folder}/tar
+  split: all
+  decode: {{kind: image, size: {size}}}
+  threads: 2
+model:
+  backbone: {{kind: {backbone}}}
+  bottleneck: {{kind: gaussian, size: 10}}
+  likelihood: {{kind: bernoulli}}
+corruptions: [{{kind: masking}}]
+objective: {{regularisers: [{{kind: kl}}]}}
+evaluation: {{split: all}}
+batch_size: {batch_size}
+"""
+
+
+def write_config(folder: Path, size: int, count: int, batch_size: int) -> Path:
+    make_pictures(folder, size=size, count=count, seed=0)
+    build_index(folder / "tar", split=SplitSpec(fractions={"train": 1.0}))
+    backbone = "burgess" if size == 64 else "mlp"
+    text = CONFIG.format(folder=folder, size=size, backbone=backbone, batch_size=batch_size)
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def bench(*arguments: object) -> dict:
+    argv = [sys.executable, "-m", "pipeline", "bench", *map(str, arguments), "--json"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def best_of_three(measure, good) -> dict:
+    """The first result that is good enough, or the third."""
+    for _ in range(3):
+        result = measure()
+        print(json.dumps(result))
+        if good(result):
+            break
+    return result
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    return write_config(tmp_path_factory.mktemp("bench") / "64", 64, count=6000, batch_size=256)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    return write_config(tmp_path_factory.mktemp("bench") / "256", 256, count=1500, batch_size=64)
+
+
+def test_bench_data_names_every_stage_and_the_bottleneck(small):
+    result = bench("data", small, "--images", 512, "--rounds", 1, "data.threads=1")
+    stages = ["read", "read + parse", "decode (ceiling)", "stream", "stream + corruption"]
+    assert list(result["images_per_second"]) == list(result["share_of_ceiling"]) == stages
+    assert all(rate > 0 for rate in result["images_per_second"].values())
+    assert result["share_of_ceiling"]["decode (ceiling)"] == 1
+    assert (result["images_per_round"], result["threads"], result["rounds"]) == (512, 1, 1)
+    assert result["bottleneck"].partition(":")[0] in ("corruption", "decoding", "reading") or (
+        result["bottleneck"] == "Python between the parts"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size, bound", [(64, 0.65), (256, 0.85)])
+def test_the_stream_runs_near_the_decode_ceiling(size, bound, small, large):
+    config, images = (small, 8192) if size == 64 else (large, 2048)
+
+    def measure():
+        return bench("data", config, "--images", images, "corruptions=[]")
+
+    def good(result):
+        return result["share_of_ceiling"]["stream"] >= bound
+
+    assert good(best_of_three(measure, good))
+
+
+@pytest.mark.slow
+def test_training_runs_near_a_bare_loop(small):
+    def measure():
+        return bench("train", small, "--steps", 6, "batch_size=128")
+
+    def good(result):
+        return min(result["share_of_bare_loop"].values()) >= 0.85
+
+    result = best_of_three(measure, good)
+    assert good(result)
+    assert set(result["share_of_bare_loop"]) == {"with corruption", "without corruption"}
+    assert max(result["data_wait"].values()) < 0.05
