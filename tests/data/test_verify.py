@@ -1,20 +1,18 @@
 """Shards against their index: nothing is wrong until something is, and then it is named."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from webdataset.writer import TarWriter
 
+from pipeline.__main__ import main
 from pipeline.data.index import Index, build_index
 from pipeline.data.pack import pack_sprites
 from pipeline.data.verify import has_index, verify_shards
 from pipeline.errors import UserError
 from tests.data.streams import members_of, write_shards
-from tests.processes import ROOT
 
 
 @pytest.fixture
@@ -144,15 +142,28 @@ def test_shards_beside_those_of_the_index_are_listed(mixed: Path):
     assert (report.problems, report.not_indexed) == ([], ["later.tar"])
 
 
-def test_the_command_prints_every_bad_sample(mixed: Path):
-    argv = [sys.executable, "-m", "pipeline", "verify", mixed, "--decode", "--json"]
-    ran = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ran.returncode == 1
-    bad = json.loads(ran.stdout)["bad_samples"]
+def test_the_command_prints_every_bad_sample(mixed: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["verify", str(mixed), "--decode", "--json"]) == 1
+    printed = capsys.readouterr()
+    bad = json.loads(printed.out)["bad_samples"]
     assert bad[2] == {
         "shard": "s-001.tar",
         "key": "000006",
         "stage": "member",
         "reason": "the sample has no member with a wanted suffix",
     }
-    assert "verify: 2 of 2 shards, " in ran.stderr
+    assert "verify: 2 of 2 shards, " in printed.err
+
+
+def test_the_command_indexes_deeply_and_verifies_shards_elsewhere(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["index", str(mixed), "--out", str(tmp_path / "i"), "--deep"]) == 0
+    assert Index.open(tmp_path / "i").has_checksums
+    assert main(["verify", str(tmp_path / "i"), "--shards", str(mixed)]) == 0
+    assert main(["verify", str(tmp_path / "i")]) == 1
+    assert "s-000.tar: is missing" in capsys.readouterr().out
+    pattern = str(mixed / "s-{000..002}.tar")
+    assert main(["index", pattern, "--out", str(tmp_path / "i")]) == 2
+    assert "there is no shard" in (said := capsys.readouterr().err)
+    assert "the pattern expands to" in said
