@@ -29,11 +29,12 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.pictures import QUALITY, make_pictures
+from benchmarks.pictures import QUALITY, make_pictures, read_summary
 from benchmarks.report import checks, print_tables
 from benchmarks.rivals import CEILING, LABELS, OURS
 from benchmarks.runs import MeasurementError, Runner
@@ -55,6 +56,12 @@ def _size_and_count(text: str) -> tuple[int, int]:
     return size, count
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.loaders", description=__doc__)
@@ -63,11 +70,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, default=Path("/tmp/latentmill-loaders"), help="cache of pictures")
     add("--pictures", type=_size_and_count, nargs="+", default=DEFAULT_SIZES, metavar="SIZE:COUNT")
     add("--seed", type=int, default=0, help="of the pictures and of every order")
-    add("--rounds", type=int, default=5, help="interleaved runs of each; medians are shown")
-    add("--batch", type=int, default=256)
-    add("--workers", type=int, default=2, help="decoding threads, or worker processes")
+    add("--rounds", type=_positive, default=5, help="interleaved runs of each; medians are shown")
+    add("--batch", type=_positive, default=256)
+    add("--workers", type=_positive, default=2, help="decoding threads, or worker processes")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    add("--worlds", type=int, nargs="+", default=(2, 3), help="numbers of ranks")
+    add("--worlds", type=_positive, nargs="+", default=(2, 3), help="numbers of ranks")
     add("--only", nargs="+", choices=LABELS, default=list(LABELS), help="loaders to measure")
     add("--rivals-python", type=Path, help="interpreter of the rivals' environment")
     add("--json", type=Path, help="write all figures to this file")
@@ -150,11 +157,11 @@ def measure_resume(runner: Runner, name: str, **task: Any) -> dict[str, Any]:
     return {"seconds": resumed["seconds"], "bytes": resumed["bytes"], "how": how, **counts}
 
 
-def measure(options: argparse.Namespace, runner: Runner, size: int, count: int) -> dict[str, Any]:
-    """Everything that was asked for, with pictures of one size."""
+def prepare(options: argparse.Namespace, runner: Runner, size: int, count: int) -> dict[str, Any]:
+    """Have the pictures in every loader's format; return what all tasks of this size share."""
     place = options.data / f"{size}px-{count}-seed{options.seed}"
     _say(f"{size} px: {count} pictures in {place}")
-    pictures = make_pictures(place, size=size, count=count, seed=options.seed)
+    make_pictures(place, size=size, count=count, seed=options.seed)
     task = {
         "pictures": str(place),
         "count": count,
@@ -163,25 +170,44 @@ def measure(options: argparse.Namespace, runner: Runner, size: int, count: int) 
         "workers": options.workers,
         "seed": options.seed,
     }
-    for name in options.only:
+    for name in [*options.only, *([CEILING] if "speed" in options.parts else [])]:
         runner.prepare(name, **task)
+        if name in (OURS, CEILING) and name in runner.absent:
+            sys.exit(f"Without {name} there is nothing to compare: {runner.absent[name]}")
+    return task
+
+
+def measure(
+    options: argparse.Namespace, runner: Runner, task: dict[str, Any], parts: Sequence[str]
+) -> dict[str, Any]:
+    """Measure the parts with pictures of one size."""
     names = [name for name in options.only if name in runner.ready]
-    figures: dict[str, Any] = {"count": count, "bytes": pictures["bytes"]}
-    if "speed" in options.parts:
-        runner.prepare(CEILING, **task)
+    summary = read_summary(Path(task["pictures"]))
+    figures: dict[str, Any] = {"count": task["count"], "bytes": summary["bytes"]}
+    if "speed" in parts:
         figures["speed"] = measure_speed(runner, [CEILING, *names], options.rounds, **task)
-    if "ranks" in options.parts and (size, count) == options.pictures[0]:
+    if "ranks" in parts:
         small = task | {"batch_size": min(options.batch, RANK_BATCH)}
         figures["ranks"] = {
             name: {
-                str(world): measure_ranks(runner, name, pictures["means"], world, **small)
+                str(world): measure_ranks(runner, name, summary["means"], world, **small)
                 for world in options.worlds
             }
             for name in names
         }
-    if "resume" in options.parts:
+    if "resume" in parts:
         figures["resume"] = {name: measure_resume(runner, name, **task) for name in names}
     return figures
+
+
+def measure_all(options: argparse.Namespace, runner: Runner) -> dict[str, Any]:
+    """Prepare every size, then measure: ranks with the first size only."""
+    tasks = [prepare(options, runner, size, count) for size, count in options.pictures]
+    sizes: dict[str, Any] = {}
+    for task in tasks:
+        parts = [part for part in options.parts if part != "ranks" or task is tasks[0]]
+        sizes[str(task["size"])] = measure(options, runner, task, parts)
+    return sizes
 
 
 def _say(text: str) -> None:
@@ -195,9 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     pythons = [Path(sys.executable), *([options.rivals_python] if options.rivals_python else [])]
     with Runner(options.data, pythons) as runner:
         load_before = os.getloadavg()
-        sizes = {
-            str(size): measure(options, runner, size, count) for size, count in options.pictures
-        }
+        sizes = measure_all(options, runner)
         report = {
             "machine": {"cpus": os.cpu_count(), "kernel": platform.release()},
             "load_average": {"before": load_before, "after": os.getloadavg()},

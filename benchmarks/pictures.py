@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -49,10 +50,8 @@ def jpeg(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def make_pictures(out: Path, *, size: int, count: int, seed: int) -> dict[str, list[float] | int]:
-    """Make the pictures unless `out` holds them; return {bytes, means}: of all JPEG files, and the
-    mean level (0 to 255) of each as Pillow decodes it.
-    """
+def make_pictures(out: Path, *, size: int, count: int, seed: int) -> None:
+    """Write the pictures unless `out` holds them."""
     if not (out / SUMMARY).exists():
         unfinished = out.with_name(f"{out.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -60,10 +59,14 @@ def make_pictures(out: Path, *, size: int, count: int, seed: int) -> dict[str, l
         summary = _write(unfinished, size=size, count=count, seed=seed)
         (unfinished / SUMMARY).write_text(json.dumps(summary))
         unfinished.rename(out)
+
+
+def read_summary(out: Path) -> dict[str, Any]:
+    """{bytes: of all JPEG files, means: the mean level, 0 to 255, of each by Pillow's decoder}."""
     return json.loads((out / SUMMARY).read_text())
 
 
-def _write(out: Path, *, size: int, count: int, seed: int) -> dict[str, list[float] | int]:
+def _write(out: Path, *, size: int, count: int, seed: int) -> dict[str, Any]:
     num_bytes, means = 0, []
     pattern = str(out / "tar" / "shard-%06d.tar")
     with ShardWriter(pattern, maxcount=SHARD_SAMPLES, verbose=0) as shards:

@@ -11,29 +11,26 @@ BEST_RIVAL_BOUNDS = {"64": 2.5, "256": 1.5}
 AS_THEY_COME_BOUND = 4.0
 AS_THEY_COME = ("stock_webdataset", "lightning_litdata", "mosaicml_streaming")
 
+NOTHING = "-"
+
 
 def checks(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every promised ratio: what, value (None: could not be measured), bound, holds."""
+    """Every promised ratio: what, ratio (None: could not be measured), bound, holds."""
     found: list[tuple[str, float | None, float]] = []
     for size, bound in BEST_RIVAL_BOUNDS.items():
         rates = _rates(report, size)
         ours = rates.pop((OURS, "ours"), None)
         best = max(rates, key=lambda row: rates[row], default=None)
-        name = f"{LABELS[best[0]]} ({best[1]} decoder)" if best else "no rival"
+        name = f"{LABELS[best[0]]} with {_decoder(best[1])}" if best else "none"
         ratio = ours / rates[best] if ours and best else None
-        found.append((f"{size} px: best rival, {name}", ratio, bound))
+        found.append((f"{size} px, over the best rival ({name})", ratio, bound))
     rates = _rates(report, "64")
     for name in AS_THEY_COME:
         ours, theirs = rates.get((OURS, "ours")), rates.get((name, "stock"))
         ratio = ours / theirs if ours and theirs else None
-        found.append((f"64 px: {LABELS[name]} as it comes", ratio, AS_THEY_COME_BOUND))
+        found.append((f"64 px, over {LABELS[name]} as it comes", ratio, AS_THEY_COME_BOUND))
     return [
-        {
-            "what": what,
-            "ratio": ratio,
-            "bound": bound,
-            "holds": ratio is not None and ratio >= bound,
-        }
+        {"what": what, "ratio": ratio, "bound": bound, "holds": bool(ratio and ratio >= bound)}
         for what, ratio, bound in found
     ]
 
@@ -47,48 +44,63 @@ def _rates(report: dict[str, Any], size: str) -> dict[tuple[str, str], float]:
     }
 
 
+def _decoder(name: str) -> str:
+    return {"stock": "its own decoder", "ours": "our decoder"}[name]
+
+
+class _Footnotes:
+    """Texts that cells of the tables refer to by number."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def mark(self, text: str) -> str:
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"[{self.texts.index(text) + 1}]"
+
+
 def print_tables(report: dict[str, Any]) -> None:
-    """Print everything as Markdown."""
-    footnotes = [f"{LABELS[name]} is absent: {why}" for name, why in report["absent"].items()]
-    for size, figures in report["sizes"].items():
+    """Print everything as Markdown, the sizes side by side."""
+    sizes, notes = report["sizes"], _Footnotes()
+    for size, figures in sizes.items():
         mean_kb = figures["bytes"] / figures["count"] / 1e3
-        print(f"\n{figures['count']:,} JPEG pictures of {size} px, {mean_kb:.1f} kB each\n")
-        if "speed" in figures:
-            _print_table(
-                [
-                    *("loader", "decoder", "images/s", "of the ceiling", "lowest to highest"),
-                    *("CPU us/image", "batch"),
-                ],
-                [_speed_cells(row, footnotes) for row in figures["speed"]],
-            )
-        if "ranks" in figures:
-            worlds = next(iter(figures["ranks"].values()), {})
-            _print_table(
-                ["loader", *(f"{world} ranks: twice, never" for world in worlds)],
-                [
-                    [LABELS[name], *(_rank_cell(result, footnotes) for result in worlds.values())]
-                    for name, worlds in figures["ranks"].items()
-                ],
-            )
-        if "resume" in figures:
-            _print_table(
-                ["loader", "resume, s", "MB read", "epoch with the resume: twice, never"],
-                [
-                    [LABELS[name], *_resume_cells(result, footnotes)]
-                    for name, result in figures["resume"].items()
-                ],
-            )
-    for number, text in enumerate(footnotes, 1):
+        print(f"{figures['count']:,} JPEG pictures of {size} px, {mean_kb:.1f} kB each")
+    print()
+    speeds = {size: figures["speed"] for size, figures in sizes.items() if "speed" in figures}
+    if speeds:
+        columns = [f"{size} px: images/s|of the ceiling|CPU us/image" for size in speeds]
+        rows = [_speed_row(row, notes) for row in zip(*speeds.values(), strict=True)]
+        _print_table("|".join(["loader|decoder", *columns, "batch"]), rows)
+        print(f"{_spread(speeds)}\n")
+    ranks = next((figures["ranks"] for figures in sizes.values() if "ranks" in figures), {})
+    resumes = {size: figures["resume"] for size, figures in sizes.items() if "resume" in figures}
+    names = list(ranks or next(iter(resumes.values()), {}))
+    if names:
+        worlds = list(next(iter(ranks.values()), {}))
+        columns = [f"{world} ranks: twice, never" for world in worlds]
+        columns += [f"{size} px: resume, s|MB read|twice, never" for size in resumes]
+        rows = []
+        for name in names:
+            cells = [_rank_cell(ranks[name][world], notes) for world in worlds]
+            for by_name in resumes.values():
+                cells += _resume_cells(by_name[name], notes)
+            rows.append([LABELS[name], *cells])
+        _print_table("|".join(["loader", *columns]), rows)
+    for number, text in enumerate(notes.texts, 1):
         print(f"[{number}] {text}")
+    for name, reason in report["absent"].items():
+        print(f"{LABELS[name]} is absent: {reason}")
     for check in report["checks"]:
-        ratio = "not measured" if check["ratio"] is None else f"{check['ratio']:.2f} x"
+        ratio = f"{check['ratio']:.2f} x" if check["ratio"] else "not measured"
         verdict = "holds" if check["holds"] else "DOES NOT HOLD"
-        print(f"{check['what']}: {ratio}, promised >= {check['bound']:g}: {verdict}")
+        print(f"{check['what']}: {ratio}, promised {check['bound']:g} x: {verdict}")
 
 
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, ["-" * width for width in widths], *rows):
+def _print_table(header: str, rows: Sequence[Sequence[str]]) -> None:
+    names = header.split("|")
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    for row in (names, ["-" * width for width in widths], *rows):
         cells = [
             cell.rjust(width) if place else cell.ljust(width)
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
@@ -97,42 +109,47 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print()
 
 
-def _note(footnotes: list[str], text: str) -> str:
-    if text not in footnotes:
-        footnotes.append(text)
-    return f"[{footnotes.index(text) + 1}]"
+def _speed_row(by_size: Sequence[dict[str, Any]], notes: _Footnotes) -> list[str]:
+    """One loader and decoder, over all sizes."""
+    first = by_size[0]
+    is_ceiling = first["loader"] == CEILING
+    name = "decoding alone, in memory" if is_ceiling else LABELS[first["loader"]]
+    cells = [name, "simplejpeg" if is_ceiling else first["decoder"]]
+    for row in by_size:
+        if row["images_per_second"] is None:
+            cells += [f"{NOTHING} {notes.mark('failed: ' + row['failure'])}", NOTHING, NOTHING]
+        else:
+            share, cpu = f"{row['share']:.2f}", f"{row['cpu_us']:.0f}"
+            cells += [f"{row['images_per_second']:,.0f}", share, cpu]
+    return [*cells, first.get("batch", NOTHING).split(" ")[0]]
 
 
-def _speed_cells(row: dict[str, Any], footnotes: list[str]) -> list[str]:
-    name = "2 threads, decoding alone" if row["loader"] == CEILING else LABELS[row["loader"]]
-    decoder = "simplejpeg" if row["loader"] == CEILING else row["decoder"]
-    if row["images_per_second"] is None:
-        mark = _note(footnotes, f"{name} failed: {row['failure']}")
-        return [name, decoder, f"- {mark}", "-", "-", "-", "-"]
-    rate, lowest, highest = row["images_per_second"], min(row["runs"]), max(row["runs"])
-    spread = f"{lowest:,.0f} to {highest:,.0f}"
-    share, cpu = f"{row['share']:.2f}", f"{row['cpu_us']:.0f}"
-    return [name, decoder, f"{rate:,.0f}", share, spread, cpu, row["batch"]]
+def _spread(speeds: dict[str, list[dict[str, Any]]]) -> str:
+    spreads = [
+        max(abs(run / row["images_per_second"] - 1) for run in row["runs"])
+        for rows in speeds.values()
+        for row in rows
+        if row["images_per_second"]
+    ]
+    return f"No run is further than {max(spreads, default=0):.0%} from the median of its row."
 
 
-def _rank_cell(result: dict[str, Any], footnotes: list[str]) -> str:
+def _rank_cell(result: dict[str, Any], notes: _Footnotes) -> str:
     if "failure" in result:
-        return f"- {_note(footnotes, 'failed: ' + result['failure'])}"
+        return f"{NOTHING} {notes.mark('failed: ' + result['failure'])}"
     cell = f"{result['duplicates']:,}, {result['misses']:,}"
     if len(set(result["steps"])) > 1:
-        text = "ranks take different numbers of steps: {}".format(result["steps"])
-        cell += f" {_note(footnotes, text)}"
+        cell += f" {notes.mark('the ranks take different numbers of steps')}"
     if result["wrong_pixels"]:
-        cell += f" {_note(footnotes, '{:,} pictures differ'.format(result['wrong_pixels']))}"
+        cell += " " + notes.mark(f"{result['wrong_pixels']:,} pictures differ from Pillow's")
     return cell
 
 
-def _resume_cells(result: dict[str, Any], footnotes: list[str]) -> list[str]:
+def _resume_cells(result: dict[str, Any], notes: _Footnotes) -> list[str]:
     if "failure" in result:
-        return [f"- {_note(footnotes, 'failed: ' + result['failure'])}", "-", "-"]
+        return [f"{NOTHING} {notes.mark('failed: ' + result['failure'])}", NOTHING, NOTHING]
     seconds = f"{result['seconds']:.2f}"
     if result["how"] == "skip":
-        mark = _note(footnotes, "has no state: what was delivered is read again and dropped")
-        seconds += f" {mark}"
+        seconds += f" {notes.mark('it has no state: what was delivered is read again and dropped')}"
     counts = f"{result['duplicates']:,}, {result['misses']:,}"
     return [seconds, f"{result['bytes'] / 1e6:.1f}", counts]
