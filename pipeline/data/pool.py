@@ -26,11 +26,17 @@ def _end_with_parent() -> None:
 def worker_processes(count: int) -> Generator[ProcessPoolExecutor]:
     """Start `count` processes, not by forking: a fork would copy the locks of our threads.
 
-    On an error, and on Ctrl-C, the work that has not begun is dropped; what has begun is finished.
+    On an error the work that has not begun is dropped, and what has begun is finished. Ctrl-C ends
+    that, too: a worker may be ended at any instruction, as everything that it writes appears whole.
     """
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin)
     try:
         yield pool
+    except KeyboardInterrupt:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
