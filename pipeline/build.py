@@ -10,7 +10,7 @@ from pipeline import strict
 from pipeline.config import TrainConfig
 from pipeline.data.datasets import open_indexes, order_of
 from pipeline.data.index import Index
-from pipeline.data.mixture import Mixture
+from pipeline.data.mixture import Mixture, reading_plan
 from pipeline.data.splits import ALL
 from pipeline.data.storage import open_storage
 from pipeline.errors import UserError
@@ -28,10 +28,13 @@ def check_data(config: TrainConfig, indexes: Sequence[Index]) -> None:
     for source, index in zip(config.data.sources, indexes, strict=True):
         with closing(open_storage(source.root, config.data.remote)) as storage:
             index.check_shards(storage)
+        index.check_suffixes(config.data.decode.member_suffixes)
         names = (*index.split_spec.names, ALL)
         if split not in names:
             known = ", ".join(names)
-            raise UserError(f"evaluation.split = {split!r}: {source.path} has the splits {known}.")
+            raise UserError(
+                f"evaluation.split = {split!r}: the index of {source.path} has the splits {known}."
+            )
         num_held_out += int(index.counts(split).sum())
     if num_held_out == 0:
         path = config.data.sources[0].path
@@ -109,6 +112,7 @@ def describe(config: TrainConfig) -> str:
     return (
         f"{strict.dump(config)}"
         f"# parameters: {num_parameters(model):,}\n"
+        f"# reading: {reading_plan(order, 1)}\n"
         f"# samples per epoch (split {config.data.split}): {order.num_samples:,}\n"
         f"# steps per epoch: {steps:,.1f}; epochs in {config.num_steps:,} steps: "
         f"{config.num_steps / steps:,.1f}\n"

@@ -26,6 +26,7 @@ from pipeline.config import TrainConfig
 from pipeline.data.batch import Batch
 from pipeline.data.datasets import open_indexes
 from pipeline.data.device import DeviceBatches
+from pipeline.data.mixture import reading_plan
 from pipeline.data.stream import open_stream
 from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
 from pipeline.evaluate import report_evaluation
@@ -108,6 +109,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             quarantine=quarantine,
             monitor=monitor,
         )
+        monitor.say(reading_plan(order, runtime.world))
         if first_step == 0:
             with meter.paused():
                 evaluate_now(0)

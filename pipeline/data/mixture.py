@@ -126,6 +126,22 @@ class Mixture:
         return which, shard, row
 
 
+def reading_plan(mixture: Mixture, world: int) -> str:
+    """Say in a line what is read per epoch, and how often."""
+    parts: list[str] = []
+    for order, weight in zip(mixture.orders, mixture.weights, strict=True):
+        share = f"{weight / sum(mixture.weights):.1%} of each batch from " * (
+            len(mixture.orders) > 1
+        )
+        amplification = read_amplification(order.lanes, world)
+        parts.append(
+            f"{share}{order.num_samples:,} samples in {len(order.counts):,} shards, {order.lanes} "
+            f"lanes: {world} {'process reads' if world == 1 else 'processes read'} every byte "
+            f"{amplification:.2f} times"
+        )
+    return "; ".join(parts)
+
+
 def _below_lane(end: Ints, lane: Ints, lanes: int) -> Ints:
     """How many positions t < end have t % lanes < lane."""
     return end // lanes * lane + np.minimum(end % lanes, lane)
