@@ -118,7 +118,7 @@ def evaluate_run(
     runtime = Runtime.start(accumulation=1)
     check_ranks(config, runtime)
     indexes = open_indexes(config.data)
-    quarantine = Quarantine(run_dir, config.data.max_bad_fraction, runtime)
+    quarantine = Quarantine(run_dir, config.data, runtime)
     forward = make_forward(config, runtime.device)
     metrics: dict[str, float] = {}
     names: dict[str, Literal["raw", "ema"]] = {"eval": "raw"}

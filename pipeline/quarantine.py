@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline.data.settings import DataConfig
 from pipeline.data.stream import Quarantined, Stream
 from pipeline.errors import UserError
 from pipeline.runtime import Runtime
@@ -19,9 +20,10 @@ MIN_SAMPLES_JUDGED = 1000
 class Quarantine:
     """The list of one run directory, kept by the main process."""
 
-    def __init__(self, run_dir: Path, max_bad_fraction: float, runtime: Runtime) -> None:
+    def __init__(self, run_dir: Path, data: DataConfig, runtime: Runtime) -> None:
         self._path = run_dir / "quarantine.jsonl"
-        self._max_bad_fraction = max_bad_fraction
+        self._max_bad_fraction = data.max_bad_fraction
+        self._max_bad_in_row = data.max_bad_in_row
         self._runtime = runtime
         self._known: set[int] = set()
         if runtime.is_main and self._path.exists():
@@ -39,7 +41,8 @@ class Quarantine:
         """
         counters = stream.counters
         mine = (stream.take_quarantined(), counters.tombstones, counters.images)
-        entries, tombstones, images = zip(*self._runtime.gather(mine), strict=True)
+        mine += (counters.max_bad_in_row,)
+        entries, tombstones, images, in_row = zip(*self._runtime.gather(mine), strict=True)
         num_tombstones, num_images = sum(tombstones), sum(images)
         self._record(entry for part in entries for entry in part)
         if num_tombstones > self._max_bad_fraction * max(num_images, MIN_SAMPLES_JUDGED):
@@ -47,6 +50,12 @@ class Quarantine:
                 f"{num_tombstones} of {num_images} samples could not be used: more than "
                 f"data.max_bad_fraction {self._max_bad_fraction:g} allows. They are listed with "
                 f"their reasons in {self._path}."
+            )
+        if max(in_row) > self._max_bad_in_row:
+            raise UserError(
+                f"{max(in_row)} samples in a row could not be used: more than data.max_bad_in_row "
+                f"{self._max_bad_in_row} allows. They are listed with their reasons in "
+                f"{self._path}."
             )
         return {"data/tombstones": num_tombstones, "data/images": num_images}
 

@@ -96,7 +96,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             prefetch=config.data.prefetch,
             runtime=runtime,
         )
-        quarantine = Quarantine(run_dir, config.data.max_bad_fraction, runtime)
+        quarantine = Quarantine(run_dir, config.data, runtime)
         stopped_by: str | None = None
         saved = True
         evaluate_now = partial(

@@ -17,7 +17,7 @@ from tests.data.streams import ARRAYS, SEED, SETTINGS
 
 def main(shards: str, run_dir: str) -> None:
     runtime = Runtime.start(accumulation=1)
-    data = DataConfig(path=shards, decode=ARRAYS, **SETTINGS)
+    data = DataConfig(path=shards, decode=ARRAYS, max_bad_fraction=0.0, **SETTINGS)
     with open_stream(
         data,
         index=Index.open(shards),
@@ -30,7 +30,7 @@ def main(shards: str, run_dir: str) -> None:
         next(stream)
         ending = "no error"
         try:
-            Quarantine(Path(run_dir), 0.0, runtime).collect(stream)
+            Quarantine(Path(run_dir), data, runtime).collect(stream)
         except UserError as error:
             ending = str(error)
         line = f"rank {runtime.rank} met {stream.counters.tombstones}: {ending}\n"

@@ -154,6 +154,9 @@ CHANGES: dict[str, Change] = {
     "data.max_bad_fraction": Change(
         ("data.max_bad_fraction=0.0",), ending, ("data.decode.suffixes=[webp]",)
     ),
+    "data.max_bad_in_row": Change(
+        ("data.max_bad_in_row=0",), ending, ("data.decode.suffixes=[webp]",)
+    ),
     "model.backbone.burgess.kind": Change(BURGESS[:1], weights, BURGESS[1:]),
     "model.backbone.mlp.kind": Change(("model.backbone={kind: mlp}",), weights, BURGESS),
     "model.backbone.mlp.hidden": Change(("model.backbone.hidden=[7]",)),

@@ -43,13 +43,17 @@ def opened(index: Index, num_steps: int, batch_size: int = COUNT, first_step: in
     )
 
 
+def limits(max_bad_fraction: float, max_bad_in_row: int = 10_000) -> DataConfig:
+    return DataConfig(path="-", max_bad_fraction=max_bad_fraction, max_bad_in_row=max_bad_in_row)
+
+
 def listed(run_dir: Path) -> list[dict]:
     lines = (run_dir / "quarantine.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 def test_each_sample_is_listed_once_with_its_reason(tmp_path, index, runtime):
-    quarantine = Quarantine(tmp_path, 1.0, runtime)
+    quarantine = Quarantine(tmp_path, limits(1.0), runtime)
     with opened(index, num_steps=3) as stream:
         for epoch, _ in enumerate(stream, start=1):
             counts = quarantine.collect(stream)
@@ -65,7 +69,7 @@ def test_good_samples_write_no_list(tmp_path, index, runtime):
     with opened(index, num_steps=1, batch_size=1) as stream:
         batch = next(stream)
         assert batch.weight.tolist() == [1]
-        Quarantine(tmp_path, 0.0, runtime).collect(stream)
+        Quarantine(tmp_path, limits(0.0), runtime).collect(stream)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -74,7 +78,7 @@ def test_a_restart_lists_only_what_is_new(tmp_path, index, runtime):
     for step in range(12):
         with opened(index, num_steps=1, batch_size=10, first_step=step) as stream:
             next(stream)
-            Quarantine(tmp_path, 1.0, runtime).collect(stream)
+            Quarantine(tmp_path, limits(1.0), runtime).collect(stream)
     assert sorted(entry["uid"] for entry in listed(tmp_path)) == list(BAD)
 
 
@@ -82,14 +86,14 @@ def test_a_restart_lists_only_what_is_new(tmp_path, index, runtime):
 def test_half_a_line_from_a_kill_is_written_again(tmp_path, index, runtime, num_bytes):
     with opened(index, num_steps=1) as stream:
         next(stream)
-        Quarantine(tmp_path, 1.0, runtime).collect(stream)
+        Quarantine(tmp_path, limits(1.0), runtime).collect(stream)
     whole = (tmp_path / "quarantine.jsonl").read_bytes()
     first, second = whole.splitlines(keepends=True)
     (tmp_path / "quarantine.jsonl").write_bytes(first + second[:num_bytes])
     for _ in range(2):
         with opened(index, num_steps=1) as stream:
             next(stream)
-            Quarantine(tmp_path, 1.0, runtime).collect(stream)
+            Quarantine(tmp_path, limits(1.0), runtime).collect(stream)
         assert (tmp_path / "quarantine.jsonl").read_bytes() == whole
 
 
@@ -109,7 +113,7 @@ def test_the_bound_is_taken_of_a_thousand_samples_at_least(tmp_path, index, runt
     allowed = bound * MIN_SAMPLES_JUDGED
     expected = next(step for step in range(1, 100) if 2 * step > allowed)
     assert expected * COUNT < MIN_SAMPLES_JUDGED
-    step, message = run_until_stopped(index, Quarantine(tmp_path, bound, runtime), 100)
+    step, message = run_until_stopped(index, Quarantine(tmp_path, limits(bound), runtime), 100)
     assert step == expected
     assert message.startswith(f"{2 * step} of {COUNT * step} samples could not be used: more than")
     assert f"data.max_bad_fraction {bound:g} allows" in message
@@ -119,11 +123,32 @@ def test_the_bound_is_taken_of_a_thousand_samples_at_least(tmp_path, index, runt
 
 def test_beyond_a_thousand_samples_the_fraction_itself_counts(tmp_path, index, runtime):
     num_steps = 2 * MIN_SAMPLES_JUDGED // COUNT
-    within = run_until_stopped(index, Quarantine(tmp_path, 0.05, runtime), num_steps)
+    within = run_until_stopped(index, Quarantine(tmp_path, limits(0.05), runtime), num_steps)
     assert within == (num_steps, "")
     # The first 1000 samples hold 50 tombstones; 49 are allowed of them.
-    step, _ = run_until_stopped(index, Quarantine(tmp_path, 0.049, runtime), num_steps)
+    step, _ = run_until_stopped(index, Quarantine(tmp_path, limits(0.049), runtime), num_steps)
     assert step == MIN_SAMPLES_JUDGED // COUNT
+
+
+def test_too_many_in_a_row_stop_the_run_whatever_the_fraction(tmp_path, runtime):
+    """One shard of three is all bad, and nothing is shuffled: seven in a row, over batches."""
+    write_shards(tmp_path / "shards", (5, 7, 20), {n: {"npy": b"bad"} for n in range(5, 12)})
+    index = build_index(tmp_path / "shards")
+    data = DataConfig(
+        path=str(index.path), split="all", decode=ARRAYS, lanes=1, interleave=1, window=1
+    )
+
+    def run(max_bad_in_row: int) -> str:
+        quarantine = Quarantine(tmp_path, limits(1.0, max_bad_in_row), runtime)
+        with open_stream(data, index=index, seed=0, batch_size=4, num_steps=8) as stream:
+            for _ in stream:
+                quarantine.collect(stream)
+            assert stream.counters.bad_in_row in (0, 7)  # 7 if the bad shard came last
+        return "no error"
+
+    assert run(7) == "no error"
+    with pytest.raises(UserError, match=r"in a row could not .* than data.max_bad_in_row 6"):
+        run(6)
 
 
 @pytest.mark.distributed

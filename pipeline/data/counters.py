@@ -13,6 +13,8 @@ class StreamCounters:
     batches: int = 0
     images: int = 0  # slots delivered, tombstones and repeats included
     tombstones: int = 0
+    bad_in_row: int = 0  # tombstones at the end of what was delivered
+    max_bad_in_row: int = 0
     stall_seconds: float = 0.0  # in next(), waiting for data
     num_ready: int = 0  # batches that lay ready, summed over the calls of next()
     bytes_read: int = 0

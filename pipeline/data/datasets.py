@@ -24,7 +24,9 @@ Indexes = Index | Sequence[Index]  # of the one data set, or one for each of a m
 
 def open_indexes(data: DataConfig) -> tuple[Index, ...]:
     """Open the index of every data set that a config names; raise UserError."""
-    return tuple(Index.open(source.path, n) for n, source in enumerate(data.sources))
+    return tuple(
+        Index.open(source.path, number, data.remote) for number, source in enumerate(data.sources)
+    )
 
 
 def order_of(

@@ -50,6 +50,8 @@ class DataConfig(Component):
     verify_checksums: bool = False
     # Of the samples delivered (counted as at least 1000): above it, the run stops.
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    # Samples one after the other, as one process delivers them: with one more, the run stops, too.
+    max_bad_in_row: Annotated[int, Field(ge=0)] = 100
 
     @property
     def num_read_threads(self) -> int:

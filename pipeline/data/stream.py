@@ -165,6 +165,8 @@ class Stream(Iterator[Batch]):
             raise StopIteration
         if buffer.faults:
             self._bury(buffer)
+        else:
+            self._engine.counters.bad_in_row = 0
         self.account.add(buffer)
         return replace(buffer.tensors)
 
@@ -179,13 +181,18 @@ class Stream(Iterator[Batch]):
 
     def _bury(self, buffer: BatchBuffer) -> None:
         """Turn faults into tombstones: the slot stays, black and at weight 0."""
+        counters = self._engine.counters
+        bad = {fault.slot for fault in buffer.faults}
+        for slot in range(len(buffer.slots)):
+            counters.bad_in_row = counters.bad_in_row + 1 if slot in bad else 0
+            counters.max_bad_in_row = max(counters.max_bad_in_row, counters.bad_in_row)
         for fault in sorted(buffer.faults):
             slot = fault.slot
             buffer.x[slot].zero_()
             if buffer.weight[slot] == 0:
                 continue  # a repeat that fills a masked batch: its original was counted
             buffer.weight[slot] = 0
-            self._engine.counters.tombstones += 1
+            counters.tombstones += 1
             uid = int(buffer.uid[slot])
             key, shard = self._names.place(uid)
             self._quarantined.append(Quarantined(uid, key, shard, fault.stage, fault.reason))

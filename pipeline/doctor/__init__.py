@@ -84,7 +84,7 @@ def _open_indexes(parts: Parts, findings: list[Finding]) -> list[tuple[Source, I
     opened: list[tuple[Source, Index]] = []
     for number, source in enumerate(parts.data.sources):
         try:
-            opened.append((source, Index.open(source.path, number)))
+            opened.append((source, Index.open(source.path, number, parts.data.remote)))
         except UserError as error:
             findings.append(Finding("index", "FAIL", str(error)))
     return opened

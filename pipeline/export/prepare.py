@@ -57,7 +57,7 @@ def prepare(config: ExportConfig, worker: Worker) -> Prepared:
     run = load_run(Path(config.run), step=config.step, weights=config.weights)
     data = data_of(config, run.config.data)
     source = data.sources[0]
-    index = Index.open(source.path)
+    index = Index.open(source.path, remote=data.remote)
     with closing(open_storage(source.root, data.remote)) as storage:
         index.check_shards(storage)
     encoder = make_encoder(config, run.model, data, device)

@@ -252,7 +252,7 @@ def test_a_broken_sample_is_counted_listed_and_left_out(tmp_path, runtime):
         forward=make_forward(config, torch.device("cpu")),
         indexes=[index],
         runtime=runtime,
-        quarantine=Quarantine(tmp_path, 0.01, runtime),
+        quarantine=Quarantine(tmp_path, config.data, runtime),
     ).metrics
     count = len(numbers)
     assert (metrics["tombstones"], metrics["samples"]) == (1, count - 1)
