@@ -138,7 +138,7 @@ def _add_bench(add: AddParser, runs: Runs) -> None:
     data = _verb(
         kinds.add_parser, "data", runs["bench_data"], "the stream beside raw reading and decoding"
     )
-    data.add_argument("--images", type=int, default=8192, help="per round (%(default)s)")
+    data.add_argument("--images", type=int, default=16_384, help="per round (%(default)s)")
     train = _verb(
         kinds.add_parser, "train", runs["bench_train"], "the training beside a bare loop in memory"
     )

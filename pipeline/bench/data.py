@@ -27,7 +27,6 @@ from pipeline.data.order import Run
 from pipeline.data.storage import Storage
 from pipeline.data.stream import open_stream
 
-WARM_UP_STEPS = 8
 # A stream at this share of its ceiling is as fast as decoding lets it be.
 AT_THE_CEILING = 0.9
 
@@ -93,21 +92,30 @@ class _Work:
         check_data(config, indexes)
         self._sets = DataSets(config.data, indexes, seed=config.seed, batch_size=config.batch_size)
         self._num_steps = num_steps
+        # A stream has got going when every lane is past its second window: memory is in use again.
+        windows = (
+            2 * min(o.window_size, o.lane_length(0)) * o.lanes for o in self._sets.order.orders
+        )
+        self._first_step = -(-max(windows) // config.batch_size)
         self._readers = config.data.num_read_threads
         self._reads: list[tuple[Storage, str, int, int]] = []
-        self.contents: list[bytes] = []
-        self._draws: list[NDArray[np.float32]] = []
-        for source, samples in self._fetch():
+        members: list[tuple[int, bytes, NDArray[np.float32]]] = []
+        for source, positions, samples in self._fetch():
             index, storage = self._sets.indexes[source], self._sets.storages[source]
             self._reads += [
                 (storage, index.shards[read.shard].name, read.offset, read.num_bytes)
                 for read in samples.reads
             ]
-            pieces = zip(samples.pieces, samples.start, samples.stop, samples.draws, strict=True)
-            for piece, start, stop, draws in pieces:
-                if piece is not None:
-                    self.contents.append(piece[start:stop])
-                    self._draws.append(draws)
+            step, slot = self._sets.order.slots(source, positions)
+            place = step * config.batch_size + slot
+            columns = (place.tolist(), samples.slabs, samples.start, samples.stop, samples.draws)
+            for where, slab, start, stop, draws in zip(*columns, strict=True):
+                if slab is not None:
+                    members.append((where, bytes(slab.memory[start:stop]), draws))
+        # In the order of the slots, as the stream decodes: neighbours come from all over memory.
+        members.sort(key=lambda member: member[0])
+        self.contents = [content for _, content, _ in members]
+        self._draws = [draws for _, _, draws in members]
 
     @property
     def num_images(self) -> int:
@@ -115,21 +123,25 @@ class _Work:
         return self._num_steps * self._config.batch_size
 
     def _runs(self) -> Iterator[tuple[int, Run, NDArray[np.int64]]]:
-        """(data set, run, positions in its window) of the stretch."""
-        first, stop = WARM_UP_STEPS, WARM_UP_STEPS + self._num_steps
+        """(data set, run, its positions in the data set's stream) of the stretch."""
+        first, stop = self._first_step, self._first_step + self._num_steps
         for source, order in enumerate(self._sets.order.orders):
             for lane in range(order.lanes):
                 turn = self._sets.order.first_turn(source, lane, first)
                 end = self._sets.order.first_turn(source, lane, stop)
                 while turn < end:
                     run = order.run_at(lane, turn)
+                    turns = np.arange(turn, min(run.next_turn, end))
                     turn = run.next_turn
-                    yield source, run, np.arange(run.start, min(run.stop, run.stop + end - turn))
+                    yield source, run, turns * order.lanes + lane
 
-    def _fetch(self) -> list[tuple[int, Samples]]:
-        def fetch(item: tuple[int, Run, NDArray[np.int64]]) -> tuple[int, Samples]:
+    def _fetch(self) -> list[tuple[int, NDArray[np.int64], Samples]]:
+        def fetch(
+            item: tuple[int, Run, NDArray[np.int64]],
+        ) -> tuple[int, NDArray[np.int64], Samples]:
             source, run, positions = item
-            return source, self._sets.fetchers[source].fetch(run, positions)
+            in_window = run.start + np.arange(len(positions))
+            return source, positions, self._sets.fetchers[source].fetch(run, in_window)
 
         with ThreadPoolExecutor(self._readers) as pool:
             return list(pool.map(fetch, self._runs()))
@@ -194,7 +206,7 @@ class _Work:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
 
-            take(WARM_UP_STEPS)
+            take(self._first_step)
             return self._rate(lambda: take(self._num_steps))
 
     def close(self) -> None:

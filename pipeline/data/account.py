@@ -12,6 +12,7 @@ from pipeline.data.batch import BatchBuffer
 from pipeline.data.index import ORDINAL_SHIFT
 
 Words = NDArray[np.uint64]
+EPOCH_BITS = 40
 
 
 def mixed(words: Words) -> Words:
@@ -55,11 +56,11 @@ class Account:
         self.last_digest = digest_of(self.next_step, slots, buffer.uid)
         self.digest = (self.digest + self.last_digest) % 2**64
         self.next_step += 1
-        ordinals = buffer.uid >> ORDINAL_SHIFT
-        pairs, which = np.unique(np.stack([ordinals, buffer.epoch]), axis=1, return_inverse=True)
-        usable = np.bincount(which.reshape(-1), weights=buffer.weight > 0)
-        total = np.bincount(which.reshape(-1))
-        for number, (ordinal, epoch) in enumerate(pairs.T.tolist()):
-            count = EpochCount(int(usable[number]), int(total[number] - usable[number]))
-            known = self.epochs.get((ordinal, epoch), EpochCount())
-            self.epochs[ordinal, epoch] = known.plus(count)
+        # One number for data set and epoch: most batches hold only one.
+        books = (buffer.uid >> ORDINAL_SHIFT << EPOCH_BITS) + buffer.epoch
+        for book in np.unique(books).tolist():
+            usable = buffer.weight[books == book] > 0
+            num_usable = int(np.count_nonzero(usable))
+            place = (book >> EPOCH_BITS, book & (1 << EPOCH_BITS) - 1)
+            known = self.epochs.get(place, EpochCount())
+            self.epochs[place] = known.plus(EpochCount(num_usable, len(usable) - num_usable))

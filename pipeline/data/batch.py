@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.decode import ArrayDecode, ImageDecode
+from pipeline.data.slabs import Slab
 
 KeyLookup = Callable[[NDArray[np.int64]], list[str]]  # uids -> keys
 
@@ -81,7 +82,7 @@ class BatchBuffer:
     tensors: Batch
     slots: list[NDArray[Any]]  # one writable view per slot
     # Per slot: what was read, and where in it the member lies; None = the sample lacks it.
-    pieces: list[bytes | None] = field(default_factory=list[bytes | None])
+    slabs: list[Slab | None] = field(default_factory=list[Slab | None])
     starts: list[int] = field(default_factory=list[int])
     stops: list[int] = field(default_factory=list[int])
     crc32: list[int] = field(default_factory=list[int])  # -1 = not to be checked

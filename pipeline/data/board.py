@@ -38,9 +38,12 @@ class Board:
         stop_step: int | None,
         rank: int,
         world: int,
+        num_buffers: int = 1,
         num_draws: int = 0,
     ) -> None:
-        """`num_draws`: random numbers that travel with each sample, for its augmentation."""
+        """`num_buffers`: steps that may be in decoding, their samples still in memory; `num_draws`:
+        random numbers that travel with each sample, for its augmentation.
+        """
         self._order = order
         self.num_slots = order.batch_size // world
         self._first_slot = rank * self.num_slots
@@ -52,15 +55,17 @@ class Board:
             for source in range(len(order.orders))
             for lane in self._lane_slots(source)
         }
-        # One window ahead of the one being read; more where a step takes more than a window.
-        self._turns_ahead = [
-            max(one.window_size, 2 * -(-order.most_per_step(source) // one.lanes))
-            for source, one in enumerate(order.orders)
-        ]
+        # A window ahead of the one in decoding, so that no lane holds more than two; at least two
+        # steps ahead, where a step takes as much as a window.
+        self._turns_ahead: list[int] = []
+        for source, one in enumerate(order.orders):
+            turns_per_step = -(-order.most_per_step(source) // one.lanes)
+            ahead = max(one.window_size - num_buffers * turns_per_step, 2 * turns_per_step)
+            self._turns_ahead.append(ahead)
         self._depth = max(self._steps_held(source) for source in range(len(order.orders)))
         self.missing = np.full(self._depth, self.num_slots)
         num_cells = self._depth * self.num_slots
-        self._pieces = np.full(num_cells, None, object)
+        self._slabs = np.full(num_cells, None, object)
         self._whole = np.zeros((5, num_cells), np.int64)  # uid, epoch, label, start, stop
         self._weight = np.zeros(num_cells, np.float32)
         self._crc32 = np.full(num_cells, -1, np.int64)
@@ -138,7 +143,7 @@ class Board:
 
     def fill(self, run: Run, cells: Ints, samples: Samples) -> None:
         """Put fetched samples into their cells; `arrived` tells the steps afterwards."""
-        self._pieces[cells] = samples.pieces
+        self._slabs[cells] = samples.slabs
         for row, values in enumerate((samples.uid, run.epoch, samples.label)):
             self._whole[row, cells] = values
         self._whole[3, cells] = samples.start
@@ -157,10 +162,10 @@ class Board:
         cells = slice(place * self.num_slots, (place + 1) * self.num_slots)
         buffer.uid[:], buffer.epoch[:], buffer.label[:], start, stop = self._whole[:, cells]
         buffer.weight[:] = self._weight[cells]
-        buffer.pieces = self._pieces[cells].tolist()
+        buffer.slabs = self._slabs[cells].tolist()
         buffer.starts, buffer.stops = start.tolist(), stop.tolist()
         buffer.crc32 = self._crc32[cells].tolist()
         buffer.draws = self._draws[cells].copy()
-        self._pieces[cells] = None
+        self._slabs[cells] = None
         self.missing[place] = self.num_slots
         self.next_step += 1

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pipeline.data.augmentations import Augmenter
 from pipeline.data.batch import BatchBuffer
-from pipeline.data.decode import ArrayDecode, ImageDecode
+from pipeline.data.decode import ArrayDecode, Content, ImageDecode
 from pipeline.data.engine import DecodeSlot
 from pipeline.data.fetch import Fetcher
 from pipeline.data.index import Index
@@ -118,13 +118,13 @@ def slot_decoder(decode: ImageDecode | ArrayDecode, augmenter: Augmenter) -> Dec
     if augmenter.num_draws and isinstance(decode, ImageDecode):
         decode_view = decode.decode_view
 
-        def decode_augmented(buffer: BatchBuffer, slot: int, content: bytes) -> None:
+        def decode_augmented(buffer: BatchBuffer, slot: int, content: Content) -> None:
             decode_view(content, buffer.slots[slot], augmenter.view_of(buffer.draws[slot]))
 
         return decode_augmented
     decode_whole = decode.decode
 
-    def decode_plain(buffer: BatchBuffer, slot: int, content: bytes) -> None:
+    def decode_plain(buffer: BatchBuffer, slot: int, content: Content) -> None:
         decode_whole(content, buffer.slots[slot])
 
     return decode_plain

@@ -1,14 +1,15 @@
 """Bytes of samples: from rows of the index to pieces in memory, in few, long reads.
 
-    run of a lane -> rows of a few shards -> byte ranges, coalesced -> Storage.read -> pieces, and
-                                             where in its piece each sample's member lies
+    run of a lane -> rows of a few shards -> byte ranges, coalesced -> Storage -> slabs, and where
+                                             in its slab each sample's member lies
 
 What is done per sample is done for a whole window at once: a thread that handles samples one by one
 in Python keeps the decoding threads from running.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 
 from pipeline.data.index import Index
 from pipeline.data.order import Order, Run
+from pipeline.data.slabs import Slab, Slabs
 from pipeline.data.storage import Storage
-from pipeline.data.table import MemberRanges, ShardTable
+from pipeline.data.table import MemberRanges
 
 Ints = NDArray[np.int64]
 # (epochs [n], uids [n]) -> float32 [n, num_draws]
@@ -26,9 +28,6 @@ Draw = Callable[[Ints, Ints], NDArray[np.float32]]
 # Read over gaps up to this size: one longer read is cheaper than two. Larger gaps appear where a
 # small split is read out of shards that mostly hold another.
 MAX_GAP_BYTES = 32 << 10
-NO_LABEL = -1
-LABEL_SUFFIXES = ("cls",)
-MISSING = -1  # as an offset: the sample has no such member
 
 
 class Read(NamedTuple):
@@ -40,21 +39,11 @@ class Read(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ranges:
-    """Members [n] in a shard: where they lie (-1 = missing), and in which piece that was read."""
-
-    pieces: NDArray[Any]  # bytes, None where missing
-    start: Ints  # within the piece
-    stop: Ints
-    reads: list[tuple[int, int]]  # (offset, bytes) of every read
-
-
-@dataclass(frozen=True)
 class Samples:
-    """Samples [n] in memory: `pieces` [n] is None where the wanted member is missing."""
+    """Members of samples [n] in memory: `slabs` [n] is None where a sample lacks the member."""
 
-    pieces: NDArray[Any]
-    start: Ints
+    slabs: NDArray[Any]
+    start: Ints  # of the member in its slab
     stop: Ints
     crc32: Ints  # of the member, -1 = unknown
     uid: Ints
@@ -70,53 +59,45 @@ class Samples:
     @property
     def num_bytes_wanted(self) -> int:
         """Bytes of the members themselves."""
-        return int((self.stop - self.start).sum())
+        return int((self.stop - self.start)[self.slabs != None].sum())  # noqa: E711 - elementwise
 
 
-def read_ranges(storage: Storage, name: str, offset: Ints, num_bytes: Ints) -> Ranges:
-    """Read byte ranges [n] of a shard, in as few reads as their gaps allow."""
+def plan_reads(offset: Ints, num_bytes: Ints) -> Iterator[tuple[Ints, int, int]]:
+    """Join ranges [n] of a shard into few reads: (which ranges, offset, bytes) of each.
+
+    Ranges at -1 are missing and belong to no read.
+    """
     places = np.argsort(offset, kind="stable")
-    places = places[np.searchsorted(offset[places], 0) :]  # without the missing ones
+    places = places[np.searchsorted(offset[places], 0) :]
     starts = offset[places]
-    stops = starts + num_bytes[places]
-    reached = np.maximum.accumulate(stops)
-    cuts = np.flatnonzero(starts[1:] - reached[:-1] > MAX_GAP_BYTES) + 1
-    pieces = np.full(len(offset), None, object)
-    start, stop = np.zeros((2, len(offset)), np.int64)
-    reads: list[tuple[int, int]] = []
-    for chosen in np.split(np.arange(len(places)), cuts):
-        if len(chosen) == 0:
-            continue
-        base = int(starts[chosen[0]])
-        piece = storage.read(name, base, int(reached[chosen[-1]]) - base)
-        reads.append((base, len(piece)))
-        at = places[chosen]
-        pieces[at] = piece
-        start[at], stop[at] = starts[chosen] - base, stops[chosen] - base
-    return Ranges(pieces, start, stop, reads)
+    reached = np.maximum.accumulate(starts + num_bytes[places])
+    cuts = (np.flatnonzero(starts[1:] - reached[:-1] > MAX_GAP_BYTES) + 1).tolist()
+    for first, end in pairwise([0, *cuts, len(places)]):
+        if first < end:
+            base = int(starts[first])
+            yield places[first:end], base, int(reached[end - 1]) - base
+
+
+def read_ranges(storage: Storage, name: str, offset: Ints, num_bytes: Ints) -> list[bytes | None]:
+    """Read byte ranges [n] of a shard; None where the offset is -1."""
+    found: list[bytes | None] = [None] * len(offset)
+    for places, base, length in plan_reads(offset, num_bytes):
+        piece = storage.read(name, base, length)
+        starts = offset[places] - base
+        stops = starts + num_bytes[places]
+        for place, *bounds in zip(places.tolist(), starts.tolist(), stops.tolist(), strict=True):
+            found[place] = piece[slice(*bounds)]
+    return found
 
 
 def read_members(
     storage: Storage, name: str, wanted: Sequence[MemberRanges], rows: Ints
-) -> tuple[list[list[bytes | None]], list[int]]:
-    """Read members of some rows of a shard: a list per kind wanted, and the size of every read."""
+) -> list[list[bytes | None]]:
+    """Read members of some rows of a shard: a list per kind wanted."""
     offset = np.concatenate([ranges.offset[rows] for ranges in wanted])
     num_bytes = np.concatenate([ranges.num_bytes[rows] for ranges in wanted])
-    found = read_ranges(storage, name, offset, num_bytes)
-    cut = zip(found.pieces.tolist(), found.start.tolist(), found.stop.tolist(), strict=True)
-    data = [None if piece is None else piece[start:stop] for piece, start, stop in cut]
-    num = len(rows)
-    sizes = [num_bytes for _, num_bytes in found.reads]
-    return [data[kind * num : (kind + 1) * num] for kind in range(len(wanted))], sizes
-
-
-def parse_label(text: bytes | None) -> int:
-    """The class number in a `.cls` member; -1 without one, or where it is no int64."""
-    try:
-        label = int(text) if text is not None else NO_LABEL
-    except ValueError:
-        return NO_LABEL
-    return label if -(2**63) <= label < 2**63 else NO_LABEL
+    data, num = read_ranges(storage, name, offset, num_bytes), len(rows)
+    return [data[kind * num : (kind + 1) * num] for kind in range(len(wanted))]
 
 
 class Fetcher:
@@ -141,6 +122,7 @@ class Fetcher:
         self._suffixes = tuple(suffixes)
         self._draw = draw
         self._verify_checksums = verify_checksums
+        self._slabs = Slabs()
 
     def fetch(self, run: Run, positions: Ints) -> Samples:
         """Read the samples at some positions of a run's window, in the order of `positions`.
@@ -150,34 +132,39 @@ class Fetcher:
         shard, row = self._order.window(run.epoch, run.lane, run.window)
         shard, row = shard[positions], row[positions]
         num = len(positions)
-        pieces = np.full(num, None, object)
-        start, stop, uid = np.zeros((3, num), np.int64)
-        label, crc32 = np.full((2, num), -1, np.int64)
+        offset, num_bytes, uid, label, start = np.zeros((5, num), np.int64)
+        crc32 = np.full(num, -1, np.int64)
         reads: list[Read] = []
+        reach = 0  # bytes of the slab that are spoken for
         for number in np.unique(shard).tolist():
-            places = np.flatnonzero(shard == number)
+            in_shard = np.flatnonzero(shard == number)
             table = self._index.table(number)
-            rows = table.rows_of(self._split_number)[row[places]]
+            rows = table.rows_of(self._split_number)[row[in_shard]]
             ranges = table.ranges_of(self._suffixes)
-            offset, num_bytes = ranges.offset[rows], ranges.num_bytes[rows]
-            labels = self._label_ranges(table)
-            if labels is not None:
-                offset = np.concatenate([offset, labels.offset[rows]])
-                num_bytes = np.concatenate([num_bytes, labels.num_bytes[rows]])
-            found = read_ranges(self._storage, self._index.shards[number].name, offset, num_bytes)
-            n = len(places)
-            pieces[places] = found.pieces[:n]
-            start[places], stop[places] = found.start[:n], found.stop[:n]
-            uid[places] = self._index.first_uids[number] + rows
-            if labels is not None:
-                cut = zip(found.pieces[n:], found.start[n:], found.stop[n:], strict=True)
-                label[places] = [parse_label(piece and piece[a:b]) for piece, a, b in cut]
+            offset[in_shard] = ranges.offset[rows]
+            num_bytes[in_shard] = ranges.num_bytes[rows]
+            for places, base, length in plan_reads(offset[in_shard], num_bytes[in_shard]):
+                reads.append(Read(number, base, length))
+                start[in_shard[places]] = reach - base
+                reach += length
+            uid[in_shard] = self._index.first_uids[number] + rows
+            label[in_shard] = table.labels[rows]
             if self._verify_checksums:
-                crc32[places] = ranges.crc32[rows]
-            reads += [Read(number, *read) for read in found.reads]
-        epoch = np.full(num, run.epoch, np.int64)
-        draws = self._draw(epoch, uid)
-        return Samples(pieces, start, stop, crc32, uid, label, draws, reads)
+                crc32[in_shard] = ranges.crc32[rows]
+        start += offset
+        slab = self._read(reads, reach)
+        slabs = np.full(num, slab, object)
+        slabs[offset < 0] = None
+        draws = self._draw(np.full(num, run.epoch, np.int64), uid)
+        return Samples(slabs, start, start + num_bytes, crc32, uid, label, draws, reads)
 
-    def _label_ranges(self, table: ShardTable) -> MemberRanges | None:
-        return table.ranges_of(LABEL_SUFFIXES) if table.has_suffix(LABEL_SUFFIXES[0]) else None
+    def _read(self, reads: Sequence[Read], num_bytes: int) -> Slab:
+        """Make all reads of a run, one behind the other in one slab."""
+        slab = self._slabs.take(num_bytes)
+        memory = memoryview(slab.memory)
+        for read in reads:
+            if read.num_bytes:
+                name = self._index.shards[read.shard].name
+                self._storage.read_into(name, read.offset, memory[: read.num_bytes])
+            memory = memory[read.num_bytes :]
+        return slab

@@ -23,7 +23,7 @@ from pipeline.data.tar import Damage
 from pipeline.errors import UserError
 from pipeline.files import canonical_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: labels in the tables
 INDEX_DIRECTORY = "index"
 MANIFEST = "manifest.json"
 TABLES = "tables"

@@ -149,9 +149,7 @@ def _read_window(
 def _read_shard(storage: Storage, name: str, table: ShardTable, rows: Ints) -> Iterator[Sample]:
     members = [table.members(row) for row in rows.tolist()]
     ranges = np.array([where for m in members for where in m.values()], np.int64).reshape(-1, 2)
-    found = read_ranges(storage, name, ranges[:, 0], ranges[:, 1])
-    cuts = zip(found.pieces.tolist(), found.start.tolist(), found.stop.tolist(), strict=True)
-    contents = (piece[start:stop] for piece, start, stop in cuts)
+    contents = iter(read_ranges(storage, name, ranges[:, 0], ranges[:, 1]))
     url = storage.where(name)
     extra = {} if is_url(url) else {"__local_path__": url}
     for key, suffixes in zip(table.keys(rows), members, strict=True):

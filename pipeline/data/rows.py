@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.decode import ArrayDecode, DecodeError, ImageDecode, missing_member
-from pipeline.data.fetch import LABEL_SUFFIXES, parse_label, read_members
+from pipeline.data.fetch import read_members
 from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import ShardReadError, Storage, open_storage
@@ -102,14 +102,12 @@ class _ShardReader:
         self._name = index.shards[shard].name
         self._table = index.table(shard)
         self.rows = self._table.rows_of(index.split_number(data.split))
-        suffixes = (tuple(data.decode.member_suffixes), LABEL_SUFFIXES, METADATA_SUFFIXES)
+        suffixes = (tuple(data.decode.member_suffixes), METADATA_SUFFIXES)
         self._ranges = [self._table.ranges_of(names) for names in suffixes]
 
     def batch(self, start: int, decoders: ThreadPoolExecutor) -> RowBatch:
         rows = self.rows[start : start + self._batch_size]
-        (contents, labels, metadata), _ = read_members(
-            self._storage, self._name, self._ranges, rows
-        )
+        contents, metadata = read_members(self._storage, self._name, self._ranges, rows)
         keys = self._table.keys(rows)
         stored = getattr(torch, self._decode.stored_dtype.name)
         x = torch.zeros((self._batch_size, *self._decode.buffer_shape), dtype=stored)
@@ -126,7 +124,7 @@ class _ShardReader:
                 RowFault(int(rows[place]), keys[place], error.stage, error.reason)
                 for place, error in sorted(faults.items())
             ],
-            labels=np.array([parse_label(text) for text in labels], np.int64),
+            labels=self._table.labels[rows],
             metadata=[_text(content) for content in metadata],
         )
 

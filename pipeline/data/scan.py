@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data import labels
 from pipeline.data.one_pass import OnePass
 from pipeline.data.splits import SplitSpec, group_of
 from pipeline.data.storage import ShardReadError, ShardState, Storage, is_url, open_storage
@@ -112,10 +113,13 @@ def _write(task: ShardTask, storage: Storage, state: ShardState) -> None:
     """Read the shard, once and forward, and write its table."""
     stamp = task.stamp
     groups = _Groups(task, storage.where(task.name))
+    label_at: dict[int, int] = {}  # by the offset of the member
     with OnePass(storage, task.name, state.num_bytes) as bytes_of:
 
         def visit(name: str, offset: int, num_bytes: int) -> int:
             groups.visit(bytes_of, name, offset, num_bytes)
+            if name.lower().endswith(f".{labels.SUFFIX}") and num_bytes <= labels.MAX_BYTES:
+                label_at[offset] = labels.parse_label(bytes_of.read(offset, num_bytes))
             return bytes_of.crc32(offset, num_bytes) if task.deep else NO_CHECKSUM
 
         scan = TarScan(bytes_of.read, state.num_bytes, visit)
@@ -127,18 +131,23 @@ def _write(task: ShardTask, storage: Storage, state: ShardState) -> None:
         damage.append(Damage("more", damage[-1].offset, 0, f"{more} further faults"))
     digest = task.split.digest()
     origin = TableOrigin(state.num_bytes, sha256, digest, tuple(damage), state.tag)
-    _write_table(task, samples, groups.numbers(samples), origin, task.deep, stamp)
+    found = [
+        label_at.get(sample.members.get(labels.SUFFIX, (-1, 0))[0], labels.NONE)
+        for sample in samples
+    ]
+    _write_table(task, samples, groups.numbers(samples), found, origin, task.deep, stamp)
 
 
 def _write_table(
     task: ShardTask,
     samples: Sequence[TarSample],
     splits: Sequence[int],
+    labels_of: Sequence[int],
     origin: TableOrigin,
     with_checksums: bool,
     stamp: int | None,
 ) -> None:
-    write_table(task.table_path, samples, splits, origin, with_checksums=with_checksums)
+    write_table(task.table_path, samples, splits, labels_of, origin, with_checksums=with_checksums)
     if stamp is not None:
         os.utime(task.table_path, ns=(stamp, stamp))
 
@@ -160,7 +169,7 @@ def _split_again(task: ShardTask, storage: Storage, state: ShardState, table: Sh
                 groups.add(sample.key, offset, metadata)
     origin = replace(table.origin, split_digest=task.split.digest())
     splits = groups.numbers(samples)
-    _write_table(task, samples, splits, origin, table.has_checksums, stamp)
+    _write_table(task, samples, splits, table.labels.tolist(), origin, table.has_checksums, stamp)
     return False
 
 

@@ -84,6 +84,7 @@ def open_stream(
         stop_step=stop_step,
         rank=rank,
         world=world,
+        num_buffers=data.prefetch + 1,
         num_draws=sets.augmenter.num_draws,
     )
     engine = Engine(

@@ -59,6 +59,7 @@ def write_table(
     path: Path,
     samples: Sequence[TarSample],
     splits: Sequence[int],
+    labels: Sequence[int],
     origin: TableOrigin,
     *,
     with_checksums: bool,
@@ -76,6 +77,7 @@ def write_table(
     columns: dict[str, Any] = {
         "key": pa.array([sample.key for sample in samples], pa.large_string()),
         "split": pa.array(splits, pa.uint8()),
+        "label": pa.array(labels, pa.int64()),
         "suffixes": pa.ListArray.from_arrays(ends, dictionary),
         "offsets": pa.ListArray.from_arrays(ends, pa.array([at for at, _ in ranges], pa.int64())),
         "sizes": pa.ListArray.from_arrays(ends, pa.array([n for _, n in ranges], pa.int64())),
@@ -127,7 +129,12 @@ class ShardTable:
     @property
     def split_numbers(self) -> NDArray[np.uint8]:
         """The split number of every row."""
-        return self._table["split"].to_numpy()
+        return _numbers(self._column("split")) if self.num_rows else np.zeros(0, np.uint8)
+
+    @cached_property
+    def labels(self) -> Ints:
+        """The class of every row; -1 where it has none."""
+        return _numbers(self._column("label")) if self.num_rows else np.zeros(0, np.int64)
 
     def _rows_of(self, split_number: int | None) -> Ints:
         """Row numbers of one split, or of all, ascending."""
@@ -143,7 +150,7 @@ class ShardTable:
         """How many rows have a member of each suffix."""
         if self.num_rows == 0:
             return {}
-        codes = self._list_column("suffixes").values.indices.to_numpy()
+        codes = _numbers(self._column("suffixes").values.indices)
         counts = np.bincount(codes, minlength=len(self._suffix_names)).tolist()
         return dict(zip(self._suffix_names, counts, strict=True))
 
@@ -169,15 +176,15 @@ class ShardTable:
         found = {name: np.full(self.num_rows, -1, np.int64) for name in MEMBER_FIELDS}
         if self.num_rows == 0:
             return MemberRanges(**found)
-        lists = self._list_column("suffixes")
-        codes = lists.values.indices.to_numpy()
-        ends = lists.offsets.to_numpy()
+        lists = self._column("suffixes")
+        codes = _numbers(lists.values.indices)
+        ends = _numbers(lists.offsets)
         row_of_member = np.repeat(np.arange(self.num_rows), np.diff(ends))
         for suffix in reversed(wanted):  # the most wanted comes last and wins
             if suffix in self._suffix_names:
                 places = np.flatnonzero(codes == self._suffix_names.index(suffix))
                 for column, name in columns.items():
-                    values = self._list_column(column).values.to_numpy()
+                    values = _numbers(self._column(column).values)
                     found[name][row_of_member[places]] = values[places]
         return MemberRanges(**found)
 
@@ -185,7 +192,13 @@ class ShardTable:
     def _suffix_names(self) -> list[str]:
         if self.num_rows == 0:
             return []
-        return self._list_column("suffixes").values.dictionary.to_pylist()
+        return self._column("suffixes").values.dictionary.to_pylist()
 
-    def _list_column(self, name: str) -> Any:
+    def _column(self, name: str) -> Any:
         return self._table[name].chunk(0)  # one record batch was written
+
+
+def _numbers(array: Any) -> NDArray[Any]:
+    """An Arrow array of numbers without nulls, not copied; `to_numpy` would import pandas."""
+    values = np.frombuffer(array.buffers()[1], array.type.to_pandas_dtype())
+    return values[array.offset : array.offset + len(array)]

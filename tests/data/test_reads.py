@@ -9,14 +9,11 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from pipeline.data.augmentations import Augmenter
-from pipeline.data.datasets import order_of
-from pipeline.data.fetch import Fetcher
+from pipeline.data.datasets import DataSets
 from pipeline.data.index import build_index
 from pipeline.data.mixture import read_amplification
 from pipeline.data.settings import DataConfig
 from pipeline.data.splits import SplitSpec
-from pipeline.data.storage import open_storage
 from pipeline.data.stream import open_stream
 from tests.data.sparse_shards import write_sparse_shards
 from tests.data.streams import IMAGES, SEED, write_shards
@@ -57,11 +54,8 @@ def test_no_byte_is_read_more_often_than_is_announced(index, lanes, world):
 
 def test_a_lane_reads_every_span_strictly_forward(index):
     data = config_of(index)
-    order = order_of(data, index, SEED, 12).orders[0]
-    fetcher = Fetcher(
-        index, open_storage(index.path), order, split="all", suffixes=IMAGES.suffixes,
-        draw=Augmenter((), SEED, size=24).draw,
-    )  # fmt: skip
+    sets = DataSets(data, index, seed=SEED, batch_size=12)
+    order, fetcher = sets.order.orders[0], sets.fetchers[0]
     reached: dict[tuple[int, int, int], int] = defaultdict(lambda: -1)
     num_reads = 0
     for lane_slot in range(order.lanes):
@@ -74,6 +68,7 @@ def test_a_lane_reads_every_span_strictly_forward(index):
                 assert read.offset > reached[place]
                 reached[place] = read.offset + read.num_bytes - 1
                 num_reads += 1
+    sets.close()
     assert num_reads > NUM_EPOCHS * len(COUNTS)
 
 

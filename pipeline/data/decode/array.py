@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline.component import Component
+from pipeline.data.decode.content import Content
 from pipeline.data.decode.fault import DecodeError
 from pipeline.data.decode.image import Suffix
 
@@ -81,7 +82,7 @@ class ArrayDecode(Component):
     def _num_values(self) -> int:
         return math.prod(self.shape)
 
-    def decode(self, data: bytes, out: NDArray[Any]) -> None:
+    def decode(self, data: Content, out: NDArray[Any]) -> None:
         """Copy one file's values into `out` [*shape]; raise DecodeError."""
         header = self._usual_header
         num_bytes = self._num_values * self.stored_dtype.itemsize
@@ -92,7 +93,7 @@ class ArrayDecode(Component):
             out[...] = self._parse(data)
         self._check_range(out)
 
-    def _parse(self, data: bytes) -> NDArray[Any]:
+    def _parse(self, data: Content) -> NDArray[Any]:
         """Any valid `.npy` of the declared shape and type: Fortran order, big-endian, version 2."""
         file = io.BytesIO(data)
         try:

@@ -19,6 +19,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from pipeline.data.decode.content import Content
 from pipeline.data.decode.fault import DecodeError
 
 Pixels = NDArray[np.uint8]
@@ -60,14 +61,14 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
         raise DecodeError("size", f"the header declares {width} x {height} pixels")
 
 
-def has_exif(data: bytes) -> bool:
+def has_exif(data: Content) -> bool:
     """Tell whether a JPEG holds an Exif block where the standard puts it: right at the start, or
     behind the JFIF block (Exif 2.32, section 4.5.4).
     """
-    return EXIF_MARK in data[:EXIF_SEARCH_BYTES]
+    return data.find(EXIF_MARK, 0, EXIF_SEARCH_BYTES) >= 0
 
 
-def read_pixels(data: bytes, rules: PixelRules, scale_of: ScaleOf) -> Pixels:
+def read_pixels(data: Content, rules: PixelRules, scale_of: ScaleOf) -> Pixels:
     """Decode any supported image, upright, as uint8 [height, width, channels].
 
     A JPEG may come out scaled down by its decoder, to no less than `scale_of` wants. Raises
@@ -82,7 +83,7 @@ def read_pixels(data: bytes, rules: PixelRules, scale_of: ScaleOf) -> Pixels:
     return _read_with_pillow(data, rules)
 
 
-def _read_jpeg(data: bytes, rules: PixelRules, scale_of: ScaleOf) -> Pixels:
+def _read_jpeg(data: Content, rules: PixelRules, scale_of: ScaleOf) -> Pixels:
     try:
         height, width = (int(side) for side in simplejpeg.decode_jpeg_header(data)[:2])
         check_size(height, width, rules.max_pixels)
@@ -101,7 +102,7 @@ def _read_jpeg(data: bytes, rules: PixelRules, scale_of: ScaleOf) -> Pixels:
     return _upright(pixels, orientation) if orientation != 1 else pixels
 
 
-def _read_png(data: bytes, rules: PixelRules) -> Pixels:
+def _read_png(data: Content, rules: PixelRules) -> Pixels:
     if len(data) < 33:
         raise DecodeError("decode", f"PNG: only {len(data)} bytes")
     width, height, bit_depth, colour_type = struct.unpack_from(">IIBB", data, 16)
@@ -113,7 +114,7 @@ def _read_png(data: bytes, rules: PixelRules) -> Pixels:
     return _read_with_opencv(data, rules, "PNG")
 
 
-def _read_webp(data: bytes, rules: PixelRules) -> Pixels:
+def _read_webp(data: Content, rules: PixelRules) -> Pixels:
     if len(data) < 30:
         raise DecodeError("decode", f"WebP: only {len(data)} bytes")
     height, width = _webp_size(data)
@@ -123,7 +124,7 @@ def _read_webp(data: bytes, rules: PixelRules) -> Pixels:
     return _read_with_pillow(data, rules)
 
 
-def _webp_size(data: bytes) -> tuple[int, int]:
+def _webp_size(data: Content) -> tuple[int, int]:
     """Height and width from the first chunk (RFC 9649, sections 2.5 to 2.7)."""
     kind = data[12:16]
     if kind == b"VP8 ":
@@ -138,7 +139,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     raise DecodeError("decode", f"WebP: unknown first chunk {kind!r}")
 
 
-def _read_with_opencv(data: bytes, rules: PixelRules, name: str) -> Pixels:
+def _read_with_opencv(data: Content, rules: PixelRules, name: str) -> Pixels:
     mode = cv2.IMREAD_COLOR_RGB if rules.channels == 3 else cv2.IMREAD_GRAYSCALE
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
@@ -149,7 +150,7 @@ def _read_with_opencv(data: bytes, rules: PixelRules, name: str) -> Pixels:
     return pixels.astype(np.uint8, copy=False).reshape(*pixels.shape[:2], rules.channels)
 
 
-def _read_with_pillow(data: bytes, rules: PixelRules) -> Pixels:
+def _read_with_pillow(data: Content, rules: PixelRules) -> Pixels:
     try:
         with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
             check_size(image.height, image.width, rules.max_pixels)
@@ -181,7 +182,7 @@ def _flattened(image: Image.Image, background: int) -> Image.Image:
     return Image.alpha_composite(canvas, image.convert("RGBA"))
 
 
-def _orientation(data: bytes) -> int:
+def _orientation(data: Content) -> int:
     """The Exif orientation, 1 to 8; an unreadable Exif block counts as none."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:

@@ -12,11 +12,11 @@ from functools import cached_property
 from typing import Annotated, Literal
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
+from simplejpeg import decode_jpeg
 from torch import Tensor
 
 from pipeline.component import Component
@@ -27,6 +27,7 @@ from pipeline.data.decode.codecs import (
     has_exif,
     read_pixels,
 )
+from pipeline.data.decode.content import Content
 
 Suffix = Annotated[str, Field(pattern=r"^[^/A-Z]+$")]  # as the index stores them: lower case
 
@@ -64,23 +65,30 @@ class ImageDecode(Component):
         return self.suffixes
 
     @cached_property
+    def _colours(self) -> str:
+        return "RGB" if self.channels == 3 else "GRAY"
+
+    @cached_property
+    def _shape(self) -> tuple[int, ...]:
+        return self.buffer_shape
+
+    @cached_property
     def _rules(self) -> PixelRules:
         return PixelRules(self.channels, self.background, self.max_pixels)
 
-    def decode(self, data: bytes, out: NDArray[np.uint8]) -> None:
+    def decode(self, data: Content, out: NDArray[np.uint8]) -> None:
         """Decode one file into `out`, uint8 [size, size, channels]; raise DecodeError."""
         if data.startswith(JPEG_MAGIC) and not has_exif(data):
             # The usual case by one call: a JPEG of the very size goes straight into the slot. A
             # larger one does not fit and fails before decoding; a smaller one shows by its shape.
             try:
-                colours = "RGB" if self.channels == 3 else "GRAY"
-                if simplejpeg.decode_jpeg(data, colours, buffer=out).shape == out.shape:
+                if decode_jpeg(data, self._colours, buffer=out).shape == self._shape:
                     return
             except ValueError:
                 pass  # too large, or damaged: the general way tells which
         self._fit(read_pixels(data, self._rules, self._scale_of), out)
 
-    def decode_view(self, data: bytes, out: NDArray[np.uint8], view_of: ViewOf) -> None:
+    def decode_view(self, data: Content, out: NDArray[np.uint8], view_of: ViewOf) -> None:
         """Decode the part of a file that an augmentation looks at into `out`, as `decode` does."""
         views: list[tuple[View, int, int]] = []
 

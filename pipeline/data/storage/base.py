@@ -55,6 +55,10 @@ class Storage(ABC):
         `states`, `expect` or an earlier read: two contents are never mixed.
         """
 
+    def read_into(self, name: str, offset: int, memory: memoryview) -> None:
+        """Fill `memory` with the bytes of a shard from `offset` on; raise as `read` does."""
+        memory[:] = self.read(name, offset, len(memory))
+
     def expect(self, name: str, state: ShardState) -> None:  # noqa: B027 - most need not know
         """Say which state of a shard the index was made from."""
 

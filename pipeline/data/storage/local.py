@@ -49,16 +49,25 @@ class LocalStorage(Storage):
         """Bytes [offset, offset + num_bytes) of a shard; raise ShardReadError if it is shorter."""
         with self._lease(name) as descriptor:
             data = os.pread(descriptor, num_bytes, offset)
-            while len(data) < num_bytes:
-                piece = os.pread(descriptor, num_bytes - len(data), offset + len(data))
-                if not piece:
+        if len(data) == num_bytes:
+            return data
+        memory = bytearray(num_bytes)
+        self.read_into(name, offset, memoryview(memory))
+        return bytes(memory)
+
+    def read_into(self, name: str, offset: int, memory: memoryview) -> None:
+        """Fill `memory` with the bytes of a shard from `offset` on; raise as `read` does."""
+        with self._lease(name) as descriptor:
+            num_read = os.preadv(descriptor, [memory], offset)
+            while num_read < len(memory):
+                more = os.preadv(descriptor, [memory[num_read:]], offset + num_read)
+                if more == 0:
                     end = os.fstat(descriptor).st_size
                     raise ShardReadError(
-                        f"{self.where(name)} ends at byte {end}, before {offset + num_bytes}: it "
+                        f"{self.where(name)} ends at byte {end}, before {offset + len(memory)}: it "
                         "changed since it was indexed; run `latentmill index`."
                     )
-                data += piece
-        return data
+                num_read += more
 
     def close(self) -> None:
         """Close all descriptors that nobody uses."""

@@ -1,0 +1,3 @@
+"""What is decoded: a member's bytes, or a copy of them out of memory that is used again."""
+
+Content = bytes | bytearray

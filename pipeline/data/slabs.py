@@ -1,0 +1,61 @@
+"""Memory that reads are made into, used over and over.
+
+    take -> Slab -> samples of a window refer to it -> the last one lets go -> free for the next
+
+Fresh memory costs more than what is read into it: the kernel hands it out page by page, zeroed.
+Sizes are rounded up by at most an eighth, so that a freed slab fits a later read. All slabs
+together take no more than was ever in use at once: beyond that, free ones give way to new ones.
+"""
+
+from collections import deque
+from threading import Lock
+
+SMALLEST = 1 << 12
+
+
+class Slab:
+    """Memory of one read, at least as large as was asked for."""
+
+    __slots__ = ("_home", "memory")
+
+    def __init__(self, memory: bytearray, home: deque[bytearray]) -> None:
+        self.memory = memory
+        self._home = home
+
+    def __del__(self) -> None:
+        self._home.append(self.memory)
+
+
+def rounded_size(num_bytes: int) -> int:
+    """The next of eight sizes per power of two."""
+    step = max(SMALLEST, (1 << num_bytes.bit_length()) >> 4)
+    return max(-(-num_bytes // step), 1) * step
+
+
+class Slabs:
+    """The slabs of one stream; from any thread."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, deque[bytearray]] = {}
+        self._allocated = 0
+        self._most_used = 0
+        self._lock = Lock()
+
+    def take(self, num_bytes: int) -> Slab:
+        """Return memory for `num_bytes`, with whatever is in it."""
+        size = rounded_size(num_bytes)
+        with self._lock:
+            home = self._free.setdefault(size, deque())
+            memory = home.pop() if home else self._new(size)
+        return Slab(memory, home)
+
+    def _new(self, size: int) -> bytearray:
+        """Allocate; beyond the most that was ever in use, free slabs of other sizes make room."""
+        self._allocated += size
+        free = sum(other * len(slabs) for other, slabs in self._free.items())
+        self._most_used = max(self._most_used, self._allocated - free)
+        for other in sorted(self._free, reverse=True):
+            while self._allocated > self._most_used and self._free[other]:
+                self._free[other].pop()
+                self._allocated -= other
+        return bytearray(size)
