@@ -19,13 +19,32 @@ torch.set_num_threads(1)
 
 # A test counts for the first of these markers that it carries; without any, for "default".
 LANES = ("soak", "slurm", "netns", "browser", "deepspeed", "fault", "distributed", "slow")
-# Minutes on two cores that an area may take in `make test-all`, and the lanes that belong to it.
+# Minutes on two cores that an area may take in `make test-all` (DESIGN's budgets).
 BUDGETS = {
-    "default lane": (10.0, ("default",)),
-    "main job": (18.0, ("default", "slow", "distributed", "fault")),
-    "strategies and clusters": (22.0, ("deepspeed", "netns", "slurm")),
+    "default lane": 10.0,
+    "main job": 18.0,
+    "streaming": 15.0,
+    "strategies and clusters": 22.0,
 }
-seconds_by_lane = pytest.StashKey[dict[str, float]]()
+STRATEGY_LANES = ("deepspeed", "netns", "slurm")
+STREAMING_TESTS = (
+    "tests/data/",
+    "tests/bench/",
+    "tests/test_benchmarks.py",
+    "tests/test_doctor.py",
+    "tests/test_examples.py",
+    "tests/test_ledger.py",
+    "tests/test_order.py",
+)
+Seconds = dict[tuple[str, str], float]  # (area, lane) -> seconds
+seconds_spent = pytest.StashKey[Seconds]()
+
+
+def area_of(test: str, lane: str) -> str:
+    """The area whose budget a test's time counts for."""
+    if lane in STRATEGY_LANES:
+        return "strategies and clusters"
+    return "streaming" if test.startswith(STREAMING_TESTS) else "main job"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,48 +59,50 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[seconds_by_lane] = defaultdict(float)
-    config.pluginmanager.register(Stopwatch(config.stash[seconds_by_lane]))
+    config.stash[seconds_spent] = defaultdict(float)
+    config.pluginmanager.register(Stopwatch(config.stash[seconds_spent]))
 
 
 class Stopwatch:
-    """Adds up the seconds of each lane: set-up, call and tear-down of its tests."""
+    """Adds up the seconds of each area and lane: set-up, call and tear-down of its tests."""
 
-    def __init__(self, seconds: dict[str, float]) -> None:
+    def __init__(self, seconds: Seconds) -> None:
         self._seconds = seconds
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         lane = next((lane for lane in LANES if lane in report.keywords), "default")
-        self._seconds[lane] += report.duration
+        self._seconds[area_of(report.nodeid, lane), lane] += report.duration
 
 
-def over_budget(seconds: Mapping[str, float]) -> list[str]:
-    """The areas that took longer than they may."""
-    return [
-        area
-        for area, (minutes, lanes) in BUDGETS.items()
-        if sum(seconds.get(lane, 0) for lane in lanes) > 60 * minutes
-    ]
+def minutes_of(seconds: Seconds) -> dict[str, float]:
+    """What each budget's tests took; soak tests have none."""
+    minutes = dict.fromkeys(BUDGETS, 0.0)
+    for (area, lane), spent in seconds.items():
+        if lane != "soak":
+            minutes[area] += spent / 60
+        if lane == "default":
+            minutes["default lane"] += spent / 60
+    return minutes
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    seconds = config.stash[seconds_by_lane]
-    terminalreporter.section("time per lane")
-    for lane, spent in sorted(seconds.items(), key=lambda item: -item[1]):
-        terminalreporter.line(f"{lane:<24}{spent / 60:8.1f} min")
-    for area, (minutes, lanes) in BUDGETS.items():
-        spent = sum(seconds.get(lane, 0) for lane in lanes) / 60
-        if spent:
-            verdict = "  OVER BUDGET" if area in over_budget(seconds) else ""
-            terminalreporter.line(f"{area:<24}{spent:8.1f} of {minutes:g} min{verdict}")
+    seconds = config.stash[seconds_spent]
+    terminalreporter.section("time per area and lane")
+    for (area, lane), spent in sorted(seconds.items()):
+        terminalreporter.line(f"{area:<24} {lane:<12}{spent / 60:8.1f} min")
+    for name, spent in minutes_of(seconds).items():
+        verdict = "  OVER BUDGET" if spent > BUDGETS[name] else ""
+        terminalreporter.line(f"{name:<37}{spent:8.1f} of {BUDGETS[name]:g} min{verdict}")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    late = over_budget(session.config.stash[seconds_by_lane])
-    if late and session.config.getoption("--budgets") and session.exitstatus == pytest.ExitCode.OK:
+    minutes = minutes_of(session.config.stash[seconds_spent])
+    is_over = any(spent > BUDGETS[name] for name, spent in minutes.items())
+    is_asked = session.config.getoption("--budgets")
+    if is_over and is_asked and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -12,7 +12,7 @@ from pipeline.data.stream import open_stream
 from pipeline.ledger import Ledger
 from pipeline.runtime import Runtime
 from pipeline.train import train
-from tests.config_runs import World
+from tests.config_runs import BASE, World
 from tests.config_runs import write_shards as write_run_shards
 from tests.data.streams import IMAGES, SEED, write_shards
 
@@ -110,3 +110,26 @@ def test_a_run_logs_what_its_stream_did(tmp_path):
         assert record["data/decode_ms_p50"] <= record["data/decode_ms_p95"]
     assert logs[-1]["data/read_amplification"] >= 1
     assert any("data/ledger/epoch" in record for record in logs)
+
+
+@pytest.mark.distributed
+def test_runs_of_any_number_of_processes_log_the_same_digests(tmp_path, run_processes):
+    write_run_shards(tmp_path / "shards")
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(BASE))
+
+    def digests(run: str, *starts: tuple[int, int]) -> list[int]:
+        """Of a run in several starts: (processes, number of steps to reach)."""
+        for num_processes, num_steps in starts:
+            places = (f"data.path={tmp_path / 'shards'}", f"run_dir={tmp_path / run}")
+            result = run_processes(
+                "pipeline.train", num_processes, config, *places, f"num_steps={num_steps}"
+            )
+            assert result.code == 0, result.output
+        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        return [r["data/order_digest"] for r in records if "data/order_digest" in r]
+
+    alone = digests("alone", (1, 6))
+    assert len(set(alone)) == 6
+    assert digests("resized", (2, 4), (1, 6)) == alone

@@ -10,6 +10,11 @@ from pipeline.data.settings import DataConfig
 from pipeline.data.stream import open_stream
 
 
+# The pictures fill only some dozens of shards: more lanes would not mix better (`latentmill order
+# --simulate` says so), and their windows would hold the whole set.
+LANES = 16
+
+
 class _Epochs:
     """One stream, never closed between epochs: it decodes the next one's start ahead.
 
@@ -23,6 +28,7 @@ class _Epochs:
             split="all",
             decode=ImageDecode(size=task.size),
             threads=task.workers,
+            lanes=LANES,
         )
         batch_size = task.batch_size * task.world
         self._steps_per_epoch = -(-task.count // batch_size)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pipeline.data.augmentations import Augmenter
 from pipeline.data.batch import BatchBuffer
-from pipeline.data.decode import ArrayDecode, Content, ImageDecode
+from pipeline.data.decode import Content, ImageDecode
 from pipeline.data.engine import DecodeSlot
 from pipeline.data.fetch import Fetcher
 from pipeline.data.index import Index
@@ -105,26 +105,22 @@ class DataSets:
 
     def slot_decoder(self) -> DecodeSlot:
         """Return what turns a member's bytes into a slot of a buffer."""
-        return slot_decoder(self.data.decode, self.augmenter)
+        decode, augmenter = self.data.decode, self.augmenter
+        if augmenter.num_draws and isinstance(decode, ImageDecode):
+            decode_view = decode.decode_view
+
+            def decode_augmented(buffer: BatchBuffer, slot: int, content: Content) -> None:
+                decode_view(content, buffer.slots[slot], augmenter.view_of(buffer.draws[slot]))
+
+            return decode_augmented
+        decode_whole = decode.decode
+
+        def decode_plain(buffer: BatchBuffer, slot: int, content: Content) -> None:
+            decode_whole(content, buffer.slots[slot])
+
+        return decode_plain
 
     def close(self) -> None:
         """End what waits for a server, and give back what is held open."""
         for storage in self.storages:
             storage.close()
-
-
-def slot_decoder(decode: ImageDecode | ArrayDecode, augmenter: Augmenter) -> DecodeSlot:
-    """Return what turns a member's bytes into a slot of a buffer."""
-    if augmenter.num_draws and isinstance(decode, ImageDecode):
-        decode_view = decode.decode_view
-
-        def decode_augmented(buffer: BatchBuffer, slot: int, content: Content) -> None:
-            decode_view(content, buffer.slots[slot], augmenter.view_of(buffer.draws[slot]))
-
-        return decode_augmented
-    decode_whole = decode.decode
-
-    def decode_plain(buffer: BatchBuffer, slot: int, content: Content) -> None:
-        decode_whole(content, buffer.slots[slot])
-
-    return decode_plain
