@@ -88,11 +88,6 @@ class Board:
         return int(last[0]) + 3
 
     @property
-    def num_lane_slots(self) -> int:
-        """Lane slots that this rank may read."""
-        return len(self._next_turn)
-
-    @property
     def is_done(self) -> bool:
         """Whether every step has been taken."""
         return self.stop_step is not None and self.next_step >= self.stop_step
