@@ -9,7 +9,6 @@ from pipeline.data.index import Index, build_index
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import open_stream
 
-
 # The pictures fill only some dozens of shards: more lanes would not mix better (`latentmill order
 # --simulate` says so), and their windows would hold the whole set.
 LANES = 16
