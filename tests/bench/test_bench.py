@@ -23,6 +23,7 @@ data:
   split: all
   decode: {{kind: image, size: {size}}}
   threads: 2
+  lanes: 16
 model:
   backbone: {{kind: {backbone}}}
   bottleneck: {{kind: gaussian, size: 10}}
