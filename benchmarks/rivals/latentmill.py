@@ -11,7 +11,7 @@ from pipeline.data.stream import open_stream
 
 # The pictures fill only some dozens of shards: more lanes would not mix better (`latentmill order
 # --simulate` says so), and their windows would hold the whole set.
-LANES = 16
+MAX_LANES = 16
 
 
 class _Epochs:
@@ -21,15 +21,15 @@ class _Epochs:
     """
 
     def __init__(self, task: Task, first_step: int) -> None:
+        batch_size = task.batch_size * task.world
         data = DataConfig(
             path=task.prepared,
             shards=str(Path(task.pictures, "tar")),
             split="all",
             decode=ImageDecode(size=task.size),
             threads=task.workers,
-            lanes=LANES,
+            lanes=max(n for n in range(1, MAX_LANES + 1) if batch_size % n == 0),
         )
-        batch_size = task.batch_size * task.world
         self._steps_per_epoch = -(-task.count // batch_size)
         self._next_step = first_step
         self._stream = open_stream(

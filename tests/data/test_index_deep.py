@@ -169,8 +169,14 @@ def test_an_index_that_was_stopped_goes_on_to_the_same_bytes(
     out = tmp_path / "out"
     argv = [sys.executable, "-m", "pipeline", "index", tmp_path / "shards", "--out", out]
     argv += ["--workers", "2", "--deep"]
+    # A shell's background jobs ignore SIGINT, and so would what they start.
     with subprocess.Popen(
-        argv, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        argv,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as running:
         assert running.stderr is not None
         assert running.stderr.readline().startswith("index: 1 of 40 shards")
