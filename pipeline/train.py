@@ -109,7 +109,8 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             quarantine=quarantine,
             monitor=monitor,
         )
-        monitor.say(reading_plan(order, runtime.world))
+        if first_step < config.num_steps:
+            monitor.say(reading_plan(order, runtime.world))
         if first_step == 0:
             with meter.paused():
                 evaluate_now(0)
