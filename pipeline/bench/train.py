@@ -120,12 +120,16 @@ class _OurLoop:
     def run(self, num_steps: int) -> float:
         """Train and return the rate."""
         started, stalled = time.perf_counter(), self.stream.counters.stall_seconds
+        results: object = None
         for _ in range(num_steps):
             samples = self._step * self._config.batch_size
             batch = next(self._batches)
-            train_step(batch, samples, self._config, self._forward, self._strategy, self._meter)
+            results = train_step(
+                batch, samples, self._config, self._forward, self._strategy, self._meter
+            )
             self._step += 1
         _synchronize(self._runtime.device)
+        del results  # as in `train`, held from step to step
         seconds = time.perf_counter() - started
         self._seconds += seconds
         self._stalled += self.stream.counters.stall_seconds - stalled
