@@ -47,7 +47,6 @@ class Board:
         self._order = order
         self.num_slots = order.batch_size // world
         self._first_slot = rank * self.num_slots
-        self._first_step = first_step
         self.next_step = first_step
         self.stop_step = stop_step
         self._next_turn = {

@@ -3,8 +3,8 @@
     take -> Slab -> samples of a window refer to it -> the last one lets go -> free for the next
 
 Fresh memory costs more than what is read into it: the kernel hands it out page by page, zeroed.
-Sizes are rounded up by at most an eighth, so that a freed slab fits a later read. All slabs
-together take no more than was ever in use at once: beyond that, free ones give way to new ones.
+Sizes are rounded up (above 32 KiB by at most an eighth), so that a freed slab fits a later read.
+All slabs together take no more than was ever in use at once: beyond that, free ones give way.
 """
 
 from collections import deque

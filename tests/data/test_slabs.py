@@ -1,0 +1,30 @@
+"""Slabs: memory is used again, and all of it together stays within what was in use at once."""
+
+from pipeline.data.slabs import Slabs, rounded_size
+
+KIB = 1 << 10
+
+
+def test_a_freed_slab_serves_the_next_read_of_its_size():
+    slabs = Slabs()
+    first = slabs.take(100 * KIB)
+    memory = first.memory
+    assert slabs.take(100 * KIB).memory is not memory  # it is still in use
+    del first
+    assert slabs.take(99 * KIB).memory is memory
+
+
+def test_sizes_are_rounded_up_by_at_most_an_eighth():
+    for num_bytes in (*range(32 * KIB, 70 * KIB, 777), 10**6, 10**9 + 1):
+        assert num_bytes <= rounded_size(num_bytes) <= num_bytes * 9 / 8 + 1
+    assert rounded_size(0) == rounded_size(1) == rounded_size(4 * KIB) == 4 * KIB
+
+
+def test_free_slabs_of_other_sizes_give_way():
+    slabs = Slabs()
+    held = [slabs.take(1000 * KIB) for _ in range(10)]
+    most = sum(len(slab.memory) for slab in held)
+    held.clear()
+    held = [slabs.take(500 * KIB) for _ in range(20)]
+    free = sum(size * len(memories) for size, memories in slabs._free.items())
+    assert free + sum(len(slab.memory) for slab in held) <= max(most, len(held[0].memory) * 20)
