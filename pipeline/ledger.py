@@ -119,6 +119,7 @@ class Ledger:
                 total = EpochCount()
                 for part in epochs:
                     total = total.plus(part.get(book, EpochCount()))
+                account.epochs.pop(book, None)  # nothing more will come of it
                 carried = max(start - epoch * num, 0)
                 if total.usable + total.tombstones + carried != num:
                     raise RuntimeError(
