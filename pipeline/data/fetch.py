@@ -7,9 +7,8 @@ What is done per sample is done for a whole window at once: a thread that handle
 in Python keeps the decoding threads from running.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.index import Index
 from pipeline.data.order import Order, Run
-from pipeline.data.slabs import Slab, Slabs
+from pipeline.data.slabs import Slabs
 from pipeline.data.storage import Storage
 from pipeline.data.table import MemberRanges
 
@@ -62,32 +61,49 @@ class Samples:
         return int((self.stop - self.start)[self.slabs != None].sum())  # noqa: E711 - elementwise
 
 
-def plan_reads(offset: Ints, num_bytes: Ints) -> Iterator[tuple[Ints, int, int]]:
-    """Join ranges [n] of a shard into few reads: (which ranges, offset, bytes) of each.
+def plan_reads(shard: Ints, offset: Ints, num_bytes: Ints) -> tuple[list[Read], Ints]:
+    """Join ranges [n] of shards into few reads, to be laid one behind the other in memory.
 
-    Ranges at -1 are missing and belong to no read.
+    Returns them and where in that memory each range starts. Ranges at -1 are missing: they belong
+    to no read and start nowhere (-1).
     """
-    places = np.argsort(offset, kind="stable")
-    places = places[np.searchsorted(offset[places], 0) :]
-    starts = offset[places]
-    reached = np.maximum.accumulate(starts + num_bytes[places])
-    cuts = (np.flatnonzero(starts[1:] - reached[:-1] > MAX_GAP_BYTES) + 1).tolist()
-    for first, end in pairwise([0, *cuts, len(places)]):
-        if first < end:
-            base = int(starts[first])
-            yield places[first:end], base, int(reached[end - 1]) - base
+    start = np.full(len(offset), -1, np.int64)
+    places = np.flatnonzero(offset >= 0)
+    if len(places) == 0:
+        return [], start
+    # One line of addresses for all shards, farther apart than any gap that is read over.
+    stride = int((offset + num_bytes).max()) + MAX_GAP_BYTES + 1
+    address = shard[places] * stride + offset[places]
+    ascending = np.argsort(address, kind="stable")
+    places, address = places[ascending], address[ascending]
+    reached = np.maximum.accumulate(address + num_bytes[places])
+    is_first = np.append(True, address[1:] - reached[:-1] > MAX_GAP_BYTES)
+    first = np.flatnonzero(is_first)
+    length = reached[np.append(first[1:], len(places)) - 1] - address[first]
+    shift = np.cumsum(length) - length - address[first]
+    start[places] = address + shift[np.cumsum(is_first) - 1]
+    firsts = places[first]
+    columns = (shard[firsts].tolist(), offset[firsts].tolist(), length.tolist())
+    return list(map(Read, *columns)), start
 
 
 def read_ranges(storage: Storage, name: str, offset: Ints, num_bytes: Ints) -> list[bytes | None]:
     """Read byte ranges [n] of a shard; None where the offset is -1."""
-    found: list[bytes | None] = [None] * len(offset)
-    for places, base, length in plan_reads(offset, num_bytes):
-        piece = storage.read(name, base, length)
-        starts = offset[places] - base
-        stops = starts + num_bytes[places]
-        for place, *bounds in zip(places.tolist(), starts.tolist(), stops.tolist(), strict=True):
-            found[place] = piece[slice(*bounds)]
-    return found
+    reads, starts = plan_reads(np.zeros_like(offset), offset, num_bytes)
+    memory = memoryview(bytearray(sum(read.num_bytes for read in reads)))
+    _read_all(storage, [name], reads, memory)
+    bounds = zip(starts.tolist(), (starts + num_bytes).tolist(), strict=True)
+    return [bytes(memory[start:stop]) if start >= 0 else None for start, stop in bounds]
+
+
+def _read_all(
+    storage: Storage, names: Sequence[str], reads: Sequence[Read], memory: memoryview
+) -> None:
+    """Make all reads, one behind the other in memory; `names` of the shards by their numbers."""
+    for read in reads:
+        if read.num_bytes:
+            storage.read_into(names[read.shard], read.offset, memory[: read.num_bytes])
+        memory = memory[read.num_bytes :]
 
 
 def read_members(
@@ -116,6 +132,7 @@ class Fetcher:
     ) -> None:
         """`verify_checksums`: hand the members' CRC-32 on, to be compared."""
         self._index = index
+        self._names = [shard.name for shard in index.shards]
         self._storage = storage
         self._order = order
         self._split_number = index.split_number(split)
@@ -131,40 +148,28 @@ class Fetcher:
         """
         shard, row = self._order.window(run.epoch, run.lane, run.window)
         shard, row = shard[positions], row[positions]
-        num = len(positions)
-        offset, num_bytes, uid, label, start = np.zeros((5, num), np.int64)
-        crc32 = np.full(num, -1, np.int64)
-        reads: list[Read] = []
-        reach = 0  # bytes of the slab that are spoken for
-        for number in np.unique(shard).tolist():
-            in_shard = np.flatnonzero(shard == number)
-            table = self._index.table(number)
-            rows = table.rows_of(self._split_number)[row[in_shard]]
-            ranges = table.ranges_of(self._suffixes)
-            offset[in_shard] = ranges.offset[rows]
-            num_bytes[in_shard] = ranges.num_bytes[rows]
-            for places, base, length in plan_reads(offset[in_shard], num_bytes[in_shard]):
-                reads.append(Read(number, base, length))
-                start[in_shard[places]] = reach - base
-                reach += length
-            uid[in_shard] = self._index.first_uids[number] + rows
-            label[in_shard] = table.labels[rows]
-            if self._verify_checksums:
-                crc32[in_shard] = ranges.crc32[rows]
-        start += offset
-        slab = self._read(reads, reach)
-        slabs = np.full(num, slab, object)
+        offset, num_bytes, crc32, label, uid = self._columns(shard, row)
+        reads, start = plan_reads(shard, offset, num_bytes)
+        slab = self._slabs.take(sum(read.num_bytes for read in reads))
+        _read_all(self._storage, self._names, reads, memoryview(slab.memory))
+        slabs = np.full(len(shard), slab, object)
         slabs[offset < 0] = None
-        draws = self._draw(np.full(num, run.epoch, np.int64), uid)
+        if not self._verify_checksums:
+            crc32 = np.full(len(shard), -1, np.int64)
+        draws = self._draw(np.full(len(shard), run.epoch, np.int64), uid)
         return Samples(slabs, start, start + num_bytes, crc32, uid, label, draws, reads)
 
-    def _read(self, reads: Sequence[Read], num_bytes: int) -> Slab:
-        """Make all reads of a run, one behind the other in one slab."""
-        slab = self._slabs.take(num_bytes)
-        memory = memoryview(slab.memory)
-        for read in reads:
-            if read.num_bytes:
-                name = self._index.shards[read.shard].name
-                self._storage.read_into(name, read.offset, memory[: read.num_bytes])
-            memory = memory[read.num_bytes :]
-        return slab
+    def _columns(self, shard: Ints, row: Ints) -> Ints:
+        """[5, n] of samples: offset, bytes and CRC-32 of the member, label, uid."""
+        columns = np.empty((5, len(shard)), np.int64)
+        by_shard = np.argsort(shard, kind="stable")
+        numbers, firsts = np.unique(shard[by_shard], return_index=True)
+        ends = [*firsts[1:].tolist(), len(shard)]
+        for number, first, end in zip(numbers.tolist(), firsts.tolist(), ends, strict=True):
+            places = by_shard[first:end]
+            table = self._index.table(number)
+            of_split = table.split_columns(self._split_number, self._suffixes)
+            found = of_split[:, row[places]]
+            found[4] += self._index.first_uids[number]
+            columns[:, places] = found
+        return columns

@@ -270,8 +270,8 @@ def _merge(spans: _LaneSpans, start: int, stop: int, *, margin: int) -> tuple[In
     length, group = spans.length[chosen], spans.group[chosen]
     group_start = spans.group_start[group]
     total = spans.group_start[group + 1] - group_start
-    low = _num_below(np.clip(start - margin - group_start, 0, total), length, total)
-    high = _num_below(np.clip(stop + margin - group_start, 0, total), length, total)
+    low = _num_below(_clipped(start - margin - group_start, total), length, total)
+    high = _num_below(_clipped(stop + margin - group_start, total), length, total)
 
     num = high - low
     span = np.repeat(np.arange(len(length)), num)
@@ -287,4 +287,9 @@ def _merge(spans: _LaneSpans, start: int, stop: int, *, margin: int) -> tuple[In
 
 def _num_below(cut: Ints, length: Ints, total: Ints) -> Ints:
     """How many samples of each span have (2i+1)/(2 length) < cut/total; exact in integers."""
-    return np.clip(-((total - 2 * cut * length) // (2 * total)), 0, length)
+    return _clipped(-((total - 2 * cut * length) // (2 * total)), length)
+
+
+def _clipped(values: Ints, high: Ints) -> Ints:
+    """`values` in [0, high]; a third of the time of np.clip, which looks at types first."""
+    return np.minimum(np.maximum(values, 0), high)

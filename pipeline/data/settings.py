@@ -9,8 +9,6 @@ from pipeline.data.augmentations import Augmentation
 from pipeline.data.decode import Decode, ImageDecode
 from pipeline.data.storage import RemotePolicy, is_url
 
-LOCAL_READ_THREADS = 2
-
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -42,7 +40,8 @@ class DataConfig(Component):
     interleave: Annotated[int, Field(ge=1, le=1024)] = 8  # K: shards that one lane reads at a time
     window: Annotated[int, Field(ge=1, le=1 << 20)] = 256  # S: samples per shuffled window
     threads: Positive = 2  # that decode, per process
-    # That fetch, per process; None = 2 for local shards, one per connection for remote ones.
+    # That fetch, per process; None = half of `threads` for local shards (each of them takes the
+    # interpreter's lock away from decoding), one per connection for remote ones.
     read_threads: Positive | None = None
     remote: RemotePolicy = RemotePolicy()  # for shards and indexes behind URLs
     prefetch: Positive = 2  # batches decoded ahead
@@ -55,11 +54,11 @@ class DataConfig(Component):
 
     @property
     def num_read_threads(self) -> int:
-        """Threads that fetch: enough to hide the latency of a remote store."""
+        """Threads that fetch: few for local shards, enough for a remote store to hide its latency."""
         if self.read_threads is not None:
             return self.read_threads
         is_remote = any(is_url(source.root) for source in self.sources)
-        return self.remote.connections if is_remote else LOCAL_READ_THREADS
+        return self.remote.connections if is_remote else -(-self.threads // 2)
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -3,8 +3,9 @@
     take -> Slab -> samples of a window refer to it -> the last one lets go -> free for the next
 
 Fresh memory costs more than what is read into it: the kernel hands it out page by page, zeroed.
-Sizes are rounded up (above 32 KiB by at most an eighth), so that a freed slab fits a later read.
-All slabs together take no more than was ever in use at once: beyond that, free ones give way.
+Sizes are rounded up (above 32 KiB by at most an eighth), and a read takes the smallest free slab
+that holds it and is at most half as large again. All slabs together take no more than was ever in
+use at once: beyond that, free ones give way.
 """
 
 from collections import deque
@@ -43,8 +44,10 @@ class Slabs:
 
     def take(self, num_bytes: int) -> Slab:
         """Return memory for `num_bytes`, with whatever is in it."""
-        size = rounded_size(num_bytes)
+        wanted = rounded_size(num_bytes)
         with self._lock:
+            fitting = (n for n, free in self._free.items() if free and wanted <= n <= 1.5 * wanted)
+            size = min(fitting, default=wanted)
             home = self._free.setdefault(size, deque())
             memory = home.pop() if home else self._new(size)
         return Slab(memory, home)

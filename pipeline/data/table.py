@@ -115,6 +115,7 @@ class ShardTable:
         self.num_rows: int = self._table.num_rows
         self.ranges_of = lru_cache(maxsize=4)(self._ranges_of)
         self.rows_of = lru_cache(maxsize=4)(self._rows_of)
+        self.split_columns = lru_cache(maxsize=4)(self._split_columns)
 
     @property
     def has_checksums(self) -> bool:
@@ -141,6 +142,15 @@ class ShardTable:
         if split_number is None:
             return np.arange(self.num_rows)
         return np.flatnonzero(self.split_numbers == split_number)
+
+    def _split_columns(self, split_number: int | None, wanted: tuple[str, ...]) -> Ints:
+        """[5, rows of the split]: offset, bytes and CRC-32 as in `ranges_of`, label, row number.
+
+        All that a read of any rows needs, taken by one index.
+        """
+        rows, ranges = self._rows_of(split_number), self._ranges_of(wanted)
+        columns = (ranges.offset, ranges.num_bytes, ranges.crc32, self.labels)
+        return np.stack([*(column[rows] for column in columns), rows])
 
     def has_suffix(self, suffix: str) -> bool:
         """Tell whether any row has such a member."""

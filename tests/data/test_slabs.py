@@ -28,3 +28,10 @@ def test_free_slabs_of_other_sizes_give_way():
     held = [slabs.take(500 * KIB) for _ in range(20)]
     free = sum(size * len(memories) for size, memories in slabs._free.items())
     assert free + sum(len(slab.memory) for slab in held) <= max(most, len(held[0].memory) * 20)
+
+
+def test_a_somewhat_larger_free_slab_serves_a_read():
+    slabs = Slabs()
+    memory = slabs.take(1000 * KIB).memory
+    assert slabs.take(700 * KIB).memory is memory
+    assert slabs.take(500 * KIB).memory is not memory  # it would waste half
