@@ -19,13 +19,13 @@ from pipeline.errors import DONE, FAILED, WRONG_USE, UserError
 from pipeline.verbs import Run, parser
 
 if TYPE_CHECKING:
-    from pipeline.data.splits import SplitSpec
+    from pipeline.data.index.splits import SplitSpec
 
 
 def _split(arguments: argparse.Namespace) -> "SplitSpec | None":
     """The split that was asked for; None leaves the choice to the verb."""
     from pipeline import strict
-    from pipeline.data.splits import SplitSpec
+    from pipeline.data.index.splits import SplitSpec
 
     if arguments.split is None:
         return None
@@ -102,7 +102,7 @@ def index(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Verify an export, or shards against their index."""
-    from pipeline.data.verify import has_index, verify_shards
+    from pipeline.data.index.verify import has_index, verify_shards
     from pipeline.export.verify import verify_export
 
     path, shards = arguments.path, arguments.shards

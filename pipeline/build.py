@@ -8,11 +8,11 @@ from torch import Tensor
 
 from pipeline import strict
 from pipeline.config import TrainConfig
-from pipeline.data.datasets import open_indexes, order_of
 from pipeline.data.index import Index
-from pipeline.data.mixture import Mixture, reading_plan
-from pipeline.data.splits import ALL
+from pipeline.data.index.splits import ALL
+from pipeline.data.order.mixture import Mixture, reading_plan
 from pipeline.data.storage import open_storage
+from pipeline.data.stream.datasets import open_indexes, order_of
 from pipeline.errors import UserError
 from pipeline.forward import Forward, Inputs
 from pipeline.models.autoencoder import AutoEncoder, build_autoencoder, num_parameters

@@ -9,10 +9,10 @@ from torch import nn
 
 from pipeline.build import make_forward, place_model
 from pipeline.config import TrainConfig
-from pipeline.data.batch import Batch
-from pipeline.data.datasets import open_indexes
 from pipeline.data.index import Index
 from pipeline.data.stream import open_stream
+from pipeline.data.stream.batch import Batch
+from pipeline.data.stream.datasets import open_indexes
 from pipeline.evaluation.reconstruction import Evaluation, evaluate
 from pipeline.forward import Forward
 from pipeline.monitor import Monitor

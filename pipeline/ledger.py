@@ -23,10 +23,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.data.account import EpochCount, digest_of
 from pipeline.data.index import Index
-from pipeline.data.mixture import Mixture
+from pipeline.data.order.mixture import Mixture
 from pipeline.data.stream import Stream
+from pipeline.data.stream.account import EpochCount, digest_of
 from pipeline.runtime import Runtime
 
 DIGEST_BITS = 52  # what a float64, and so JSON, holds exactly

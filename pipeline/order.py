@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from pipeline import strict
 from pipeline.config import TrainConfig
-from pipeline.data.datasets import open_indexes, order_of
 from pipeline.data.index import Index
+from pipeline.data.index.splits import ALL
 from pipeline.data.order import Order
+from pipeline.data.order.simulate import Cost, advice, cost, simulate
 from pipeline.data.settings import DataConfig
-from pipeline.data.simulate import Cost, advice, cost, simulate
-from pipeline.data.splits import ALL
+from pipeline.data.stream.datasets import open_indexes, order_of
 from pipeline.errors import UserError
 
 Ints = NDArray[np.int64]

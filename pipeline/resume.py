@@ -18,7 +18,7 @@ from pipeline.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from pipeline.data.mixture import Mixture
+from pipeline.data.order.mixture import Mixture
 from pipeline.errors import UserError
 from pipeline.runtime import Runtime
 from pipeline.strategies.base import Strategy

@@ -28,7 +28,7 @@ from pipeline.checkpoint import (
     tensors_sha256,
 )
 from pipeline.config import MAY_CHANGE, TrainConfig
-from pipeline.data.mixture import Mixture
+from pipeline.data.order.mixture import Mixture
 from pipeline.errors import FAILED, WRONG_USE, UserError
 from pipeline.files import write_atomic, write_json
 from pipeline.models.autoencoder import AutoEncoder, build_autoencoder

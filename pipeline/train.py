@@ -23,11 +23,11 @@ from pipeline.build import (
     throw_away_loss,
 )
 from pipeline.config import TrainConfig
-from pipeline.data.batch import Batch
-from pipeline.data.datasets import open_indexes
-from pipeline.data.device import DeviceBatches
-from pipeline.data.mixture import reading_plan
+from pipeline.data.order.mixture import reading_plan
 from pipeline.data.stream import open_stream
+from pipeline.data.stream.batch import Batch
+from pipeline.data.stream.datasets import open_indexes
+from pipeline.data.stream.device import DeviceBatches
 from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
 from pipeline.evaluate import report_evaluation
 from pipeline.forward import Forward

@@ -17,7 +17,7 @@ from pipeline import strict
 from pipeline.build import make_strategy
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index, build_index
-from pipeline.data.splits import SplitSpec
+from pipeline.data.index.splits import SplitSpec
 from pipeline.data.stream import open_stream
 from pipeline.errors import UserError
 from pipeline.runtime import Runtime

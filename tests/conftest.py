@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.data.index import build_index
-from pipeline.data.splits import SplitSpec
+from pipeline.data.index.splits import SplitSpec
 from tests.processes import ROOT, Processes, Result, argv_of
 from tests.shards import write_tiny_shards
 

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from webdataset.writer import TarWriter
 
 from pipeline.data.index import build_index
-from pipeline.data.splits import SplitSpec
+from pipeline.data.index.splits import SplitSpec
 from pipeline.train import main
 from tests.processes import CPU_ENV, ROOT, Processes, Result
 from tests.shards import png, tiny_image

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import strict
 from pipeline.config import TrainConfig
-from pipeline.data.splits import SplitSpec
+from pipeline.data.index.splits import SplitSpec
 from pipeline.errors import UserError
 from pipeline.train import main
 

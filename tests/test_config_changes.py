@@ -11,7 +11,7 @@ import pytest
 from pipeline.component import Component
 from pipeline.config import MAY_CHANGE, TrainConfig
 from pipeline.data.index import build_index
-from pipeline.data.splits import SplitSpec
+from pipeline.data.index.splits import SplitSpec
 from tests.config_remote import REMOTE_CHANGES
 from tests.config_runs import (
     Given,

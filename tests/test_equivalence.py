@@ -18,7 +18,7 @@ from webdataset.writer import TarWriter
 from pipeline import strict
 from pipeline.config import TrainConfig
 from pipeline.data.index import build_index
-from pipeline.data.splits import SplitSpec
+from pipeline.data.index.splits import SplitSpec
 from pipeline.evaluate import evaluate_run
 from pipeline.train import main
 from tests.equivalence_worker import record

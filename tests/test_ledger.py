@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from pipeline.data.datasets import open_indexes
 from pipeline.data.index import build_index
+from pipeline.data.index.splits import SplitSpec
 from pipeline.data.settings import DataConfig
-from pipeline.data.splits import SplitSpec
 from pipeline.data.stream import open_stream
+from pipeline.data.stream.datasets import open_indexes
 from pipeline.ledger import Ledger
 from pipeline.runtime import Runtime
 from pipeline.train import train

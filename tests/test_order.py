@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.data.datasets import open_indexes
 from pipeline.data.decode import ImageDecode
 from pipeline.data.index import Index, build_index
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import open_stream
+from pipeline.data.stream.datasets import open_indexes
 from pipeline.errors import UserError
 from pipeline.order import Request, assignments, simulation
 from tests.shards import write_tiny_shards

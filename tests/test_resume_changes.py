@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.checkpoint import list_checkpoints, read_state
 from pipeline.data.index import build_index
-from pipeline.data.splits import SplitSpec
+from pipeline.data.index.splits import SplitSpec
 from pipeline.train import main
 from tests.shards import write_tiny_shards
 

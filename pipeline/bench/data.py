@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from pipeline.bench.rounds import Rates, interleave
 from pipeline.build import check_data, make_forward
 from pipeline.config import TrainConfig
-from pipeline.data.batch import new_buffer
-from pipeline.data.datasets import DataSets, open_indexes
-from pipeline.data.fetch import Samples
 from pipeline.data.order import Run
 from pipeline.data.storage import Storage
 from pipeline.data.stream import open_stream
+from pipeline.data.stream.batch import new_buffer
+from pipeline.data.stream.datasets import DataSets, open_indexes
+from pipeline.data.stream.fetch import Samples
 
 # A stream at this share of its ceiling is as fast as decoding lets it be.
 AT_THE_CEILING = 0.9

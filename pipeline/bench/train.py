@@ -15,11 +15,11 @@ import torch
 from pipeline.bench.rounds import Rates, interleave
 from pipeline.build import check_data, make_forward, make_strategy, place_model, throw_away_loss
 from pipeline.config import TrainConfig
-from pipeline.data.batch import Batch
-from pipeline.data.datasets import open_indexes
-from pipeline.data.device import DeviceBatches
 from pipeline.data.index import Index
 from pipeline.data.stream import Stream, open_stream
+from pipeline.data.stream.batch import Batch
+from pipeline.data.stream.datasets import open_indexes
+from pipeline.data.stream.device import DeviceBatches
 from pipeline.errors import UserError
 from pipeline.metrics import TrainingMeter
 from pipeline.models.autoencoder import build_autoencoder

@@ -1,9 +1,11 @@
 """Data: packed, indexed, ordered and streamed shards.
 
-pack.py, sources/, parts.py      pictures -> shards (`latentmill pack`)
-index.py, scan.py, table.py      shards -> what they hold and where (`latentmill index`)
-splits.py, order.py              which sample stands where, as pure functions
-stream.py, engine.py, board.py   training: one batch per step, by threads
-rows.py                          export: one shard from its first row to its last
-storage.py, tar.py, decode/      bytes, members, numbers
+pack/            pictures -> shards (`latentmill pack`)
+index/           shards -> what they hold and where (`latentmill index`, `verify`)
+order/           which sample stands where, as pure functions
+stream/          training: one batch per step, by threads
+rows.py          export: one shard from its first row to its last
+raw.py, wds.py   our order as a stage of webdataset's own pipelines
+storage/         bytes, from any store
+decode/, augmentations/   bytes -> numbers
 """

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.fetch import read_ranges
 from pipeline.data.index import Index
+from pipeline.data.index.table import ShardTable
 from pipeline.data.order import Order, Run
 from pipeline.data.storage import Storage, is_url
-from pipeline.data.table import ShardTable
+from pipeline.data.stream.fetch import read_ranges
 
 THREAD_NAME = "raw-read"
 

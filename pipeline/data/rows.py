@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.decode import ArrayDecode, DecodeError, ImageDecode, missing_member
-from pipeline.data.fetch import read_members
 from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import ShardReadError, Storage, open_storage
+from pipeline.data.stream.fetch import read_members
 
 METADATA_SUFFIXES = ("json",)
 

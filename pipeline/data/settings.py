@@ -54,7 +54,7 @@ class DataConfig(Component):
 
     @property
     def num_read_threads(self) -> int:
-        """Threads that fetch: few for local shards, enough for a remote store to hide its latency."""
+        """Threads that fetch: few for local shards, enough for remote ones to hide latency."""
         if self.read_threads is not None:
             return self.read_threads
         is_remote = any(is_url(source.root) for source in self.sources)

@@ -17,9 +17,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.data.index import Index
+from pipeline.data.index.splits import ALL
 from pipeline.data.order import Order
 from pipeline.data.raw import RankSlots, Sample, raw_samples
-from pipeline.data.splits import ALL
 from pipeline.data.storage import FoundShards, RemotePolicy, find_shards, is_url, open_storage
 from pipeline.errors import UserError
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from pipeline import strict
 from pipeline.config import TrainConfig
-from pipeline.data.datasets import order_of
 from pipeline.data.index import Index
-from pipeline.data.mixture import Mixture
+from pipeline.data.order.mixture import Mixture
 from pipeline.data.settings import Source
+from pipeline.data.stream.datasets import order_of
 from pipeline.doctor.data import check_index, check_order, check_shards
 from pipeline.doctor.finding import Finding, Findings, Parts, Patient
 from pipeline.doctor.machine import (

@@ -4,13 +4,13 @@ from contextlib import closing
 from pathlib import Path
 
 from pipeline.data.index import Index
-from pipeline.data.manifest import place_of, table_path
-from pipeline.data.mixture import read_amplification
+from pipeline.data.index.manifest import place_of, table_path
+from pipeline.data.order.mixture import read_amplification
+from pipeline.data.order.simulate import lanes_that_read_once
 from pipeline.data.settings import DataConfig, Source
-from pipeline.data.simulate import lanes_that_read_once
 from pipeline.data.storage import is_url, open_storage
 from pipeline.data.storage.opening import local_path
-from pipeline.data.stream import MAX_READ_AMPLIFICATION
+from pipeline.data.stream.stream import MAX_READ_AMPLIFICATION
 from pipeline.doctor.finding import NUM_SHOWN, Finding, Findings, Parts, Patient, some
 from pipeline.errors import UserError
 

@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 from pipeline.component import Component
 from pipeline.config import EvaluationConfig, TrainConfig
 from pipeline.data.index import Index
-from pipeline.data.mixture import Mixture
+from pipeline.data.order.mixture import Mixture
 from pipeline.data.settings import DataConfig, Source
 from pipeline.data.storage import RemotePolicy
 

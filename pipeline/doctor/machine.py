@@ -17,8 +17,8 @@ import psutil
 import torch
 import urllib3
 
-from pipeline.data.manifest import place_of
-from pipeline.data.simulate import memory_bound
+from pipeline.data.index.manifest import place_of
+from pipeline.data.order.simulate import memory_bound
 from pipeline.data.storage import is_url, open_storage
 from pipeline.data.storage.opening import local_path
 from pipeline.doctor.finding import Finding, Findings, Patient, size

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.component import Component
-from pipeline.data.splits import ALL
+from pipeline.data.index.splits import ALL
 from pipeline.writers import ParquetWriter, Writer
 
 

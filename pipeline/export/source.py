@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.index import Index
-from pipeline.data.splits import ALL
-from pipeline.data.tar import TarScan, group_samples
+from pipeline.data.index.splits import ALL
+from pipeline.data.index.tar import TarScan, group_samples
 from pipeline.writers import Rows
 
 

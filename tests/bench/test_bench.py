@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.pictures import make_pictures
 from pipeline.data.index import build_index
-from pipeline.data.splits import SplitSpec
+from pipeline.data.index.splits import SplitSpec
 from tests.processes import ROOT
 
 CONFIG = """

@@ -20,8 +20,8 @@ from pipeline.data.augmentations import (
 )
 from pipeline.data.decode import ImageDecode
 from pipeline.data.index import build_index
+from pipeline.data.index.splits import SplitSpec
 from pipeline.data.settings import DataConfig
-from pipeline.data.splits import SplitSpec
 from pipeline.data.stream import open_stream
 from pipeline.forward import Forward
 from pipeline.likelihoods import SquaredError

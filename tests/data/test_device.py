@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pipeline.data.device import DeviceBatches
 from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import Stream, open_stream
+from pipeline.data.stream.device import DeviceBatches
 
 NUM_STEPS = 6
 

@@ -18,10 +18,10 @@ import webdataset as wds
 
 from pipeline.data.decode import ImageDecode
 from pipeline.data.index import Index, build_index
+from pipeline.data.index.verify import verify_shards
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import open_storage
 from pipeline.data.stream import open_stream
-from pipeline.data.verify import verify_shards
 from pipeline.data.wds import OrderedShards
 from tests.data.streams import members_of
 from tests.shards import png, tiny_image

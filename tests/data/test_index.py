@@ -12,9 +12,9 @@ import pytest
 from pydantic import ValidationError
 from webdataset.writer import TarWriter
 
-from pipeline.data import scan
-from pipeline.data.index import Index, build_index, table_path
-from pipeline.data.splits import SplitSpec, group_of
+from pipeline.data.index import Index, build_index, scan
+from pipeline.data.index.manifest import table_path
+from pipeline.data.index.splits import SplitSpec, group_of
 from pipeline.data.storage import ShardReadError, find_shards, open_storage
 from pipeline.errors import UserError
 from tests.shards import TINY_COUNTS, write_tiny_shards
@@ -184,7 +184,7 @@ def test_wanted_members_follow_the_order_of_the_suffixes(tmp_path):
 
 def test_the_same_shards_give_the_same_bytes(shards, monkeypatch):
     build_index(shards, out=shards.parent / "one", workers=1)
-    monkeypatch.setattr("pipeline.data.index.PARALLEL_FROM_BYTES", 0)
+    monkeypatch.setattr("pipeline.data.index.build.PARALLEL_FROM_BYTES", 0)
     build_index(shards, out=shards.parent / "two", workers=2)
     for path in shards.glob("*.tar"):
         os.utime(path, (1, 1))

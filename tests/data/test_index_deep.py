@@ -14,11 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data import scan
-from pipeline.data.index import Index, build_index
-from pipeline.data.one_pass import LOCAL_CHUNK_BYTES, OnePass
+from pipeline.data.index import Index, build_index, scan
+from pipeline.data.index.one_pass import LOCAL_CHUNK_BYTES, OnePass
+from pipeline.data.index.splits import SplitSpec
 from pipeline.data.pace import Pace
-from pipeline.data.splits import SplitSpec
 from pipeline.data.storage.local import LocalStorage
 from pipeline.errors import UserError
 from tests.processes import ROOT

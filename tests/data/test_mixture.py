@@ -6,13 +6,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from pipeline.data.datasets import open_indexes, order_of
 from pipeline.data.index import build_index
-from pipeline.data.mixture import Mixture, lanes_of_parts
+from pipeline.data.index.splits import SplitSpec
 from pipeline.data.order import Order
+from pipeline.data.order.mixture import Mixture, lanes_of_parts
 from pipeline.data.settings import DataConfig
-from pipeline.data.splits import SplitSpec
 from pipeline.data.stream import open_stream
+from pipeline.data.stream.datasets import open_indexes, order_of
 from pipeline.errors import UserError
 from pipeline.ledger import planned_digest
 from tests.data.streams import IMAGES, SEED, write_shards

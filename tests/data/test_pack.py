@@ -13,9 +13,9 @@ import webdataset as wds
 from PIL import Image
 
 from pipeline.data.pack import pack_folder, pack_sprites
-from pipeline.data.parts import part_paths, plan_parts, write_part
-from pipeline.data.sources.folder import list_folder
-from pipeline.data.sources.sprites import SpritesSource
+from pipeline.data.pack.parts import part_paths, plan_parts, write_part
+from pipeline.data.pack.sources.folder import list_folder
+from pipeline.data.pack.sources.sprites import SpritesSource
 from pipeline.errors import UserError
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipeline.data.index import Index, build_index
+from pipeline.data.index.splits import SplitSpec
 from pipeline.data.rows import RowBatch, shard_batches
 from pipeline.data.settings import DataConfig
-from pipeline.data.splits import SplitSpec
 from pipeline.data.storage import ShardReadError
 from pipeline.errors import UserError
 from tests.data.streams import ARRAYS, IMAGES, label_of, npy, source_array, write_shards

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.order import Order
-from pipeline.data.simulate import advice, cost, lanes_that_read_once, memory_bound, simulate
+from pipeline.data.order.simulate import advice, cost, lanes_that_read_once, memory_bound, simulate
 
 # Simulated once before this program was written (the reference of the design, section 5.4):
 # L, K, S -> distinct shards per batch, same-shard pairs over a uniform shuffle's.

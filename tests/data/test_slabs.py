@@ -1,6 +1,6 @@
 """Slabs: memory is used again, and all of it together stays within what was in use at once."""
 
-from pipeline.data.slabs import Slabs, rounded_size
+from pipeline.data.stream.slabs import Slabs, rounded_size
 
 KIB = 1 << 10
 

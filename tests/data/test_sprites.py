@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.sources.sprites import (
+from pipeline.data.pack.sources.sprites import (
     MARGIN_PX,
     RADIUS_PX,
     SHAPES,

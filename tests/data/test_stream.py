@@ -10,9 +10,9 @@ from PIL import Image
 
 from pipeline.data.decode import ArrayDecode, ImageDecode
 from pipeline.data.index import Index, build_index
-from pipeline.data.mixture import read_amplification
+from pipeline.data.index.splits import SplitSpec
+from pipeline.data.order.mixture import read_amplification
 from pipeline.data.settings import DataConfig
-from pipeline.data.splits import SplitSpec
 from pipeline.data.stream import Stream, open_stream
 from pipeline.errors import UserError
 from tests.data.order_reference import Shape, SlowOrder

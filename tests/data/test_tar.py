@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset import tariterators
 
-from pipeline.data.tar import TarScan, group_samples
-from pipeline.data.tar_header import BLOCK, parse_pax
+from pipeline.data.index.tar import TarScan, group_samples
+from pipeline.data.index.tar_header import BLOCK, parse_pax
 
 LONG = "d" * 60 + "/" + "x" * 90 + "/" + "name" * 20
 

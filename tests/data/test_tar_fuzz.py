@@ -24,11 +24,11 @@ from webdataset import tariterators
 
 from pipeline.data.decode import ArrayDecode, ImageDecode
 from pipeline.data.index import Index, build_index
+from pipeline.data.index.tar import MAX_EXTENSION_BYTES, Damage, TarScan, group_samples
+from pipeline.data.index.tar_header import BLOCK, padded
+from pipeline.data.index.verify import verify_shards
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import open_stream
-from pipeline.data.tar import MAX_EXTENSION_BYTES, Damage, TarScan, group_samples
-from pipeline.data.tar_header import BLOCK, padded
-from pipeline.data.verify import verify_shards
 from pipeline.errors import UserError
 from tests.data.tar_mutations import (
     EXACT,

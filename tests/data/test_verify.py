@@ -9,8 +9,8 @@ from webdataset.writer import TarWriter
 
 from pipeline.__main__ import main
 from pipeline.data.index import Index, build_index
+from pipeline.data.index.verify import has_index, verify_shards
 from pipeline.data.pack import pack_sprites
-from pipeline.data.verify import has_index, verify_shards
 from pipeline.errors import UserError
 from tests.data.streams import members_of, write_shards
 

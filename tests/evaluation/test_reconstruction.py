@@ -12,7 +12,7 @@ from pipeline.build import make_forward
 from pipeline.config import TrainConfig
 from pipeline.corruptions import corrupt
 from pipeline.data.index import Index, build_index
-from pipeline.data.splits import SplitSpec
+from pipeline.data.index.splits import SplitSpec
 from pipeline.data.stream import open_stream
 from pipeline.evaluate import evaluate_split
 from pipeline.evaluation.reconstruction import evaluate

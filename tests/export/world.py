@@ -12,8 +12,8 @@ import torch
 from pipeline import strict
 from pipeline.checkpoint import RunState, save_checkpoint
 from pipeline.config import TrainConfig
+from pipeline.data.index.splits import SplitSpec
 from pipeline.data.pack import pack_sprites
-from pipeline.data.splits import SplitSpec
 from pipeline.export.__main__ import begin, work_through
 from pipeline.export.settings import ExportConfig
 from pipeline.export.workers import Worker

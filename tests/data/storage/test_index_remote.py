@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import scan
-from pipeline.data.index import Index, build_index
-from pipeline.data.splits import SplitSpec
-from pipeline.data.verify import has_index, verify_shards
+from pipeline.data.index import Index, build_index, scan
+from pipeline.data.index.splits import SplitSpec
+from pipeline.data.index.verify import has_index, verify_shards
 from pipeline.errors import UserError
 from tests.data.storage.fault_server import FaultServer, serving
 from tests.data.streams import delivered, write_shards

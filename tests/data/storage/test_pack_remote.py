@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data import pack_remote
 from pipeline.data.index import Index
-from pipeline.data.pack import pack_folder, pack_sprites
+from pipeline.data.index.verify import verify_shards
+from pipeline.data.pack import pack_folder, pack_sprites, remote
 from pipeline.data.storage.publish import open_publisher
-from pipeline.data.verify import verify_shards
 from pipeline.errors import UserError
 from tests.data.storage.conftest import BUCKET
 
@@ -77,13 +76,13 @@ def test_a_folder_in_s3_has_the_bytes_of_a_local_pack(
 
 def test_a_stopped_pack_goes_on(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch):
     pack_sprites(tmp_path / "out", count=10, shard_samples=2)
-    write, written = pack_remote.write_part, []
+    write, written = remote.write_part, []
 
     def counted(*arguments: object) -> int:
         written.append(arguments[-1])
         return write(*arguments)
 
-    monkeypatch.setattr(pack_remote, "write_part", counted)
+    monkeypatch.setattr(remote, "write_part", counted)
     publisher_type = type(open_publisher(url))
     put = publisher_type.put
 

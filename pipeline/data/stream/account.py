@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.batch import BatchBuffer
-from pipeline.data.index import ORDINAL_SHIFT
+from pipeline.data.index.reader import ORDINAL_SHIFT
+from pipeline.data.stream.batch import BatchBuffer
 
 Words = NDArray[np.uint64]
 EPOCH_BITS = 40

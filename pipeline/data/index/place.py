@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.data.manifest import (
+from pipeline.data.index.manifest import (
     INDEX_DIRECTORY,
     MANIFEST,
     TABLES,

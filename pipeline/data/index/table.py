@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.data.tar import Damage, TarSample
+from pipeline.data.index.tar import Damage, TarSample
 from pipeline.errors import UserError
 from pipeline.files import canonical_json, write_atomic
 

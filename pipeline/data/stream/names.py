@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.index import ORDINAL_SHIFT, Index
+from pipeline.data.index import Index
+from pipeline.data.index.reader import ORDINAL_SHIFT
 
 
 class SampleNames:

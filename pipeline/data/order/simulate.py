@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.mixture import read_amplification
-from pipeline.data.order import Order
+from pipeline.data.order.mixture import read_amplification
+from pipeline.data.order.order_v1 import Order
 from pipeline.data.raw import RankSlots
 
 MAX_SAMPLES = 4_000_000  # that a simulation looks at: a second or two

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.scan import ScannedShard, ShardEntry
-from pipeline.data.splits import SplitSpec
+from pipeline.data.index.scan import ScannedShard, ShardEntry
+from pipeline.data.index.splits import SplitSpec
+from pipeline.data.index.table import ShardTable
+from pipeline.data.index.tar import Damage
 from pipeline.data.storage import RemotePolicy, is_url, open_storage
-from pipeline.data.table import ShardTable
-from pipeline.data.tar import Damage
 from pipeline.errors import UserError
 from pipeline.files import canonical_json
 

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.index import build_index
-from pipeline.data.manifest import IndexFiles
+from pipeline.data.index.manifest import IndexFiles
+from pipeline.data.index.splits import SplitSpec
 from pipeline.data.pace import Progress
-from pipeline.data.pack_files import BROKEN, SUMMARY
-from pipeline.data.pack_local import pack_locally
-from pipeline.data.pack_remote import pack_remotely
-from pipeline.data.parts import plan_parts
-from pipeline.data.sources import Source
-from pipeline.data.sources.folder import list_folder
-from pipeline.data.sources.sprites import SpritesSource
-from pipeline.data.splits import SplitSpec
+from pipeline.data.pack.files import BROKEN, SUMMARY
+from pipeline.data.pack.local import pack_locally
+from pipeline.data.pack.parts import plan_parts
+from pipeline.data.pack.remote import pack_remotely
+from pipeline.data.pack.sources import Source
+from pipeline.data.pack.sources.folder import list_folder
+from pipeline.data.pack.sources.sprites import SpritesSource
 from pipeline.data.storage import is_url
 from pipeline.data.storage.opening import local_path
 from pipeline.errors import UserError

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.data.sources import Broken, Part
+from pipeline.data.pack.sources import Broken, Part
 from pipeline.files import publish, sha256_file, temporary_name, write_json
 from pipeline.tars import open_tar
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.batch import BatchBuffer
-from pipeline.data.fetch import Samples
-from pipeline.data.mixture import Mixture
 from pipeline.data.order import Run
+from pipeline.data.order.mixture import Mixture
+from pipeline.data.stream.batch import BatchBuffer
+from pipeline.data.stream.fetch import Samples
 
 Ints = NDArray[np.int64]
 

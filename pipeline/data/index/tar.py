@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from pipeline.data.tar_header import (
+from pipeline.data.index.tar_header import (
     BLOCK,
     EMPTY_TYPES,
     EXTENSION_TYPES,

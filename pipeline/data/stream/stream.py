@@ -14,15 +14,15 @@ from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from pipeline.data.account import Account
-from pipeline.data.batch import Batch, BatchBuffer, new_buffer
-from pipeline.data.board import Board
-from pipeline.data.counters import StreamCounters
-from pipeline.data.datasets import DataSets, Indexes
-from pipeline.data.engine import Engine
-from pipeline.data.mixture import read_amplification
 from pipeline.data.order import Tail
+from pipeline.data.order.mixture import read_amplification
 from pipeline.data.settings import DataConfig
+from pipeline.data.stream.account import Account
+from pipeline.data.stream.batch import Batch, BatchBuffer, new_buffer
+from pipeline.data.stream.board import Board
+from pipeline.data.stream.counters import StreamCounters
+from pipeline.data.stream.datasets import DataSets, Indexes
+from pipeline.data.stream.engine import Engine
 from pipeline.errors import UserError
 
 MAX_READ_AMPLIFICATION = 1.1

@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
-from pipeline.data.batch import BatchBuffer, Fault
-from pipeline.data.board import Board, Request
-from pipeline.data.counters import StreamCounters
 from pipeline.data.decode import Content, DecodeError, missing_member
-from pipeline.data.fetch import Fetcher
+from pipeline.data.stream.batch import BatchBuffer, Fault
+from pipeline.data.stream.board import Board, Request
+from pipeline.data.stream.counters import StreamCounters
+from pipeline.data.stream.fetch import Fetcher
 
 MAX_CHUNK_SLOTS = 64
 ALIVE_CHECK_SECONDS = 2.0

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.sources import Broken, Sample
-from pipeline.data.sources.images import encode_png
+from pipeline.data.pack.sources import Broken, Sample
+from pipeline.data.pack.sources.images import encode_png
 
 SHAPES = ("square", "ellipse", "heart")  # the label of a sample is the index here
 SIZE_PX = 64

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from pipeline.data.decode import DecodeError, ImageDecode, missing_member
 from pipeline.data.decode.codecs import PixelRules, full_scale, read_pixels
-from pipeline.data.index import Index
-from pipeline.data.manifest import INDEX_DIRECTORY, MANIFEST, IndexFiles
-from pipeline.data.one_pass import OnePass
+from pipeline.data.index.manifest import INDEX_DIRECTORY, MANIFEST, IndexFiles
+from pipeline.data.index.one_pass import OnePass
+from pipeline.data.index.reader import Index
+from pipeline.data.index.scan import ShardEntry
+from pipeline.data.index.table import ShardTable
 from pipeline.data.pace import Pace, Progress
-from pipeline.data.scan import ShardEntry
 from pipeline.data.storage import Storage, open_storage
-from pipeline.data.table import ShardTable
 from pipeline.errors import UserError
 
 IMAGES = ImageDecode()  # the suffixes and the rules of a config that names none

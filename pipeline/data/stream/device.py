@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from pipeline.data.batch import Batch
-from pipeline.data.stream import Stream
+from pipeline.data.stream.batch import Batch
+from pipeline.data.stream.stream import Stream
 
 
 class DeviceBatches(Iterator[Batch]):

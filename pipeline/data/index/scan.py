@@ -18,12 +18,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data import labels
-from pipeline.data.one_pass import OnePass
-from pipeline.data.splits import SplitSpec, group_of
+from pipeline.data.index import labels
+from pipeline.data.index.one_pass import OnePass
+from pipeline.data.index.splits import SplitSpec, group_of
+from pipeline.data.index.table import ShardTable, TableOrigin, write_table
+from pipeline.data.index.tar import (
+    NO_CHECKSUM,
+    Damage,
+    TarSample,
+    TarScan,
+    group_samples,
+    split_name,
+)
 from pipeline.data.storage import ShardReadError, ShardState, Storage, is_url, open_storage
-from pipeline.data.table import ShardTable, TableOrigin, write_table
-from pipeline.data.tar import NO_CHECKSUM, Damage, TarSample, TarScan, group_samples, split_name
 from pipeline.errors import UserError
 
 MAX_REPORTED_DAMAGE = 100  # per shard

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.decode import ArrayDecode, ImageDecode
-from pipeline.data.slabs import Slab
+from pipeline.data.stream.slabs import Slab
 
 KeyLookup = Callable[[NDArray[np.int64]], list[str]]  # uids -> keys
 

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.index import Index
+from pipeline.data.index.table import MemberRanges
 from pipeline.data.order import Order, Run
-from pipeline.data.slabs import Slabs
 from pipeline.data.storage import Storage
-from pipeline.data.table import MemberRanges
+from pipeline.data.stream.slabs import Slabs
 
 Ints = NDArray[np.int64]
 # (epochs [n], uids [n]) -> float32 [n, num_draws]

@@ -7,16 +7,16 @@ DataConfig --open_indexes--> Index of each --order_of--> Mixture
 from collections.abc import Sequence
 
 from pipeline.data.augmentations import Augmenter
-from pipeline.data.batch import BatchBuffer
 from pipeline.data.decode import Content, ImageDecode
-from pipeline.data.engine import DecodeSlot
-from pipeline.data.fetch import Fetcher
 from pipeline.data.index import Index
-from pipeline.data.mixture import Mixture, lanes_of_parts
-from pipeline.data.names import SampleNames
 from pipeline.data.order import Order, Tail
+from pipeline.data.order.mixture import Mixture, lanes_of_parts
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import open_storage
+from pipeline.data.stream.batch import BatchBuffer
+from pipeline.data.stream.engine import DecodeSlot
+from pipeline.data.stream.fetch import Fetcher
+from pipeline.data.stream.names import SampleNames
 from pipeline.errors import UserError
 
 Indexes = Index | Sequence[Index]  # of the one data set, or one for each of a mixture

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.pace import Progress
-from pipeline.data.pack_files import (
+from pipeline.data.pack.files import (
     PLAN,
     STAGE,
     SUMMARY,
@@ -20,9 +20,9 @@ from pipeline.data.pack_files import (
     foreign_shards,
     shard_names,
 )
-from pipeline.data.parts import part_paths, read_record, write_part
+from pipeline.data.pack.parts import part_paths, read_record, write_part
+from pipeline.data.pack.sources import Source
 from pipeline.data.pool import worker_processes
-from pipeline.data.sources import Source
 from pipeline.errors import UserError
 from pipeline.files import create_exclusive, publish, write_atomic
 

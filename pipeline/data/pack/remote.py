@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline.data.pace import Progress
-from pipeline.data.pack_files import (
+from pipeline.data.pack.files import (
     PLAN,
     STAGE,
     SUMMARY,
@@ -27,9 +27,9 @@ from pipeline.data.pack_files import (
     foreign_shards,
     shard_name,
 )
-from pipeline.data.parts import PartRecord, part_paths, read_record, write_part
+from pipeline.data.pack.parts import PartRecord, part_paths, read_record, write_part
+from pipeline.data.pack.sources import Source
 from pipeline.data.pool import worker_processes
-from pipeline.data.sources import Source
 from pipeline.data.storage import find_shards, open_storage
 from pipeline.data.storage.publish import Publisher, open_publisher
 from pipeline.errors import UserError

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.decode import DecodeError
+from pipeline.data.pack.sources import Broken, Sample
+from pipeline.data.pack.sources.images import SUFFIXES, prepare_image
 from pipeline.data.reasons import stable_reason
-from pipeline.data.sources import Broken, Sample
-from pipeline.data.sources.images import SUFFIXES, prepare_image
 from pipeline.errors import UserError
 from pipeline.files import canonical_json
 from pipeline.tars import check_member_name

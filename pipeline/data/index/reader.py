@@ -1,15 +1,9 @@
-"""The index of a data set: what its shards hold, and where.
+"""The opened index of a data set: counts per split, byte ranges, keys, and the data set's identity.
 
-    shards --build_index, worker processes--> <out>/index/tables/<shard>.arrow  (one per shard)
-                                              <out>/index/manifest.json         (last: atomic)
-    <path>/index --Index.open--> counts per split, byte ranges, dataset_id
-
-The same shards and split rule give the same bytes, however many workers or restarts it took; local
-or remote, the same shards give the same dataset_id.
+<path>/index --Index.open--> counts, tables of shards, dataset_id
 """
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import as_completed
+from collections.abc import Sequence
 from contextlib import closing
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,23 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.index_place import IndexPlace, index_place
-from pipeline.data.manifest import (
+from pipeline.data.index.manifest import (
     INDEX_DIRECTORY,
     MANIFEST,
     IndexFiles,
-    check_shard_name,
     entry_from_json,
-    make_manifest,
     place_of,
-    table_path,
 )
-from pipeline.data.pace import Pace, Progress
-from pipeline.data.pool import worker_processes
-from pipeline.data.scan import ScannedShard, ShardTask, index_shard
-from pipeline.data.splits import ALL, SplitSpec
+from pipeline.data.index.splits import ALL, SplitSpec
+from pipeline.data.index.table import ShardTable
+from pipeline.data.index.tar import Damage
 from pipeline.data.storage import (
-    FoundShards,
     RemotePolicy,
     ShardState,
     Storage,
@@ -42,8 +30,6 @@ from pipeline.data.storage import (
     is_url,
     open_storage,
 )
-from pipeline.data.table import ShardTable
-from pipeline.data.tar import Damage
 from pipeline.errors import UserError
 
 MAX_OPEN_TABLES = 1024
@@ -212,69 +198,3 @@ class Index:
                 f"{MANIFEST}: indexing was stopped half-way; run `latentmill index` again."
             )
         return table
-
-
-def build_index(
-    shards: Path | str,
-    *,
-    out: Path | str | None = None,
-    split: SplitSpec | None = None,
-    deep: bool = False,
-    workers: int = 1,
-    progress: Progress | None = None,
-) -> Index:
-    """Index a directory, URL, glob or brace pattern of shards into `<out>/index`.
-
-    `out`: a directory or URL, None = beside the shards. `deep`: with a checksum of every member.
-    Tables of unchanged shards are used again, so a stopped build goes on. Damage and duplicate keys
-    are reported in the result, not raised. Raises UserError.
-    """
-    found = find_shards(shards)
-    for name in found.names:
-        check_shard_name(name)
-    if workers < 1:
-        raise UserError(f"workers is {workers}, but must be at least 1.")
-    split = split or SplitSpec()
-    out = found.root if out is None else out
-    with index_place(out, found.names) as place:
-        tasks = [
-            ShardTask(found.root, name, table_path(place.folder, name), split, deep)
-            for name in found.names
-        ]
-        scanned = _scan_all(found, tasks, workers, place, progress)
-        ordered = [scanned[name] for name in found.names]
-        place.finish(make_manifest(ordered, split, found.root, place.folder), found.names)
-    return Index.open(out)
-
-
-def _scan_all(
-    found: FoundShards,
-    tasks: Sequence[ShardTask],
-    workers: int,
-    place: IndexPlace,
-    progress: Progress | None,
-) -> dict[str, ScannedShard]:
-    with closing(open_storage(found.root)) as storage:
-        states = storage.states(found.names)
-    sizes = {name: state.num_bytes for name, state in states.items() if state is not None}
-    num_bytes = sum(sizes.values())
-    pace = Pace("index", len(tasks), num_bytes, progress)
-    scanned: dict[str, ScannedShard] = {}
-    for result in _scanned(tasks, 1 if num_bytes < PARALLEL_FROM_BYTES else workers):
-        name = result.entry.name
-        scanned[name] = result
-        if result.is_written:
-            place.add_table(name)
-        pace.add(sizes.get(name, 0), is_read=result.is_read)
-    return scanned
-
-
-def _scanned(tasks: Sequence[ShardTask], workers: int) -> Iterator[ScannedShard]:
-    """Yield the shards as they are finished."""
-    workers = min(workers, len(tasks))
-    if workers == 1:
-        yield from map(index_shard, tasks)
-        return
-    with worker_processes(workers) as pool:
-        for future in as_completed([pool.submit(index_shard, task) for task in tasks]):
-            yield future.result()

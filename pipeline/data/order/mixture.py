@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.order import Order, default_lanes
+from pipeline.data.order.order_v1 import Order, default_lanes
 from pipeline.files import canonical_json
 
 MIXTURE_VERSION = "mixture-v1"

@@ -8,8 +8,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.data.parts import PartRecord
-from pipeline.data.sources import Source
+from pipeline.data.pack.parts import PartRecord
+from pipeline.data.pack.sources import Source
 from pipeline.errors import UserError
 
 STAGE = "_stage"
