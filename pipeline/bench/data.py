@@ -97,7 +97,7 @@ class _Work:
             2 * min(o.window_size, o.lane_length(0)) * o.lanes for o in self._sets.order.orders
         )
         self._first_step = -(-max(windows) // config.batch_size)
-        self._readers = config.data.num_read_threads
+        self._readers = self._sets.num_read_threads or config.data.threads
         self._reads: list[tuple[Storage, str, int, int]] = []
         members: list[tuple[int, bytes, NDArray[np.float32]]] = []
         for source, positions, samples in self._fetch():

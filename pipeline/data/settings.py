@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from pipeline.component import Component
 from pipeline.data.augmentations import Augmentation
 from pipeline.data.decode import Decode, ImageDecode
-from pipeline.data.storage import RemotePolicy, is_url
+from pipeline.data.storage import RemotePolicy
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -40,9 +40,9 @@ class DataConfig(Component):
     interleave: Annotated[int, Field(ge=1, le=1024)] = 8  # K: shards that one lane reads at a time
     window: Annotated[int, Field(ge=1, le=1 << 20)] = 256  # S: samples per shuffled window
     threads: Positive = 2  # that decode, per process
-    # That fetch, per process; None = half of `threads` for local shards (each of them takes the
-    # interpreter's lock away from decoding), one per connection for remote ones.
-    read_threads: Positive | None = None
+    # That fetch, per process; 0 = those that decode do it, too. None = 0 where shards lie on a disk
+    # of this machine, 8 on a network file system, one per connection for remote ones.
+    read_threads: Annotated[int, Field(ge=0)] | None = None
     remote: RemotePolicy = RemotePolicy()  # for shards and indexes behind URLs
     prefetch: Positive = 2  # batches decoded ahead
     # Compare every member read with the CRC-32 that `pack` and `index --deep` wrote down.
@@ -51,14 +51,6 @@ class DataConfig(Component):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     # Samples one after the other, as one process delivers them: with one more, the run stops, too.
     max_bad_in_row: Annotated[int, Field(ge=0)] = 100
-
-    @property
-    def num_read_threads(self) -> int:
-        """Threads that fetch: few for local shards, enough for remote ones to hide latency."""
-        if self.read_threads is not None:
-            return self.read_threads
-        is_remote = any(is_url(source.root) for source in self.sources)
-        return self.remote.connections if is_remote else -(-self.threads // 2)
 
     @property
     def sources(self) -> tuple[Source, ...]:

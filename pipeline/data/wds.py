@@ -20,10 +20,10 @@ from pipeline.data.index import Index
 from pipeline.data.index.splits import ALL
 from pipeline.data.order import Order
 from pipeline.data.raw import RankSlots, Sample, raw_samples
-from pipeline.data.storage import FoundShards, RemotePolicy, find_shards, is_url, open_storage
+from pipeline.data.storage import FoundShards, RemotePolicy, find_shards, open_storage
 from pipeline.errors import UserError
 
-LOCAL_READ_THREADS = 2
+MIN_READ_THREADS = 2
 
 State = dict[str, Any]
 
@@ -68,17 +68,13 @@ class OrderedShards(IterableDataset[Sample]):
         length of the whole stream, None = endless. tail: under `carry` each sample comes exactly
         once per epoch, and at the end of the last one some ranks get fewer than others; `drop`
         leaves out what fills no batch, and all ranks get the same number. read_threads: None = 2
-        for local shards, `remote.connections` for others.
+        on a disk of this machine, 8 on a network file system, `remote.connections` behind a URL.
         """
         super().__init__()
         self._found = find_shards(shards, remote)
         self._remote = remote
         self._index_path = self._found.root if index is None else index
         self._split = split
-        if read_threads is None:
-            is_remote = is_url(self._found.root)
-            policy = remote or RemotePolicy()
-            read_threads = policy.connections if is_remote else LOCAL_READ_THREADS
         self._read_threads = read_threads
         self._numbers: dict[str, Any] = {
             "seed": seed,
@@ -178,12 +174,14 @@ class OrderedShards(IterableDataset[Sample]):
 
     def _samples(self, current: object, place: _Place) -> Iterator[Sample]:
         self._enter_worker()
+        storage = open_storage(self._found.root, self._remote)
+        threads = self._read_threads or max(storage.num_readers, MIN_READ_THREADS)
         samples = raw_samples(
             Index.open(self._index_path),
             self._slots(place.T),
-            storage=open_storage(self._found.root, self._remote),
+            storage=storage,
             split=self._split,
-            threads=self._read_threads,
+            threads=threads,
         )
         for number, sample in enumerate(samples):
             if number < place.taken:

@@ -35,8 +35,12 @@ class TransferCounters:
 class Storage(ABC):
     """The shards below one root, a directory or a URL without a slash at its end."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, num_readers: int) -> None:
+        """`num_readers`: threads that had better wait for its answers at a time; 0 = no answer
+        takes long, so whoever needs bytes may as well read them.
+        """
         self.root = root
+        self.num_readers = num_readers
         self.counters = TransferCounters()
 
     def where(self, name: str) -> str:

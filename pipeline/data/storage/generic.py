@@ -23,7 +23,7 @@ class GenericStorage(Storage):
     """The shards below a URL of fsspec's."""
 
     def __init__(self, root: str, policy: RemotePolicy) -> None:
-        super().__init__(root.rstrip("/"))
+        super().__init__(root.rstrip("/"), policy.connections)
         self._files, self._path = open_filesystem(root)
         self._policy = policy
         self._pins = Pins()

@@ -44,7 +44,7 @@ class HttpStorage(Storage):
     """The shards below `http(s)://host/path`; a query of the root goes with every request."""
 
     def __init__(self, root: str, policy: RemotePolicy) -> None:
-        super().__init__(root.rstrip("/"))
+        super().__init__(root.rstrip("/"), policy.connections)
         self._policy = policy
         self._pins = Pins()
         self._stopped = threading.Event()

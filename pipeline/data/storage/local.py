@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.storage.base import ShardReadError, ShardState, Storage
+from pipeline.data.storage.mounts import is_networked
 from pipeline.errors import UserError
 
 MAX_OPEN_FILES = 256
+NETWORK_READERS = 8  # reads that wait for a file server at a time
 
 
 @dataclass
@@ -26,7 +28,7 @@ class LocalStorage(Storage):
     """The shards below a directory."""
 
     def __init__(self, root: str) -> None:
-        super().__init__(root)
+        super().__init__(root, NETWORK_READERS if is_networked(root) else 0)
         soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._max_open = max(1, min(MAX_OPEN_FILES, soft_limit // 4))
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()

@@ -120,6 +120,13 @@ class DataSets:
 
         return decode_plain
 
+    @property
+    def num_read_threads(self) -> int:
+        """Threads that fetch; 0 = those that decode do it, too."""
+        if self.data.read_threads is not None:
+            return self.data.read_threads
+        return max(storage.num_readers for storage in self.storages)
+
     def close(self) -> None:
         """End what waits for a server, and give back what is held open."""
         for storage in self.storages:

@@ -25,7 +25,7 @@ from pipeline.data.stream.fetch import Fetcher
 MAX_CHUNK_SLOTS = 64
 ALIVE_CHECK_SECONDS = 2.0
 
-Task = tuple[Any, ...]
+Task = tuple[Callable[..., None], tuple[Any, ...]]  # what to call, and its arguments
 Queue = SimpleQueue[Task | None]
 # Decodes slot n of a buffer from the member's bytes; raises DecodeError.
 DecodeSlot = Callable[[BatchBuffer, int, Content], None]
@@ -45,7 +45,8 @@ class Engine:
         read_threads: int,
     ) -> None:
         """`fetchers`: one per data set. One of `buffers` is with the consumer, the others are being
-        filled or wait.
+        filled or wait. `read_threads`: 0 = the decode threads fetch, too: fewer threads that take
+        turns with Python's lock.
         """
         self.counters = StreamCounters()
         self._board = board
@@ -60,11 +61,11 @@ class Engine:
         self._prefetch = len(buffers) - 1
         self._ahead: deque[BatchBuffer] = deque()
         self._lent: BatchBuffer | None = None
-        self._read_queue: Queue = SimpleQueue()
         self._decode_queue: Queue = SimpleQueue()
+        self._read_queue: Queue = SimpleQueue() if read_threads else self._decode_queue
         self._threads = [
-            *self._new_threads(read_threads, "read", self._fetch, self._read_queue),
-            *self._new_threads(decode_threads, "decode", self._decode_chunk, self._decode_queue),
+            *self._new_threads(read_threads, "read", self._read_queue),
+            *self._new_threads(decode_threads, "decode", self._decode_queue),
         ]
 
     def start(self) -> None:
@@ -113,13 +114,12 @@ class Engine:
         """Whether the caller runs in one of the engine's threads, where `stop` would hang."""
         return threading.current_thread() in self._threads
 
-    def _new_threads(
-        self, count: int, name: str, work: Callable[..., None], queue: Queue
-    ) -> list[threading.Thread]:
+    def _new_threads(self, count: int, name: str, queue: Queue) -> list[threading.Thread]:
         def loop() -> None:
             try:
                 while (task := queue.get()) is not None and not self._is_stopped:
-                    work(*task)
+                    work, arguments = task
+                    work(*arguments)
             except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
                 self._fail(error)
 
@@ -153,9 +153,9 @@ class Engine:
             self._ahead.append(buffer)
             for start in starts:
                 stop = min(start + self._chunk_slots, self._board.num_slots)
-                self._decode_queue.put((buffer, start, stop))
+                self._decode_queue.put((self._decode_chunk, (buffer, start, stop)))
         for request in self._board.requests():
-            self._read_queue.put((request,))
+            self._read_queue.put((self._fetch, (request,)))
 
     def _fetch(self, request: Request) -> None:
         positions, cells = self._board.cells_of(request)

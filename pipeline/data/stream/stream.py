@@ -96,7 +96,7 @@ def open_stream(
             for _ in range(data.prefetch + 1)
         ],
         decode_threads=data.threads,
-        read_threads=data.num_read_threads,
+        read_threads=sets.num_read_threads,
     )
     return Stream(engine, sets, Account(first_step, rank * board.num_slots))
 
