@@ -20,6 +20,7 @@ from pipeline.precision import parameter_dtype
 from pipeline.runtime import Runtime
 from pipeline.strategies.base import Strategy
 from pipeline.strategies.ddp import DdpStrategy
+from pipeline.strategies.zero import ZeroStrategy
 
 
 def check_data(config: TrainConfig, indexes: Sequence[Index]) -> None:
@@ -80,6 +81,15 @@ def make_strategy(config: TrainConfig, runtime: Runtime) -> Strategy:
     model = place_model(model, config, runtime.device)
     if config.compile:
         model.compile()
+    if runtime.uses_deepspeed:
+        return ZeroStrategy(
+            model,
+            optimizer=config.optimizer,
+            ema_decay=config.ema_decay,
+            accelerator=runtime.accelerator,
+            micro_batch=config.batch_size // (runtime.world * config.accumulation),
+            precision=config.precision,
+        )
     return DdpStrategy(
         model,
         optimizer=config.optimizer,

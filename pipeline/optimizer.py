@@ -1,6 +1,6 @@
 """AdamW: the one optimizer, so that one canonical checkpoint serves every strategy."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -17,18 +17,24 @@ class AdamWConfig(Component):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     epsilon: float = Field(default=1e-8, gt=0)
+    # Of weight matrices and kernels; biases, scales and a learned sigma are not decayed.
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float | None = Field(
         default=None, gt=0
     )  # of the global batch's gradient; null: no clip
 
-    def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
+    def build(self, model: nn.Module) -> torch.optim.AdamW:
         """Return the optimizer; one fused kernel, which CPU and CUDA both have."""
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
         return torch.optim.AdamW(
-            parameters,
+            [group for group in groups if group["params"]],
             lr=self.learning_rate.peak,
             betas=(self.beta1, self.beta2),
             eps=self.epsilon,
-            weight_decay=self.weight_decay,
             fused=True,
         )

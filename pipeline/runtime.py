@@ -5,11 +5,12 @@ one process.
 """
 
 import ctypes
+import importlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -17,7 +18,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor
 
 from pipeline.errors import UserError
@@ -51,11 +56,17 @@ class Runtime:
         """
         check_meeting_point(os.environ)
         _die_with_parent()
+        on_cpu = not torch.accelerator.is_available()
+        handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        if asks_for_deepspeed(os.environ):
+            prepare_deepspeed(os.environ, on_cpu=on_cpu)
+            handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else None)]
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),
+            # Told to stay on the CPU, accelerate would leave DeepSpeed out without a word.
+            cpu=on_cpu and not asks_for_deepspeed(os.environ),
             mixed_precision="no",  # `precision` owns autocast
             gradient_accumulation_steps=accumulation,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=handlers,
         )
         check_launch(os.environ, rank=accelerator.process_index, world=accelerator.num_processes)
         runtime = cls(accelerator)
@@ -68,6 +79,11 @@ class Runtime:
                 "the launcher."
             )
         return runtime
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether the topology file chose DeepSpeed."""
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     @property
     def is_main(self) -> bool:
@@ -114,6 +130,35 @@ class Runtime:
     def finish(self) -> None:
         """Leave the process group, if there is one."""
         self.accelerator.end_training()
+
+
+def asks_for_deepspeed(environment: Mapping[str, str]) -> bool:
+    """Whether the launcher's topology file says DEEPSPEED."""
+    return environment.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
+def prepare_deepspeed(environment: MutableMapping[str, str], *, on_cpu: bool) -> None:
+    """Make DeepSpeed ready to be started; raise UserError if it cannot be.
+
+    On CPUs nothing is compiled: the one op that DeepSpeed would build there serves inference.
+    """
+    if environment.get("ACCELERATE_USE_CPU", "false") == "true":
+        raise UserError(
+            "ACCELERATE_USE_CPU is set, so accelerate would leave DeepSpeed out without a word: "
+            "unset it (and use_cpu in the topology file); without a GPU it stays on the CPU anyway."
+        )
+    try:
+        importlib.import_module("transformers")  # by accelerate's DeepSpeed path
+        if on_cpu:
+            environment["DS_ACCELERATOR"] = "cpu"
+        ops: Any = importlib.import_module("deepspeed").ops
+    except ImportError as error:
+        raise UserError(
+            f"The topology file asks for DeepSpeed, which cannot be imported ({error}): install "
+            "the extra, `pip install -c constraints.txt -e '.[deepspeed]'`."
+        ) from error
+    if on_cpu:
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_meeting_point(environment: Mapping[str, str]) -> None:

@@ -33,9 +33,7 @@ from pipeline.evaluate import report_evaluation
 from pipeline.forward import Forward
 from pipeline.ledger import Ledger
 from pipeline.metrics import TrainingMeter
-from pipeline.models.autoencoder import Output
 from pipeline.monitor import Monitor
-from pipeline.objective import Losses
 from pipeline.quarantine import Quarantine
 from pipeline.resume import restore_newest, save
 from pipeline.rundir import Outcome, check_ranks, claimed, write_outcome
@@ -159,27 +157,27 @@ def train_step(
     forward: Forward,
     strategy: Strategy,
     meter: TrainingMeter,
-) -> tuple[Output, Losses] | None:
+) -> object:
     """Update once, from this process's part of one global batch, after `samples` seen samples.
 
-    Returns the last micro-batch's results. Hold them until the next call: if all of a step's memory
-    is freed at once, the CPU's allocator gives it back to the system and fetches it anew, page by
-    page, which costs about a tenth of a step.
+    Returns what the last micro-batch went in and came out with. Hold it until the next call: if all
+    of a step's memory is freed at once, the CPU's allocator gives it back to the system and fetches
+    it anew, page by page, which costs about a tenth of a step.
     """
     weights = config.objective.weights_at(samples)
     strategy.set_learning_rate(config.learning_rate_at(samples))
     parts = batch.split(config.accumulation)
-    results: tuple[Output, Losses] | None = None
+    held: object = None
     for number, part in enumerate(parts, start=1):
         inputs = forward.inputs(part, "train")
         with strategy.accumulate(is_last=number == len(parts)):
-            results = forward.run(strategy.model, inputs, weights=weights)
-            losses = results[1]
+            output, losses = forward.run(strategy.model, inputs, weights=weights)
             # A constant divisor, not the sum of weights: engines average over ranks.
             strategy.backward((losses.total * inputs.weight).sum() / len(inputs.weight))
         meter.add(losses, inputs.weight)
+        held = (inputs, output, losses)
     meter.add_step(strategy.step())
-    return results
+    return held
 
 
 def check_skipped(num_skipped: float, config: TrainConfig) -> None:

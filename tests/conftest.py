@@ -10,7 +10,7 @@ import torch
 
 from pipeline.data.index import build_index
 from pipeline.data.index.splits import SplitSpec
-from tests.processes import ROOT, Processes, Result, argv_of
+from tests.processes import ROOT, Processes, Result, argv_of, env_of
 from tests.shards import write_tiny_shards
 
 # As the launcher has it for each process: threads that wait for each other over tiny tensors cost
@@ -143,12 +143,13 @@ def start_processes(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
         target: str | Path,
         num_processes: int | None,
         *arguments: object,
+        strategy: str = "ddp",
         env: Mapping[str, str] | None = None,
         cwd: Path = ROOT,
     ) -> Processes:
-        argv = [*argv_of(target, num_processes), *map(str, arguments)]
+        argv = [*argv_of(target, num_processes, strategy), *map(str, arguments)]
         log = tmp_path / f"processes-{next(numbers)}.log"
-        started.append(Processes(argv, log, env=env or {}, cwd=cwd))
+        started.append(Processes(argv, log, env=env_of(strategy) | dict(env or {}), cwd=cwd))
         return started[-1]
 
     yield start
@@ -169,10 +170,12 @@ def run_processes(start_processes: Callable[..., Processes]) -> Callable[..., Re
         num_processes: int | None,
         *arguments: object,
         timeout: float = 180,
+        strategy: str = "ddp",
         env: Mapping[str, str] | None = None,
         cwd: Path = ROOT,
     ) -> Result:
-        running = start_processes(target, num_processes, *arguments, env=env, cwd=cwd)
+        options = {"strategy": strategy, "env": env, "cwd": cwd}
+        running = start_processes(target, num_processes, *arguments, **options)
         return running.wait(timeout)
 
     return run

@@ -7,6 +7,7 @@ that stands there for its first step, or leaves one there for others to start fr
 """
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from pipeline.data.index import Index
 from pipeline.data.stream import open_stream
 from pipeline.resume import save
 from pipeline.runtime import Runtime
+from pipeline.strategies.base import Strategy
+from pipeline.strategies.zero import ZeroStrategy
 
 WINDOW_STEPS = 10
 
@@ -32,7 +35,7 @@ def record(config: TrainConfig, windows: Path | None = None) -> dict[str, Any]:
     forward = make_forward(config, runtime.device)
     strategy = make_strategy(config, runtime)
     strategy.warm_up(throw_away_loss(config, forward, strategy, runtime))
-    losses, gradients, weights, dtypes = [], [], [], set()
+    losses, gradients, norms, weights, dtypes = [], [], [], [], set()
     stream = open_stream(
         config.data,
         index=index,
@@ -65,20 +68,31 @@ def record(config: TrainConfig, windows: Path | None = None) -> dict[str, Any]:
                 sums += torch.stack(
                     [(found.total * inputs.weight).sum().double(), inputs.weight.sum().double()]
                 ).detach()
-            gradient = torch.cat([p.grad.flatten() for p in strategy.model.parameters()])
-            gradients.append(gradient.cpu().numpy().copy())
+            gradients.append(gradient_of(strategy))
             weights.append(runtime.gather(float(sums[1])))
             losses.append(float(runtime.sum(sums)[0]) / config.batch_size)
-            strategy.step()
-    parameters = torch.cat([p.detach().flatten() for p in strategy.model.parameters()])
+            norms.append(float(strategy.step().grad_norm))
+    final = strategy.full_state().model
+    parameters = torch.cat([value.flatten() for value in final.values()])
     return {
         "losses": np.array(losses),
         "gradients": np.stack(gradients),
+        "norms": np.array(norms),
         "weights": np.array(weights),  # [steps, ranks]
         "dtypes": np.array(sorted(dtypes)),
         "parameters": parameters.cpu().numpy(),
         "world": runtime.world,
     }
+
+
+def gradient_of(strategy: Strategy) -> np.ndarray:
+    """The whole gradient of the global batch's mean loss, whoever holds which part of it."""
+    if isinstance(strategy, ZeroStrategy):
+        read = import_module("deepspeed.utils").safe_get_full_grad
+        found = [read(parameter) for parameter in strategy.model.parameters()]
+    else:
+        found = [parameter.grad for parameter in strategy.model.parameters()]
+    return torch.cat([gradient.flatten() for gradient in found]).cpu().numpy().copy()
 
 
 def main(out: str, windows: str, config: str, *overrides: str) -> None:

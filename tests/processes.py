@@ -22,6 +22,11 @@ CPU_ENV = {
 }
 
 
+def env_of(strategy: str) -> dict[str, str]:
+    """What a strategy's processes need besides CPU_ENV."""
+    return {} if strategy == "ddp" else {"ACCELERATE_USE_CPU": "false"}
+
+
 @dataclass(frozen=True)
 class Result:
     """How a command ended: the launcher's exit code, and what all its processes printed."""
@@ -98,10 +103,16 @@ class Processes:
             time.sleep(0.02)
 
 
-def argv_of(target: str | Path, num_processes: int | None) -> list[str]:
-    """The command for a script (*.py) or module; None processes = plain Python, no launcher."""
+def argv_of(target: str | Path, num_processes: int | None, strategy: str = "ddp") -> list[str]:
+    """The command for a script (*.py) or module; None processes = plain Python, no launcher.
+
+    strategy: ddp, zero1, zero2 or zero3; a ZeRO run must not be told to stay on the CPU.
+    """
     what = [str(target)] if str(target).endswith(".py") else ["-m", str(target)]
     if num_processes is None:
         return [sys.executable, *what]
-    name = "single-cpu.yaml" if num_processes == 1 else "cpu-ddp.yaml"
+    if strategy == "ddp":
+        name = "single-cpu.yaml" if num_processes == 1 else "cpu-ddp.yaml"
+    else:
+        name = f"{strategy}.yaml"
     return [*local.launcher(ROOT / local.TOPOLOGIES / name, num_processes), *what]

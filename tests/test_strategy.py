@@ -74,9 +74,11 @@ def test_updates_and_moments_are_those_of_plain_adamw(make, initial, max_grad_no
     options = {"beta1": 0.8, "beta2": 0.99, "epsilon": 1e-6, "weight_decay": 0.1}
     strategy = make(max_grad_norm=max_grad_norm, **options)
     plain = copy.deepcopy(initial).to(memory_format=torch.channels_last)
-    adamw = torch.optim.AdamW(
-        plain.parameters(), lr=RATE, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1, fused=True
-    )
+    groups = [
+        {"params": [p for p in plain.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in plain.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=RATE, betas=(0.8, 0.99), eps=1e-6, fused=True)
     for seed in range(4):
         result = update(strategy, seed)
         loss_of(plain, seed).backward()

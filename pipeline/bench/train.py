@@ -151,7 +151,7 @@ class _BareLoop:
         self._model = place_model(model, config, runtime.device)
         if config.compile:
             self._model.compile()
-        self._optimizer = config.optimizer.build(list(self._model.parameters()))
+        self._optimizer = config.optimizer.build(self._model)
         # Without corruption all that a step needs lies ready; with it, images and keys do.
         self._batches = batches
         self._ready = [self._forward.inputs(batch, "train") for batch in batches]

@@ -42,6 +42,21 @@ class Output:
     learned: Learned  # the likelihood's own parameters
 
 
+class LearnedParameters(nn.Module):
+    """The likelihood's own parameters. Called like a module, so that ZeRO-3 gathers them; copies
+    outlive the call, while ZeRO-3 takes a parameter's memory away after it.
+    """
+
+    def __init__(self, values: Learned) -> None:
+        super().__init__()
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(value))
+
+    def forward(self) -> Learned:
+        """Copies by name, which pass gradients on."""
+        return {name: value.clone() for name, value in self.named_parameters()}
+
+
 class AutoEncoder(nn.Module):
     """Encoder, bottleneck and decoder for events of one shape."""
 
@@ -53,9 +68,7 @@ class AutoEncoder(nn.Module):
         self.event_shape = event_shape
         self.encoder = config.backbone.encoder(event_shape, config.bottleneck.num_statistics)
         self.decoder = config.backbone.decoder(event_shape, config.bottleneck.size)
-        self.likelihood = nn.ParameterDict(
-            {name: nn.Parameter(value) for name, value in config.likelihood.initial().items()}
-        )
+        self.likelihood = LearnedParameters(config.likelihood.initial())
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -70,7 +83,7 @@ class AutoEncoder(nn.Module):
         x: [B, *event] in [0, 1], or latents [B, *latent] in mode decode. keys: int64 [B], the keys
         of the reparametrisation noise; None takes the posterior's mean.
         """
-        learned: Learned = dict(self.likelihood.items())
+        learned: Learned = self.likelihood()
         if mode == "decode":
             return Output(None, x, widen(self.decoder(x)), learned)
         posterior = self.config.bottleneck.posterior(self.encoder(x))

@@ -31,6 +31,11 @@ class StepResult:
     applied: Tensor  # 1.0, or 0.0 if the norm was not finite and the update was skipped
 
 
+def to_cpu(value: Tensor) -> Tensor:
+    """A contiguous copy that later updates do not touch."""
+    return value.detach().to("cpu", copy=True).contiguous()
+
+
 class Strategy(Protocol):
     """A wrapped model with its optimizer and moving average."""
 

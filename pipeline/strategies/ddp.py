@@ -10,7 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.models.autoencoder import AutoEncoder
 from pipeline.optimizer import AdamWConfig
-from pipeline.strategies.base import FullState, Named, StepResult
+from pipeline.strategies.average import MovingAverage
+from pipeline.strategies.base import FullState, Named, StepResult, to_cpu
 
 
 class DdpStrategy:
@@ -30,9 +31,8 @@ class DdpStrategy:
         self._parameters = list(model.parameters())
         self._module = model
         self._max_grad_norm = optimizer.max_grad_norm
-        self._optimizer = optimizer.build(self._parameters)
-        self._ema_decay = ema_decay
-        self._ema = [p.detach().clone() for p in self._parameters] if ema_decay else []
+        self._optimizer = optimizer.build(model)
+        self._average = MovingAverage(self._parameters, ema_decay) if ema_decay else None
         self._num_updates = torch.zeros((), device=accelerator.device)
         self.model: nn.Module
         self.model, self._prepared = accelerator.prepare(model, self._optimizer)
@@ -79,41 +79,25 @@ class DdpStrategy:
         self._prepared.step()
         self._prepared.zero_grad(set_to_none=True)
         self._num_updates += applied
-        self._advance_ema(applied)
+        if self._average is not None:
+            self._average.advance(self._parameters, self._num_updates, applied)
         return StepResult(grad_norm=norm, applied=applied)
-
-    def _advance_ema(self, applied: Tensor) -> None:
-        """ema += (1 - decay_u) * (parameter - ema), decay_u = min(decay, (1 + u) / (10 + u)).
-
-        The ramp (that of diffusers' EMAModel) keeps a young average from remembering the initial
-        weights; u counts applied updates.
-        """
-        if not self._ema:
-            return
-        decay = ((1.0 + self._num_updates) / (10.0 + self._num_updates)).clamp(max=self._ema_decay)
-        change = torch._foreach_sub(self._parameters, self._ema)  # pyright: ignore
-        torch._foreach_mul_(change, (1.0 - decay) * applied)  # pyright: ignore
-        torch._foreach_add_(self._ema, change)  # pyright: ignore
 
     @contextmanager
     def averaged(self) -> Generator[None]:
         """Exchange parameters and averages, and back."""
-        self._swap()
+        assert self._average is not None, "no moving average is kept"
+        self._average.exchange(self._parameters)
         try:
             yield
         finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        assert self._ema, "no moving average is kept"
-        for index, parameter in enumerate(self._parameters):
-            parameter.data, self._ema[index] = self._ema[index], parameter.data
+            self._average.exchange(self._parameters)
 
     def full_state(self) -> FullState:
         """Copy the state to the CPU; no communication, all processes hold the same."""
         return FullState(
-            model={name: _to_cpu(value) for name, value in self._module.state_dict().items()},
-            ema=self._named(self._ema) if self._ema else None,
+            model={name: to_cpu(value) for name, value in self._module.state_dict().items()},
+            ema=self._named(self._average.averages) if self._average else None,
             exp_avg=self._moments("exp_avg"),
             exp_avg_sq=self._moments("exp_avg_sq"),
             num_updates=int(self._num_updates.item()),
@@ -122,10 +106,10 @@ class DdpStrategy:
     def load_full_state(self, state: FullState) -> None:
         """Overwrite parameters, buffers, averages and moments."""
         self._module.load_state_dict(state.model, strict=True)
-        if self._ema:
+        if self._average is not None:
             # A run that turns its average on late starts it from the weights of that moment.
             source = state.ema if state.ema is not None else state.model
-            for name, average in zip(self._names, self._ema, strict=True):
+            for name, average in zip(self._names, self._average.averages, strict=True):
                 average.copy_(source[name])
         self._num_updates.fill_(state.num_updates)
         self._optimizer.state.clear()  # a state before the first update has no moments
@@ -141,15 +125,10 @@ class DdpStrategy:
     def _moments(self, kind: str) -> Named:
         states = [self._optimizer.state.get(p, {}) for p in self._parameters]
         pairs = zip(self._names, states, strict=True)
-        return {name: _to_cpu(state[kind]) for name, state in pairs if state}
+        return {name: to_cpu(state[kind]) for name, state in pairs if state}
 
     def _named(self, values: list[Tensor]) -> Named:
-        return {name: _to_cpu(value) for name, value in zip(self._names, values, strict=True)}
-
-
-def _to_cpu(value: Tensor) -> Tensor:
-    """A contiguous copy that later updates do not touch."""
-    return value.detach().to("cpu", copy=True).contiguous()
+        return {name: to_cpu(value) for name, value in zip(self._names, values, strict=True)}
 
 
 def _moment_like(parameter: Tensor, value: Tensor) -> Tensor:

@@ -1,0 +1,36 @@
+"""A moving average of the parameters, in whatever layout a strategy keeps them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class MovingAverage:
+    """ema += (1 - decay_u) * (value - ema), with decay_u = min(decay, (1 + u) / (10 + u)).
+
+    The ramp (that of diffusers' EMAModel) keeps a young average from remembering the initial
+    weights; u counts applied updates. `values` are this process's tensors in every method: whole
+    parameters, or its shards of them.
+    """
+
+    def __init__(self, values: Sequence[Tensor], decay: float) -> None:
+        """Start from a copy of `values`."""
+        self.averages = [value.detach().clone() for value in values]
+        self._decay = decay
+
+    @torch.no_grad()
+    def advance(self, values: Sequence[Tensor], num_updates: Tensor, applied: Tensor) -> None:
+        """Follow the values, unless `applied` is 0; everything stays on the device."""
+        decay = ((1.0 + num_updates) / (10.0 + num_updates)).clamp(max=self._decay)
+        change = torch._foreach_sub(list(values), self.averages)  # pyright: ignore
+        torch._foreach_mul_(change, (1.0 - decay) * applied)  # pyright: ignore
+        torch._foreach_add_(self.averages, change)  # pyright: ignore
+
+    @torch.no_grad()
+    def exchange(self, values: Sequence[Tensor]) -> None:
+        """Swap the contents of values and averages; the tensors stay where they are."""
+        for value, average in zip(values, self.averages, strict=True):
+            held = value.detach().clone()
+            value.copy_(average)
+            average.copy_(held)
