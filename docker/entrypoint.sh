@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Says on stderr which versions this image holds, then becomes the command that was given, or
+# `latentmill --help`. Nothing is imported for it, so that it takes a moment only.
+set -euo pipefail
+python - >&2 <<'PYTHON'
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from runpy import run_path
+
+
+def installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def cuda() -> str:
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None:
+        return "no torch"
+    return run_path(str(Path(torch.origin).with_name("version.py")))["cuda"] or "none (CPU build)"
+
+
+versions = {"python": platform.python_version(), "torch": installed("torch"), "CUDA": cuda()}
+versions |= {name: installed(name) for name in ("accelerate", "deepspeed", "latentmill")}
+print(", ".join(f"{name} {value}" for name, value in versions.items()))
+PYTHON
+if (($# == 0)); then
+    set -- latentmill --help
+fi
+exec "$@"
