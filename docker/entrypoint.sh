@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Says on stderr which versions this image holds, then becomes the command that was given, or
-# `latentmill --help`. Nothing is imported for it, so that it takes a moment only.
+# `latentmill --help`. Nothing is imported for it, so that it takes a moment only, and not from the
+# folder that it starts in (-P), which may be anything.
 set -euo pipefail
-python - >&2 <<'PYTHON'
+python -P - >&2 <<'PYTHON'
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec

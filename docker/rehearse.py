@@ -5,9 +5,9 @@
 
 For Debian as root: apt-get install debootstrap, then
 
-    python3 docker/rehearse.py [--target cpu] [--work FOLDER] [COMMAND ...]
+    python3 docker/rehearse.py [--target cpu] [--work FOLDER] [-- COMMAND ...]
 
-It needs the network for Debian's packages and Python's, some 3 GB of disk and ten minutes. Where
+It needs the network for Debian's packages and Python's, some 4 GB of disk and five minutes. Where
 they come from is this machine's matter: `pip config`, apt's settings and /etc/resolv.conf are
 lent to the steps as Docker would lend them, and nothing of it stays. A folder that is given as
 --work keeps the base and pip's downloads, which spares the next rehearsal half of its time.
@@ -248,7 +248,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Rehearse, or print what would be."""
-    options = parser().parse_intermixed_args()
+    options = parser().parse_args()
+    try:
+        return carry_out(options)
+    except (DockerfileError, subprocess.CalledProcessError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def carry_out(options: argparse.Namespace) -> int:
+    """What the command line asks for; returns the exit code."""
     arguments = dict(pair.split("=", 1) for pair in options.build_arg)
     if options.context:
         print(*context(ROOT), sep="\n")
@@ -259,19 +268,13 @@ def main() -> int:
             print(f"FROM {stage.base} AS {stage.name}", *stage.instructions, sep="\n")
         return 0
     if missing := [name for name in ("debootstrap", "unshare", "chroot") if not shutil.which(name)]:
-        print(f"missing here: {', '.join(missing)}.", file=sys.stderr)
-        return 2
+        raise DockerfileError(f"missing here: {', '.join(missing)}.")
     if os.geteuid():
-        print("a rehearsal changes its root folder: start it as root.", file=sys.stderr)
-        return 2
+        raise DockerfileError("a rehearsal changes its root folder: start it as root.")
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as scratch:
         kept = options.work or Path(scratch, "kept")
         rehearsal = Rehearsal(Path(scratch), kept.resolve(), arguments)
-        try:
-            return rehearsal.rehearse(options.target, options.command)
-        except (DockerfileError, subprocess.CalledProcessError) as error:
-            print(error, file=sys.stderr)
-            return 1
+        return rehearsal.rehearse(options.target, options.command)
 
 
 if __name__ == "__main__":
