@@ -82,6 +82,7 @@ def record(config: TrainConfig, windows: Path | None = None) -> dict[str, Any]:
         "dtypes": np.array(sorted(dtypes)),
         "parameters": parameters.cpu().numpy(),
         "world": runtime.world,
+        "wrapper": type(strategy.model).__name__,
     }
 
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pipeline.checkpoint import list_checkpoints, read_state, tensors_sha256, verify_checkpoint
-from tests.processes import ROOT, Processes, argv_of
+from tests.processes import ROOT, Processes, argv_of, env_of
 
 NUM_STEPS = 20
 
@@ -69,11 +69,11 @@ def uninterrupted(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The run directory of an uninterrupted run with so many processes."""
 
     @functools.cache
-    def run(num_processes: int) -> Path:
-        folder = tmp_path_factory.mktemp(f"uninterrupted-{num_processes}")
+    def run(num_processes: int, strategy: str = "ddp") -> Path:
+        folder = tmp_path_factory.mktemp(f"uninterrupted-{strategy}-{num_processes}")
         config = write_config(folder, tiny_shards)
-        argv = [*argv_of("pipeline.train", num_processes), str(config)]
-        result = Processes(argv, folder / "log", env={}, cwd=ROOT).wait()
+        argv = [*argv_of("pipeline.train", num_processes, strategy), str(config)]
+        result = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT).wait()
         assert result.code == 0, result.output
         return folder / "run"
 
@@ -101,7 +101,13 @@ def kill_during_a_save(running: Processes, run: Path, file: str) -> None:
 @pytest.mark.fault
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("strategy", "num_processes"),
+    [
+        *(("ddp", number) for number in (1, 2, 3)),
+        *(pytest.param(f"zero{n}", 2, marks=pytest.mark.deepspeed) for n in (1, 2, 3)),
+    ],
+)
 @pytest.mark.parametrize(
     "trial", [0, *(pytest.param(trial, marks=pytest.mark.soak) for trial in range(1, 6))]
 )
@@ -110,13 +116,16 @@ def test_killed_twice_a_run_ends_bit_for_bit_as_if_nothing_had_been(
     tiny_shards: Path,
     start_processes: Callable,
     uninterrupted: Callable,
+    strategy: str,
     num_processes: int,
     trial: int,
 ):
     """Once after a random step, once while it writes a checkpoint."""
-    chance = random.Random(f"{num_processes}/{trial}")
+    chance = random.Random(f"{strategy}/{num_processes}/{trial}")
     config, run = write_config(tmp_path, tiny_shards), tmp_path / "run"
-    start = functools.partial(start_processes, "pipeline.train", num_processes, config)
+    start = functools.partial(
+        start_processes, "pipeline.train", num_processes, config, strategy=strategy
+    )
 
     kill_after_a_step(start(), chance.randint(1, 12), chance.uniform(0, 0.05))
     assert outcome(run)["status"] == "running"
@@ -129,7 +138,7 @@ def test_killed_twice_a_run_ends_bit_for_bit_as_if_nothing_had_been(
     ended = start().wait()
     assert ended.code == 0, ended.output
     assert not any((run / "checkpoints").glob("*.tmp-*"))
-    assert result_of(run) == result_of(uninterrupted(num_processes))
+    assert result_of(run) == result_of(uninterrupted(num_processes, strategy))
 
 
 @pytest.mark.fault
