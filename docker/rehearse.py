@@ -8,7 +8,7 @@ For Debian as root: apt-get install debootstrap, then
     python3 docker/rehearse.py [--target cpu] [--work FOLDER] [-- COMMAND ...]
 
 It needs the network for Debian's packages and Python's, some 4 GB of disk and five minutes. Where
-they come from is this machine's matter: `pip config`, apt's settings and /etc/resolv.conf are
+they come from is this machine's matter: `pip config`, apt's settings and the names of hosts are
 lent to the steps as Docker would lend them, and nothing of it stays. A folder that is given as
 --work keeps the base and pip's downloads, which spares the next rehearsal half of its time.
 """
@@ -217,7 +217,8 @@ class Rehearsal:
         """Run in the stage's folder, as its process 1; the mounts end with it."""
         root, lines = self.root(stage), ["set -e"]
         lines += ["mount -t proc proc proc", "mount --rbind /dev dev", "mount --rbind /sys sys"]
-        shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
+        for name in ("etc/resolv.conf", "etc/hosts"):  # as Docker makes them for a container
+            shutil.copy(Path("/", name), root / name)
         if mounts:
             lines += [f"mount --bind / .{MACHINE}", f"mount -o remount,ro,bind .{MACHINE}"]
         for here, there in mounts:

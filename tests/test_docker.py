@@ -256,19 +256,23 @@ def test_the_rehearsal_refuses_what_it_does_not_know(checkout: Path, wrong: str,
     assert "Traceback" not in caught.value.stderr
 
 
-LIFE = """
+LIFE = r"""
 set -e
 echo "user $(id --user)"
 latentmill pack sprites data/sprites --count 2000
 launch="python -m launch local --submit configs/train/vae.yaml monitor.log_every_steps=4"
+launch+=" optimizer.learning_rate.warmup_samples=64"
 $launch run_dir=runs/compiled compile=true num_steps=8
+ACCELERATE_USE_CPU=false accelerate launch --config_file configs/accelerate/zero2.yaml \
+    -m pipeline.train configs/train/vae.yaml run_dir=runs/zero2 num_steps=9 \
+    monitor.log_every_steps=3 optimizer.learning_rate.warmup_samples=64
 exec $launch --processes 2 run_dir=runs/stopped num_steps=1000000
 """
 
 
 @pytest.mark.soak
 def test_rehearsal_of_the_image_and_of_a_container_that_is_stopped(tmp_path: Path):
-    """Every RUN step, then packing, a compiled training, and SIGTERM to process 1 of a long one."""
+    """Every RUN step; then packing, a compiled training, ZeRO, and SIGTERM to process 1 of DDP."""
     if os.geteuid() or not shutil.which("debootstrap"):
         pytest.skip("a rehearsal needs root and debootstrap")
     argv = [sys.executable, str(ROOT / "docker/rehearse.py"), "--", "bash", "-c", LIFE]
@@ -284,3 +288,4 @@ def test_rehearsal_of_the_image_and_of_a_container_that_is_stopped(tmp_path: Pat
     assert result.code == 3, result.output
     assert "user 10001" in result.output
     assert "step 8/8 " in result.output
+    assert "step 9/9 " in result.output
