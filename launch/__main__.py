@@ -4,16 +4,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from launch import local
-from launch.job import Job, JobError
+from launch.job import JobError, Strategy
+from launch.k8s import Kubernetes
+from launch.local import Local
+from launch.slurm import Slurm
 
-PLACES = {"local": local}
+PLACES = {"local": Local, "slurm": Slurm, "k8s": Kubernetes}
 
 DESCRIPTION = """\
-Start training or export. Prints the command; --submit runs it, forwards SIGTERM, SIGINT and SIGUSR1
-to every trainer, and exits with the code of the run: 0 done, 2 wrong use or config, 3 preempted
-(the same command resumes), 1 everything else.
+Start training or export. Prints what would run; --submit runs it, after one process has read the
+config. On this machine it forwards SIGTERM, SIGINT and SIGUSR1 to every trainer, and exits with the
+code of the run: 0 done, 2 wrong use or config, 3 preempted (the same command resumes), 1 everything
+else. To a cluster it hands the job in, and exits; the run's outcome.json says how that ended.
 """
 
 
@@ -21,15 +25,21 @@ def parser() -> argparse.ArgumentParser:
     """The command line of `python -m launch`."""
     top = argparse.ArgumentParser(prog="python -m launch", description=DESCRIPTION)
     places = top.add_subparsers(dest="place", required=True, metavar="PLACE")
-    here = places.add_parser("local", help="this machine", description=DESCRIPTION)
-    here.add_argument("config", type=Path, help="YAML of the run")
-    here.add_argument("overrides", nargs="*", help="a.b=c ...; --option=value, too")
-    here.add_argument("--module", default="pipeline.train", help="what to run (%(default)s)")
-    here.add_argument("--processes", type=int, default=1, help="one per GPU or core (%(default)s)")
-    here.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="(%(default)s)")
-    here.add_argument("--topology", type=Path, help="accelerate's YAML, if not the fitting one")
-    here.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS (%(default)s)")
-    here.add_argument("--submit", action="store_true", help="run it, not only print it")
+    for name, kind in PLACES.items():
+        summary = (kind.__doc__ or "").splitlines()[0].rstrip(".")
+        place = places.add_parser(name, help=summary, description=DESCRIPTION)
+        place.add_argument("config", type=Path, help="YAML of the run")
+        place.add_argument("overrides", nargs="*", help="a.b=c ...; --option=value, too")
+        place.add_argument("--module", default="pipeline.train", help="what to run (%(default)s)")
+        place.add_argument(
+            "--strategy", choices=get_args(Strategy), help="over several processes (ddp)"
+        )
+        place.add_argument(
+            "--topology", type=Path, help="accelerate's YAML, if not the fitting one"
+        )
+        place.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS (%(default)s)")
+        place.add_argument("--submit", action="store_true", help="run it, not only print it")
+        kind.add_arguments(place)
     return top
 
 
@@ -41,16 +51,8 @@ def main(argv: Sequence[str]) -> int:
     if unknown:
         parser().error(f"unknown options: {' '.join(unknown)}")
     try:
-        job = Job(
-            module=arguments.module,
-            config=arguments.config,
-            overrides=(*arguments.overrides, *rest),
-            num_processes=arguments.processes,
-            device=arguments.device,
-            topology=arguments.topology,
-            num_threads=arguments.threads,
-        )
-        place = PLACES[arguments.place]
+        place = PLACES[arguments.place].from_arguments(arguments)
+        job = place.job(arguments, (*arguments.overrides, *rest))
         print(place.command(job), flush=True)
         return place.run(job) if arguments.submit else 0
     except JobError as error:

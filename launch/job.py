@@ -1,6 +1,8 @@
 """What is to run, whatever runs it: module, config, overrides, and how many processes on what.
 
     command line -> Job -> local.py: argv and environment of `accelerate launch`
+                        -> slurm.py: the text of an sbatch script
+                        -> k8s.py: a manifest of Kubernetes
 
 This package imports nothing from `pipeline`: it knows a run by its command line, its `run_dir`,
 and the outcome.json in it.
@@ -14,6 +16,7 @@ from typing import Any, Literal, cast
 import yaml
 
 Device = Literal["cpu", "gpu"]
+Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
 
 
 class JobError(Exception):
@@ -28,7 +31,9 @@ class Job:
     config: Path
     overrides: tuple[str, ...] = ()  # a.b=c, passed through untouched
     num_processes: int = 1  # over all machines
+    num_nodes: int = 1  # machines, with equally many processes
     device: Device = "cpu"
+    strategy: Strategy | None = None  # chooses the topology; None = ddp, or what `topology` says
     topology: Path | None = (
         None  # accelerate's YAML; None = the one of configs/accelerate that fits
     )
@@ -38,11 +43,28 @@ class Job:
     def __post_init__(self) -> None:
         if self.num_processes < 1:
             raise JobError(f"--processes must be at least 1, not {self.num_processes}.")
+        if self.num_nodes < 1:
+            raise JobError(f"--nodes must be at least 1, not {self.num_nodes}.")
+        if self.num_processes % self.num_nodes:
+            raise JobError(
+                f"{self.num_processes} processes do not divide evenly over --nodes "
+                f"{self.num_nodes}: every machine runs the same number."
+            )
         if self.num_threads < 1:
             raise JobError(f"--threads must be at least 1, not {self.num_threads}.")
         for path in (self.config, self.topology):
             if path is not None and not path.is_file():
                 raise JobError(f"The file {path} does not exist.")
+        if self.topology is not None and self.strategy is not None:
+            raise JobError(
+                f"--topology {self.topology} decides the strategy itself: leave --strategy "
+                f"{self.strategy} out, or --topology."
+            )
+
+    @property
+    def processes_per_node(self) -> int:
+        """How many processes each machine runs."""
+        return self.num_processes // self.num_nodes
 
     @property
     def arguments(self) -> list[str]:
@@ -50,19 +72,23 @@ class Job:
         return [str(self.config), *self.overrides]
 
     def run_dir(self) -> Path | None:
-        """The directory of the run, where outcome.json appears: last override, else the config's.
+        """The directory of the run, where outcome.json appears.
 
-        None when neither names one: then the launcher's own exit code is all there is.
+        None when nothing names one: then the launcher's own exit code is all there is.
         """
-        value = _mapping(self.config.read_text(encoding="utf-8")).get("run_dir")
+        return self.path("run_dir")
+
+    def path(self, setting: str) -> Path | None:
+        """The path that a setting of the top level names: last override, else the config's."""
+        value = mapping(self.config.read_text(encoding="utf-8")).get(setting)
         for override in self.overrides:
             name, _, text = override.removeprefix("--").partition("=")
-            if name == "run_dir":
+            if name == setting:
                 value = text
         return Path(value) if isinstance(value, str) else None
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def mapping(text: str) -> dict[str, Any]:
     """The YAML mapping in `text`; empty for anything else, which the run itself will explain."""
     try:
         value = yaml.safe_load(text)

@@ -7,6 +7,7 @@ The launchers underneath flatten every exit code to 1, SIGUSR1 kills torchrun, a
 code that the run wrote to its outcome.json.
 """
 
+import argparse
 import json
 import os
 import shlex
@@ -21,7 +22,7 @@ from types import FrameType
 
 import psutil
 
-from launch.job import Job, JobError
+from launch.job import Job, JobError, mapping
 
 TOPOLOGIES = Path("configs/accelerate")
 WITH_DRY_RUN = ("pipeline.train",)
@@ -41,17 +42,65 @@ class Command:
         return " ".join([*assignments, shlex.join(self.argv)])
 
 
+class Local:
+    """This machine."""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the options that only this place has."""
+        add = parser.add_argument
+        add("--processes", type=int, default=1, help="one per GPU or core (%(default)s)")
+        add("--device", choices=["cpu", "gpu"], default="cpu", help="(%(default)s)")
+
+    @classmethod
+    def from_arguments(cls, _arguments: argparse.Namespace) -> "Local":
+        """Nothing about this machine needs to be said."""
+        return cls()
+
+    def job(self, arguments: argparse.Namespace, overrides: tuple[str, ...]) -> Job:
+        """The job that the command line describes."""
+        return Job(
+            module=arguments.module,
+            config=arguments.config,
+            overrides=overrides,
+            num_processes=arguments.processes,
+            device=arguments.device,
+            strategy=arguments.strategy,
+            topology=arguments.topology,
+            num_threads=arguments.threads,
+        )
+
+    def command(self, job: Job) -> Command:
+        """What `run` runs."""
+        return command(job)
+
+    def run(self, job: Job) -> int:
+        """Run the job to its end and return its exit code."""
+        return run(job)
+
+
 def topology(job: Job) -> Path:
-    """The accelerate file that a job asks for, or the one that fits its device and processes."""
+    """The accelerate file that a job asks for, or the one that fits strategy, nodes and device."""
     if job.topology is not None:
         return job.topology
-    one_cpu = job.device == "cpu" and job.num_processes == 1
-    path = TOPOLOGIES / ("single-cpu.yaml" if one_cpu else f"{job.device}-ddp.yaml")
+    if job.strategy is not None and job.strategy != "ddp":
+        path = TOPOLOGIES / f"{job.strategy}.yaml"
+    elif job.num_nodes > 1:
+        path = TOPOLOGIES / "multi-node.yaml"
+    elif job.device == "cpu" and job.num_processes == 1:
+        path = TOPOLOGIES / "single-cpu.yaml"
+    else:
+        path = TOPOLOGIES / f"{job.device}-ddp.yaml"
     if not path.is_file():
         raise JobError(
             f"{path} does not exist here: start in the project's root, or give --topology."
         )
     return path
+
+
+def uses_deepspeed(topology: Path) -> bool:
+    """Whether an accelerate file starts DeepSpeed."""
+    return mapping(topology.read_text(encoding="utf-8")).get("distributed_type") == "DEEPSPEED"
 
 
 def launcher(topology: Path, num_processes: int) -> tuple[str, ...]:
@@ -63,7 +112,10 @@ def launcher(topology: Path, num_processes: int) -> tuple[str, ...]:
 def environment(job: Job) -> dict[str, str]:
     """What the processes need: the device, threads per process, and the job's own variables."""
     env = {"OMP_NUM_THREADS": str(job.num_threads)}
-    if job.device == "cpu":
+    if job.device == "cpu" and uses_deepspeed(topology(job)):
+        # Told to stay on the CPU, accelerate leaves DeepSpeed out, silently: we hide the GPUs.
+        env |= {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
+    elif job.device == "cpu":
         # Without it, processes of a MULTI_GPU topology on a CPU machine each believe to be alone.
         env["ACCELERATE_USE_CPU"] = "true"
     return env | dict(job.env)

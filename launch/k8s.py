@@ -1,0 +1,256 @@
+"""A Job on Kubernetes: a manifest from the core API only, and `kubectl apply` of it.
+
+    Job, Allocation -> ConfigMap   the config that was checked, as it is here
+                       Service     headless: a name for every pod
+                       Job         Indexed: one pod per machine, restarted together
+                    (-> PersistentVolumeClaim)
+
+Whoever evicts or deletes a pod runs its preStop hook first: it touches STOP in the run directory
+until the trainer has saved and ended. The pods come back, and the same command resumes.
+"""
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from launch import cluster, local
+from launch.cluster import EXPORT, Allocation
+from launch.job import Job, JobError
+
+PORT = 29500
+CONFIGS = PurePosixPath("/etc/latentmill")
+# Before the command of a training, and after it. Launchers flatten exit codes to 1; the run's own
+# stands in outcome.json, which index 0 writes at its end, and others may see a little later.
+BEFORE_TRAINING = r"""
+mkdir -p "$RUN_DIR"
+stamp() { stat --format='%i %y' "$RUN_DIR/outcome.json" 2>/dev/null; }
+before=$(stamp)
+"""
+AFTER_TRAINING = r"""
+code=$?
+((code == 0)) && exit
+for _ in {1..10}; do
+    if [[ $(stamp) != "$before" ]]; then
+        own=$(sed -n 's/.*"exit_code": *\([0-9]*\).*/\1/p' "$RUN_DIR/outcome.json")
+        [[ $own ]] && exit "$own"
+    fi
+    sleep 1
+done
+exit "$code"
+"""
+# Until the container is gone: a trainer that is only just starting removes what it finds.
+STOP = 'while touch "$RUN_DIR/STOP"; do sleep 1; done'
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML with texts of several lines as such."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kubernetes:
+    """A Kubernetes cluster."""
+
+    allocation: Allocation
+    image: str
+    claim: str  # PersistentVolumeClaim of the run directory
+    claim_size: str | None  # to create it with; None = it exists
+    mount: PurePosixPath  # where the claim is in the container
+    memory: str | None
+    shm: str
+    namespace: str | None
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the options of clusters, and Kubernetes' own."""
+        cluster.add_arguments(parser)
+        add = parser.add_argument
+        add("--image", required=True, help="with the project in its working directory")
+        add("--claim", required=True, help="PersistentVolumeClaim that holds the run directory")
+        add("--claim-size", help="create the claim with this size, such as 100Gi")
+        add("--mount", type=PurePosixPath, default="/data", help="of the claim (%(default)s)")
+        add("--memory", help="of each machine's pod, such as 64Gi")
+        add("--shm", default="8Gi", help="of it at most for /dev/shm (%(default)s)")
+        add("--namespace", help="the current one of kubectl if not said")
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> "Kubernetes":
+        """The place that the command line describes."""
+        return cls(
+            allocation=cluster.allocation_of(arguments),
+            image=arguments.image,
+            claim=arguments.claim,
+            claim_size=arguments.claim_size,
+            mount=PurePosixPath(arguments.mount),
+            memory=arguments.memory,
+            shm=arguments.shm,
+            namespace=arguments.namespace,
+        )
+
+    def __post_init__(self) -> None:
+        for option, size in (
+            ("--claim-size", self.claim_size),
+            ("--memory", self.memory),
+            ("--shm", self.shm),
+        ):
+            if size is not None and not re.fullmatch(r"[1-9]\d*([KMGTP]i?)?", size, re.ASCII):
+                raise JobError(f"{option} {size!r} is no amount of memory: write 500Mi or 64Gi.")
+        if not self.mount.is_absolute():
+            raise JobError(f"--mount {self.mount} must be an absolute path in the container.")
+
+    def job(self, arguments: argparse.Namespace, overrides: tuple[str, ...]) -> Job:
+        """The job that the command line describes; what it writes must outlive its pods."""
+        job = cluster.job_of(arguments, overrides)
+        folder = PurePosixPath(str(cluster.directory(job)))
+        if ".." in folder.parts or not folder.is_relative_to(self.mount):
+            setting = cluster.setting_of_directory(job)
+            raise JobError(
+                f"{setting} is {folder}, which lies outside --mount {self.mount} and would be lost "
+                f"with the pod: add {setting}={self.mount / folder.name}, or mount the claim there."
+            )
+        return job
+
+    def command(self, job: Job) -> str:
+        """The manifest that kubectl gets."""
+        return yaml.dump_all(self._objects(job), Dumper=_Dumper, sort_keys=False, width=100)
+
+    def run(self, job: Job) -> int:
+        """Apply the manifest, after one process has read the config; kubectl's exit code."""
+        if shutil.which("kubectl") is None:
+            raise JobError(
+                "--submit needs kubectl, which is not on the PATH of this machine: leave --submit "
+                "out, and apply the manifest where it is."
+            )
+        if job.module in local.WITH_DRY_RUN and (code := local.check(job)):
+            return code
+        argv = ["kubectl", "apply", "-f", "-"]
+        return subprocess.run(argv, input=self.command(job), text=True, check=False).returncode
+
+    def _objects(self, job: Job) -> Iterator[dict[str, Any]]:
+        if self.claim_size is not None:
+            spec = {
+                "accessModes": ["ReadWriteMany"],
+                "resources": {"requests": {"storage": self.claim_size}},
+            }
+            yield self._object("v1", "PersistentVolumeClaim", spec=spec, name=self.claim)
+        files = {"config.yaml": job.config.read_text(encoding="utf-8")}
+        if job.topology is not None:
+            files["topology.yaml"] = job.topology.read_text(encoding="utf-8")
+        yield self._object("v1", "ConfigMap", data=files)
+        if job.num_nodes > 1 and job.module != EXPORT:
+            spec = {
+                "clusterIP": "None",
+                "publishNotReadyAddresses": True,  # they look for each other before they are ready
+                "selector": {"batch.kubernetes.io/job-name": self.allocation.name},
+                "ports": [{"name": "rendezvous", "port": PORT}],
+            }
+            yield self._object("v1", "Service", spec=spec)
+        yield self._object("batch/v1", "Job", spec=self._job_spec(job))
+
+    def _object(
+        self, version: str, kind: str, *, name: str | None = None, **rest: Any
+    ) -> dict[str, Any]:
+        metadata = {"name": name or self.allocation.name}
+        metadata |= {"namespace": self.namespace} if self.namespace else {}
+        return {"apiVersion": version, "kind": kind, "metadata": metadata, **rest}
+
+    def _job_spec(self, job: Job) -> dict[str, Any]:
+        allocation = self.allocation
+        limit = {"activeDeadlineSeconds": allocation.seconds} if allocation.seconds else {}
+        return {
+            "completionMode": "Indexed",
+            "completions": job.num_nodes,
+            "parallelism": job.num_nodes,
+            # When one pod fails, all do, and each counts.
+            "backoffLimit": allocation.max_restarts * job.num_nodes,
+            "podReplacementPolicy": "Failed",  # no second pod of an index beside a dying one
+            **limit,
+            "podFailurePolicy": {
+                "rules": [
+                    {"action": "FailJob", "onExitCodes": _codes(2)},  # wrong use: again is no use
+                    {"action": "Ignore", "onExitCodes": _codes(3)},  # stopped with another pod
+                    {
+                        "action": "Ignore",
+                        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+                    },
+                ]
+            },
+            "template": {"spec": self._pod_spec(job)},
+        }
+
+    def _pod_spec(self, job: Job) -> dict[str, Any]:
+        name = self.allocation.name
+        several = job.num_nodes > 1 and job.module != EXPORT
+        claim = {"name": "claim", "persistentVolumeClaim": {"claimName": self.claim}}
+        shm = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": self.shm}}
+        return {
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": self.allocation.grace_seconds,
+            **({"subdomain": name} if several else {}),
+            "containers": [self._container(job)],
+            "volumes": [{"name": "config", "configMap": {"name": name}}, claim, shm],
+        }
+
+    def _container(self, job: Job) -> dict[str, Any]:
+        is_export = job.module == EXPORT
+        env = dict(cluster.environment(job))
+        if not is_export:
+            env |= {"RUN_DIR": str(cluster.directory(job))}
+            if job.num_nodes > 1:
+                name = self.allocation.name
+                env |= {"MASTER_ADDR": f"{name}-0.{name}", "MASTER_PORT": str(PORT)}
+        cpus = job.processes_per_node * self.allocation.cpus_per_process
+        memory = {"memory": self.memory} if self.memory else {}
+        gpus = {"nvidia.com/gpu": job.processes_per_node} if job.device == "gpu" else {}
+        hook = {"preStop": {"exec": {"command": ["bash", "-c", STOP]}}}
+        return {
+            "name": "main",
+            "image": self.image,
+            "command": ["bash", "-c", _script(job)],
+            "env": [{"name": key, "value": value} for key, value in env.items()],
+            "resources": {"requests": {"cpu": cpus, **memory}, "limits": {**gpus, **memory}},
+            **({} if is_export else {"lifecycle": hook}),
+            "volumeMounts": [
+                {"name": "config", "mountPath": str(CONFIGS)},
+                {"name": "claim", "mountPath": str(self.mount)},
+                {"name": "shm", "mountPath": "/dev/shm"},
+            ],
+        }
+
+
+def _codes(code: int) -> dict[str, Any]:
+    return {"containerName": "main", "operator": "In", "values": [code]}
+
+
+def _script(job: Job) -> str:
+    """What a pod's container runs."""
+    is_export = job.module == EXPORT
+    node = replace(job, num_nodes=1, num_processes=job.processes_per_node) if is_export else job
+    topology = local.topology(node) if job.topology is None else CONFIGS / "topology.yaml"
+    lines = ["python -m accelerate.commands.launch", shlex.join(cluster.launcher(node, topology))]
+    if node.num_nodes > 1:
+        lines += ['--machine_rank "$JOB_COMPLETION_INDEX"']
+        lines += ['--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT"']
+    lines += [shlex.join(["-m", job.module, str(CONFIGS / "config.yaml"), *job.overrides])]
+    command = " \\\n    ".join(lines)
+    if is_export:
+        # `pipeline.export` knows the numbers of an array of Slurm; these pods make one, too.
+        array = {"ID": '"$JOB_COMPLETION_INDEX"', "MIN": 0, "COUNT": job.num_nodes}
+        exports = [f"export SLURM_ARRAY_TASK_{name}={value}\n" for name, value in array.items()]
+        return f"{''.join(exports)}exec {command}\n"
+    return "\n".join([BEFORE_TRAINING.strip("\n"), command, AFTER_TRAINING.lstrip("\n")])

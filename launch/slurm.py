@@ -1,0 +1,229 @@
+"""A Job on a Slurm cluster: the text of its sbatch script, and handing that in.
+
+    Job, Allocation -> command() -> sbatch -> on every node one `accelerate launch`
+
+Training: some seconds before the time is over (or when a more important job wants the nodes) Slurm
+sends SIGUSR1 to the script. The script touches STOP in the run directory, the trainers save and
+end, and the script queues the job again: the same command resumes. scancel sends SIGTERM: the
+trainers save, too, and that is all. Export: an array with one node per element, which any kill may
+end at any time.
+"""
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launch import cluster, local
+from launch.cluster import EXPORT, Allocation
+from launch.job import Job, JobError
+
+MEET = r"""
+# Where the processes meet: the address by which Slurm itself reaches the first node.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed 's/.* NodeAddr=\([^ ]*\).*/\1/')
+MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+"""
+
+BEFORE_TRAINING = r"""
+# How this start ended, as the run itself says; nothing if it said nothing.
+stamp() { stat --format='%i %y' "$RUN_DIR/outcome.json" 2>/dev/null; }
+before=$(stamp)
+outcome() {
+    [[ $(stamp) == "$before" ]] && return
+    sed -n 's/.*"status": *"\([a-z]*\)".*/\1/p' "$RUN_DIR/outcome.json"
+}
+
+# A file reaches every trainer, where srun and accelerate would swallow or die of a signal. It is
+# touched until they have ended: one that is only just starting removes what a former start left.
+stop() {
+    while kill -0 "$step" 2>/dev/null; do
+        touch "$RUN_DIR/STOP"
+        sleep 1
+    done
+}
+
+mkdir -p "$RUN_DIR"
+rm -f "$RUN_DIR/STOP"
+"""
+
+AFTER_TRAINING = r"""
+step=$!
+wanted_back=
+trap 'wanted_back=yes; stop' USR1 # the nodes: save, and queue again
+trap stop TERM # scancel: save, and that is all
+
+# In the background, because bash runs a trap only between commands, or in `wait`.
+wait "$step"
+code=$?
+if ((code > 128)); then # a trap came between, and lasted until srun had ended
+    wait "$step"
+    code=$?
+fi
+rm -f "$RUN_DIR/STOP"
+
+if [[ $(outcome) != preempted ]]; then
+    exit "$code"
+elif [[ ! $wanted_back ]]; then
+    echo "stopped; sbatch resumes it" >&2
+elif ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)); then
+    echo "preempted, and not queued again after $MAX_RESTARTS restarts; sbatch resumes it" >&2
+else
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit 3
+"""
+
+AFTER_EXPORT = r"""
+step=$!
+# Nothing to save: what is cut off is done again by the next start, and what is done stays done.
+again() {
+    if ((${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); then
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        echo "out of time, and not queued again after $MAX_RESTARTS restarts" >&2
+        kill "$step"
+        exit 3
+    fi
+}
+trap again USR1
+wait "$step"
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """A Slurm cluster."""
+
+    allocation: Allocation
+    partition: str | None = None
+    options: tuple[str, ...] = ()  # passed to sbatch as they are
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add the options of clusters, and Slurm's own."""
+        cluster.add_arguments(parser)
+        parser.add_argument("--partition", help="where to queue; the cluster's default if not said")
+        parser.add_argument(
+            "--sbatch",
+            action="append",
+            default=[],
+            metavar="OPTION",
+            help="one more option, such as --sbatch=--account=physics; may be repeated",
+        )
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> "Slurm":
+        """The place that the command line describes."""
+        return cls(
+            allocation=cluster.allocation_of(arguments),
+            partition=arguments.partition,
+            options=tuple(arguments.sbatch),
+        )
+
+    def __post_init__(self) -> None:
+        for option in self.options:
+            if not re.fullmatch(r"--?[a-z][^\n]*", option):
+                raise JobError(f"--sbatch {option!r} is no option of sbatch: write --sbatch=--x=y.")
+
+    def job(self, arguments: argparse.Namespace, overrides: tuple[str, ...]) -> Job:
+        """The job that the command line describes."""
+        return cluster.job_of(arguments, overrides)
+
+    def command(self, job: Job) -> str:
+        """The script that sbatch gets."""
+        is_export = job.module == EXPORT
+        node = replace(job, num_nodes=1, num_processes=job.processes_per_node) if is_export else job
+        settings = {"MAX_RESTARTS": str(self.allocation.max_restarts)}
+        if not is_export:
+            settings["RUN_DIR"] = str(cluster.directory(job))
+        exports = [f"export {k}={shlex.quote(v)}" for k, v in cluster.environment(node).items()]
+        assignments = [f"{k}={shlex.quote(v)}" for k, v in settings.items()]
+        parts = ["\n".join(["#!/bin/bash", *self._header(job)])]
+        parts += ["\n".join(["set -u", *exports, *assignments])]
+        parts += [MEET] if node.num_nodes > 1 else []
+        parts += [] if is_export else [BEFORE_TRAINING]
+        parts += [_srun(node, self.allocation) + (AFTER_EXPORT if is_export else AFTER_TRAINING)]
+        return "\n\n".join(part.strip("\n") for part in parts)
+
+    def run(self, job: Job) -> int:
+        """Hand the script in, after one process has read the config; sbatch's exit code."""
+        if shutil.which("sbatch") is None:
+            raise JobError(
+                "--submit needs sbatch, which is not on the PATH of this machine: submit from a "
+                "login node of the cluster, or leave --submit out and take the text there."
+            )
+        if job.module in local.WITH_DRY_RUN and (code := local.check(job)):
+            return code
+        _log_folder(job).mkdir(parents=True, exist_ok=True)
+        return subprocess.run(
+            ["sbatch"], input=self.command(job), text=True, check=False
+        ).returncode
+
+    def _header(self, job: Job) -> Iterator[str]:
+        allocation, is_export = self.allocation, job.module == EXPORT
+        per_node = job.processes_per_node
+        folder = shlex.quote(str(_log_folder(job)))
+        yield f"# {job.module} on {job.num_nodes} x {per_node} processes. In the project's root:"
+        yield f"#   mkdir -p {folder} && sbatch THIS_FILE"
+        options = [f"--job-name={allocation.name}"]
+        if is_export:
+            options += [f"--array=0-{job.num_nodes - 1}", "--nodes=1"]
+        else:
+            options += [f"--nodes={job.num_nodes}"]
+        options += ["--ntasks-per-node=1"]
+        options += [f"--cpus-per-task={per_node * allocation.cpus_per_process}"]
+        options += [f"--gpus-per-node={per_node}"] if job.device == "gpu" else []
+        options += [f"--time={_time(allocation.seconds)}"] if allocation.seconds else []
+        options += [f"--partition={self.partition}"] if self.partition else []
+        options += [f"--signal=B:USR1@{allocation.grace_seconds}", "--requeue"]
+        options += ["--open-mode=append", f"--output={shlex.quote(_log(job))}", *self.options]
+        yield from (f"#SBATCH {option}" for option in options)
+
+
+def _log_folder(job: Job) -> Path:
+    """Where the output of a job goes: into the run directory, or beside the export."""
+    folder = cluster.directory(job)
+    assert folder is not None, "job_of has seen to it"
+    return folder.parent if job.module == EXPORT else folder  # an export owns its directory
+
+
+def _log(job: Job) -> str:
+    """The file in it, as Slurm writes names: %x job, %j or %A its number, %a element, %% a %."""
+    folder = str(_log_folder(job)).replace("%", "%%")
+    if job.module == EXPORT:
+        return f"{folder}/%x-slurm-%A_%a.out"
+    return f"{folder}/slurm-%j.out"
+
+
+def _time(seconds: int) -> str:
+    days, rest = divmod(seconds, 86400)
+    return f"{days}-{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}"
+
+
+def _srun(job: Job, allocation: Allocation) -> str:
+    """The command that starts accelerate once on every node, in the background."""
+    cpus = job.processes_per_node * allocation.cpus_per_process  # srun does not take it from sbatch
+    srun = ["srun", "--kill-on-bad-exit=1", "--wait=60", f"--cpus-per-task={cpus}"]
+    python, module = shlex.quote(sys.executable), "accelerate.commands.launch"
+    options = [shlex.join(cluster.launcher(job, local.topology(job)))]
+    if job.num_nodes > 1:
+        # The task's own shell knows which node it is on.
+        inner = f'exec "$0" -m {module} --machine_rank "$SLURM_NODEID" "$@"'
+        start = f"bash -c {shlex.quote(inner)} {python}"
+        options += ['--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT"']
+    else:
+        start = f"{python} -m {module}"
+    lines = [
+        shlex.join(srun),
+        start,
+        *options,
+        f"-m {job.module} {shlex.join(job.arguments)}",
+    ]
+    return " \\\n    ".join(lines) + " &"

@@ -1,0 +1,188 @@
+"""A real Slurm controller and two nodes on this machine: trains, is preempted, goes on, exports."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from pipeline.checkpoint import tensors_sha256, verify_checkpoint
+from tests.launch.slurm_cluster import SlurmCluster, missing
+from tests.processes import Result
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+NODES = ("--nodes", 2, "--device", "cpu", "--cpus-per-process", 1)
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[SlurmCluster]:
+    absent = missing()
+    if absent:
+        pytest.skip(f"not installed: {', '.join(absent)}; apt-get install slurm-wlm munge")
+    cluster = SlurmCluster()
+    yield cluster
+    cluster.close()
+
+
+def write_config(folder: Path, data: Path, num_steps: int, run: str = "run") -> Path:
+    """A small denoising VAE that writes to folder/run and saves only where it must.
+
+    No step depends on `num_steps`: a test may set that later.
+    """
+    path = folder / "config.yaml"
+    path.write_text(
+        f"run_dir: {folder / run}\n"
+        f"data: {{path: {data}, decode: {{kind: image, size: 32, channels: 3}}}}\n"
+        "model: {bottleneck: {kind: gaussian, size: 8}}\n"
+        "corruptions: [{kind: gaussian_noise}]\n"
+        "objective: {regularisers: [{kind: kl, weight: 1.0}]}\n"
+        "optimizer: {learning_rate: {peak: 1e-3, final: 1e-3, warmup_samples: 60}}\n"
+        "batch_size: 12\n"
+        f"num_steps: {num_steps}\n"
+        "evaluation: {every_steps: 1000000}\n"
+        "checkpoint: {every_steps: 1000000}\n"
+        "monitor: {log_every_steps: 1, num_images: 0, wandb: {mode: disabled}}\n"
+    )
+    return path
+
+
+def outcome(run: Path) -> dict:
+    path = run / "outcome.json"
+    return json.loads(path.read_bytes()) if path.exists() else {"status": None}
+
+
+def num_logged(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("train/loss") if path.exists() else 0
+
+
+def result_of(run: Path, step: int) -> dict:
+    """What two runs must have in common: their last checkpoint, and each step once."""
+    assert outcome(run) == {"status": "done", "exit_code": 0, "step": step, "message": ""}
+    path = run / "checkpoints" / f"step-{step}"
+    verify_checkpoint(path)
+    tensors = {file.name: tensors_sha256(load_file(file)) for file in path.glob("*.safetensors")}
+    assert tensors.keys() == {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [(one["step"], one["train/loss"]) for one in records if "train/loss" in one]
+    assert [number for number, _ in losses] == list(range(1, step + 1))
+    return {"state": (path / "state.json").read_text(), "losses": losses} | tensors
+
+
+@pytest.fixture
+def submit(run_processes: Callable[..., Result], slurm: SlurmCluster) -> Callable[..., int]:
+    """Hand a job in by our launcher, and return its number."""
+
+    def hand_in(config: Path, *options: object) -> int:
+        argv = ("slurm", config, *NODES, *options, "--submit")
+        result = run_processes("launch", None, *argv, env=slurm.env)
+        assert result.code == 0, result.output
+        found = re.search(r"^Submitted batch job (\d+)$", result.output, re.MULTILINE)
+        assert found is not None, result.output
+        return int(found[1])
+
+    return hand_in
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("slurm")
+
+
+def test_out_of_time_a_job_saves_queues_itself_again_and_ends_bit_for_bit_the_same(
+    slurm: SlurmCluster,
+    submit: Callable[..., int],
+    run_processes: Callable[..., Result],
+    tiny_shards: Path,
+    folder: Path,
+):
+    """Two nodes x one process; Slurm itself sends the signal near the end of the time limit."""
+    config, run = write_config(folder, tiny_shards, 1_000_000), folder / "run"
+    number = submit(config, "--time", "00:01:00", "--grace", 20)
+    slurm.wait_until(lambda: outcome(run)["status"] == "preempted", 120)
+    stopped = outcome(run)
+    assert stopped["message"] == f"stopped by the file {run / 'STOP'}"
+    assert stopped["step"] > 0
+
+    # While it waits in the queue: an end within reach, and time enough not to be stopped again.
+    slurm.wait_until(lambda: slurm.state(number) == "PENDING", 30)
+    slurm.ask("scontrol", "update", f"JobId={number}", "TimeLimit=10")
+    steps = stopped["step"] + 20
+    write_config(folder, tiny_shards, steps)
+    slurm.wait_until(lambda: slurm.state(number) in ("COMPLETED", "FAILED"), 120)
+    log = (run / f"slurm-{number}.out").read_text()
+    assert slurm.state(number) == "COMPLETED", log
+    assert slurm.job(number)["Restarts"] == "1"
+    assert f"step {stopped['step'] + 1}/{steps} " in log
+    assert not (run / "STOP").exists()
+
+    once = folder / "once"
+    argv = ("local", "--submit", "--processes", 2, config, f"run_dir={once}")
+    uninterrupted = run_processes("launch", None, *argv)
+    assert uninterrupted.code == 0, uninterrupted.output
+    assert result_of(run, steps) == result_of(once, steps)
+
+
+def test_an_export_is_an_array_whose_elements_go_on_and_gives_the_same_bytes(
+    slurm: SlurmCluster, submit: Callable[..., int], run_processes: Callable, folder: Path
+):
+    run = folder / "run"
+    assert outcome(run)["status"] == "done", "the test before trains it"
+    config = folder / "export.yaml"
+    config.write_text(f"run: {run}\nout: {folder / 'array'}\nformats: [{{kind: tar}}]\n")
+    number = submit(config, "--module", "pipeline.export")
+    slurm.wait_until(lambda: f"{number}_0.0" in slurm.ask("squeue", "-h", "-s"), 60)
+    slurm.ask("scancel", "--batch", "--signal=USR1", f"{number}_0")
+    slurm.wait_until(lambda: slurm.job(f"{number}_0")["Restarts"] == "1", 30)
+    slurm.wait_until(lambda: not {"PENDING", "RUNNING"} & set(slurm.state(number).split()), 120)
+    logs = [folder / f"export-slurm-{number}_{element}.out" for element in (0, 1)]
+    assert slurm.state(number) == "COMPLETED", [log.read_text() for log in logs]
+
+    argv = ("local", "--submit", "--module", "pipeline.export", config, f"out={folder / 'local'}")
+    alone = run_processes("launch", None, *argv)
+    assert alone.code == 0, alone.output
+    both = [contents(folder / name) for name in ("array", "local")]
+    assert any(name.endswith(".tar") for name in both[0])
+    assert "_SUCCESS" in both[0]
+    assert both[0] == both[1]
+
+
+def contents(export: Path) -> dict[str, bytes]:
+    """All files of an export but the records of who did what."""
+    files = {str(path.relative_to(export)): path for path in export.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith("_run/")}
+
+
+def test_scancel_saves_and_is_the_end(
+    slurm: SlurmCluster, submit: Callable[..., int], tiny_shards: Path, tmp_path: Path
+):
+    run = tmp_path / "a run of 50%"  # which Slurm's file names must take as it is
+    config = write_config(tmp_path, tiny_shards, 1_000_000, run.name)
+    number = submit(config)
+    slurm.wait_until(lambda: num_logged(run) >= 2, 90)
+    slurm.ask("scancel", str(number))
+    slurm.wait_until(lambda: slurm.state(number) == "CANCELLED", 60)
+    log = (run / f"slurm-{number}.out").read_text()
+    assert outcome(run)["status"] == "preempted", log
+    assert list((run / "checkpoints").iterdir())
+    time.sleep(7)  # longer than a job that is queued again would wait
+    assert slurm.state(number) == "CANCELLED"
+
+
+def test_the_last_restart_says_so_and_zero_trains_across_nodes(
+    slurm: SlurmCluster, submit: Callable[..., int], tiny_shards: Path, tmp_path: Path
+):
+    config, run = write_config(tmp_path, tiny_shards, 1_000_000), tmp_path / "run"
+    number = submit(config, "--max-restarts", 0, "--strategy", "zero2")
+    slurm.wait_until(lambda: num_logged(run) >= 2 or slurm.state(number) == "FAILED", 120)
+    slurm.ask("scancel", "--batch", "--signal=USR1", str(number))
+    slurm.wait_until(lambda: slurm.state(number) == "FAILED", 90)
+    log = (run / f"slurm-{number}.out").read_text()
+    assert outcome(run)["status"] == "preempted", log
+    assert log.endswith("preempted, and not queued again after 0 restarts; sbatch resumes it\n")
+    assert slurm.job(number)["ExitCode"] == "3:0"
+    [state] = (run / "checkpoints").glob("step-*/state.json")
+    assert json.loads(state.read_text())["world"] == 2
