@@ -28,6 +28,9 @@ MEET = r"""
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed 's/.* NodeAddr=\([^ ]*\).*/\1/')
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do # somebody listens there
+    ((MASTER_PORT++))
+done
 export MASTER_ADDR MASTER_PORT
 """
 

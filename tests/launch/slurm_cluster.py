@@ -8,12 +8,13 @@ import getpass
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.launch.runs import free_ports
 
 NODES = ("n1", "n2")
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -55,14 +56,6 @@ def missing() -> list[str]:
     """The programs of Slurm and munge that are not installed here."""
     wanted = (*DAEMONS, "sbatch", "srun", "scontrol", "squeue", "scancel")
     return [name for name in wanted if shutil.which(name, path=SBIN) is None]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 class SlurmCluster:

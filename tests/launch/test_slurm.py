@@ -2,14 +2,15 @@
 
 import json
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from pipeline.checkpoint import tensors_sha256, verify_checkpoint
+from tests.launch.runs import num_logged, outcome, result_of, write_config
 from tests.launch.slurm_cluster import SlurmCluster, missing
 from tests.processes import Result
 
@@ -25,51 +26,6 @@ def slurm() -> Iterator[SlurmCluster]:
     cluster = SlurmCluster()
     yield cluster
     cluster.close()
-
-
-def write_config(folder: Path, data: Path, num_steps: int, run: str = "run") -> Path:
-    """A small denoising VAE that writes to folder/run and saves only where it must.
-
-    No step depends on `num_steps`: a test may set that later.
-    """
-    path = folder / "config.yaml"
-    path.write_text(
-        f"run_dir: {folder / run}\n"
-        f"data: {{path: {data}, decode: {{kind: image, size: 32, channels: 3}}}}\n"
-        "model: {bottleneck: {kind: gaussian, size: 8}}\n"
-        "corruptions: [{kind: gaussian_noise}]\n"
-        "objective: {regularisers: [{kind: kl, weight: 1.0}]}\n"
-        "optimizer: {learning_rate: {peak: 1e-3, final: 1e-3, warmup_samples: 60}}\n"
-        "batch_size: 12\n"
-        f"num_steps: {num_steps}\n"
-        "evaluation: {every_steps: 1000000}\n"
-        "checkpoint: {every_steps: 1000000}\n"
-        "monitor: {log_every_steps: 1, num_images: 0, wandb: {mode: disabled}}\n"
-    )
-    return path
-
-
-def outcome(run: Path) -> dict:
-    path = run / "outcome.json"
-    return json.loads(path.read_bytes()) if path.exists() else {"status": None}
-
-
-def num_logged(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_text().count("train/loss") if path.exists() else 0
-
-
-def result_of(run: Path, step: int) -> dict:
-    """What two runs must have in common: their last checkpoint, and each step once."""
-    assert outcome(run) == {"status": "done", "exit_code": 0, "step": step, "message": ""}
-    path = run / "checkpoints" / f"step-{step}"
-    verify_checkpoint(path)
-    tensors = {file.name: tensors_sha256(load_file(file)) for file in path.glob("*.safetensors")}
-    assert tensors.keys() == {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [(one["step"], one["train/loss"]) for one in records if "train/loss" in one]
-    assert [number for number, _ in losses] == list(range(1, step + 1))
-    return {"state": (path / "state.json").read_text(), "losses": losses} | tensors
 
 
 @pytest.fixture
@@ -156,13 +112,21 @@ def contents(export: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in files.items() if not name.startswith("_run/")}
 
 
-def test_scancel_saves_and_is_the_end(
+def test_a_port_in_use_is_passed_over_and_scancel_saves_and_is_the_end(
     slurm: SlurmCluster, submit: Callable[..., int], tiny_shards: Path, tmp_path: Path
 ):
     run = tmp_path / "a run of 50%"  # which Slurm's file names must take as it is
     config = write_config(tmp_path, tiny_shards, 1_000_000, run.name)
-    number = submit(config)
-    slurm.wait_until(lambda: num_logged(run) >= 2, 90)
+    with ExitStack() as held:  # whatever the job's number is, others have its port already
+        for port in range(10001, 10015):
+            listener = held.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with suppress(OSError):  # somebody really has it: just as well
+                listener.bind(("127.0.0.1", port))
+                listener.listen()
+        number = submit(config)
+        assert number < 10
+        slurm.wait_until(lambda: num_logged(run) >= 2, 90)
     slurm.ask("scancel", str(number))
     slurm.wait_until(lambda: slurm.state(number) == "CANCELLED", 60)
     log = (run / f"slurm-{number}.out").read_text()
