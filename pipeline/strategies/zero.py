@@ -10,6 +10,7 @@ relies on are tested in tests/strategies/.
 
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -40,13 +41,12 @@ class ZeroStrategy:
         precision: str,
     ) -> None:
         """Wrap `model`; `micro_batch`: samples of one process in one forward pass."""
-        from deepspeed import DeepSpeedEngine, utils  # noqa: PLC0415 - an extra
-
+        deepspeed: Any = import_module("deepspeed")  # an extra
         if precision == "fp64":
             raise UserError("precision fp64 runs in one process or under DDP, not under DeepSpeed.")
         # DeepSpeed flattens parameters, and views them as bytes: not in channels-last memory.
         model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-        self._tools: Any = utils
+        self._tools: Any = deepspeed.utils
         self._device = accelerator.device
         self._names = [name for name, _ in model.named_parameters()]
         self._parameters = list(model.parameters())
@@ -63,7 +63,7 @@ class ZeroStrategy:
         self._engine: Any
         self._engine, _ = accelerator.prepare(model, optimizer.build(model))
         found = type(self._engine).__name__
-        if not isinstance(self._engine, DeepSpeedEngine):
+        if not isinstance(self._engine, deepspeed.DeepSpeedEngine):
             raise RuntimeError(f"accelerate wrapped the model as {found}, not for DeepSpeed")
         if self._engine.zero_optimization_stage() != self._stage or self._stage not in (1, 2, 3):
             raise UserError(
