@@ -7,7 +7,7 @@ For Debian as root: apt-get install debootstrap, then
 
     python3 docker/rehearse.py [--target cpu] [--work FOLDER] [-- COMMAND ...]
 
-It needs the network for Debian's packages and Python's, some 4 GB of disk and five minutes. Where
+It needs the network for Debian's packages and Python's, some 5 GB of disk and five minutes. Where
 they come from is this machine's matter: `pip config`, apt's settings and the names of hosts are
 lent to the steps as Docker would lend them, and nothing of it stays. A folder that is given as
 --work keeps the base and pip's downloads, which spares the next rehearsal half of its time.

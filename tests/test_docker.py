@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.processes import ROOT, Processes
@@ -281,7 +282,9 @@ def test_rehearsal_of_the_image_and_of_a_container_that_is_stopped(tmp_path: Pat
         container.wait_for("/1,000,000  loss", timeout=1800)
         (first,) = [one for one in container.everything() if one.name() == "tini"]
         first.terminate()
-        result = container.wait(timeout=60)
+        psutil.wait_procs([first], timeout=30)
+        assert not first.is_running(), container.output
+        result = container.wait(timeout=1800)  # 5 GB of small files are removed
     finally:
         container.kill()
     print(result.output)
