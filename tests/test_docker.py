@@ -122,7 +122,10 @@ def test_the_entrypoint_without_arguments_shows_the_help():
 
 
 def test_the_entrypoint_hands_on_the_exit_code_and_stdin():
-    done = subprocess.run([str(ENTRYPOINT), "cat"], input="x", capture_output=True, text=True)
+    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [str(ENTRYPOINT), "cat"], env=env, input="x", capture_output=True, text=True, check=False
+    )
     assert done.stdout == "x"
     assert enter("bash", "-c", "exit 3").returncode == 3
     missing = enter("no-such-command")
@@ -136,6 +139,20 @@ def test_the_entrypoint_says_what_is_missing(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "torch not installed, CUDA no torch" in done.stderr
     assert "latentmill not installed" in done.stderr
+
+
+def test_the_entrypoint_imports_nothing_from_where_it_starts(tmp_path: Path):
+    for name in ("torch", "platform", "pathlib"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the folder')")
+    done = subprocess.run(
+        [str(ENTRYPOINT), "true"],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr[:7]) == (0, "python ")
 
 
 def tracked() -> list[str]:
