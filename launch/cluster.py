@@ -6,7 +6,10 @@ options of the command line -> Job, Allocation -> one `accelerate launch` per ma
 
 import argparse
 import re
-from collections.abc import Mapping
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -33,6 +36,7 @@ class Allocation:
     seconds: int | None  # time limit; None = the cluster's own
     grace_seconds: int  # from the warning that the time is over to the end
     max_restarts: int
+    check_here: bool = True  # let one process read the config and its data before handing in
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", self.name) or len(self.name) > MAX_NAME:
@@ -58,10 +62,11 @@ class Allocation:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that all clusters have in common."""
     add = parser.add_argument
-    add("--nodes", type=int, default=1, help="machines (%(default)s)")
+    add("--nodes", type=int, default=1, metavar="N", help="machines (%(default)s)")
     add(
         *("--gpus-per-node", "--processes-per-node"),
         dest="processes_per_node",
+        metavar="M",
         type=int,
         default=1,
         help="processes on each machine, one per GPU (%(default)s)",
@@ -83,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="a variable for all processes, such as NCCL_SOCKET_IFNAME=eth0; may be repeated",
     )
+    add("--unchecked", action="store_true", help="hand in what only the cluster can check")
 
 
 def job_of(arguments: argparse.Namespace, overrides: tuple[str, ...]) -> Job:
@@ -118,6 +124,7 @@ def allocation_of(arguments: argparse.Namespace) -> Allocation:
         seconds=None if arguments.time is None else seconds_of(arguments.time),
         grace_seconds=arguments.grace,
         max_restarts=arguments.max_restarts,
+        check_here=not arguments.unchecked,
     )
 
 
@@ -142,6 +149,35 @@ def seconds_of(time: str) -> int:
         raise JobError(f"--time {time!r} is no time: write HH:MM:SS or D-HH:MM:SS, as in 08:00:00.")
     days, hours, minutes, seconds = (int(number or 0) for number in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def hand_in(
+    text: str,
+    argv: Sequence[str],
+    *,
+    job: Job,
+    allocation: Allocation,
+    folder: Path | None = None,
+) -> int:
+    """Give `text` to a program of the cluster after a check of the config; returns an exit code.
+
+    folder: made before, if the program needs it.
+    """
+    if shutil.which(argv[0]) is None:
+        raise JobError(
+            f"--submit needs {argv[0]}, which is not on the PATH of this machine: submit from one "
+            "that can reach the cluster, or leave --submit out and take the text there."
+        )
+    if allocation.check_here and job.module in local.WITH_DRY_RUN and (code := local.check(job)):
+        print(
+            f"Nothing was given to {argv[0]}. If only the cluster can read the data, --unchecked "
+            "leaves the check to the job.",
+            file=sys.stderr,
+        )
+        return code
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return subprocess.run(argv, input=text, text=True, check=False).returncode
 
 
 def setting_of_directory(job: Job) -> str:

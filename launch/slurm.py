@@ -12,8 +12,6 @@ end at any time.
 import argparse
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -157,17 +155,13 @@ class Slurm:
 
     def run(self, job: Job) -> int:
         """Hand the script in, after one process has read the config; sbatch's exit code."""
-        if shutil.which("sbatch") is None:
-            raise JobError(
-                "--submit needs sbatch, which is not on the PATH of this machine: submit from a "
-                "login node of the cluster, or leave --submit out and take the text there."
-            )
-        if job.module in local.WITH_DRY_RUN and (code := local.check(job)):
-            return code
-        _log_folder(job).mkdir(parents=True, exist_ok=True)
-        return subprocess.run(
-            ["sbatch"], input=self.command(job), text=True, check=False
-        ).returncode
+        return cluster.hand_in(
+            self.command(job),
+            ["sbatch"],
+            job=job,
+            allocation=self.allocation,
+            folder=_log_folder(job),
+        )
 
     def _header(self, job: Job) -> Iterator[str]:
         allocation, is_export = self.allocation, job.module == EXPORT

@@ -32,18 +32,31 @@ def test_manifests_are_valid(name: str, version: str, text_of: Callable[[str], s
 # Stands in for the `python` of a container: accelerate, which flattens the trainer's code to 1.
 ACCELERATE = """\
 #!/bin/bash
+[[ $* == *" --dry-run" ]] && exit "$CHECKED"
 [[ $OWN ]] && echo "{\\"exit_code\\": $OWN, \\"status\\": \\"x\\"}" >"$RUN_DIR/outcome.json"
 exit "$CODE"
 """
 
 
 @pytest.mark.parametrize(
-    ("code", "own", "expected"),
-    [(0, "0", 0), (1, "3", 3), (1, "2", 2), (1, "", 1), (1, "null", 1)],
-    ids=["done", "preempted", "wrong use", "an older start's outcome", "killed"],
+    ("checked", "code", "own", "expected"),
+    [
+        (0, 0, "0", 0),
+        (0, 1, "3", 3),
+        (0, 1, "2", 2),
+        (0, 1, "", 1),
+        (0, 1, "null", 1),
+        (2, 0, "", 2),
+    ],
+    ids=["done", "preempted", "wrong use", "no outcome of this start", "killed", "wrong config"],
 )
 def test_a_pod_gives_back_the_exit_code_of_the_run(
-    code: int, own: str, expected: int, text_of: Callable[[str], str], tmp_path: Path
+    checked: int,
+    code: int,
+    own: str,
+    expected: int,
+    text_of: Callable[[str], str],
+    tmp_path: Path,
 ):
     """So that podFailurePolicy can tell a mistake from a preemption."""
     run, programs = tmp_path / "run", tmp_path / "bin"
@@ -54,8 +67,9 @@ def test_a_pod_gives_back_the_exit_code_of_the_run(
         (programs / name).write_text(script)
         (programs / name).chmod(0o755)
     env = {"RUN_DIR": str(run), "JOB_COMPLETION_INDEX": "0", "MASTER_ADDR": "", "MASTER_PORT": ""}
-    env |= {"CODE": str(code), "OWN": own, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
-    argv = container(text_of("k8s_ddp"))["command"]
+    env |= {"CHECKED": str(checked), "CODE": str(code), "OWN": own}
+    env |= {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    argv = container(text_of("k8s_ddp"))["args"]
     assert subprocess.run(argv, env=os.environ | env, check=False).returncode == expected
 
 
@@ -87,7 +101,7 @@ def test_a_pod_that_is_evicted_saves_with_its_peer_and_both_go_on(
     argv = ["k8s", str(config), *POD, "--mount", str(tmp_path), "--nodes", "2", "--device", "cpu"]
     assert main(argv) == 0
     pod = container(capsys.readouterr().out)
-    script = [text.replace("/etc/latentmill/config.yaml", str(config)) for text in pod["command"]]
+    script = [text.replace("/etc/latentmill/config.yaml", str(config)) for text in pod["args"]]
     (tmp_path / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
     (tmp_path / "python").chmod(0o755)
     env = {one["name"]: one["value"] for one in pod["env"]}

@@ -142,7 +142,13 @@ class TestSubmitting:
     ):
         run = tmp_path / "run"
         mount = ["--mount", str(tmp_path)] if place[0] == "k8s" else []
-        assert main([*place, TRAIN[0], f"run_dir={run}", *mount, "sed=3", "--submit"]) == 2
-        assert "sed: unknown key (got 3); did you mean 'seed'?" in capfd.readouterr().err
+        argv = [*place, TRAIN[0], f"run_dir={run}", *mount, "sed=3", "--submit"]
+        assert main(argv) == 2
+        told = capfd.readouterr().err
+        assert "sed: unknown key (got 3); did you mean 'seed'?" in told
+        assert "--unchecked leaves the check to the job" in told
         assert not handed_in.exists()
         assert not run.exists()
+
+        assert main([*argv, "--unchecked"]) == 0
+        assert "sed=3" in handed_in.read_text()

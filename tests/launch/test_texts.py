@@ -31,7 +31,7 @@ def test_scripts_pass_shellcheck(name: str, text_of: Callable[[str], str], tmp_p
     scripts = [text]
     if name in OF_K8S:
         hooks = container(text).get("lifecycle", {}).values()
-        commands = [container(text)["command"], *(hook["exec"]["command"] for hook in hooks)]
+        commands = [container(text)["args"], *(hook["exec"]["command"] for hook in hooks)]
         scripts = [script for _bash, _c, script in commands]
     for script in scripts:
         path = tmp_path / "script.sh"
