@@ -30,7 +30,7 @@ check: $(STAMP) ## format, lint and types, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck .ci/run docker/entrypoint.sh
 
 format: $(STAMP) ## rewrite the code as `check` wants it, as far as that is mechanical
 	$(BIN)/ruff check --fix-only .
