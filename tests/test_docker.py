@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -53,12 +54,11 @@ def rehearse(*arguments: str, root: Path = ROOT) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def enter(*arguments: str, path: Path = BIN) -> subprocess.CompletedProcess[str]:
+def enter(*arguments: str, path: Path = BIN, **how: Any) -> subprocess.CompletedProcess[str]:
     """Run the entrypoint as an image does, with `path` where the image has its environment."""
     env = os.environ | {"PATH": f"{path}:{os.environ['PATH']}"}
-    return subprocess.run(
-        [str(ENTRYPOINT), *arguments], env=env, capture_output=True, text=True, check=False
-    )
+    argv = [str(ENTRYPOINT), *arguments]
+    return subprocess.run(argv, env=env, capture_output=True, text=True, check=False, **how)
 
 
 def plan(target: str) -> list[str]:
@@ -122,11 +122,7 @@ def test_the_entrypoint_without_arguments_shows_the_help():
 
 
 def test_the_entrypoint_hands_on_the_exit_code_and_stdin():
-    env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        [str(ENTRYPOINT), "cat"], env=env, input="x", capture_output=True, text=True, check=False
-    )
-    assert done.stdout == "x"
+    assert enter("cat", input="x").stdout == "x"
     assert enter("bash", "-c", "exit 3").returncode == 3
     missing = enter("no-such-command")
     assert missing.returncode == 127
@@ -144,14 +140,7 @@ def test_the_entrypoint_says_what_is_missing(tmp_path: Path):
 def test_the_entrypoint_imports_nothing_from_where_it_starts(tmp_path: Path):
     for name in ("torch", "platform", "pathlib"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the folder')")
-    done = subprocess.run(
-        [str(ENTRYPOINT), "true"],
-        cwd=tmp_path,
-        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = enter("true", cwd=tmp_path)
     assert (done.returncode, done.stderr[:7]) == (0, "python ")
 
 
