@@ -31,6 +31,7 @@ check: $(STAMP) ## format, lint and types, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/shellcheck .ci/run docker/entrypoint.sh
+	$(BIN)/hadolint docker/Dockerfile
 
 format: $(STAMP) ## rewrite the code as `check` wants it, as far as that is mechanical
 	$(BIN)/ruff check --fix-only .
