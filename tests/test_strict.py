@@ -117,6 +117,12 @@ def test_what_is_written_reads_back_equal(value: object):
     assert type(back) is type(value)
 
 
+@pytest.mark.parametrize("text", ["\x85", "a\u2028b", "\u2029 ", "\r", "a\r\nb"])
+def test_unusual_line_breaks_are_kept(text: str):
+    assert parse(write({"key": text, text: 1}))[0] == {"key": text, text: 1}
+    assert yaml.safe_load(write({"key": text})) == {"key": text}
+
+
 @given(st.text(alphabet="0123456789eE+-._:xNonetrufalsyTFO~ ", max_size=8))
 def test_no_string_changes_its_type_on_the_way(text: str):
     assert parse(write({"key": text}))[0] == {"key": text}

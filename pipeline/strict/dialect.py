@@ -64,8 +64,20 @@ class StrictLoader(yaml.SafeLoader):
         return int(node.value)
 
 
+# Line breaks of YAML 1.1 that PyYAML writes as they are and reads back as a space.
+BREAKS = frozenset("\r\x85\u2028\u2029")
+
+
 class StrictDumper(yaml.SafeDumper):
     """Quote each string that a reader of YAML 1.1 or of this dialect takes for another type."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Write unusual line breaks as escapes."""
+        style = '"' if BREAKS & set(text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+StrictDumper.add_representer(str, StrictDumper.represent_text)
 
 
 for _name, _pattern, _first in SCALARS:
