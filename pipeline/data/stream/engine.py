@@ -8,13 +8,12 @@ the order. An exception in any thread ends the stream: `take` raises it. The eng
 of the Stream object, so a stream that is dropped without being closed still stops its threads.
 """
 
-import itertools
 import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from queue import PriorityQueue
+from queue import SimpleQueue
 from typing import Any
 
 from pipeline.data.decode import Content, DecodeError, missing_member
@@ -26,9 +25,8 @@ from pipeline.data.stream.fetch import Fetcher
 MAX_CHUNK_SLOTS = 64
 ALIVE_CHECK_SECONDS = 2.0
 
-# (step that needs it, number, what to call, its arguments): what is needed first is done first.
-Task = tuple[int, int, Callable[..., None] | None, tuple[Any, ...]]
-Queue = PriorityQueue[Task]
+Task = tuple[Callable[..., None], tuple[Any, ...]]  # what to call, and its arguments
+Queue = SimpleQueue[Task | None]
 # Decodes slot n of a buffer from the member's bytes; raises DecodeError.
 DecodeSlot = Callable[[BatchBuffer, int, Content], None]
 
@@ -63,9 +61,8 @@ class Engine:
         self._prefetch = len(buffers) - 1
         self._ahead: deque[BatchBuffer] = deque()
         self._lent: BatchBuffer | None = None
-        self._decode_queue: Queue = PriorityQueue()
-        self._read_queue: Queue = PriorityQueue() if read_threads else self._decode_queue
-        self._task_numbers = itertools.count()
+        self._decode_queue: Queue = SimpleQueue()
+        self._read_queue: Queue = SimpleQueue() if read_threads else self._decode_queue
         self._threads = [
             *self._new_threads(read_threads, "read", self._read_queue),
             *self._new_threads(decode_threads, "decode", self._decode_queue),
@@ -108,7 +105,7 @@ class Engine:
             self._changed.notify_all()
         for queue in (self._read_queue, self._decode_queue):
             for _ in self._threads:
-                self._put(queue, -1, None)
+                queue.put(None)
         for thread in self._threads:
             if thread.ident is not None:  # stopped before it was started
                 thread.join()
@@ -120,10 +117,8 @@ class Engine:
     def _new_threads(self, count: int, name: str, queue: Queue) -> list[threading.Thread]:
         def loop() -> None:
             try:
-                while True:
-                    _, _, work, arguments = queue.get()
-                    if work is None or self._is_stopped:
-                        return
+                while (task := queue.get()) is not None and not self._is_stopped:
+                    work, arguments = task
                     work(*arguments)
             except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
                 self._fail(error)
@@ -133,11 +128,6 @@ class Engine:
             threading.Thread(target=loop, name=f"stream-{name}-{i}", daemon=True)
             for i in range(count)
         ]
-
-    def _put(
-        self, queue: Queue, step: int, work: Callable[..., None] | None, *arguments: object
-    ) -> None:
-        queue.put((step, next(self._task_numbers), work, arguments))
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
@@ -155,7 +145,7 @@ class Engine:
     def _advance(self) -> None:
         """Hand out complete steps to free buffers, and request more; the lock is held."""
         while self._free and self._board.is_ready:
-            buffer, step = self._free.pop(), self._board.next_step
+            buffer = self._free.pop()
             self._board.take(buffer)
             buffer.faults.clear()
             starts = range(0, self._board.num_slots, self._chunk_slots)
@@ -163,9 +153,9 @@ class Engine:
             self._ahead.append(buffer)
             for start in starts:
                 stop = min(start + self._chunk_slots, self._board.num_slots)
-                self._put(self._decode_queue, step, self._decode_chunk, buffer, start, stop)
+                self._decode_queue.put((self._decode_chunk, (buffer, start, stop)))
         for request in self._board.requests():
-            self._put(self._read_queue, request.step, self._fetch, request)
+            self._read_queue.put((self._fetch, (request,)))
 
     def _fetch(self, request: Request) -> None:
         positions, cells = self._board.cells_of(request)
