@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.index import labels
+from pipeline.data.index.labels import MAX_BYTES, NONE, SUFFIX, parse_label
 from pipeline.data.index.one_pass import OnePass
 from pipeline.data.index.splits import SplitSpec, group_of
 from pipeline.data.index.table import ShardTable, TableOrigin, write_table
@@ -125,8 +125,8 @@ def _write(task: ShardTask, storage: Storage, state: ShardState) -> None:
 
         def visit(name: str, offset: int, num_bytes: int) -> int:
             groups.visit(bytes_of, name, offset, num_bytes)
-            if name.lower().endswith(f".{labels.SUFFIX}") and num_bytes <= labels.MAX_BYTES:
-                label_at[offset] = labels.parse_label(bytes_of.read(offset, num_bytes))
+            if name.lower().endswith(f".{SUFFIX}") and num_bytes <= MAX_BYTES:
+                label_at[offset] = parse_label(bytes_of.read(offset, num_bytes))
             return bytes_of.crc32(offset, num_bytes) if task.deep else NO_CHECKSUM
 
         scan = TarScan(bytes_of.read, state.num_bytes, visit)
@@ -138,10 +138,7 @@ def _write(task: ShardTask, storage: Storage, state: ShardState) -> None:
         damage.append(Damage("more", damage[-1].offset, 0, f"{more} further faults"))
     digest = task.split.digest()
     origin = TableOrigin(state.num_bytes, sha256, digest, tuple(damage), state.tag)
-    found = [
-        label_at.get(sample.members.get(labels.SUFFIX, (-1, 0))[0], labels.NONE)
-        for sample in samples
-    ]
+    found = [label_at.get(sample.members.get(SUFFIX, (-1, 0))[0], NONE) for sample in samples]
     _write_table(task, samples, groups.numbers(samples), found, origin, task.deep, stamp)
 
 
