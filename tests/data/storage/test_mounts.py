@@ -1,12 +1,17 @@
 """Local disks and file servers are told apart, and set how many threads read."""
 
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
+from pipeline.data.decode import ImageDecode
+from pipeline.data.index import Index
+from pipeline.data.settings import DataConfig
 from pipeline.data.storage.local import LocalStorage
 from pipeline.data.storage.mounts import MOUNTS, NETWORKED, filesystem_type, is_networked
+from pipeline.data.stream import open_stream
 
 TABLE = """\
 22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
@@ -45,3 +50,15 @@ def test_this_machine_agrees_with_its_own_tools(tmp_path: Path):
 
 def test_readers_follow_the_file_system(tmp_path: Path):
     assert LocalStorage(str(tmp_path)).num_readers == (8 if is_networked(str(tmp_path)) else 0)
+
+
+@pytest.mark.parametrize("asked", [None, 0, 3])
+def test_a_stream_starts_as_many_read_threads(tiny_shards: Path, asked: int | None):
+    """None of its own on a disk of this machine: the decoding threads fetch, too."""
+    data = DataConfig(path=str(tiny_shards), decode=ImageDecode(size=32), read_threads=asked)
+    with open_stream(data, index=Index.open(tiny_shards), seed=0, batch_size=12) as stream:
+        assert next(stream).weight.sum() == 12
+        names = [thread.name for thread in threading.enumerate()]
+    expected = LocalStorage(str(tiny_shards)).num_readers if asked is None else asked
+    assert sum(name.startswith("stream-read") for name in names) == expected
+    assert sum(name.startswith("stream-decode") for name in names) == data.threads
