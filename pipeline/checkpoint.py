@@ -6,8 +6,8 @@
         MANIFEST.json      bytes and sha256 of the others, written last
 
 Save: everything is written and flushed under `step-N.tmp-*`, then the directory is renamed, then
-old ones are removed. Load: the newest whose manifest verifies on every process; a damaged one is
-set aside as `step-N.corrupt-*`, with a message. No pickle anywhere.
+old ones are removed (see `retention`). Load: the newest whose manifest verifies on every process; a
+damaged one is set aside as `step-N.corrupt-*`, with a message. No pickle anywhere.
 """
 
 import hashlib
@@ -41,6 +41,17 @@ _STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
+class BestSoFar:
+    """The best held-out evaluation of a run; see `retention`."""
+
+    metric: str
+    mode: str  # min or max
+    value: float | None = None  # finite; None before the first evaluation with a finite value
+    step: int | None = None
+    evaluations_since: int = 0  # without improvement
+
+
+@dataclass(frozen=True)
 class RunState:
     """Where a run stands; everything but the tensors."""
 
@@ -51,6 +62,7 @@ class RunState:
     dataset_id: str
     world: int
     versions: dict[str, str]
+    best: BestSoFar | None = None
 
 
 class DamagedCheckpointError(Exception):
@@ -136,7 +148,9 @@ def verify_checkpoint(path: Path) -> None:
 
 def read_state(path: Path) -> RunState:
     """Read `state.json` of a verified checkpoint."""
-    return RunState(**json.loads((path / "state.json").read_bytes()))
+    values: dict[str, Any] = json.loads((path / "state.json").read_bytes())
+    best = values.pop("best", None)
+    return RunState(**values, best=None if best is None else BestSoFar(**best))
 
 
 def read_tensors(path: Path) -> FullState:
@@ -199,14 +213,6 @@ def remove_litter(directory: Path) -> None:
     """Remove what killed saves left behind. Only for the one process that saves."""
     for path in directory.glob("step-*.tmp-*"):
         shutil.rmtree(path)
-
-
-def retain(directory: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep`; they are renamed first, so none is ever half there."""
-    for path in list_checkpoints(directory)[keep:]:
-        doomed = temporary_name(path)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
 
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:

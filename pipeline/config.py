@@ -8,6 +8,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from pipeline.checkpoint import BestSoFar
 from pipeline.component import Component
 from pipeline.corruptions import Corruption
 from pipeline.data.settings import DataConfig
@@ -16,6 +17,8 @@ from pipeline.monitor import MonitorConfig
 from pipeline.objective import Objective
 from pipeline.optimizer import AdamWConfig
 from pipeline.precision import Precision
+from pipeline.retention import CheckpointConfig
+from pipeline.watchdog import WatchdogConfig
 
 # What may differ when a run goes on, because it changes no number that the run computes, or is
 # meant to be extended. Names of whole sections cover what is in them.
@@ -25,7 +28,9 @@ MAY_CHANGE = (
     "accumulation",
     "monitor",
     "checkpoint",
+    "watchdog",
     "evaluation.every_steps",
+    "evaluation.patience",
     "data.threads",
     "data.remote",
 )
@@ -36,13 +41,9 @@ class EvaluationConfig(Component):
 
     split: str = "held_out"
     every_steps: int = Field(default=1000, gt=0)
-
-
-class CheckpointConfig(Component):
-    """When to save, and how many to keep."""
-
-    every_steps: int = Field(default=1000, gt=0)
-    keep: int = Field(default=2, ge=2)  # the newest; two, so that a damaged one has a predecessor
+    # End the run after so many evaluations in a row that were not better than the best one, by
+    # checkpoint.keep.best; null: never.
+    patience: int | None = Field(default=None, gt=0)
 
 
 class TrainConfig(Component):
@@ -68,6 +69,7 @@ class TrainConfig(Component):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @property
     def total_samples(self) -> int:
@@ -86,6 +88,16 @@ class TrainConfig(Component):
         ):
             values[f"optim/weight_{term.kind}"] = weight
         return values
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the held-out evaluation belongs to this step."""
+        return step % self.evaluation.every_steps == 0 or step >= self.num_steps
+
+    def is_over(self, step: int, best: BestSoFar | None) -> bool:
+        """Whether the run ends at this step: it has its length, or no longer gets better."""
+        patience = self.evaluation.patience
+        gives_up = patience is not None and best is not None and best.evaluations_since >= patience
+        return step >= self.num_steps or gives_up
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
@@ -111,6 +123,21 @@ class TrainConfig(Component):
             raise ValueError(
                 "objective.emphasis weighs corrupted elements, but no corruption marks any: add "
                 "masking, salt_and_pepper or patch_mask, or leave emphasis out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_defined(self) -> Self:
+        best = self.checkpoint.keep.best
+        if best is None and self.evaluation.patience is not None:
+            raise ValueError(
+                f"evaluation.patience {self.evaluation.patience} needs a metric to be patient "
+                "with: set checkpoint.keep.best, for example to {metric: eval/loss, mode: min}"
+            )
+        if best is not None and best.metric.startswith("eval_ema/") and self.ema_decay is None:
+            raise ValueError(
+                f"checkpoint.keep.best.metric {best.metric} needs averaged weights, but ema_decay "
+                "is null"
             )
         return self
 

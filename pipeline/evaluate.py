@@ -1,7 +1,8 @@
 """Held-out evaluation of a run, while it trains and, by `latentmill evaluate RUN`, afterwards."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -31,11 +32,12 @@ def evaluate_split(
     indexes: Sequence[Index],
     runtime: Runtime,
     quarantine: Quarantine,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluate `model` as it stands on the config's held-out split; a collective.
 
     The losses carry the regularisers' weights of `step`. Samples that could not be used are taken
-    into `quarantine`.
+    into `quarantine`. before_batch: may raise, on all processes together.
     """
     num_tombstones = 0.0
 
@@ -57,7 +59,9 @@ def evaluate_split(
                 tail="mask",
                 pin=runtime.device.type == "cuda",
             ) as stream:
-                yield from stream
+                for batch in stream:
+                    before_batch()
+                    yield batch
                 num_tombstones += quarantine.collect(stream)["data/tombstones"]
 
     result = evaluate(
@@ -72,35 +76,44 @@ def evaluate_split(
     return result
 
 
-def report_evaluation(
-    step: int,
-    config: TrainConfig,
-    *,
-    forward: Forward,
-    strategy: Strategy,
-    indexes: Sequence[Index],
-    runtime: Runtime,
-    quarantine: Quarantine,
-    monitor: Monitor,
-) -> None:
-    """Evaluate a running training's weights, and the averaged ones beside them; a collective."""
-    views: dict[str, AbstractContextManager[None]] = {"eval": nullcontext()}
-    if config.ema_decay is not None:
-        views["eval_ema"] = strategy.averaged()
-    for name, view in views.items():
-        with view:
-            result = evaluate_split(
-                strategy.model,
-                config,
-                step=step,
-                forward=forward,
-                indexes=indexes,
-                runtime=runtime,
-                quarantine=quarantine,
-            )
-        monitor.log(step, {f"{name}/{key}": value for key, value in result.metrics.items()})
-        if result.pictures is not None:
-            monitor.picture(step, name, result.pictures)
+@dataclass(frozen=True)
+class HeldOut:
+    """How a running training evaluates itself: its parts, and the monitor that it reports to."""
+
+    config: TrainConfig
+    forward: Forward
+    strategy: Strategy
+    indexes: Sequence[Index]
+    runtime: Runtime
+    quarantine: Quarantine
+    monitor: Monitor
+
+    def report(self, step: int, before_batch: Callable[[], None]) -> dict[str, float]:
+        """Evaluate the weights, and the averaged ones beside them; a collective.
+
+        Returns the metrics as they are logged. before_batch: see `evaluate_split`.
+        """
+        views: dict[str, AbstractContextManager[None]] = {"eval": nullcontext()}
+        if self.config.ema_decay is not None:
+            views["eval_ema"] = self.strategy.averaged()
+        metrics: dict[str, float] = {}
+        for name, view in views.items():
+            with view:
+                result = evaluate_split(
+                    self.strategy.model,
+                    self.config,
+                    step=step,
+                    forward=self.forward,
+                    indexes=self.indexes,
+                    runtime=self.runtime,
+                    quarantine=self.quarantine,
+                    before_batch=before_batch,
+                )
+            metrics |= {f"{name}/{key}": value for key, value in result.metrics.items()}
+            if result.pictures is not None:
+                self.monitor.picture(step, name, result.pictures)
+        self.monitor.log(step, metrics)
+        return metrics
 
 
 def evaluate_run(

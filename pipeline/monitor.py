@@ -40,12 +40,15 @@ class Monitor:
         step: int,
         num_steps: int,
         is_main: bool,
+        evaluates: bool = False,
     ) -> None:
         """Open the sinks; records after `step`, where the run goes on, are cut off.
 
-        resolved: the run's whole config, for W&B. num_steps: length of the run.
+        resolved: the run's whole config, for W&B. num_steps: length of the run. evaluates: whether
+        an evaluation belongs to `step`.
         """
         self._is_main = is_main
+        self.lacks_evaluation = False  # of `step`, although it has one
         if not is_main:
             return
         self._run_dir = run_dir
@@ -56,7 +59,16 @@ class Monitor:
         records = cut_back(run_dir / "metrics.jsonl", step if step > 0 else -1)
         self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
         self._unwritten = b""
-        self._wandb = WandbSink(run_dir, config.wandb, resolved=resolved, step=step, past=records)
+        evaluated = any(r["step"] == step and "eval/loss" in r for r in records)
+        self.lacks_evaluation = evaluates and not evaluated
+        self._wandb = WandbSink(
+            run_dir,
+            config.wandb,
+            resolved=resolved,
+            step=step,
+            past=records,
+            goes_on=self.lacks_evaluation,
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record values at a step; several calls at one step add up to one record per call."""

@@ -1,89 +1,181 @@
 """Checkpoints of a running job: all processes save together and agree on what they resume from.
 
-`checkpoint` owns the directory protocol of one process; here stand the collectives around it.
+    save    all: gather the state in the memory of the main process    the stall of the training
+            main, in a thread of its own: write, publish, retain       while the training goes on
+
+`checkpoint` owns the directory protocol of one process, `retention` what stays; here stand the
+collectives around them.
 """
 
-import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.checkpoint import (
+    BestSoFar,
     DamagedCheckpointError,
     RunState,
     list_checkpoints,
     quarantine,
     read_state,
     read_tensors,
-    retain,
     save_checkpoint,
     verify_checkpoint,
 )
+from pipeline.console import warn
 from pipeline.data.order.mixture import Mixture
 from pipeline.errors import UserError
+from pipeline.retention import CheckpointConfig, judge, retain
 from pipeline.runtime import Runtime
-from pipeline.strategies.base import Strategy
+from pipeline.strategies.base import FullState, Strategy
 
 _VERSIONS_OF = ("latentmill", "torch", "accelerate", "numpy", "safetensors")
 
 
-def save(
-    directory: Path, strategy: Strategy, *, step: int, order: Mixture, keep: int, runtime: Runtime
-) -> bool:
-    """Save the state after `step` global batches; tell whether that worked; a collective.
+class Checkpoints:
+    """The checkpoints of a running job. Every process has one; all call its methods together."""
 
-    A full or broken disk costs this checkpoint, not the run: it is reported, and older checkpoints
-    stay.
-    """
-    tensors = strategy.full_state()
-    problem: str | None = None
-    if runtime.is_main:
-        state = RunState(
-            step=step,
-            position=step * order.batch_size,
-            num_updates=tensors.num_updates,
-            order_id=order.order_id,
-            dataset_id=order.dataset_id,
-            world=runtime.world,
-            versions={name: version(name) for name in _VERSIONS_OF},
-        )
-        try:
-            save_checkpoint(directory, state, tensors)
-            retain(directory, keep=keep)
-        except OSError as error:
-            problem = str(error)
-            print(
-                f"warning: the checkpoint of step {step} could not be saved ({problem}); training "
-                "goes on, and older checkpoints are kept",
-                file=sys.stderr,
-                flush=True,
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        *,
+        strategy: Strategy,
+        order: Mixture,
+        runtime: Runtime,
+    ) -> None:
+        self.best: BestSoFar | None = None
+        self._directory = directory
+        self._config = config
+        self._strategy = strategy
+        self._order = order
+        self._runtime = runtime
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[float] | None = None
+        self._last_worked = True
+        self._num_failures = 0
+        self._stall_seconds = self._write_seconds = 0.0
+
+    def restore(self) -> int:
+        """Restore the newest checkpoint that verifies everywhere, and return its step.
+
+        Without a checkpoint the initial state stays, and the step is 0. Raises UserError if the
+        checkpoint belongs to other data or another order.
+        """
+        path = newest_good(self._directory, self._runtime)
+        if path is None:
+            return 0
+        state = read_state(path)
+        _check_data(state, self._order, path)
+        self._strategy.load_full_state(read_tensors(path))
+        self.best = state.best
+        return state.step
+
+    def judge(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Take in the evaluation of `step`; tell whether it is the best and worth a checkpoint.
+
+        Raises UserError if it lacks the metric that `keep.best` names.
+        """
+        by = self._config.keep.best
+        if by is None:
+            return False
+        best = judge(self.best, by, metrics, step)
+        if step == 0:
+            return False  # only a check: initial weights are not saved
+        self.best = best
+        return best.step == step
+
+    def save(self, step: int) -> None:
+        """Save the state after `step` global batches: gathered now, written in the background.
+
+        At most one is being written; the next waits for it. A full or broken disk costs one
+        checkpoint, not the run: it is reported and counted, and older checkpoints stay.
+        """
+        started = time.monotonic()
+        self._collect()
+        tensors = self._strategy.full_state(wanted=self._runtime.is_main)
+        if self._runtime.is_main:
+            state = RunState(
+                step=step,
+                position=step * self._order.batch_size,
+                num_updates=tensors.num_updates,
+                order_id=self._order.order_id,
+                dataset_id=self._order.dataset_id,
+                world=self._runtime.world,
+                versions={name: version(name) for name in _VERSIONS_OF},
+                best=self.best,
             )
-    return runtime.from_main(problem) is None
+            self._pending = self._writer.submit(self._write, state, tensors)
+        self._stall_seconds += time.monotonic() - started
+
+    def finish(self) -> bool:
+        """Wait until the last save is written, and tell whether that worked."""
+        self._collect()
+        return self._runtime.from_main(self._last_worked)
+
+    def read(self) -> dict[str, float]:
+        """What to log: failures since this start; seconds of stall and writing since the last."""
+        if self._pending is not None and self._pending.done():
+            self._collect()
+        values = {
+            "checkpoint/failures": self._num_failures,
+            "perf/checkpoint_stall_seconds": self._stall_seconds,
+            "perf/checkpoint_write_seconds": self._write_seconds,
+        }
+        self._stall_seconds = self._write_seconds = 0.0
+        return values
+
+    def close(self) -> None:
+        """Let a save that is being written come to its end."""
+        self._writer.shutdown()
+
+    def _collect(self) -> None:
+        """Wait for the save that is being written, if any, and take in what became of it."""
+        if self._pending is None:
+            return
+        try:
+            self._write_seconds += self._pending.result()
+            self._last_worked = True
+        except OSError as error:
+            self._last_worked = False
+            self._num_failures += 1
+            warn(
+                f"a checkpoint could not be saved ({error}); training goes on, and older "
+                "checkpoints are kept"
+            )
+        finally:
+            self._pending = None
+
+    def _write(self, state: RunState, tensors: FullState) -> float:
+        """Write, publish, retain; return the seconds that took."""
+        started = time.monotonic()
+        save_checkpoint(self._directory, state, tensors)
+        best_step = None if state.best is None else state.best.step
+        retain(self._directory, self._config.keep, best_step=best_step)
+        return time.monotonic() - started
 
 
-def restore_newest(directory: Path, strategy: Strategy, *, order: Mixture, runtime: Runtime) -> int:
-    """Restore the newest checkpoint that verifies everywhere, return its step; a collective.
+def newest_good(directory: Path, runtime: Runtime) -> Path | None:
+    """Return the newest checkpoint that verifies on every process, if any; a collective.
 
-    Without a checkpoint the initial state stays, and the step is 0. Raises UserError if the
-    checkpoint belongs to other data or another order.
+    Damaged ones are set aside.
     """
     while True:
         found = list_checkpoints(directory) if runtime.is_main else []
         path: Path | None = runtime.from_main(found[0] if found else None)
         if path is None:
-            return 0
+            return None
         try:
             verify_checkpoint(path)
             problem = None
         except DamagedCheckpointError as error:
             problem = str(error)
         if not runtime.any(problem is not None):
-            break
+            return path
         if runtime.is_main:
             quarantine(path, problem or "it does not verify on another process")
-    state = read_state(path)
-    _check_data(state, order, path)
-    strategy.load_full_state(read_tensors(path))
-    return state.step
 
 
 def check_order(directory: Path, order: Mixture) -> None:

@@ -6,7 +6,7 @@ checkpoints/       see `checkpoint`
 images/  wandb/    see `monitor`
 quarantine.jsonl   samples that could not be used, once each
 changes.jsonl      settings changed on a resume by --accept-change
-outcome.json       how the last start ended: the contract with launchers, which flatten exit codes
+outcome.json       how the last start ended, and failure/, if it failed: see `outcome`
 """
 
 import fcntl
@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
@@ -28,28 +28,15 @@ from pipeline.checkpoint import (
     tensors_sha256,
 )
 from pipeline.config import MAY_CHANGE, TrainConfig
+from pipeline.console import warn
 from pipeline.data.order.mixture import Mixture
-from pipeline.errors import FAILED, WRONG_USE, UserError
-from pipeline.files import write_atomic, write_json
+from pipeline.errors import FAILED, UserError
+from pipeline.files import write_atomic
 from pipeline.models.autoencoder import AutoEncoder, build_autoencoder
+from pipeline.outcome import begin, record_exception
 from pipeline.precision import parameter_dtype
 from pipeline.resume import check_order
 from pipeline.runtime import Runtime
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a start of a run ended (or that it has not ended)."""
-
-    status: Literal["running", "done", "preempted", "failed"]
-    exit_code: int | None
-    step: int | None
-    message: str = ""
-
-
-def write_outcome(run_dir: Path, outcome: Outcome) -> None:
-    """Publish outcome.json."""
-    write_json(run_dir / "outcome.json", asdict(outcome))
 
 
 def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) -> IO[bytes]:
@@ -80,7 +67,7 @@ def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) 
         _take_over_config(run_dir, config, accepted, order)
         (run_dir / "STOP").unlink(missing_ok=True)
         remove_litter(run_dir / "checkpoints")
-        write_outcome(run_dir, Outcome("running", exit_code=None, step=None))
+        begin(run_dir)
     except BaseException:
         lock.close()
         raise
@@ -134,26 +121,22 @@ def claimed(
     """Hold the run directory inside the context; a collective.
 
     A UserError of the main process is raised on every process. An exception on the way out is
-    recorded in outcome.json; a good end is for the caller to record.
+    recorded, by the process that meets it first; a good end is for the caller to record.
     """
     lock: IO[bytes] | None = None
-    problem: str | None = None
-    if runtime.is_main:
-        try:
+    with runtime.together():
+        if runtime.is_main:
             lock = claim_run_dir(config, accepted, order)
-        except UserError as error:
-            problem = str(error)
-    problem = runtime.from_main(problem)
-    if problem is not None:
-        raise UserError(problem)
+    run_dir = Path(config.run_dir)
     try:
         yield
     except BaseException as error:
-        if runtime.is_main:
-            code = WRONG_USE if isinstance(error, UserError) else FAILED
-            message = f"{type(error).__name__}: {error}"
-            write_outcome(Path(config.run_dir), Outcome("failed", code, step=None, message=message))
-        raise
+        first = record_exception(run_dir, error, rank=runtime.rank, world=runtime.world)
+        if first or isinstance(error, UserError):
+            raise
+        # Its own trouble follows from the first one's, whose traceback is the one to read.
+        warn(f"rank {runtime.rank} ends, too ({type(error).__name__}): see {run_dir}/outcome.json")
+        raise SystemExit(FAILED) from error
     finally:
         if lock is not None:
             lock.close()

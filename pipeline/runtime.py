@@ -10,7 +10,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Generator, Mapping, MutableMapping
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -38,29 +40,35 @@ _HOW_TO_LAUNCH = (
 class Runtime:
     """This process among `world` processes, as `accelerate launch` started them."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, timeout: timedelta | None = None) -> None:
         self.accelerator = accelerator
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
         # Decisions (stop? saved?) travel over the CPU, beside the gradients' own group.
         needs_own_group = self.world > 1 and dist.get_backend() != "gloo"
-        own_group = dist.new_group(backend="gloo") if needs_own_group else None
+        own_group = dist.new_group(backend="gloo", timeout=timeout) if needs_own_group else None
         self._control = cast(dist.ProcessGroup | None, own_group)
 
     @classmethod
-    def start(cls, *, accumulation: int) -> "Runtime":
+    def start(cls, *, accumulation: int, patience: float | None = None) -> "Runtime":
         """Join the other processes; raises UserError if they do not see each other.
 
-        accumulation: micro-batches per step, by which accelerate divides every loss.
+        accumulation: micro-batches per step, by which accelerate divides every loss. patience:
+        seconds after which a collective fails that a process does not join; None: torch's default.
         """
         check_meeting_point(os.environ)
         _die_with_parent()
         on_cpu = not torch.accelerator.is_available()
-        handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        timeout = None if patience is None else timedelta(seconds=patience)
+        handlers: list[Any] = [
+            InitProcessGroupKwargs(timeout=timeout),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ]
         if asks_for_deepspeed(os.environ):
             prepare_deepspeed(os.environ, on_cpu=on_cpu)
-            handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else None)]
+            backend = "gloo" if on_cpu else None
+            handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)]
         accelerator = Accelerator(
             # Told to stay on the CPU, accelerate would leave DeepSpeed out without a word.
             cpu=on_cpu and not asks_for_deepspeed(os.environ),
@@ -69,7 +77,7 @@ class Runtime:
             kwargs_handlers=handlers,
         )
         check_launch(os.environ, rank=accelerator.process_index, world=accelerator.num_processes)
-        runtime = cls(accelerator)
+        runtime = cls(accelerator, timeout)
         ranks = runtime.sum(torch.tensor(float(runtime.rank), device=runtime.device)).item()
         expected = runtime.world * (runtime.world - 1) / 2
         if ranks != expected:
@@ -126,6 +134,21 @@ class Runtime:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, group=self._control)
         return values
+
+    @contextmanager
+    def together(self) -> Generator[None]:
+        """Make a UserError of any process inside the context everyone's, at its end; a collective.
+
+        What is inside must be no collective.
+        """
+        problem: str | None = None
+        try:
+            yield
+        except UserError as error:
+            problem = str(error)
+        problem = self.first_reason(problem)
+        if problem is not None:
+            raise UserError(problem)
 
     def finish(self) -> None:
         """Leave the process group, if there is one."""
@@ -188,8 +211,12 @@ def check_launch(environment: Mapping[str, str], *, rank: int, world: int) -> No
         )
 
 
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """All processes were asked to stop; the message says by what."""
+
+
 class StopRequest:
-    """SIGTERM, SIGUSR1 or a file named STOP in the run directory; seen at step boundaries."""
+    """SIGTERM, SIGUSR1 or a file named STOP in the run directory; seen between steps."""
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / "STOP"
@@ -217,6 +244,12 @@ class StopRequest:
             if self._file.exists():
                 return f"the file {self._file}"
         return None
+
+    def check(self, runtime: Runtime) -> None:
+        """Raise Stopped on every process if any of them should stop; a collective."""
+        reason = runtime.first_reason(self.reason())
+        if reason is not None:
+            raise Stopped(reason)
 
     def close(self) -> None:
         """Give the signals back to their former handlers."""

@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 
 from pipeline import strict
@@ -29,16 +28,18 @@ from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.datasets import open_indexes
 from pipeline.data.stream.device import DeviceBatches
 from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
-from pipeline.evaluate import report_evaluation
+from pipeline.evaluate import HeldOut
 from pipeline.forward import Forward
 from pipeline.ledger import Ledger
 from pipeline.metrics import TrainingMeter
 from pipeline.monitor import Monitor
+from pipeline.outcome import Outcome, write_outcome
 from pipeline.quarantine import Quarantine
-from pipeline.resume import restore_newest, save
-from pipeline.rundir import Outcome, check_ranks, claimed, write_outcome
-from pipeline.runtime import Runtime, StopRequest
+from pipeline.resume import Checkpoints
+from pipeline.rundir import check_ranks, claimed
+from pipeline.runtime import Runtime, Stopped, StopRequest
 from pipeline.strategies.base import Strategy
+from pipeline.watchdog import Watchdog
 
 
 def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
@@ -48,21 +49,33 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
     directory do not fit.
     """
     # The processes, their data, and the right to write.
-    runtime = Runtime.start(accumulation=config.accumulation)
-    check_ranks(config, runtime)
-    indexes = open_indexes(config.data)
-    check_data(config, indexes)
-    order = make_order(config, indexes)
-    run_dir, checkpoints = Path(config.run_dir), Path(config.run_dir) / "checkpoints"
-    with claimed(config, accept_changes, order, runtime), ExitStack() as stack:
+    runtime = Runtime.start(accumulation=config.accumulation, patience=config.watchdog.patience)
+    run_dir = Path(config.run_dir)
+    with ExitStack() as stack:
+        stop = stack.enter_context(closing(StopRequest(run_dir)))
+        with runtime.together():
+            check_ranks(config, runtime)
+            indexes = open_indexes(config.data)
+            check_data(config, indexes)
+        order = make_order(config, indexes)
+        stack.enter_context(claimed(config, accept_changes, order, runtime))
+        watchdog = stack.enter_context(closing(Watchdog(run_dir, config.watchdog, runtime)))
+
         # The model, as the newest checkpoint left it; first the throw-away step: see `warm_up`.
         forward = make_forward(config, runtime.device)
         strategy = make_strategy(config, runtime)
         strategy.warm_up(throw_away_loss(config, forward, strategy, runtime))
-        first_step = restore_newest(checkpoints, strategy, order=order, runtime=runtime)
+        checkpoints = Checkpoints(
+            run_dir / "checkpoints",
+            config.checkpoint,
+            strategy=strategy,
+            order=order,
+            runtime=runtime,
+        )
+        stack.enter_context(closing(checkpoints))
+        step = first_step = checkpoints.restore()
 
         # What the loop reads from and reports to.
-        stop = stack.enter_context(closing(StopRequest(run_dir)))
         stream = stack.enter_context(
             open_stream(
                 config.data,
@@ -84,6 +97,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
                 resolved=config.model_dump(mode="json"),
                 step=first_step,
                 num_steps=config.num_steps,
+                evaluates=config.evaluates_at(first_step),
                 is_main=runtime.is_main,
             )
         )
@@ -97,57 +111,72 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             runtime=runtime,
         )
         quarantine = Quarantine(run_dir, config.data, runtime)
+        held_out = HeldOut(config, forward, strategy, indexes, runtime, quarantine, monitor)
+
+        def before_batch() -> None:
+            watchdog.enter("evaluation", step)
+            stop.check(runtime)
+
+        def evaluate() -> bool:
+            """Evaluate the weights of this step; tell whether they are the best so far."""
+            with meter.paused():
+                metrics = held_out.report(step, before_batch)
+            return checkpoints.judge(metrics, step)
+
+        def log() -> None:
+            """Log what happened since the last log."""
+            watchdog.enter("log", step)
+            values = meter.read() | config.schedule_values((step - 1) * config.batch_size)
+            values |= {"data/samples_seen": step * config.batch_size}
+            values |= {"data/epoch": step * config.batch_size / order.num_samples}
+            values |= quarantine.collect(stream) | ledger.read() | checkpoints.read()
+            monitor.log(step, values)
+            monitor.progress(step, values)
+            check_skipped(values["optim/skipped_steps"], config)
+
+        def save() -> None:
+            watchdog.enter("checkpoint", step)
+            with meter.paused():
+                checkpoints.save(step)
+
         stopped_by: str | None = None
-        saved = True
-        evaluate_now = partial(
-            report_evaluation,
-            config=config,
-            forward=forward,
-            strategy=strategy,
-            indexes=indexes,
-            runtime=runtime,
-            quarantine=quarantine,
-            monitor=monitor,
-        )
-        if first_step < config.num_steps:
-            monitor.say(reading_plan(order, runtime.world))
-        if first_step == 0:
-            with meter.paused():
-                evaluate_now(0)
+        try:
+            if runtime.from_main(monitor.lacks_evaluation):
+                evaluate()
+            last = config.is_over(step, checkpoints.best)
+            if not last:
+                monitor.say(reading_plan(order, runtime.world))
+            while not last:
+                watchdog.enter("data", step)
+                batch = next(batches)
+                watchdog.enter("update", step)
+                # Held until the next step: see `train_step`.
+                _held = train_step(
+                    batch, step * config.batch_size, config, forward, strategy, meter
+                )
+                step += 1
 
-        step = first_step
-        while step < config.num_steps and stopped_by is None:
-            samples = step * config.batch_size
-            # Held until the next step: see `train_step`.
-            _held = train_step(next(batches), samples, config, forward, strategy, meter)
-            step += 1
-
-            # Once in a while. Order matters: measure, then save what was measured.
-            last = step == config.num_steps
-            stopped_by = None if last else runtime.first_reason(stop.reason())
-            if last or stopped_by or step % config.monitor.log_every_steps == 0:
-                values = meter.read() | config.schedule_values(samples)
-                values |= {"data/samples_seen": step * config.batch_size}
-                values |= {"data/epoch": step * config.batch_size / order.num_samples}
-                values |= quarantine.collect(stream) | ledger.read()
-                monitor.log(step, values)
-                monitor.progress(step, values)
-                check_skipped(values["optim/skipped_steps"], config)
-            with meter.paused():
-                if last or step % config.evaluation.every_steps == 0:
+                # Once in a while. Order matters: measure, then save what was measured.
+                last, is_best = config.is_over(step, checkpoints.best), False
+                if not last:
+                    stop.check(runtime)
+                if config.evaluates_at(step):
                     ledger.check_against_plan()
-                    evaluate_now(step)
-                if last or stopped_by or step % config.checkpoint.every_steps == 0:
-                    saved = save(
-                        checkpoints,
-                        strategy,
-                        step=step,
-                        order=order,
-                        keep=config.checkpoint.keep,
-                        runtime=runtime,
-                    )
-
-        return finish(run_dir, step, stopped_by, saved, monitor, runtime)
+                    is_best = evaluate()
+                    last = config.is_over(step, checkpoints.best)
+                if last or step % config.monitor.log_every_steps == 0:
+                    log()
+                if last or is_best or step % config.checkpoint.every_steps == 0:
+                    save()
+        except Stopped as reason:
+            stopped_by = str(reason)
+            if step > first_step:
+                log()
+                save()
+        watchdog.enter("end", step)
+        exit_code = finish(config, step, stopped_by, checkpoints, monitor, runtime)
+        watchdog.close()  # what W&B still uploads may take its time
+        return exit_code
 
 
 def train_step(
@@ -192,23 +221,27 @@ def check_skipped(num_skipped: float, config: TrainConfig) -> None:
 
 
 def finish(
-    run_dir: Path,
+    config: TrainConfig,
     step: int,
     stopped_by: str | None,
-    saved: bool,
+    checkpoints: Checkpoints,
     monitor: Monitor,
     runtime: Runtime,
 ) -> int:
-    """Record how the run ended and return the exit code."""
+    """Wait for the last checkpoint, record how the run ended and return the exit code."""
+    saved, best = checkpoints.finish(), checkpoints.best
     if stopped_by is not None:
         lost = "" if saved else "; its checkpoint could not be saved"
         outcome = Outcome("preempted", PREEMPTED, step, f"stopped by {stopped_by}{lost}")
     elif not saved:
         outcome = Outcome("failed", FAILED, step, "the last checkpoint could not be saved")
+    elif step < config.num_steps and best is not None:
+        why = f"{best.metric} was best at step {best.step}, and not since: evaluation.patience"
+        outcome = Outcome("done", DONE, step, why)
     else:
         outcome = Outcome("done", DONE, step)
     if runtime.is_main:
-        write_outcome(run_dir, outcome)
+        write_outcome(Path(config.run_dir), outcome)
     then = outcome.message
     if stopped_by is not None:
         then += "; the same command resumes"

@@ -47,13 +47,18 @@ class WandbSink:
         resolved: Mapping[str, Any],
         step: int,
         past: Records,
+        goes_on: bool = False,
     ) -> None:
-        """Open a run; `past`: its records so far, of which W&B may have lost the last."""
+        """Open a run that goes on from `step`.
+
+        past: its records so far, of which W&B may have lost the last. goes_on: whether more records
+        of `step` itself will come.
+        """
         self._run: Any = None
         self._failed = False
         self._pending: tuple[int, dict[str, Any]] = (-1, {})
         if config.mode != "disabled":
-            self._guarded(lambda: self._open(run_dir, config, resolved, step, past))
+            self._guarded(lambda: self._open(run_dir, config, resolved, step, past, goes_on))
 
     def _open(
         self,
@@ -62,6 +67,7 @@ class WandbSink:
         resolved: Mapping[str, Any],
         step: int,
         past: Records,
+        goes_on: bool,
     ) -> None:
         mode = config.mode
         if mode == "auto":
@@ -74,7 +80,8 @@ class WandbSink:
             # Offline, `resume` is ignored; `resume_from` makes the piece start after that step.
             written = written_steps(run_dir / "wandb")
             first_lost = min(
-                (r["step"] for r in past if r["step"] not in written), default=step + 1
+                (r["step"] for r in past if r["step"] not in written),
+                default=step if goes_on else step + 1,
             )
             lost = [record for record in past if record["step"] >= first_lost]
             kept = max((s for s in written if s < first_lost), default=None)

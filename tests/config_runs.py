@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from webdataset.writer import TarWriter
 
 from pipeline import strict
 from pipeline.build import make_strategy
+from pipeline.checkpoint import list_checkpoints, read_state
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
@@ -23,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.runtime import Runtime
 from pipeline.train import train
 from pipeline.wandb_pieces import read_piece
+from pipeline.watchdog import Watchdog
 from tests.shards import png, tiny_image
 
 
@@ -121,6 +124,22 @@ def evaluated_steps(world: World, given: Given) -> list[float]:
 
 def checkpoints(world: World, given: Given) -> list[str]:
     return sorted(path.name for path in (world.run(given) / "checkpoints").iterdir())
+
+
+def best(world: World, given: Given) -> Any:
+    """What the newest checkpoint says of the best evaluation."""
+    return read_state(list_checkpoints(world.run(given) / "checkpoints")[0]).best
+
+
+def ended_at(world: World, given: Given) -> int:
+    return json.loads((world.run(given) / "outcome.json").read_bytes())["step"]
+
+
+def watches(world: World, given: Given) -> set[str]:
+    """Names of the threads while a run has its watchdog."""
+    runtime = Runtime.start(accumulation=1)
+    with closing(Watchdog(world.tmp_path, world.config(given).watchdog, runtime)):
+        return {thread.name for thread in threading.enumerate()} & {"watchdog"}
 
 
 def tensors(world: World, given: Given, name: str) -> dict[str, bytes]:

@@ -20,7 +20,8 @@ from pipeline.checkpoint import read_tensors
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.data.stream import open_stream
-from pipeline.resume import save
+from pipeline.resume import Checkpoints
+from pipeline.retention import CheckpointConfig, Keep
 from pipeline.runtime import Runtime
 from pipeline.strategies.base import Strategy
 from pipeline.strategies.zero import ZeroStrategy
@@ -48,11 +49,18 @@ def record(config: TrainConfig, windows: Path | None = None) -> dict[str, Any]:
     with stream:
         for step in range(config.num_steps):
             if windows is not None and step % WINDOW_STEPS == 0:
-                if (windows / f"step-{step}").exists():
+                if runtime.from_main((windows / f"step-{step}").exists()):
                     strategy.load_full_state(read_tensors(windows / f"step-{step}"))
                 else:
-                    order = make_order(config, index)
-                    save(windows, strategy, step=step, order=order, keep=99, runtime=runtime)
+                    kept = Checkpoints(
+                        windows,
+                        CheckpointConfig(keep=Keep(latest=99)),
+                        strategy=strategy,
+                        order=make_order(config, index),
+                        runtime=runtime,
+                    )
+                    kept.save(step)
+                    assert kept.finish()
             samples = step * config.batch_size
             strategy.set_learning_rate(config.learning_rate_at(samples))
             parts = next(stream).split(config.accumulation)

@@ -22,13 +22,13 @@ from pipeline.checkpoint import (
     read_state,
     read_tensors,
     remove_litter,
-    retain,
     save_checkpoint,
     tensors_sha256,
     verify_checkpoint,
 )
 from pipeline.errors import UserError
 from pipeline.files import sha256_file
+from pipeline.retention import Keep, retain
 from pipeline.strategies.base import FullState
 
 STATE = RunState(20, 240, 19, "order", "data", world=2, versions={"torch": torch.__version__})
@@ -214,10 +214,10 @@ def test_checkpoints_are_ordered_by_number_and_nothing_else_is_one(tmp_path: Pat
 def test_retention_keeps_the_newest(tmp_path: Path):
     saved(tmp_path, 9, 100, 20, 30)
     (tmp_path / "step-8.corrupt-0123").mkdir()
-    retain(tmp_path, keep=2)
+    retain(tmp_path, Keep(latest=2))
     left = {"step-100", "step-30", "step-8.corrupt-0123"}
     assert {path.name for path in tmp_path.iterdir()} == left
-    retain(tmp_path, keep=2)
+    retain(tmp_path, Keep(latest=2))
     assert {path.name for path in tmp_path.iterdir()} == left
 
 

@@ -68,7 +68,7 @@ CONTRADICTIONS = [
         "a severity range is [lowest, highest], but 0.5 > 0.2",
     ),
     (["precision=fp16"], "fp16 is not supported: DeepSpeed's autocast skips its steps; use bf16"),
-    (["checkpoint.keep=1"], "checkpoint.keep"),
+    (["checkpoint.keep.latest=1"], "checkpoint.keep.latest"),
     (["ema_decay=1.0"], "ema_decay"),
     (["optimizer.learning_rate.peak=.inf"], "optimizer.learning_rate.peak"),
 ]

@@ -7,19 +7,25 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import pytest
+import torch
 
+from pipeline.build import make_strategy
 from pipeline.component import Component
 from pipeline.config import MAY_CHANGE, TrainConfig
 from pipeline.data.index import build_index
 from pipeline.data.index.splits import SplitSpec
+from pipeline.runtime import Runtime
+from tests.activations import kept_bytes
 from tests.config_remote import REMOTE_CHANGES
 from tests.config_runs import (
     Given,
     World,
     average,
+    best,
     buffers,
     checkpoints,
     compiled,
+    ended_at,
     ending,
     evaluated_steps,
     evaluation,
@@ -31,6 +37,7 @@ from tests.config_runs import (
     quarantined,
     thread_names,
     wandb_run,
+    watches,
     weights,
     write_shards,
 )
@@ -67,6 +74,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (other / "3.tar").unlink()
     build_index(other, split=SplitSpec(fractions={"train": 0.6, "held_out": 0.4}))
     return World(shards, tmp_path)
+
+
+def kept_activations(world: World, given: Given) -> int:
+    """Bytes that a forward pass of the run's model keeps for its backward."""
+    config = world.config(given)
+    model = make_strategy(config, Runtime.start(accumulation=1)).model
+    return kept_bytes(lambda: model(torch.zeros(2, *config.data.decode.event_shape)))
 
 
 class Change(NamedTuple):
@@ -172,6 +186,9 @@ CHANGES: dict[str, Change] = {
         given=("objective.regularisers=[]", "model.bottleneck.kind=deterministic"),
     ),
     "model.bottleneck.gaussian.size": Change(("model.bottleneck.size=3",)),
+    "model.gradient_checkpointing": Change(
+        ("model.gradient_checkpointing=true",), kept_activations
+    ),
     "model.likelihood.squared_error.kind": Change((SQUARED,)),
     "model.likelihood.squared_error.link": Change(
         ("model.likelihood.link=sigmoid",), given=(SQUARED,)
@@ -227,7 +244,26 @@ CHANGES: dict[str, Change] = {
     "evaluation.split": Change(("evaluation.split=other",), evaluation),
     "evaluation.every_steps": Change(("evaluation.every_steps=3",), evaluated_steps),
     "checkpoint.every_steps": Change(("checkpoint.every_steps=2",), checkpoints),
-    "checkpoint.keep": Change(("checkpoint.keep=3",), checkpoints, ("checkpoint.every_steps=1",)),
+    "checkpoint.keep.latest": Change(
+        ("checkpoint.keep.latest=3",), checkpoints, ("checkpoint.every_steps=1",)
+    ),
+    "checkpoint.keep.every_samples": Change(
+        ("checkpoint.keep.every_samples=8",), checkpoints, ("checkpoint.every_steps=1",)
+    ),
+    "checkpoint.keep.best.metric": Change(
+        ("checkpoint.keep.best.metric=eval/kl",),
+        best,
+        ("checkpoint.keep.best.metric=eval/loss",),
+    ),
+    "checkpoint.keep.best.mode": Change(
+        ("checkpoint.keep.best.mode=max",), best, ("checkpoint.keep.best.metric=eval/loss",)
+    ),
+    "evaluation.patience": Change(
+        ("evaluation.patience=1",),
+        ended_at,
+        ("checkpoint.keep.best={metric: eval/samples}", "evaluation.every_steps=1"),
+    ),
+    "watchdog.seconds": Change(("watchdog.seconds=null",), watches),
     "monitor.log_every_steps": Change(("monitor.log_every_steps=2",), logged_steps),
     "monitor.num_images": Change(("monitor.num_images=3",), picture_sizes),
     "monitor.wandb.mode": Change((OFFLINE,), wandb_run),

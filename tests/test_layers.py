@@ -14,15 +14,15 @@ from tests.processes import ROOT
 
 # From low to high; an entry is a module or a package with everything in it.
 LAYERS = (
-    "errors console component files rng schedules strict precision tars verbs",
+    "errors console component digest files outcome rng schedules strict precision tars verbs",
     "corruptions likelihoods regularisers models writers",
     "objective data forward",
     "runtime strategies metrics optimizer wandb_pieces wandb_sink",
-    "checkpoint resume quarantine ledger monitor latents",
+    "checkpoint retention resume watchdog quarantine ledger monitor latents",
     "evaluation",
     "config",
     "rundir build",
-    "train evaluate export",
+    "train evaluate export export_model",
     "probe bench doctor report demo order",
     "__main__",
 )

@@ -77,7 +77,7 @@ def test_the_command_of_a_finished_run_does_nothing(resume: Callable, tmp_path: 
         "accumulation=2",
         "monitor.log_every_steps=1",
         "checkpoint.every_steps=1",
-        "checkpoint={every_steps: 3, keep: 5}",
+        "checkpoint={every_steps: 3, keep: {latest: 5}}",
         "evaluation.every_steps=1",
         "data.threads=1",
     ],

@@ -92,9 +92,10 @@ def check_disk(patient: Patient) -> Findings:
         parameters = num_parameters(AutoEncoder(config.model, config.data.decode.event_shape))
     copies = 3 + (config.ema_decay is not None)  # weights, AdamW's two moments, their average
     one = parameters * copies * parameter_dtype(config.precision).itemsize
-    needed, free = one * (config.checkpoint.keep + 1), shutil.disk_usage(place).free
+    kept = config.checkpoint.keep.at_most(config.total_samples)
+    needed, free = one * (kept + 1), shutil.disk_usage(place).free
     text = (
-        f"{config.checkpoint.keep} checkpoints of {size(one)} and one being written need "
+        f"{kept} checkpoints of {size(one)} and one being written need "
         f"{size(needed)} in {run_dir}; {size(free)} are free"
     )
     remedy = ": make room, set another run_dir, or lower checkpoint.keep"

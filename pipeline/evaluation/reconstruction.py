@@ -5,7 +5,8 @@ only. Likelihoods use one noise sample per image; the squared error uses the pos
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,20 +46,18 @@ def evaluate(
 
     weights: the regularisers' weights in `loss`. num_images: rows of the picture.
     """
-    was_training = model.training
-    model.eval()
     meter = Meter(runtime.device)
     pictures: NDArray[np.uint8] | None = None
     learned_sigma2: Tensor | None = None
-    for batch in batches:
-        inputs = forward.inputs(batch, "evaluation")
-        output, losses = forward.run(model, inputs, weights=weights)
-        mean = _reconstruction(model, output, forward)
-        meter.add(evaluation_values(output, losses, inputs, mean, forward), inputs.weight)
-        learned_sigma2 = forward.likelihood.sigma2(output.learned)
-        if pictures is None and num_images:
-            pictures = picture_grid(inputs, mean, num_images)
-    model.train(was_training)
+    with _evaluating(model):
+        for batch in batches:
+            inputs = forward.inputs(batch, "evaluation")
+            output, losses = forward.run(model, inputs, weights=weights)
+            mean = _reconstruction(model, output, forward)
+            meter.add(evaluation_values(output, losses, inputs, mean, forward), inputs.weight)
+            learned_sigma2 = forward.likelihood.sigma2(output.learned)
+            if pictures is None and num_images:
+                pictures = picture_grid(inputs, mean, num_images)
     metrics, num_samples = meter.reduce(runtime)
     metrics["samples"] = num_samples
     if "nats" in metrics and forward.likelihood.is_density:
@@ -67,6 +66,17 @@ def evaluate(
     if learned_sigma2 is not None:
         metrics["sigma2"] = float(learned_sigma2)
     return Evaluation(metrics, pictures)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Generator[None]:
+    """Put the model into evaluation mode, and back, however the evaluation ends."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _reconstruction(model: nn.Module, output: Output, forward: Forward) -> Tensor:

@@ -65,8 +65,12 @@ class Strategy(Protocol):
         """Have the model hold the averaged parameters inside the context."""
         ...
 
-    def full_state(self) -> FullState:
-        """Gather the canonical state; a collective."""
+    def full_state(self, *, wanted: bool = True) -> FullState:
+        """Gather the canonical state in CPU memory; a collective.
+
+        wanted: whether this process needs it; else the tensors are left out. Later updates do not
+        touch what is returned.
+        """
         ...
 
     def load_full_state(self, state: FullState) -> None:

@@ -93,8 +93,10 @@ class DdpStrategy:
         finally:
             self._average.exchange(self._parameters)
 
-    def full_state(self) -> FullState:
+    def full_state(self, *, wanted: bool = True) -> FullState:
         """Copy the state to the CPU; no communication, all processes hold the same."""
+        if not wanted:
+            return FullState({}, None, {}, {}, num_updates=int(self._num_updates.item()))
         return FullState(
             model={name: to_cpu(value) for name, value in self._module.state_dict().items()},
             ema=self._named(self._average.averages) if self._average else None,

@@ -123,14 +123,15 @@ class ZeroStrategy:
         finally:
             self._average.exchange(self._held())
 
-    def full_state(self) -> FullState:
-        """Gather parameters, averages and moments on the CPU of every process; a collective."""
-        model = {name: to_cpu(value) for name, value in self._module.named_buffers()}
-        model |= self._gathered(self._held())
-        moments = {kind: self._moments(kind) for kind in MOMENTS}
+    def full_state(self, *, wanted: bool = True) -> FullState:
+        """Gather parameters, averages and moments on the CPU; a collective."""
+        buffers = self._module.named_buffers() if wanted else ()
+        model = {name: to_cpu(value) for name, value in buffers}
+        model |= self._gathered(self._held(), wanted)
+        moments = {kind: self._moments(kind, wanted) for kind in MOMENTS}
         return FullState(
             model=model,
-            ema=self._gathered(self._average.averages) if self._average else None,
+            ema=self._gathered(self._average.averages, wanted) if self._average else None,
             num_updates=int(self._num_updates.item()),
             **moments,
         )
@@ -186,17 +187,19 @@ class ZeroStrategy:
         else:
             getattr(self._tools, f"safe_set_{reach}_optimizer_state")(parameter, mine, kind)
 
-    def _moments(self, kind: str) -> Named:
+    def _moments(self, kind: str, wanted: bool) -> Named:
+        """One of Adam's moments of all parameters; a collective, also where it is not wanted."""
+        moments: Named = {}
         if self._num_updates.item() == 0:
-            return {}  # as in `ddp`: before the first update there are none
-        read = self._tools.safe_get_full_optimizer_state
-        return {
-            name: to_cpu(read(parameter, kind)).view(self._shape(parameter))
-            for name, parameter in zip(self._names, self._parameters, strict=True)
-        }
+            return moments  # as in `ddp`: before the first update there are none
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            whole = self._tools.safe_get_full_optimizer_state(parameter, kind)
+            if wanted:
+                moments[name] = to_cpu(whole).view(self._shape(parameter))
+        return moments
 
-    def _gathered(self, held: Sequence[Tensor]) -> Named:
-        """Whole values from what every process holds of them."""
+    def _gathered(self, held: Sequence[Tensor], wanted: bool) -> Named:
+        """Whole values from what every process holds of them; a collective under stage 3."""
         whole: Named = {}
         for name, parameter, mine in zip(self._names, self._parameters, held, strict=True):
             shape = self._shape(parameter)
@@ -204,7 +207,8 @@ class ZeroStrategy:
                 parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
                 dist.all_gather(parts, mine.contiguous())
                 mine = torch.cat(parts)[: shape.numel()]
-            whole[name] = to_cpu(mine).view(shape)
+            if wanted:
+                whole[name] = to_cpu(mine).view(shape)
         return whole
 
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
