@@ -192,6 +192,17 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def export_model(arguments: argparse.Namespace) -> int:
+    """Export a run's model."""
+    from pipeline.export_model import export_model
+
+    report = export_model(
+        arguments.run, arguments.out, step=arguments.step, weights=arguments.weights
+    )
+    print_report(asdict(report), arguments.json)
+    return DONE
+
+
 def probe(arguments: argparse.Namespace) -> int:
     """Probe exported latents."""
     from pipeline.probe import probe_export
@@ -218,6 +229,7 @@ RUNS: dict[str, Run] = {
         bench_data,
         bench_train,
         evaluate,
+        export_model,
         probe,
     )
 }

@@ -158,6 +158,20 @@ def _add_evaluate(add: AddParser, runs: Runs) -> None:
     parser.add_argument("--split", help="of the data; else the config's held-out split")
 
 
+def _add_export_model(add: AddParser, runs: Runs) -> None:
+    text = "write a run's model as safetensors and config.json, to be loaded without the run"
+    parser = _verb(add, "export-model", runs["export_model"], text)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("out", type=Path, help="folder for the model; must not exist")
+    parser.add_argument("--step", type=int, help="of the checkpoint; else the newest good one")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "raw"),
+        default="ema",
+        help="their moving average, or as trained (%(default)s)",
+    )
+
+
 def _add_probe(add: AddParser, runs: Runs) -> None:
     text = "what can be read off exported latents: a linear probe and nearest neighbours"
     parser = _verb(add, "probe", runs["probe"], text)
@@ -189,5 +203,6 @@ def parser(runs: Runs) -> argparse.ArgumentParser:
     _add_doctor(verbs.add_parser, runs)
     _add_bench(verbs.add_parser, runs)
     _add_evaluate(verbs.add_parser, runs)
+    _add_export_model(verbs.add_parser, runs)
     _add_probe(verbs.add_parser, runs)
     return top

@@ -26,6 +26,7 @@ VERBS = [
     ["bench", "data"],
     ["bench", "train"],
     ["evaluate"],
+    ["export-model"],
     ["probe"],
 ]
 LATENTMILL = [sys.executable, "-m", "pipeline"]
@@ -115,6 +116,7 @@ def test_pack_and_index_report_as_text_and_json(tmp_path: Path, capsys: pytest.C
         (["index", "{tmp}"], "{tmp}"),
         (["index", "{tmp}", "--split", "{frctions: 3}"], "frctions: unknown key (got 3); did you"),
         (["evaluate", "{tmp}/none"], "{tmp}/none"),
+        (["export-model", "{tmp}/none", "{tmp}/out"], "{tmp}/none"),
         (["pack", "folder", "{tmp}/none", "{tmp}/out"], "{tmp}/none"),
         (["pack", "sprites", "{tmp}/out", "--count", "0"], "count"),
         (["verify", "{tmp}/none"], "{tmp}/none"),

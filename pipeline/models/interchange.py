@@ -1,0 +1,148 @@
+"""A trained model as a folder that needs no run.
+
+`latentmill export-model RUN OUT` writes it, and this loads it:
+
+    from pipeline.models.interchange import from_pretrained
+    model = from_pretrained("OUT")
+    z = model(x, mode="encode").posterior.mu  # x [B, *event] in [0, 1]
+
+    OUT/config.json         everything besides the weights: see `Description`
+    OUT/model.safetensors   parameters and buffers by name
+
+Both depend on the run's checkpoint alone: exporting again gives the same bytes.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline import strict
+from pipeline.component import Component
+from pipeline.digest import tensors_sha256
+from pipeline.errors import UserError
+from pipeline.files import publish, sync_file, temporary_name, write_json
+from pipeline.models.autoencoder import AutoEncoder, ModelConfig, build_autoencoder
+from pipeline.precision import Precision, parameter_dtype
+
+FORMAT = "latentmill-model-1"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+Shape = tuple[PositiveInt, ...]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class StoredValues(Component):
+    """The values as the data holds them; the model takes (value - low) / (high - low)."""
+
+    dtype: Literal["uint8", "uint16", "float16", "float32"]
+    range: tuple[float, float]  # (low, high)
+
+
+class Description(Component):
+    """What config.json says: all that a consumer needs besides the weights."""
+
+    format: Literal["latentmill-model-1"] = FORMAT
+    model: ModelConfig
+    event_shape: Shape  # of one sample x; an image is (channels, height, width)
+    latent_shape: Shape
+    stored: StoredValues
+    decode: dict[str, Any]  # the settings by which files became stored values
+    precision: Precision  # of the training; bf16 means parameters in fp32 under autocast
+    weights: Literal["raw", "ema"]  # as trained, or their moving average
+    weights_sha256: Sha256  # see `tensors_sha256`
+    step: int = Field(ge=0)  # global batches that the weights have seen,
+    samples_seen: int = Field(ge=0)  # and samples
+    dataset_id: str
+    order_id: str
+    versions: dict[str, str]  # of the libraries that trained
+
+
+def save_pretrained(out: Path, description: Description, tensors: Mapping[str, Tensor]) -> None:
+    """Publish the folder `out`, whole or not at all.
+
+    Raises UserError if `out` exists or cannot be written.
+    """
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already: name another place for the model, or remove it.")
+    staged = temporary_name(out)
+    try:
+        staged.mkdir(parents=True)
+        write_json(staged / CONFIG, description.model_dump(mode="json"))
+        contiguous = {name: value.contiguous() for name, value in tensors.items()}
+        # The one word of metadata that other libraries' loaders ask for.
+        save_file(contiguous, staged / WEIGHTS, metadata={"format": "pt"})
+        # safetensors lets only the owner read; the umask decides, as for the other file.
+        shutil.copymode(staged / CONFIG, staged / WEIGHTS)
+        sync_file(staged / WEIGHTS)
+        publish(staged, out)
+    except (OSError, SafetensorError) as error:  # the latter is its way to report a full disk
+        raise UserError(f"the model cannot be written to {out}: {error}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def read_description(path: str | Path) -> Description:
+    """Read config.json of an exported model; raises UserError if it is missing or unusable."""
+    file = Path(path) / CONFIG
+    try:
+        text = file.read_text(encoding="utf-8")
+        content: Any = json.loads(text)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is no exported model: it has no {CONFIG}. `latentmill export-model RUN {path}`"
+            " makes one from a run."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}. Export the model again.") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise UserError(
+            f"{file} says format {found!r}; this version of latentmill reads {FORMAT!r} only. "
+            "Load it with the version that wrote it, or export the model again."
+        )
+    return strict.load(Description, file, [], text=text)
+
+
+def from_pretrained(
+    path: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> AutoEncoder:
+    """Load an exported model in evaluation mode, by default on the CPU in its own precision.
+
+    Raises UserError if a file is missing, damaged, of an unknown format, or does not fit the other.
+    """
+    description = read_description(path)
+    file = Path(path) / WEIGHTS
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is missing or damaged: {error}. Export it again.") from error
+    digest = tensors_sha256(tensors)
+    if digest != description.weights_sha256:
+        raise UserError(
+            f"{file} is damaged, or not the one that {CONFIG} describes: its weights have the "
+            f"sha256 {digest}, {CONFIG} says {description.weights_sha256}. Export the model again."
+        )
+    try:
+        model = build_autoencoder(
+            description.model,
+            description.event_shape,
+            seed=0,  # every weight is replaced
+            dtype=parameter_dtype(description.precision),
+        )
+        model.load_state_dict(tensors)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{file} does not hold the weights of the model in {CONFIG}: {error}"
+        ) from error
+    return model.to(device=device, dtype=dtype).eval()
