@@ -84,6 +84,7 @@ def test_accelerate_files_hold_the_topology_only(path: Path):
         *("compute_environment", "distributed_type", "use_cpu", "rdzv_backend", "same_network"),
         *("num_processes", "num_machines", "machine_rank", "main_process_port"),
         *("main_process_ip", "gpu_ids", "deepspeed_config.deepspeed_config_file"),
+        "deepspeed_config.deepspeed_multinode_launcher",
     }
     assert {name for name, _ in leaves(yaml.safe_load(path.read_text()))} <= allowed
 
