@@ -28,13 +28,10 @@ from accelerate.utils import (
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.meeting import HOW_TO_LAUNCH, check_announced, meeting
 
 STOP_FILE_POLL_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_HOW_TO_LAUNCH = (
-    "Launch with a topology file that starts them together, for example "
-    "`accelerate launch --config_file configs/accelerate/cpu-ddp.yaml`."
-)
 
 
 class Runtime:
@@ -57,7 +54,7 @@ class Runtime:
         accumulation: micro-batches per step, by which accelerate divides every loss. patience:
         seconds after which a collective fails that a process does not join; None: torch's default.
         """
-        check_meeting_point(os.environ)
+        check_announced(os.environ)
         _die_with_parent()
         on_cpu = not torch.accelerator.is_available()
         timeout = None if patience is None else timedelta(seconds=patience)
@@ -69,13 +66,14 @@ class Runtime:
             prepare_deepspeed(os.environ, on_cpu=on_cpu)
             backend = "gloo" if on_cpu else None
             handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)]
-        accelerator = Accelerator(
-            # Told to stay on the CPU, accelerate would leave DeepSpeed out without a word.
-            cpu=on_cpu and not asks_for_deepspeed(os.environ),
-            mixed_precision="no",  # `precision` owns autocast
-            gradient_accumulation_steps=accumulation,
-            kwargs_handlers=handlers,
-        )
+        with meeting(os.environ):
+            accelerator = Accelerator(
+                # Told to stay on the CPU, accelerate would leave DeepSpeed out without a word.
+                cpu=on_cpu and not asks_for_deepspeed(os.environ),
+                mixed_precision="no",  # `precision` owns autocast
+                gradient_accumulation_steps=accumulation,
+                kwargs_handlers=handlers,
+            )
         check_launch(os.environ, rank=accelerator.process_index, world=accelerator.num_processes)
         runtime = cls(accelerator, timeout)
         ranks = runtime.sum(torch.tensor(float(runtime.rank), device=runtime.device)).item()
@@ -184,17 +182,6 @@ def prepare_deepspeed(environment: MutableMapping[str, str], *, on_cpu: bool) ->
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def check_meeting_point(environment: Mapping[str, str]) -> None:
-    """Raise UserError if several processes are announced, but not where they meet."""
-    world = int(environment.get("WORLD_SIZE", "1"))
-    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in environment]
-    if world > 1 and missing:
-        raise UserError(
-            f"WORLD_SIZE announces {world} processes, but {', '.join(missing)} is not set: they "
-            f"cannot find each other. {_HOW_TO_LAUNCH}"
-        )
-
-
 def check_launch(environment: Mapping[str, str], *, rank: int, world: int) -> None:
     """Raise UserError unless rank and world size are those that the launcher announced.
 
@@ -207,7 +194,7 @@ def check_launch(environment: Mapping[str, str], *, rank: int, world: int) -> No
         raise UserError(
             f"the launcher announced process {announced_rank} of {announced_world} (RANK, "
             f"WORLD_SIZE), but accelerate runs as process {rank} of {world}: the processes do not "
-            f"see each other. {_HOW_TO_LAUNCH}"
+            f"see each other. {HOW_TO_LAUNCH}"
         )
 
 

@@ -31,6 +31,7 @@ from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
 from pipeline.evaluate import HeldOut
 from pipeline.forward import Forward
 from pipeline.ledger import Ledger
+from pipeline.meeting import tell
 from pipeline.metrics import TrainingMeter
 from pipeline.monitor import Monitor
 from pipeline.outcome import Outcome, write_outcome
@@ -287,9 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE
         return train(config, accept_changes=arguments.accept_change)
     except UserError as error:
-        # Every process raises the same one.
-        if is_main:
-            print(f"error: {error}", file=sys.stderr)
+        tell(error, os.environ)
         return WRONG_USE
 
 

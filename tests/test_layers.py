@@ -17,7 +17,7 @@ LAYERS = (
     "errors console component digest files outcome rng schedules strict precision tars verbs",
     "corruptions likelihoods regularisers models writers",
     "objective data forward",
-    "runtime strategies metrics optimizer wandb_pieces wandb_sink",
+    "meeting runtime strategies metrics optimizer wandb_pieces wandb_sink",
     "checkpoint retention resume watchdog quarantine ledger monitor latents",
     "evaluation",
     "config",

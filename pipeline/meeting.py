@@ -1,0 +1,115 @@
+"""What the launcher announced, and where the processes of a run meet.
+
+`accelerate launch` (by torchrun) tells every process WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT.
+Each mistake in them ends in one paragraph, instead of in a process that trains alone or that waits
+for others for half an hour.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from pipeline.errors import WRONG_USE, UserError
+
+HOW_TO_LAUNCH = (
+    "Launch with a topology file that starts them together, for example "
+    "`accelerate launch --config_file configs/accelerate/cpu-ddp.yaml`."
+)
+# Longer than processes of one machine differ in their start; torchrun's have met before.
+MEETING_SECONDS = 8.0
+MAIN_FIRST_SECONDS = 5.0  # by which the main process comes later to a mistake than another
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate knows them
+
+
+def check_announced(environment: Mapping[str, str]) -> None:
+    """Raise UserError if what the launcher says contradicts itself, or our config's rights."""
+    world, rank = _number(environment, "WORLD_SIZE", 1), _number(environment, "RANK", 0)
+    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in environment]
+    if world > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE announces {world} processes, but {', '.join(missing)} is not set: they "
+            f"cannot find each other. {HOW_TO_LAUNCH}"
+        )
+    if not 0 <= rank < world:
+        raise UserError(
+            f"RANK is {rank}, but WORLD_SIZE announces {world} processes, with ranks from 0 to "
+            f"{world - 1}. {HOW_TO_LAUNCH}"
+        )
+    # With use_cpu, `accelerate launch` starts one process, however many it is asked for.
+    is_launched = "ACCELERATE_MIXED_PRECISION" in environment
+    is_alone = not environment.keys() & {"WORLD_SIZE", *_OF_MPI}
+    if is_launched and is_alone and "MASTER_ADDR" in environment:
+        raise UserError(
+            "accelerate was told where several processes meet (MASTER_ADDR), but has started only "
+            "this one: with --cpu, or use_cpu in the topology file, it never starts more. "
+            f"{HOW_TO_LAUNCH} For one process, take --num_processes 1 and unset MASTER_ADDR."
+        )
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        raise UserError(
+            f"accelerate is told to use mixed precision {precision!r} (mixed_precision in the "
+            "topology file, --mixed_precision, or ACCELERATE_MIXED_PRECISION), which the run's "
+            "config decides: leave it out there, and set `precision` (fp32 or bf16; there is no "
+            "fp16) in the config."
+        )
+
+
+@contextmanager
+def meeting(environment: Mapping[str, str]) -> Generator[None]:
+    """Inside, this process joins the others; one who waits for too long is told for whom.
+
+    Processes that were started by hand on one machine do not wait for longer than MEETING_SECONDS.
+    Raises UserError if they cannot meet.
+    """
+    world, rank = _number(environment, "WORLD_SIZE", 1), _number(environment, "RANK", 0)
+    place = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
+    announced = f"WORLD_SIZE announces {world} processes, of which this is process {rank}"
+    by_hand = "TORCHELASTIC_RUN_ID" not in environment
+
+    def speak() -> None:
+        late = f"they have not all come to {place} (MASTER_ADDR, MASTER_PORT)"
+        text = f"{announced}, but after {MEETING_SECONDS:g} s {late}"
+        if by_hand and environment.get("MASTER_ADDR") in _THIS_MACHINE:
+            print(f"error: {text}. {HOW_TO_LAUNCH}", file=sys.stderr, flush=True)
+            os._exit(WRONG_USE)  # torch waits in C++, and cannot be interrupted
+        print(f"warning: {text}; still waiting", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(MEETING_SECONDS, speak)
+    timer.daemon = True
+    if world > 1:
+        timer.start()
+    try:
+        yield
+    except dist.DistError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{announced}, but it cannot meet the others at {place} (MASTER_ADDR, MASTER_PORT): "
+            f"{reason}. Take an address of the machine of process 0 that all can reach, and a "
+            "port that is free there."
+        ) from error
+    finally:
+        timer.cancel()
+
+
+def tell(error: UserError, environment: Mapping[str, str]) -> None:
+    """Print a mistake on which this process ends; as a rule every process meets the same one.
+
+    Under torchrun the first process that ends takes the others with it: the main process has the
+    first word, and the others theirs, if they are still there.
+    """
+    if environment.get("RANK", "0") != "0":
+        time.sleep(MAIN_FIRST_SECONDS)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r}, which is no number. {HOW_TO_LAUNCH}")
+    return int(text)
