@@ -147,6 +147,13 @@ def test_the_same_run_gives_the_same_bytes_and_no_place(run: Path, exported: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "moved"]  # no litter
 
 
+def test_how_the_training_saved_memory_does_not_show(world: World, exported: Path, tmp_path: Path):
+    """The whole training with gradient checkpointing ends in the same bits, and in these files."""
+    run = world.run((*IMAGES, "model.gradient_checkpointing=true"))
+    export_model(run, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(exported)
+
+
 def test_three_lines_load_it_elsewhere(exported: Path, run: Path, tmp_path: Path):
     shutil.copytree(exported, tmp_path / "OUT")
     code = (
