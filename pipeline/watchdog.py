@@ -75,7 +75,7 @@ class Watchdog:
         self._limit = config.seconds
         self._rank = runtime.rank
         self._peers: list[tuple[str, int]] = runtime.gather((socket.gethostname(), os.getpid()))
-        self._now = ("start", 0, time.monotonic())
+        self._now = ("start", 0, object())
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if self._limit is not None:
@@ -83,7 +83,7 @@ class Watchdog:
 
     def enter(self, phase: str, step: int) -> None:
         """Say what comes next (one of PHASES), or that it still goes on."""
-        self._now = (phase, step, time.monotonic())
+        self._now = (phase, step, object())  # unlike the last, also in the same phase
 
     def close(self) -> None:
         """Stop watching."""
@@ -91,25 +91,31 @@ class Watchdog:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _report(self) -> Report:
-        phase, step, since = self._now
+    def _report(self, seconds: float) -> Report:
+        phase, step, _ = self._now
         host, pid = self._peers[self._rank]
-        return Report(self._rank, host, pid, phase, step, time.monotonic() - since)
+        return Report(self._rank, host, pid, phase, step, seconds)
 
     def _watch(self) -> None:
         assert self._limit is not None
-        limit = self._limit
-        while not self._closed.wait(min(limit / 10, 1.0)):
-            if self._report().seconds > limit:
-                self._end_job(limit)
+        interval = min(self._limit / 10, 1.0)
+        seen, seconds, last = self._now, 0.0, time.monotonic()
+        while not self._closed.wait(interval):
+            now = time.monotonic()
+            # A whole process that stood still, with this thread, has not been hanging meanwhile.
+            seconds += min(now - last, 2 * interval)
+            last = now
+            if self._now is not seen:
+                seen, seconds = self._now, 0.0
+            elif seconds > self._limit:
+                self._end_job(self._report(seconds))
 
-    def _end_job(self, limit: float) -> None:
+    def _end_job(self, mine: Report) -> None:
         """Print, report, and end this process, whatever hangs: also the storage may."""
         timer = threading.Timer(2 * GRACE_SECONDS, os._exit, (FAILED,))
         timer.daemon = True
         timer.start()
-        mine = self._report()
-        print(f"watchdog: {mine}, limit watchdog.seconds = {limit:g}", file=sys.stderr, flush=True)
+        print(f"watchdog: {mine}, limit watchdog.seconds = {self._limit}", file=sys.stderr)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         try:
             self._leave(mine)

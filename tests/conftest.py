@@ -27,6 +27,15 @@ BUDGETS = {
     "strategies and clusters": 22.0,
 }
 STRATEGY_LANES = ("deepspeed", "netns", "slurm")
+STRATEGY_TESTS = (
+    "tests/launch/",
+    "tests/test_elastic.py",
+    "tests/test_failure.py",
+    "tests/test_kills.py",
+    "tests/test_nonfinite.py",
+    "tests/test_stop.py",
+    "tests/test_watchdog.py",
+)
 STREAMING_TESTS = (
     "tests/data/",
     "tests/bench/",
@@ -42,7 +51,7 @@ seconds_spent = pytest.StashKey[Seconds]()
 
 def area_of(test: str, lane: str) -> str:
     """The area whose budget a test's time counts for."""
-    if lane in STRATEGY_LANES:
+    if lane in STRATEGY_LANES or test.startswith(STRATEGY_TESTS):
         return "strategies and clusters"
     return "streaming" if test.startswith(STREAMING_TESTS) else "main job"
 

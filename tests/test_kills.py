@@ -1,0 +1,97 @@
+"""SIGKILL to one process, the launcher included, at random moments, again and again.
+
+A small driver restarts the same command each time. The peers of a dead process end, nothing is left
+behind, and the run ends with the bytes of one that nobody disturbed.
+"""
+
+import functools
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launch.runs import result_of, write_config
+from tests.processes import ROOT, Processes, argv_of, env_of
+
+NUM_STEPS = 400
+WORLD = 2
+# An eighth of the kills hits the start; the others a training for up to this many seconds.
+MAX_SECONDS = 2.0
+PEERS_GONE_SECONDS = 35.0
+SETTINGS = ("checkpoint.every_steps=10", "evaluation.every_steps=60")
+
+pytestmark = [pytest.mark.fault, pytest.mark.distributed, pytest.mark.timeout(1800)]
+
+
+def kills(strategy: str, few: int, many: int) -> list:
+    """The parameters of a strategy: few kills for every lane, many in `make soak`."""
+    marks = [] if strategy == "ddp" else [pytest.mark.deepspeed]
+    return [
+        pytest.param(strategy, few, marks=marks),
+        pytest.param(strategy, many, marks=[*marks, pytest.mark.soak]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """What a strategy's run ends with when nothing happens to it."""
+
+    @functools.cache
+    def run(strategy: str) -> dict:
+        folder = tmp_path_factory.mktemp(f"undisturbed-{strategy}")
+        config = write_config(folder, tiny_shards, NUM_STEPS)
+        argv = [*argv_of("pipeline.train", WORLD, strategy), str(config), *SETTINGS]
+        result = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT).wait(300)
+        assert result.code == 0, result.output
+        return result_of(folder / "run", NUM_STEPS)
+
+    return run
+
+
+def strike(running: Processes, chance: random.Random) -> tuple[str, float]:
+    """Kill one process at a random moment; who it was, and how long the others lived on."""
+    if chance.random() < 1 / 8:
+        time.sleep(chance.uniform(0.5, 5))
+    else:
+        running.wait_for(f"/{NUM_STEPS} ", timeout=120)
+        time.sleep(chance.uniform(0, MAX_SECONDS))
+    everybody = running.everything()
+    ranks = {int(rank.environ()["RANK"]): rank for rank in running.ranks()}
+    victims: dict[str, psutil.Process] = {f"rank {n}": rank for n, rank in ranks.items()}
+    name, victim = chance.choice(sorted((victims | {"launcher": everybody[0]}).items()))
+    victim.kill()
+    killed = time.monotonic()
+    _, left = psutil.wait_procs(everybody, timeout=PEERS_GONE_SECONDS)
+    assert not left, f"{PEERS_GONE_SECONDS} s after {name} was killed: {left}\n{running.output}"
+    return name, time.monotonic() - killed
+
+
+@pytest.mark.parametrize(
+    ("strategy", "number"),
+    [
+        *kills("ddp", 3, 20),
+        *(kill for stage in (1, 2, 3) for kill in kills(f"zero{stage}", 1, 10)),
+    ],
+)
+def test_killed_one_by_one_it_ends_as_if_nobody_had_been(
+    tmp_path: Path,
+    tiny_shards: Path,
+    start_processes: Callable,
+    undisturbed: Callable,
+    strategy: str,
+    number: int,
+):
+    chance = random.Random(f"{strategy}/{number}")
+    config = write_config(tmp_path, tiny_shards, NUM_STEPS)
+    start = functools.partial(
+        start_processes, "pipeline.train", WORLD, config, *SETTINGS, strategy=strategy
+    )
+    struck = [strike(start(), chance) for _ in range(number)]
+    ended = start().wait(300)
+    assert ended.code == 0, ended.output
+    assert result_of(tmp_path / "run", NUM_STEPS) == undisturbed(strategy)
+    slowest = max(seconds for _, seconds in struck)
+    print(f"{strategy}: {[name for name, _ in struck]}, all gone within {slowest:.1f} s")

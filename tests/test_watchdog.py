@@ -1,0 +1,70 @@
+"""A process that makes no progress ends the job, and is named with the phase it hangs in."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launch.runs import outcome, write_config
+
+LIMIT = 15  # DeepSpeed alone takes some seconds to start
+GRACE = 10  # for the reports of others: see pipeline.watchdog
+pytestmark = [pytest.mark.fault, pytest.mark.distributed]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "stopped"),
+    [("ddp", 1), ("ddp", 0), pytest.param("zero2", 1, marks=pytest.mark.deepspeed)],
+)
+def test_a_stopped_process_is_named_and_the_job_ends(
+    tmp_path: Path, tiny_shards: Path, start_processes: Callable, strategy: str, stopped: int
+):
+    config, run = write_config(tmp_path, tiny_shards, 100_000), tmp_path / "run"
+    settings = (f"watchdog.seconds={LIMIT}", "monitor.log_every_steps=10")
+    running = start_processes("pipeline.train", 2, config, *settings, strategy=strategy)
+    running.wait_for("step 20/", timeout=120)
+    everybody = running.everything()
+    ranks = {int(rank.environ()["RANK"]): rank for rank in running.ranks()}
+    ranks[stopped].send_signal(signal.SIGSTOP)
+    since = time.monotonic()
+    _, left = psutil.wait_procs(everybody, timeout=LIMIT + GRACE + 10)
+    took = time.monotonic() - since
+    assert not left, running.output
+    assert took > LIMIT
+    print(f"{strategy}, rank {stopped} stopped: all gone after {took:.1f} s, limit {LIMIT} s")
+
+    other, pid = 1 - stopped, ranks[stopped].pid
+    assert f"watchdog: rank {other} (process {ranks[other].pid} on " in running.output
+    assert "train_step" in running.output  # the stacks
+    verdict = f"rank {stopped} (process {pid} on "
+    ended = outcome(run)
+    assert (ended["status"], ended["exit_code"]) == ("failed", 1)
+    assert f"no progress for {LIMIT} s: rank {other} (" in ended["message"]
+    assert verdict in ended["message"].split("; ")[1]
+    assert "does not answer: stopped, dead or cut off" in ended["message"]
+    report = json.loads((run / "failure" / f"rank-{other}.json").read_bytes())
+    assert report["phase"] in ("update", "log")
+    assert "train_step" in (run / "failure" / f"rank-{other}.txt").read_text()
+
+
+def test_a_job_that_stood_still_as_a_whole_goes_on(
+    tmp_path: Path, tiny_shards: Path, start_processes: Callable
+):
+    """As a laptop does that sleeps, or a virtual machine that moves."""
+    config, run = write_config(tmp_path, tiny_shards, 100_000), tmp_path / "run"
+    settings = ("watchdog.seconds=3", "monitor.log_every_steps=10")
+    running = start_processes("pipeline.train", None, config, *settings)
+    running.wait_for("step 20/", timeout=120)
+    process = psutil.Process(running.pid)
+    process.suspend()
+    time.sleep(6)
+    process.resume()
+    size = (run / "metrics.jsonl").stat().st_size
+    time.sleep(4)
+    assert running.running, running.output
+    assert (run / "metrics.jsonl").stat().st_size > size
+    assert "watchdog" not in running.output
