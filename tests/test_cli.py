@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,8 +39,8 @@ def cli(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_list_of_verbs_is_complete():
-    shown = parser(RUNS).format_help()
-    assert all(f"\n    {verb[0]} " in shown for verb in VERBS)
+    shown = re.findall(r"^    ([\w-]+)(?: |$)", parser(RUNS).format_help(), re.MULTILINE)
+    assert set(shown) == {verb[0] for verb in VERBS}
 
 
 @pytest.mark.parametrize("verb", [[], *VERBS], ids=" ".join)
