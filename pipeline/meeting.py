@@ -20,9 +20,9 @@ HOW_TO_LAUNCH = (
     "Launch with a topology file that starts them together, for example "
     "`accelerate launch --config_file configs/accelerate/cpu-ddp.yaml`."
 )
-# Longer than processes of one machine differ in their start; torchrun's have met before.
-MEETING_SECONDS = 8.0
-MAIN_FIRST_SECONDS = 5.0  # by which the main process comes later to a mistake than another
+MEETING_SECONDS = 8.0  # longer than processes of one machine, started by one hand, differ
+LATE_SECONDS = 60.0  # of others: torchrun lets them start together, but machines may be slow
+MAIN_FIRST_SECONDS = 10.0  # by which the main process comes later to a mistake than another
 _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 _OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate knows them
 
@@ -70,17 +70,18 @@ def meeting(environment: Mapping[str, str]) -> Generator[None]:
     world, rank = _number(environment, "WORLD_SIZE", 1), _number(environment, "RANK", 0)
     place = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
     announced = f"WORLD_SIZE announces {world} processes, of which this is process {rank}"
-    by_hand = "TORCHELASTIC_RUN_ID" not in environment
+    is_limited = _by_hand(environment) and environment.get("MASTER_ADDR") in _THIS_MACHINE
+    seconds = MEETING_SECONDS if is_limited else LATE_SECONDS
 
     def speak() -> None:
         late = f"they have not all come to {place} (MASTER_ADDR, MASTER_PORT)"
-        text = f"{announced}, but after {MEETING_SECONDS:g} s {late}"
-        if by_hand and environment.get("MASTER_ADDR") in _THIS_MACHINE:
+        text = f"{announced}, but after {seconds:g} s {late}"
+        if is_limited:
             print(f"error: {text}. {HOW_TO_LAUNCH}", file=sys.stderr, flush=True)
             os._exit(WRONG_USE)  # torch waits in C++, and cannot be interrupted
         print(f"warning: {text}; still waiting", file=sys.stderr, flush=True)
 
-    timer = threading.Timer(MEETING_SECONDS, speak)
+    timer = threading.Timer(seconds, speak)
     timer.daemon = True
     if world > 1:
         timer.start()
@@ -103,9 +104,13 @@ def tell(error: UserError, environment: Mapping[str, str]) -> None:
     Under torchrun the first process that ends takes the others with it: the main process has the
     first word, and the others theirs, if they are still there.
     """
-    if environment.get("RANK", "0") != "0":
+    if not _by_hand(environment) and environment.get("RANK", "0") != "0":
         time.sleep(MAIN_FIRST_SECONDS)
     print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _by_hand(environment: Mapping[str, str]) -> bool:
+    return "TORCHELASTIC_RUN_ID" not in environment  # of torchrun, so of `accelerate launch`, too
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:
