@@ -18,19 +18,32 @@ from pipeline.checkpoint import list_checkpoints, read_state, tensors_sha256, ve
 from tests.processes import ROOT, Processes, argv_of, env_of
 
 NUM_STEPS = 20
+NUM_TRIALS = 6
+# Strategy, processes, accumulation.
+WAYS = [("ddp", number, parts) for number in (1, 2, 3) for parts in (1, 2)]
+WAYS += [(f"zero{n}", number, parts) for n in (1, 2, 3) for number in (2, 3) for parts in (1, 2)]
+# Each strategy, size and accumulation; all others, and more trials, are soak.
+IN_TEST_ALL = {("ddp", 1, 1), ("ddp", 2, 1), ("ddp", 3, 2)}
+IN_TEST_ALL |= {("zero1", 2, 2), ("zero2", 3, 1), ("zero3", 2, 1), ("zero3", 3, 2)}
 
 
-def write_config(folder: Path, data: Path) -> Path:
-    """A denoising VAE with everything that has a state: noise, average, moments, schedules."""
+def write_config(folder: Path, data: Path, accumulation: int = 1) -> Path:
+    """A denoising VAE with everything that has a state: noise, average, moments, schedules.
+
+    Sigma is learned, and weight decay makes two parameter groups.
+    """
     path = folder / "config.yaml"
     path.write_text(
         f"run_dir: {folder / 'run'}\n"
         f"data: {{path: {data}, decode: {{kind: image, size: 32, channels: 3}}}}\n"
-        "model: {bottleneck: {kind: gaussian, size: 8}}\n"
+        "model:\n"
+        "  bottleneck: {kind: gaussian, size: 8}\n"
+        "  likelihood: {kind: gaussian, sigma: learned}\n"
         "corruptions: [{kind: gaussian_noise}, {kind: masking}]\n"
         "objective: {regularisers: [{kind: kl, weight: {kind: linear, over_samples: 200}}]}\n"
         "optimizer: {learning_rate: {warmup_samples: 60}, weight_decay: 0.01, max_grad_norm: 50}\n"
         "batch_size: 12\n"
+        f"accumulation: {accumulation}\n"
         f"num_steps: {NUM_STEPS}\n"
         "evaluation: {every_steps: 7}\n"
         "checkpoint: {every_steps: 3}\n"
@@ -69,9 +82,10 @@ def uninterrupted(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The run directory of an uninterrupted run with so many processes."""
 
     @functools.cache
-    def run(num_processes: int, strategy: str = "ddp") -> Path:
-        folder = tmp_path_factory.mktemp(f"uninterrupted-{strategy}-{num_processes}")
-        config = write_config(folder, tiny_shards)
+    def run(num_processes: int, strategy: str = "ddp", accumulation: int = 1) -> Path:
+        name = f"uninterrupted-{strategy}-{num_processes}-{accumulation}"
+        folder = tmp_path_factory.mktemp(name)
+        config = write_config(folder, tiny_shards, accumulation)
         argv = [*argv_of("pipeline.train", num_processes, strategy), str(config)]
         result = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT).wait()
         assert result.code == 0, result.output
@@ -98,18 +112,18 @@ def kill_during_a_save(running: Processes, run: Path, file: str) -> None:
     assert any((run / "checkpoints").glob("step-*.tmp-*"))
 
 
+def marks_of(how: tuple[str, int, int], trial: int) -> list[pytest.MarkDecorator]:
+    """Marks of a trial of one of WAYS."""
+    marks = [pytest.mark.deepspeed] if how[0] != "ddp" else []
+    return marks if trial == 0 and how in IN_TEST_ALL else [*marks, pytest.mark.soak]
+
+
 @pytest.mark.fault
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("strategy", "num_processes"),
-    [
-        *(("ddp", number) for number in (1, 2, 3)),
-        *(pytest.param(f"zero{n}", 2, marks=pytest.mark.deepspeed) for n in (1, 2, 3)),
-    ],
-)
-@pytest.mark.parametrize(
-    "trial", [0, *(pytest.param(trial, marks=pytest.mark.soak) for trial in range(1, 6))]
+    ("strategy", "num_processes", "accumulation", "trial"),
+    [pytest.param(*how, n, marks=marks_of(how, n)) for n in range(NUM_TRIALS) for how in WAYS],
 )
 def test_killed_twice_a_run_ends_bit_for_bit_as_if_nothing_had_been(
     tmp_path: Path,
@@ -118,11 +132,12 @@ def test_killed_twice_a_run_ends_bit_for_bit_as_if_nothing_had_been(
     uninterrupted: Callable,
     strategy: str,
     num_processes: int,
+    accumulation: int,
     trial: int,
 ):
     """Once after a random step, once while it writes a checkpoint."""
-    chance = random.Random(f"{strategy}/{num_processes}/{trial}")
-    config, run = write_config(tmp_path, tiny_shards), tmp_path / "run"
+    chance = random.Random(f"{strategy}/{num_processes}/{accumulation}/{trial}")
+    config, run = write_config(tmp_path, tiny_shards, accumulation), tmp_path / "run"
     start = functools.partial(
         start_processes, "pipeline.train", num_processes, config, strategy=strategy
     )
@@ -138,7 +153,7 @@ def test_killed_twice_a_run_ends_bit_for_bit_as_if_nothing_had_been(
     ended = start().wait()
     assert ended.code == 0, ended.output
     assert not any((run / "checkpoints").glob("*.tmp-*"))
-    assert result_of(run) == result_of(uninterrupted(num_processes, strategy))
+    assert result_of(run) == result_of(uninterrupted(num_processes, strategy, accumulation))
 
 
 @pytest.mark.fault

@@ -70,6 +70,8 @@ class ZeroStrategy:
                 f"DeepSpeed runs ZeRO stage {self._engine.zero_optimization_stage()}, the topology "
                 f"file asks for {self._stage}: choose stage 1, 2 or 3."
             )
+        if self._stage == 3:
+            _judge_norms_in_float32(self._engine.optimizer)
         self.model: nn.Module = self._engine
         self._num_updates = torch.zeros((), device=self._device)
         self._average = MovingAverage(self._held(), ema_decay) if ema_decay else None
@@ -117,10 +119,12 @@ class ZeroStrategy:
     def averaged(self) -> Generator[None]:
         """Exchange parameters and averages, and back."""
         assert self._average is not None, "no moving average is kept"
+        self._release()
         self._average.exchange(self._held())
         try:
             yield
         finally:
+            self._release()
             self._average.exchange(self._held())
 
     def full_state(self, *, wanted: bool = True) -> FullState:
@@ -139,6 +143,7 @@ class ZeroStrategy:
     @torch.no_grad()
     def load_full_state(self, state: FullState) -> None:
         """Overwrite parameters, buffers, averages, moments and Adam's step."""
+        self._release()
         for name, buffer in self._module.named_buffers():
             buffer.copy_(state.model[name])
         held = self._held()
@@ -160,6 +165,15 @@ class ZeroStrategy:
             columns = zip(self._names, self._parameters, self._average.averages, strict=True)
             for name, parameter, average in columns:
                 average.copy_(self._mine(parameter, source[name]))
+
+    def _release(self) -> None:
+        """Have stage 3 gather every parameter anew before its next use.
+
+        After a forward pass without a backward, as in an evaluation, it keeps some whole, and would
+        go on with those values whatever is written into the shards.
+        """
+        if self._stage == 3:
+            self._engine.optimizer._partition_all_parameters()
 
     def _held(self) -> list[Tensor]:
         """This process's part of every parameter: the whole, or under stage 3 its shard."""
@@ -213,6 +227,22 @@ class ZeroStrategy:
 
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
         return torch.Size(cast(Any, parameter).ds_shape) if self._stage == 3 else parameter.shape
+
+
+def _judge_norms_in_float32(optimizer: Any) -> None:
+    """Have stage 3 skip a step if the square of the norm leaves float32, as `ddp` does.
+
+    Stages 1 and 2 do so; stage 3 adds the squares up in float64. It would apply a gradient whose
+    own squares, Adam's second moments, are infinite in float32: that parameter would never move
+    again.
+    """
+    original = optimizer._get_norm_groups
+
+    def norm_groups() -> list[Tensor]:
+        norms: list[Tensor] = original()  # of each group of parameters; -1: not finite
+        return [n.where(n.float().square().isfinite(), torch.inf) for n in norms]
+
+    optimizer._get_norm_groups = norm_groups
 
 
 def _complete(
