@@ -11,31 +11,40 @@ import pytest
 
 from tests.launch.runs import outcome, write_config
 
-LIMIT = 15  # DeepSpeed alone takes some seconds to start
 GRACE = 10  # for the reports of others: see pipeline.watchdog
 pytestmark = [pytest.mark.fault, pytest.mark.distributed]
 
 
 @pytest.mark.parametrize(
-    ("strategy", "stopped"),
-    [("ddp", 1), ("ddp", 0), pytest.param("zero2", 1, marks=pytest.mark.deepspeed)],
+    ("strategy", "stopped", "limit"),
+    [
+        ("ddp", 0, 6),
+        pytest.param("ddp", 1, 6, marks=pytest.mark.soak),
+        # DeepSpeed alone takes some seconds to start.
+        pytest.param("zero2", 1, 15, marks=[pytest.mark.deepspeed, pytest.mark.soak]),
+    ],
 )
 def test_a_stopped_process_is_named_and_the_job_ends(
-    tmp_path: Path, tiny_shards: Path, start_processes: Callable, strategy: str, stopped: int
+    tmp_path: Path,
+    tiny_shards: Path,
+    start_processes: Callable,
+    strategy: str,
+    stopped: int,
+    limit: int,
 ):
     config, run = write_config(tmp_path, tiny_shards, 100_000), tmp_path / "run"
-    settings = (f"watchdog.seconds={LIMIT}", "monitor.log_every_steps=10")
+    settings = (f"watchdog.seconds={limit}", "monitor.log_every_steps=10")
     running = start_processes("pipeline.train", 2, config, *settings, strategy=strategy)
     running.wait_for("step 20/", timeout=120)
     everybody = running.everything()
     ranks = {int(rank.environ()["RANK"]): rank for rank in running.ranks()}
     ranks[stopped].send_signal(signal.SIGSTOP)
     since = time.monotonic()
-    _, left = psutil.wait_procs(everybody, timeout=LIMIT + GRACE + 10)
+    _, left = psutil.wait_procs(everybody, timeout=limit + GRACE + 10)
     took = time.monotonic() - since
     assert not left, running.output
-    assert took > LIMIT
-    print(f"{strategy}, rank {stopped} stopped: all gone after {took:.1f} s, limit {LIMIT} s")
+    assert took > limit
+    print(f"{strategy}, rank {stopped} stopped: all gone after {took:.1f} s, limit {limit} s")
 
     other, pid = 1 - stopped, ranks[stopped].pid
     assert f"watchdog: rank {other} (process {ranks[other].pid} on " in running.output
@@ -43,7 +52,7 @@ def test_a_stopped_process_is_named_and_the_job_ends(
     verdict = f"rank {stopped} (process {pid} on "
     ended = outcome(run)
     assert (ended["status"], ended["exit_code"]) == ("failed", 1)
-    assert f"no progress for {LIMIT} s: rank {other} (" in ended["message"]
+    assert f"no progress for {limit} s: rank {other} (" in ended["message"]
     assert verdict in ended["message"].split("; ")[1]
     assert "does not answer: stopped, dead or cut off" in ended["message"]
     report = json.loads((run / "failure" / f"rank-{other}.json").read_bytes())

@@ -1,0 +1,121 @@
+"""SIGTERM to the launcher at any moment: saved and gone within 15 s, and nothing is lost."""
+
+import functools
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launch.runs import num_logged, outcome, result_of, write_config
+from tests.processes import ROOT, Processes, argv_of
+
+NUM_STEPS = 150
+GONE_SECONDS = 15.0
+# Evaluations take most of the time: over all samples, after every third step.
+SETTINGS = (
+    f"num_steps={NUM_STEPS}",
+    "evaluation={split: all, every_steps: 3}",
+    "checkpoint.every_steps=4",
+)
+
+pytestmark = [pytest.mark.fault, pytest.mark.distributed, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """The run directory of a run with so many processes that nobody stops."""
+
+    @functools.cache
+    def run(num_processes: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"undisturbed-{num_processes}")
+        config = write_config(folder, tiny_shards, NUM_STEPS)
+        argv = [*argv_of("pipeline.train", num_processes), str(config), *SETTINGS]
+        result = Processes(argv, folder / "log", env={}, cwd=ROOT).wait(300)
+        assert result.code == 0, result.output
+        return folder / "run"
+
+    return run
+
+
+def after_the_guard(running: Processes, run: Path) -> None:
+    """As soon as this start has taken over the run directory."""
+    while outcome(run)["status"] != "running":
+        assert running.running, running.output
+
+
+def in_a_step(running: Processes, run: Path) -> None:
+    running.wait_for(f"/{NUM_STEPS} ", timeout=120)
+
+
+def in_a_save(running: Processes, run: Path) -> None:
+    """While the files of a checkpoint are there, but not yet published."""
+    running.wait_for(f"/{NUM_STEPS} ", timeout=120)
+    while not any((run / "checkpoints").glob("step-*.tmp-*")):
+        assert running.running, running.output
+
+
+def in_an_evaluation(running: Processes, run: Path) -> None:
+    """After the third step of an evaluation's stretch was logged, until the evaluation is."""
+    running.wait_for(f"/{NUM_STEPS} ", timeout=120)
+    logged = num_logged(run)
+    while num_logged(run) < logged + 2 or num_logged(run) % 3 != 2:
+        assert running.running, running.output
+
+
+def evaluations(run: Path) -> dict[int, float]:
+    """The held-out loss by step; no step has two."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    found = [(r["step"], r["eval/loss"]) for r in map(json.loads, lines) if "eval/loss" in r]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize(
+    "trial", [0, *(pytest.param(trial, marks=pytest.mark.soak) for trial in range(1, 6))]
+)
+def test_stopped_at_any_moment_it_is_gone_soon_and_loses_nothing(
+    tmp_path: Path,
+    tiny_shards: Path,
+    start_processes: Callable,
+    undisturbed: Callable,
+    num_processes: int,
+    trial: int,
+):
+    """One run, stopped at each kind of moment in turn."""
+    chance = random.Random(f"{num_processes}/{trial}")
+    config, run = write_config(tmp_path, tiny_shards, NUM_STEPS), tmp_path / "run"
+    reached, interrupted = [-1], 0
+    for moment in (after_the_guard, in_a_step, in_a_save, in_an_evaluation):
+        running = start_processes("pipeline.train", num_processes, config, *SETTINGS)
+        moment(running, run)
+        time.sleep(chance.uniform(0, 0.05))
+        everybody = running.everything()
+        os.kill(running.pid, signal.SIGTERM)
+        since = time.monotonic()
+        _, left = psutil.wait_procs(everybody, timeout=GONE_SECONDS)
+        seconds = time.monotonic() - since
+        assert not left, f"{GONE_SECONDS} s after SIGTERM {moment.__name__}: {running.output}"
+        ended = outcome(run)
+        assert (ended["status"], ended["exit_code"]) == ("preempted", 3), running.output
+        assert ended["message"] == "stopped by signal SIGTERM"
+        assert ended["step"] >= reached[-1]
+        reached.append(ended["step"])
+        missing = ended["step"] % 3 == 0 and ended["step"] not in evaluations(run)
+        interrupted += missing
+        print(f"{moment.__name__}: gone after {seconds:.1f} s, at step {ended['step']}")
+    assert reached[-1] < NUM_STEPS
+
+    ended = start_processes("pipeline.train", num_processes, config, *SETTINGS).wait(300)
+    assert ended.code == 0, ended.output
+    print(f"{interrupted} of 4 stops left an evaluation undone")
+    reference = undisturbed(num_processes)
+    assert result_of(run, NUM_STEPS) == result_of(reference, NUM_STEPS)
+    assert evaluations(run) == evaluations(reference)
+    assert max(evaluations(run)) == NUM_STEPS
