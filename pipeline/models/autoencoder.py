@@ -34,7 +34,7 @@ class ModelConfig(Component):
     backbone: Backbone = Burgess()
     bottleneck: Bottleneck = Gaussian()
     likelihood: Likelihood = GaussianLikelihood()
-    # Less memory for about a third more arithmetic; no number changes. See `run_in_stages`.
+    # Less memory for one more forward pass; no number changes. See `run_in_stages`.
     gradient_checkpointing: bool = False
 
 
