@@ -20,6 +20,7 @@ NUM_STEPS = 400
 WORLD = 2
 # An eighth of the kills hits the start; the others a training for up to this many seconds.
 MAX_SECONDS = 2.0
+VICTIMS = ("rank 0", "rank 1", "launcher")
 PEERS_GONE_SECONDS = 35.0
 SETTINGS = ("checkpoint.every_steps=10", "evaluation.every_steps=60")
 
@@ -51,22 +52,22 @@ def undisturbed(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return run
 
 
-def strike(running: Processes, chance: random.Random) -> tuple[str, float]:
-    """Kill one process at a random moment; who it was, and how long the others lived on."""
+def strike(running: Processes, victim: str, chance: random.Random) -> float:
+    """Kill `victim` at a random moment; how many seconds the others lived on."""
     if chance.random() < 1 / 8:
-        time.sleep(chance.uniform(0.5, 5))
+        while len(running.ranks()) < WORLD:  # the launcher is still starting them
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 5))
     else:
         running.wait_for(f"/{NUM_STEPS} ", timeout=120)
         time.sleep(chance.uniform(0, MAX_SECONDS))
     everybody = running.everything()
-    ranks = {int(rank.environ()["RANK"]): rank for rank in running.ranks()}
-    victims: dict[str, psutil.Process] = {f"rank {n}": rank for n, rank in ranks.items()}
-    name, victim = chance.choice(sorted((victims | {"launcher": everybody[0]}).items()))
-    victim.kill()
+    named = {f"rank {rank.environ()['RANK']}": rank for rank in running.ranks()}
+    (named | {"launcher": everybody[0]})[victim].kill()
     killed = time.monotonic()
     _, left = psutil.wait_procs(everybody, timeout=PEERS_GONE_SECONDS)
-    assert not left, f"{PEERS_GONE_SECONDS} s after {name} was killed: {left}\n{running.output}"
-    return name, time.monotonic() - killed
+    assert not left, f"{PEERS_GONE_SECONDS} s after {victim} was killed: {left}\n{running.output}"
+    return time.monotonic() - killed
 
 
 @pytest.mark.parametrize(
@@ -89,9 +90,10 @@ def test_killed_one_by_one_it_ends_as_if_nobody_had_been(
     start = functools.partial(
         start_processes, "pipeline.train", WORLD, config, *SETTINGS, strategy=strategy
     )
-    struck = [strike(start(), chance) for _ in range(number)]
+    victims = [VICTIMS[place % len(VICTIMS)] for place in range(number)]
+    chance.shuffle(victims)
+    seconds = [strike(start(), victim, chance) for victim in victims]
     ended = start().wait(300)
     assert ended.code == 0, ended.output
     assert result_of(tmp_path / "run", NUM_STEPS) == undisturbed(strategy)
-    slowest = max(seconds for _, seconds in struck)
-    print(f"{strategy}: {[name for name, _ in struck]}, all gone within {slowest:.1f} s")
+    print(f"{strategy}: {victims}, the others gone within {max(seconds):.1f} s")
