@@ -5,12 +5,15 @@ Each mistake in them ends in one paragraph, instead of in a process that trains 
 for others for half an hour.
 """
 
+import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -24,6 +27,8 @@ MEETING_SECONDS = 8.0  # longer than processes of one machine, started by one ha
 LATE_SECONDS = 60.0  # of others: torchrun lets them start together, but machines may be slow
 MAIN_FIRST_SECONDS = 10.0  # by which the main process comes later to a mistake than another
 _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
+_PRECISIONS = ("fp16", "bf16", "amp", "torch_autocast")  # sections of DeepSpeed's JSON
+_HOW_TO_CHOOSE = "set `precision` (fp32 or bf16; there is no fp16) in the config"
 _OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate knows them
 
 
@@ -50,14 +55,7 @@ def check_announced(environment: Mapping[str, str]) -> None:
             "this one: with --cpu, or use_cpu in the topology file, it never starts more. "
             f"{HOW_TO_LAUNCH} For one process, take --num_processes 1 and unset MASTER_ADDR."
         )
-    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != "no":
-        raise UserError(
-            f"accelerate is told to use mixed precision {precision!r} (mixed_precision in the "
-            "topology file, --mixed_precision, or ACCELERATE_MIXED_PRECISION), which the run's "
-            "config decides: leave it out there, and set `precision` (fp32 or bf16; there is no "
-            "fp16) in the config."
-        )
+    _check_precision(environment)
 
 
 @contextmanager
@@ -107,6 +105,34 @@ def tell(error: UserError, environment: Mapping[str, str]) -> None:
     if not _by_hand(environment) and environment.get("RANK", "0") != "0":
         time.sleep(MAIN_FIRST_SECONDS)
     print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _check_precision(environment: Mapping[str, str]) -> None:
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        raise UserError(
+            f"accelerate is told to use mixed precision {precision!r} (mixed_precision in the "
+            "topology file, --mixed_precision, or ACCELERATE_MIXED_PRECISION), which the run's "
+            f"config decides: leave it out there, and {_HOW_TO_CHOOSE}."
+        )
+    path = Path(environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""))
+    try:
+        config: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # there is none, or DeepSpeed will explain it
+        return
+    if not isinstance(config, dict):
+        return
+    given = cast(dict[str, Any], config)
+    sections = [name for name in _PRECISIONS if _is_enabled(given.get(name))]
+    if sections:
+        raise UserError(
+            f"{path} enables {', '.join(sections)}, but the run's config decides the precision: "
+            f"leave that out there, and {_HOW_TO_CHOOSE}."
+        )
+
+
+def _is_enabled(section: Any) -> bool:
+    return isinstance(section, dict) and bool(cast(dict[str, Any], section).get("enabled"))
 
 
 def _by_hand(environment: Mapping[str, str]) -> bool:

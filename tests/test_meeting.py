@@ -1,6 +1,8 @@
 """What launchers announce, as far as one process shows it; tests/launch/ has the real mistakes."""
 
+import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +39,18 @@ def test_what_fits_together_may_start(environment: dict[str, str]):
 def test_precision_is_the_configs(precision: str):
     with pytest.raises(UserError, match=f"mixed precision '{precision}' .* set `precision`"):
         check_announced(TORCHRUN | {"ACCELERATE_MIXED_PRECISION": precision})
+
+
+@pytest.mark.parametrize("section", ["fp16", "bf16", "amp", "torch_autocast"])
+def test_nor_is_it_deepspeeds(section: str, tmp_path: Path):
+    path = tmp_path / "zero.json"
+    environment = TORCHRUN | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+    for fitting in ({section: {"enabled": False}}, {section: 1}, [section]):
+        path.write_text(json.dumps(fitting))
+        check_announced(environment)
+    path.write_text(json.dumps({section: {"enabled": True}}))
+    with pytest.raises(UserError, match=rf"zero\.json enables {section}, but .* set `precision`"):
+        check_announced(environment)
 
 
 @pytest.mark.parametrize("environment", [TORCHRUN, {**TORCHRUN, "MASTER_ADDR": "::1"}])

@@ -39,6 +39,7 @@ class Start:
     overrides: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     topology: str | None = None  # text of {folder}/topology.yaml
+    deepspeed: dict | None = None  # content of {folder}/deepspeed.json
 
 
 MISTAKES = {
@@ -111,6 +112,14 @@ OF_DEEPSPEED = {
         topology="{distributed_type: DEEPSPEED, num_processes: 2, mixed_precision: fp16, "
         "deepspeed_config: {deepspeed_config_file: configs/deepspeed/zero2.json}}",
     ),
+    "fp16 in DeepSpeed's own settings": Start(
+        "/deepspeed.json enables fp16, but the run's config decides the precision",
+        launcher=(*ACCELERATE, "--config_file", "{folder}/topology.yaml"),
+        env=NOT_TOLD,
+        topology="{distributed_type: DEEPSPEED, num_processes: 2, "
+        "deepspeed_config: {deepspeed_config_file: {folder}/deepspeed.json}}",
+        deepspeed={"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}},
+    ),
     "told to stay on the CPU": Start(
         "ACCELERATE_USE_CPU is set, so accelerate would leave DeepSpeed out",
         launcher=(*ACCELERATE, "--config_file", f"{TOPOLOGIES}/zero2.yaml"),
@@ -140,7 +149,9 @@ def run(tmp_path: Path, tiny_shards: Path, taken: int) -> Iterator[Callable[...,
 
         def to_the_end(start: Start, python: str = sys.executable) -> Result:
             if start.topology is not None:
-                (tmp_path / "topology.yaml").write_text(start.topology)
+                (tmp_path / "topology.yaml").write_text(filled(start.topology))
+            if start.deepspeed is not None:
+                (tmp_path / "deepspeed.json").write_text(json.dumps(start.deepspeed))
             launcher = map(filled, start.launcher)
             argv = [python, *launcher, "-m", "pipeline.train", str(config), *start.overrides]
             env = {name: filled(value) for name, value in start.env.items()}
