@@ -10,7 +10,6 @@ old ones are removed (see `retention`). Load: the newest whose manifest verifies
 damaged one is set aside as `step-N.corrupt-*`, with a message. No pickle anywhere.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -19,10 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.files import (
@@ -213,13 +210,3 @@ def remove_litter(directory: Path) -> None:
     """Remove what killed saves left behind. Only for the one process that saves."""
     for path in directory.glob("step-*.tmp-*"):
         shutil.rmtree(path)
-
-
-def tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    """Return one digest over sorted (name, dtype, shape, bytes)."""
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name}|{value.dtype}|{list(value.shape)}|".encode())
-        flat = value.detach().cpu().reshape(-1)  # of one dimension at least, in logical order
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "run_dir",
     "num_steps",
     "accumulation",
+    "model.gradient_checkpointing",
     "monitor",
     "checkpoint",
     "watchdog",

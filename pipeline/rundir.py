@@ -25,11 +25,11 @@ from pipeline.checkpoint import (
     read_state,
     read_tensors,
     remove_litter,
-    tensors_sha256,
 )
 from pipeline.config import MAY_CHANGE, TrainConfig
 from pipeline.console import warn
 from pipeline.data.order.mixture import Mixture
+from pipeline.digest import tensors_sha256
 from pipeline.errors import FAILED, UserError
 from pipeline.files import write_atomic
 from pipeline.models.autoencoder import AutoEncoder, build_autoencoder

@@ -23,9 +23,9 @@ from pipeline.checkpoint import (
     read_tensors,
     remove_litter,
     save_checkpoint,
-    tensors_sha256,
     verify_checkpoint,
 )
+from pipeline.digest import tensors_sha256
 from pipeline.errors import UserError
 from pipeline.files import sha256_file
 from pipeline.retention import Keep, retain

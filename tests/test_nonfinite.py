@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file
 from webdataset.writer import TarWriter
 
-from pipeline.checkpoint import read_state, tensors_sha256
+from pipeline.checkpoint import read_state
+from pipeline.digest import tensors_sha256
 from pipeline.data.index import build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.train import main

@@ -14,7 +14,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import list_checkpoints, read_state, tensors_sha256, verify_checkpoint
+from pipeline.checkpoint import list_checkpoints, read_state, verify_checkpoint
+from pipeline.digest import tensors_sha256
 from tests.processes import ROOT, Processes, argv_of, env_of
 
 NUM_STEPS = 20

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.checkpoint import tensors_sha256
+from pipeline.digest import tensors_sha256
 from pipeline.models.autoencoder import AutoEncoder, ModelConfig, build_autoencoder
 from pipeline.models.backbones import Burgess
 from pipeline.optimizer import AdamWConfig

@@ -149,7 +149,10 @@ def make_fingerprint(
             "weights": config.weights,
             "step": run.step,
             "weights_sha256": run.weights_sha256,
-            "architecture": run.config.model.model_dump(mode="json"),
+            # How the training saved memory is no property of the network.
+            "architecture": run.config.model.model_dump(
+                mode="json", exclude={"gradient_checkpointing"}
+            ),
         },
         "data": {
             "dataset_id": index.dataset_id,
