@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from webdataset.writer import TarWriter
 
 from pipeline.checkpoint import read_state
-from pipeline.digest import tensors_sha256
 from pipeline.data.index import build_index
 from pipeline.data.index.splits import SplitSpec
+from pipeline.digest import tensors_sha256
 from pipeline.train import main
 from tests.processes import ROOT, Processes, argv_of, env_of
 from tests.test_resume import outcome, write_config
