@@ -81,7 +81,7 @@ def record(config: TrainConfig, windows: Path | None = None) -> dict[str, Any]:
             losses.append(float(runtime.sum(sums)[0]) / config.batch_size)
             norms.append(float(strategy.step().grad_norm))
     final = strategy.full_state().model
-    parameters = torch.cat([value.flatten() for value in final.values()])
+    parameters = torch.cat([value.flatten() for _, value in sorted(final.items())])
     return {
         "losses": np.array(losses),
         "gradients": np.stack(gradients),
