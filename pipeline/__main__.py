@@ -172,13 +172,15 @@ def bench_data(arguments: argparse.Namespace) -> int:
 
 
 def bench_train(arguments: argparse.Namespace) -> int:
-    """Measure the training loop."""
+    """Measure the training loop, or with --checkpoint its saves."""
     from pipeline import strict
+    from pipeline.bench.checkpoint import bench_checkpoint
     from pipeline.bench.train import bench_train
     from pipeline.config import TrainConfig
 
     config = strict.load(TrainConfig, arguments.config, arguments.overrides)
-    result = bench_train(config, num_steps=arguments.steps, rounds=arguments.rounds)
+    measure = bench_checkpoint if arguments.checkpoint else bench_train
+    result = measure(config, num_steps=arguments.steps, rounds=arguments.rounds)
     print_report(asdict(result), arguments.json)
     return DONE
 

@@ -110,6 +110,11 @@ class Checkpoints:
             self._pending = self._writer.submit(self._write, state, tensors)
         self._stall_seconds += time.monotonic() - started
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process is writing a checkpoint at this moment."""
+        return self._pending is not None and not self._pending.done()
+
     def finish(self) -> bool:
         """Wait until the last save is written, and tell whether that worked."""
         self._collect()
@@ -117,7 +122,7 @@ class Checkpoints:
 
     def read(self) -> dict[str, float]:
         """What to log: failures since this start; seconds of stall and writing since the last."""
-        if self._pending is not None and self._pending.done():
+        if not self.is_writing:
             self._collect()
         values = {
             "checkpoint/failures": self._num_failures,

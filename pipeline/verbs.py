@@ -143,6 +143,9 @@ def _add_bench(add: AddParser, runs: Runs) -> None:
         kinds.add_parser, "train", runs["bench_train"], "the training beside a bare loop in memory"
     )
     train.add_argument("--steps", type=int, default=20, help="per round (%(default)s)")
+    train.add_argument(
+        "--checkpoint", action="store_true", help="instead: what saving costs, and what it stalls"
+    )
     for parser in (data, train):
         parser.add_argument("config", type=Path, help="YAML file, see configs/train/")
         parser.add_argument("overrides", nargs="*", help="settings as a.b=c")

@@ -53,11 +53,11 @@ def bench_train(config: TrainConfig, *, num_steps: int, rounds: int) -> TrainBen
     variants = {"plain": config.model_copy(update={"corruptions": ()})}
     if config.corruptions:
         variants = {"with corruption": config, "without corruption": variants["plain"]}
-    loops: dict[str, _OurLoop] = {}
+    loops: dict[str, OurLoop] = {}
     contenders: dict[str, Callable[[], float]] = {}
     try:
         for name, variant in variants.items():
-            loops[name] = _OurLoop(variant, indexes, runtime)
+            loops[name] = OurLoop(variant, indexes, runtime)
             bare = _BareLoop(variant, loops[name].preload(), runtime)
             contenders[f"ours, {name}"] = lambda loop=loops[name]: loop.run(num_steps)
             contenders[f"bare, {name}"] = lambda loop=bare: loop.run(num_steps)
@@ -84,14 +84,14 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class _OurLoop:
+class OurLoop:
     """The loop of `pipeline.train`, without its logs and checkpoints."""
 
     def __init__(self, config: TrainConfig, indexes: tuple[Index, ...], runtime: Runtime) -> None:
         self._config, self._runtime = config, runtime
         self._forward = make_forward(config, runtime.device)
-        self._strategy = make_strategy(config, runtime)
-        self._strategy.warm_up(throw_away_loss(config, self._forward, self._strategy, runtime))
+        self.strategy = make_strategy(config, runtime)
+        self.strategy.warm_up(throw_away_loss(config, self._forward, self.strategy, runtime))
         self.stream: Stream = open_stream(
             config.data,
             index=indexes,
@@ -125,7 +125,7 @@ class _OurLoop:
             samples = self._step * self._config.batch_size
             batch = next(self._batches)
             results = train_step(
-                batch, samples, self._config, self._forward, self._strategy, self._meter
+                batch, samples, self._config, self._forward, self.strategy, self._meter
             )
             self._step += 1
         _synchronize(self._runtime.device)
