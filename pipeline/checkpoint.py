@@ -16,7 +16,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,6 +34,7 @@ from pipeline.strategies.base import FullState, Named
 
 MANIFEST = "MANIFEST.json"
 FORMAT = "latentmill-checkpoint-1"
+Step = int | Literal["best"]  # which checkpoint: that of a step, or the best evaluated one
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -179,11 +180,20 @@ def quarantine(path: Path, reason: str) -> None:
     )
 
 
-def find_checkpoint(directory: Path, step: int | None) -> Path:
+def find_checkpoint(directory: Path, step: Step | None) -> Path:
     """Return the checkpoint of `step`, or the newest that verifies; for readers of a finished run.
 
     Raises UserError if there is none, and for an explicit step that is damaged: no fallback then.
     """
+    if step == "best":
+        newest = find_checkpoint(directory, None)
+        best = read_state(newest).best
+        if best is None or best.step is None:
+            raise UserError(
+                f"{newest} knows of no best checkpoint: set checkpoint.keep.best in the training "
+                "config, or give a step."
+            )
+        step = best.step
     if step is not None:
         path = directory / f"step-{step}"
         if not path.is_dir():

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 BINARY_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 
@@ -26,6 +26,15 @@ def numbers(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} are no numbers: write 4, or 1,2,4 for several")
     return [int(part) for part in parts]
+
+
+def step(text: str) -> int | Literal["best"]:
+    """Which checkpoint: 1000, or best."""
+    if text == "best":
+        return "best"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no checkpoint: write its step, or best")
+    return int(text)
 
 
 def steps(text: str) -> range:

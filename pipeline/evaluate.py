@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 
 from pipeline.build import make_forward, place_model
+from pipeline.checkpoint import Step
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.data.stream import open_stream
@@ -117,7 +118,7 @@ class HeldOut:
 
 
 def evaluate_run(
-    run_dir: Path, *, step: int | None = None, split: str | None = None
+    run_dir: Path, *, step: Step | None = None, split: str | None = None
 ) -> dict[str, float]:
     """Evaluate a checkpoint of a run: the metrics that training logged, by the same names.
 

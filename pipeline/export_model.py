@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.checkpoint import find_checkpoint, read_state
+from pipeline.checkpoint import Step, find_checkpoint, read_state
 from pipeline.data.decode import ArrayDecode, Decode
 from pipeline.models.autoencoder import num_parameters
 from pipeline.models.interchange import Description, StoredValues, save_pretrained
@@ -33,7 +33,7 @@ def export_model(
     run_dir: Path,
     out: Path,
     *,
-    step: int | None = None,
+    step: Step | None = None,
     weights: Literal["raw", "ema"] = "ema",
 ) -> ModelReport:
     """Export the model of `step`, or of the newest checkpoint that verifies, to the new folder.

