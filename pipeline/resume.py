@@ -29,7 +29,7 @@ from pipeline.data.order.mixture import Mixture
 from pipeline.errors import UserError
 from pipeline.retention import CheckpointConfig, judge, retain
 from pipeline.runtime import Runtime
-from pipeline.strategies.base import FullState, Strategy
+from pipeline.strategies.base import NOTHING, FullState, Strategy
 
 _VERSIONS_OF = ("latentmill", "torch", "accelerate", "numpy", "safetensors")
 
@@ -54,6 +54,7 @@ class Checkpoints:
         self._runtime = runtime
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[float] | None = None
+        self._snapshot = NOTHING
         self._last_worked = True
         self._num_failures = 0
         self._stall_seconds = self._write_seconds = 0.0
@@ -95,7 +96,8 @@ class Checkpoints:
         """
         started = time.monotonic()
         self._collect()
-        tensors = self._strategy.full_state(wanted=self._runtime.is_main)
+        tensors = self._strategy.full_state(wanted=self._runtime.is_main, into=self._snapshot)
+        self._snapshot = tensors
         if self._runtime.is_main:
             state = RunState(
                 step=step,

@@ -235,3 +235,24 @@ def test_an_average_may_be_turned_on_late_or_off(make):
     assert all(torch.equal(state.ema[name], state.model[name]) for name in names)
     without.load_full_state(state)
     assert without.full_state().ema is None
+
+
+def test_the_memory_of_a_former_state_serves_the_next(make):
+    strategy = make()
+    update(strategy, 0)
+    former = strategy.full_state()
+    places = [value.data_ptr() for value in former.model.values()]
+    expected = digests(former)
+    update(strategy, 1)
+    assert digests(former) == expected
+    again = strategy.full_state(into=former)
+    assert [value.data_ptr() for value in again.model.values()] == places
+    assert digests(again) == digests(strategy.full_state()) != expected
+
+
+def test_who_does_not_want_the_state_gets_the_count_only(make):
+    strategy = make()
+    update(strategy, 0)
+    state = strategy.full_state(wanted=False)
+    assert (state.model, state.ema, state.exp_avg, state.exp_avg_sq) == ({}, None, {}, {})
+    assert state.num_updates == 1

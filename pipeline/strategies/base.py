@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 Named = dict[str, Tensor]
@@ -31,9 +32,14 @@ class StepResult:
     applied: Tensor  # 1.0, or 0.0 if the norm was not finite and the update was skipped
 
 
-def to_cpu(value: Tensor) -> Tensor:
-    """A contiguous copy that later updates do not touch."""
-    return value.detach().to("cpu", copy=True).contiguous()
+NOTHING = FullState({}, None, {}, {})
+
+
+def to_cpu(value: Tensor, into: Tensor | None = None) -> Tensor:
+    """A contiguous copy that later updates do not touch; in the memory of `into`, if given."""
+    if into is None:
+        into = torch.empty(value.shape, dtype=value.dtype)
+    return into.copy_(value.detach())
 
 
 class Strategy(Protocol):
@@ -65,11 +71,12 @@ class Strategy(Protocol):
         """Have the model hold the averaged parameters inside the context."""
         ...
 
-    def full_state(self, *, wanted: bool = True) -> FullState:
+    def full_state(self, *, wanted: bool = True, into: FullState = NOTHING) -> FullState:
         """Gather the canonical state in CPU memory; a collective.
 
-        wanted: whether this process needs it; else the tensors are left out. Later updates do not
-        touch what is returned.
+        wanted: whether this process needs it; else the tensors are left out. into: a former result
+        of this method that is needed no more: its memory is used again, for fetching new memory
+        from the system takes longer than the copy. Later updates do not touch what is returned.
         """
         ...
 

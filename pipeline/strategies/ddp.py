@@ -1,7 +1,8 @@
 """One process, or DistributedDataParallel over several: every process holds the whole model."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.models.autoencoder import AutoEncoder
 from pipeline.optimizer import AdamWConfig
 from pipeline.strategies.average import MovingAverage
-from pipeline.strategies.base import FullState, Named, StepResult, to_cpu
+from pipeline.strategies.base import NOTHING, FullState, Named, StepResult, to_cpu
 
 
 class DdpStrategy:
@@ -93,16 +94,21 @@ class DdpStrategy:
         finally:
             self._average.exchange(self._parameters)
 
-    def full_state(self, *, wanted: bool = True) -> FullState:
+    def full_state(self, *, wanted: bool = True, into: FullState = NOTHING) -> FullState:
         """Copy the state to the CPU; no communication, all processes hold the same."""
+        num_updates = int(self._num_updates.item())
         if not wanted:
-            return FullState({}, None, {}, {}, num_updates=int(self._num_updates.item()))
+            return replace(NOTHING, num_updates=num_updates)
+        ema: Named | None = None
+        if self._average is not None:
+            averages = dict(zip(self._names, self._average.averages, strict=True))
+            ema = _copies(averages, into.ema or {})
         return FullState(
-            model={name: to_cpu(value) for name, value in self._module.state_dict().items()},
-            ema=self._named(self._average.averages) if self._average else None,
-            exp_avg=self._moments("exp_avg"),
-            exp_avg_sq=self._moments("exp_avg_sq"),
-            num_updates=int(self._num_updates.item()),
+            model=_copies(self._module.state_dict(), into.model),
+            ema=ema,
+            exp_avg=_copies(self._moments("exp_avg"), into.exp_avg),
+            exp_avg_sq=_copies(self._moments("exp_avg_sq"), into.exp_avg_sq),
+            num_updates=num_updates,
         )
 
     def load_full_state(self, state: FullState) -> None:
@@ -125,12 +131,13 @@ class DdpStrategy:
             }
 
     def _moments(self, kind: str) -> Named:
+        """One of Adam's moments by name; empty before the first update."""
         states = [self._optimizer.state.get(p, {}) for p in self._parameters]
-        pairs = zip(self._names, states, strict=True)
-        return {name: to_cpu(state[kind]) for name, state in pairs if state}
+        return {n: state[kind] for n, state in zip(self._names, states, strict=True) if state}
 
-    def _named(self, values: list[Tensor]) -> Named:
-        return {name: to_cpu(value) for name, value in zip(self._names, values, strict=True)}
+
+def _copies(values: Mapping[str, Tensor], into: Named) -> Named:
+    return {name: to_cpu(value, into.get(name)) for name, value in values.items()}
 
 
 def _moment_like(parameter: Tensor, value: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.models.autoencoder import AutoEncoder
 from pipeline.optimizer import AdamWConfig
 from pipeline.strategies.average import MovingAverage
-from pipeline.strategies.base import FullState, Named, StepResult, to_cpu
+from pipeline.strategies.base import NOTHING, FullState, Named, StepResult, to_cpu
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -127,17 +127,19 @@ class ZeroStrategy:
             self._release()
             self._average.exchange(self._held())
 
-    def full_state(self, *, wanted: bool = True) -> FullState:
+    def full_state(self, *, wanted: bool = True, into: FullState = NOTHING) -> FullState:
         """Gather parameters, averages and moments on the CPU; a collective."""
-        buffers = self._module.named_buffers() if wanted else ()
-        model = {name: to_cpu(value) for name, value in buffers}
-        model |= self._gathered(self._held(), wanted)
-        moments = {kind: self._moments(kind, wanted) for kind in MOMENTS}
+        model: Named = {}
+        for name, buffer in self._module.named_buffers() if wanted else ():
+            model[name] = to_cpu(buffer, into.model.get(name))
+        model |= self._gathered(self._held(), wanted, into.model)
+        averages = self._average.averages if self._average else []
         return FullState(
             model=model,
-            ema=self._gathered(self._average.averages, wanted) if self._average else None,
+            ema=self._gathered(averages, wanted, into.ema or {}) if averages else None,
+            exp_avg=self._moments("exp_avg", wanted, into.exp_avg),
+            exp_avg_sq=self._moments("exp_avg_sq", wanted, into.exp_avg_sq),
             num_updates=int(self._num_updates.item()),
-            **moments,
         )
 
     @torch.no_grad()
@@ -201,7 +203,7 @@ class ZeroStrategy:
         else:
             getattr(self._tools, f"safe_set_{reach}_optimizer_state")(parameter, mine, kind)
 
-    def _moments(self, kind: str, wanted: bool) -> Named:
+    def _moments(self, kind: str, wanted: bool, into: Named) -> Named:
         """One of Adam's moments of all parameters; a collective, also where it is not wanted."""
         moments: Named = {}
         if self._num_updates.item() == 0:
@@ -209,10 +211,10 @@ class ZeroStrategy:
         for name, parameter in zip(self._names, self._parameters, strict=True):
             whole = self._tools.safe_get_full_optimizer_state(parameter, kind)
             if wanted:
-                moments[name] = to_cpu(whole).view(self._shape(parameter))
+                moments[name] = to_cpu(whole.view(self._shape(parameter)), into.get(name))
         return moments
 
-    def _gathered(self, held: Sequence[Tensor], wanted: bool) -> Named:
+    def _gathered(self, held: Sequence[Tensor], wanted: bool, into: Named) -> Named:
         """Whole values from what every process holds of them; a collective under stage 3."""
         whole: Named = {}
         for name, parameter, mine in zip(self._names, self._parameters, held, strict=True):
@@ -222,7 +224,7 @@ class ZeroStrategy:
                 dist.all_gather(parts, mine.contiguous())
                 mine = torch.cat(parts)[: shape.numel()]
             if wanted:
-                whole[name] = to_cpu(mine).view(shape)
+                whole[name] = to_cpu(mine.view(shape), into.get(name))
         return whole
 
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
