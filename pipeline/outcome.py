@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipeline.console import warn
 from pipeline.errors import FAILED, WRONG_USE, UserError
 from pipeline.files import canonical_json, create_exclusive, write_atomic, write_json
 
@@ -47,15 +48,19 @@ def record_failure(
 ) -> bool:
     """Record why a process fails; tell whether it is the first to do so, whose word counts.
 
-    details: for failure/rank-N.txt.
+    details: for failure/rank-N.txt. Where nothing can be written, each process has its own word.
     """
     folder = run_dir / FAILURE
-    folder.mkdir(exist_ok=True)
-    if details:
-        write_atomic(folder / f"rank-{rank}.txt", details.encode())
-    if not create_exclusive(folder / "first.json", canonical_json({"rank": rank, "why": message})):
-        return False
-    write_outcome(run_dir, Outcome("failed", exit_code, step=None, message=message))
+    try:
+        folder.mkdir(exist_ok=True)
+        if details:
+            write_atomic(folder / f"rank-{rank}.txt", details.encode())
+        first = canonical_json({"rank": rank, "why": message})
+        if not create_exclusive(folder / "first.json", first):
+            return False
+        write_outcome(run_dir, Outcome("failed", exit_code, step=None, message=message))
+    except OSError as error:
+        warn(f"how this run failed could not be recorded in {run_dir} ({error})")
     return True
 
 

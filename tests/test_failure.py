@@ -74,3 +74,9 @@ def test_an_exception_becomes_an_outcome(tmp_path, error: BaseException, message
     ended = outcome(tmp_path)
     assert (ended["status"], ended["exit_code"]) == ("failed", code)
     assert message in ended["message"]
+
+
+def test_where_nothing_can_be_written_the_error_itself_stays(tmp_path: Path, capsys):
+    run = tmp_path / "gone"
+    assert record_exception(run, RuntimeError("the cause"), rank=0, world=2)
+    assert f"how this run failed could not be recorded in {run}" in capsys.readouterr().err
