@@ -24,6 +24,12 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def trained(run_dir: Path) -> list[dict]:
+    """What was logged of the training."""
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if "train/loss" in record]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Mount a real file system of a given size, or change its size; needs root."""
@@ -98,6 +104,9 @@ def test_a_full_disk_costs_checkpoints_and_never_the_run(
     assert json.loads((run_dir / "outcome.json").read_bytes())["exit_code"] == 1
     assert names(disk) == {"step-5"}
     verify_checkpoint(disk / "step-5")
+    failures = [record["checkpoint/failures"] for record in trained(run_dir)]
+    assert failures == sorted(failures)
+    assert failures[-1] == 2  # the last one fails after the last log
 
     resumed = start_processes("pipeline.train", None, config, "num_steps=60")
     resumed.wait_for("could not be saved")
@@ -106,6 +115,4 @@ def test_a_full_disk_costs_checkpoints_and_never_the_run(
     assert done.code == 0, done.output
     assert names(disk) == {"step-55", "step-60"}
     verify_checkpoint(disk / "step-60")
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    trained = [record["step"] for record in records if "train/loss" in record]
-    assert trained == list(range(1, 61))
+    assert [record["step"] for record in trained(run_dir)] == list(range(1, 61))
