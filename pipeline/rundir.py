@@ -12,6 +12,7 @@ outcome.json       how the last start ended, and failure/, if it failed: see `ou
 import fcntl
 import json
 import os
+import socket
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) 
     run_dir = Path(config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / "lock").open("wb")
+        lock = (run_dir / "lock").open("a+b")
     except OSError as error:
         raise UserError(
             f"cannot write to the run directory {run_dir}: {error.strerror}. Set run_dir to a "
@@ -59,11 +60,15 @@ def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) 
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        holder = (run_dir / "lock").read_text() or "another process"
         lock.close()
         raise UserError(
-            f"another process is running in {run_dir}. Wait for it, stop it (touch "
-            f"{run_dir}/STOP), or set another run_dir."
+            f"{holder} is running in {run_dir}. Wait for it, stop it (touch {run_dir}/STOP), or "
+            "set another run_dir."
         ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    lock.flush()
     try:
         _take_over_config(run_dir, config, accepted, order)
         (run_dir / "STOP").unlink(missing_ok=True)
