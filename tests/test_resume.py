@@ -210,7 +210,8 @@ def test_stop_file_sigterm_and_sigusr1_stop_between_steps_and_lose_nothing(
         message = f"stopped by {reason}"
         expected = {"status": "preempted", "exit_code": 3, "step": seen[-1], "message": message}
         assert outcome(run) == expected
-    assert 0 < seen[0] < seen[1] < seen[2] < NUM_STEPS
+    # The file was there early: perhaps before the first step.
+    assert 0 <= seen[0] < seen[1] < seen[2] < NUM_STEPS
 
     ended = start_processes("pipeline.train", None, config).wait()
     assert ended.code == 0, ended.output
