@@ -7,6 +7,7 @@ for others for half an hour.
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ HOW_TO_LAUNCH = (
 MEETING_SECONDS = 8.0  # longer than processes of one machine, started by one hand, differ
 LATE_SECONDS = 60.0  # of others: torchrun lets them start together, but machines may be slow
 MAIN_FIRST_SECONDS = 10.0  # by which the main process comes later to a mistake than another
+STORE_SECONDS = 30.0  # in which another machine's launcher answers, which is up already
 _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 _PRECISIONS = ("fp16", "bf16", "amp", "torch_autocast")  # sections of DeepSpeed's JSON
 _HOW_TO_CHOOSE = "set `precision` (fp32 or bf16; there is no fp16) in the config"
@@ -56,6 +58,20 @@ def check_announced(environment: Mapping[str, str]) -> None:
             f"{HOW_TO_LAUNCH} For one process, take --num_processes 1 and unset MASTER_ADDR."
         )
     _check_precision(environment)
+
+
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """Raise UserError if torchrun, which holds the meeting place, has died meanwhile."""
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    try:
+        socket.create_connection(place, timeout=STORE_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"nobody answers at {place[0]}:{place[1]} (MASTER_ADDR, MASTER_PORT), where the "
+            f"launcher brings its processes together ({error}): has it been killed?"
+        ) from error
 
 
 @contextmanager

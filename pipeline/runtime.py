@@ -27,8 +27,9 @@ from accelerate.utils import (
 )
 from torch import Tensor
 
+from pipeline import PARENT_AT_START
 from pipeline.errors import UserError
-from pipeline.meeting import HOW_TO_LAUNCH, check_announced, meeting
+from pipeline.meeting import HOW_TO_LAUNCH, check_announced, check_launcher, meeting
 
 STOP_FILE_POLL_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -56,6 +57,7 @@ class Runtime:
         """
         check_announced(os.environ)
         _die_with_parent()
+        check_launcher(os.environ)
         on_cpu = not torch.accelerator.is_available()
         timeout = None if patience is None else timedelta(seconds=patience)
         handlers: list[Any] = [
@@ -253,3 +255,5 @@ def _die_with_parent() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != PARENT_AT_START:  # too late for a signal
+        sys.exit("error: the launcher has died while this process was starting")

@@ -97,3 +97,20 @@ def test_killed_one_by_one_it_ends_as_if_nobody_had_been(
     assert ended.code == 0, ended.output
     assert result_of(tmp_path / "run", NUM_STEPS) == undisturbed(strategy)
     print(f"{strategy}: {victims}, the others gone within {max(seconds):.1f} s")
+
+
+@pytest.mark.parametrize(
+    "seconds", [0.0, *(pytest.param(0.5 * n, marks=pytest.mark.soak) for n in range(1, 14))]
+)
+def test_a_launcher_killed_while_its_processes_start_leaves_none_behind(
+    tmp_path: Path, tiny_shards: Path, start_processes: Callable, seconds: float
+):
+    config = write_config(tmp_path, tiny_shards, 100_000)
+    running = start_processes("pipeline.train", WORLD, config)
+    while len(running.ranks()) < WORLD:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    everybody = running.everything()
+    everybody[0].kill()
+    _, left = psutil.wait_procs(everybody, timeout=PEERS_GONE_SECONDS)
+    assert not left, running.output

@@ -1,6 +1,7 @@
 """What launchers announce, as far as one process shows it; tests/launch/ has the real mistakes."""
 
 import json
+import socket
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from pipeline import meeting as module
 from pipeline.errors import UserError
-from pipeline.meeting import check_announced, meeting
+from pipeline.meeting import check_announced, check_launcher, meeting
 
 TORCHRUN = {
     "WORLD_SIZE": "2",
@@ -73,3 +74,14 @@ def test_who_meets_in_time_hears_nothing(
         pass
     time.sleep(0.4)
     assert capsys.readouterr().err == ""
+
+
+def test_a_launcher_that_has_died_is_noticed_before_anyone_waits_for_it():
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        port = store.getsockname()[1]
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        check_launcher(environment)
+    with pytest.raises(UserError, match=f"nobody answers at 127.0.0.1:{port} .*been killed"):
+        check_launcher(environment)
+    check_launcher(environment | {"TORCHELASTIC_USE_AGENT_STORE": "False"})
