@@ -41,3 +41,13 @@ class ExportConfig(Component):
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"formats name a kind twice: {', '.join(kinds)}")
         return self
+
+    @model_validator(mode="after")
+    def _formats_are_one_file_each(self) -> Self:
+        pairs = [writer.kind for writer in self.formats if len(writer.suffixes) > 1]
+        if pairs:
+            raise ValueError(
+                f"formats: {', '.join(pairs)} has several files per shard, and the export stages "
+                "one per format only. Choose among tar, parquet and safetensors."
+            )
+        return self

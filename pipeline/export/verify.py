@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.export import statistics
 from pipeline.export.audit import audit_task, check_key_index
 from pipeline.export.commit import Commit
-from pipeline.export.layout import ExportDir
+from pipeline.export.layout import ExportDir, data_path
 from pipeline.export.plan import FORMAT, read_plan
 from pipeline.export.source import SourceKeys
 from pipeline.files import sha256_file
@@ -185,6 +185,18 @@ def _check_hashes(export: ExportDir, manifest: Mapping[str, Any]) -> Iterator[st
             yield f"{path} has other content than was committed (sha256)"
 
 
+def _main_files(task: Mapping[str, Any], writers: Sequence[BaseWriter]) -> list[dict[str, Any]]:
+    """Return the file that each writer reads, together with those beside it.
+
+    Fewer than there are writers, if not exactly their files are listed.
+    """
+    name, found = task["name"], {file["path"]: file for file in task["files"]}
+    expected = {data_path(one.kind, name, suffix) for one in writers for suffix in one.suffixes}
+    if set(found) != expected:
+        return []
+    return [found[data_path(writer.kind, name, writer.suffix)] for writer in writers]
+
+
 def _check_content(
     export: ExportDir,
     manifest: Mapping[str, Any],
@@ -199,7 +211,11 @@ def _check_content(
     keys: list[Sequence[str]] = []
     partials: list[statistics.Partial] = []
     for task in manifest["tasks"]:
-        rows, problems = audit_task(export, task, writers, source)
+        files = _main_files(task, writers)
+        if len(files) < len(writers):
+            yield f"{task['name']}: manifest.json lists other files than its formats have"
+            continue
+        rows, problems = audit_task(export, {**task, "files": files}, writers, source)
         yield from problems
         if rows is None:
             continue

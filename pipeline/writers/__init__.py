@@ -7,10 +7,25 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.writers.base import FIELDS, NO_LABEL, BaseWriter, Rows
+from pipeline.writers.base import FIELDS, NO_LABEL, BaseWriter, Dtype, Rows
+from pipeline.writers.npy import NpyWriter
 from pipeline.writers.parquet import ParquetWriter
+from pipeline.writers.safetensors import SafetensorsWriter
 from pipeline.writers.tar import TarWriter
 
-__all__ = ["FIELDS", "NO_LABEL", "BaseWriter", "ParquetWriter", "Rows", "TarWriter", "Writer"]
+__all__ = [
+    "FIELDS",
+    "NO_LABEL",
+    "BaseWriter",
+    "Dtype",
+    "NpyWriter",
+    "ParquetWriter",
+    "Rows",
+    "SafetensorsWriter",
+    "TarWriter",
+    "Writer",
+]
 
-Writer = Annotated[TarWriter | ParquetWriter, Field(discriminator="kind")]
+Writer = Annotated[
+    TarWriter | ParquetWriter | NpyWriter | SafetensorsWriter, Field(discriminator="kind")
+]

@@ -4,12 +4,14 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.component import Component
+
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 NO_LABEL = -1
 FIELDS = ("mu", "logvar")  # mean and log-variance of the posterior; logvar only where it has one
@@ -29,6 +31,8 @@ class Rows:
     labels: NDArray[np.int64]  # [n], NO_LABEL = the source has none
     metadata: Sequence[str | None]  # [n] JSON texts of the source, passed through
     latents: dict[str, NDArray[Any]]  # field of FIELDS -> [n, *latent_shape] float16 or float32
+    # numpy has no bfloat16: its numbers are kept in float32 arrays, which hold them exactly.
+    bfloat16: bool = False
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -40,19 +44,33 @@ class Rows:
 
 
 class BaseWriter(Component):
-    """One file format. The same rows give the same bytes, and `read` returns what was written."""
+    """One file format. The same rows give the same bytes, and `read` returns what was written.
+
+    A format may need several files per task: they lie beside each other and differ in their suffix
+    only. The first one's path stands for them all.
+    """
 
     kind: str
 
     @property
     @abstractmethod
     def suffix(self) -> str:
-        """The file's suffix, with its dot."""
+        """The (first) file's suffix, with its dot."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The suffixes of all files of a task, `suffix` first."""
+        return (self.suffix,)
+
+    @property
+    def dtypes(self) -> tuple[Dtype, ...]:
+        """The types of latents that the format holds."""
+        return ("float32", "float16")
 
     @abstractmethod
     def write(self, path: Path, rows: Rows) -> None:
-        """Create the file, which must not exist."""
+        """Create the file, or files, none of which may exist."""
 
     @abstractmethod
     def read(self, path: Path) -> Rows:
-        """Return the rows of a file; raises ValueError when it is damaged."""
+        """Return the rows of a file; raises ValueError when it, or one beside it, is damaged."""

@@ -9,6 +9,7 @@ holds the features for `datasets` and, under "latentmill", shape and type.
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 
 from pipeline.writers.base import FIELDS, NO_LABEL, BaseWriter, Rows
 
-ROW_GROUP_BYTES = 32 << 20  # of latents; a reader holds one group at a time
+# At most; a reader holds one group at a time. Groups are about equal: none is a small rest.
+ROW_GROUP_BYTES = 32 << 20
 _TYPES = {"float16": pa.float16(), "float32": pa.float32()}
 
 
@@ -34,42 +36,55 @@ class ParquetWriter(BaseWriter):
         return ".parquet"
 
     def write(self, path: Path, rows: Rows) -> None:
-        """Create the file; the latents are stored plain, as floats do not compress."""
-        table = to_table(rows)
-        plain = [_leaf(field, rows.latent_shape) for field in rows.latents]
-        texts = ["key", "shard", "row", "valid", "label", "metadata"]
-        row_bytes = sum(values[:1].nbytes for values in rows.latents.values())
-        options: dict[str, Any] = {
-            "row_group_size": max(1, ROW_GROUP_BYTES // max(row_bytes, 1)),
-            "compression": dict.fromkeys(texts, "ZSTD") | dict.fromkeys(plain, "NONE"),
-            "use_dictionary": ["shard", "label"],
-            "write_statistics": ["key", "row", "label"],
-        }
-        with path.open("xb") as file:
-            pq.write_table(table, file, **options)
-            file.flush()
-            os.fsync(file.fileno())
+        """Create the file."""
+        write_parquet(path, rows, rows.latents)
 
     def read(self, path: Path) -> Rows:
         """Return the rows of the file."""
-        try:
-            with pq.ParquetFile(path) as file:
-                table = file.read()
-            labels = table["label"].fill_null(NO_LABEL).to_numpy()
-            return Rows(
-                shard=path.stem,
-                keys=table["key"].to_pylist(),
-                rows=table["row"].to_numpy(),
-                valid=table["valid"].to_numpy(),
-                labels=labels,
-                metadata=table["metadata"].to_pylist(),
-                latents={f: to_array(table[f]) for f in FIELDS if f in table.column_names},
-            )
-        except (pa.ArrowException, KeyError, OSError) as error:
-            raise ValueError(f"{path.name} cannot be read: {error!r}") from error
+        return read_parquet(path)[0]
 
 
-def to_table(rows: Rows) -> Any:
+def write_parquet(path: Path, rows: Rows, fields: Collection[str]) -> None:
+    """Create a file that holds these fields of the latents, plain, as floats do not compress."""
+    table = to_table(rows, fields)
+    plain = [_leaf(field, rows.latent_shape) for field in fields]
+    texts = ["key", "shard", "row", "valid", "label", "metadata"]
+    num_groups = -(-table.nbytes // ROW_GROUP_BYTES)
+    options: dict[str, Any] = {
+        "row_group_size": -(-len(rows) // max(num_groups, 1)),
+        "compression": dict.fromkeys(texts, "ZSTD") | dict.fromkeys(plain, "NONE"),
+        "use_dictionary": ["shard", "label"],
+        "write_statistics": ["key", "row", "label"],
+    }
+    with path.open("xb") as file:
+        pq.write_table(table, file, **options)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_parquet(path: Path) -> tuple[Rows, tuple[int, ...]]:
+    """Return the rows, with the fields that the file holds, and the shape of one latent.
+
+    Raises ValueError when the file is damaged.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+        rows = Rows(
+            shard=path.stem,
+            keys=table["key"].to_pylist(),
+            rows=table["row"].to_numpy(),
+            valid=table["valid"].to_numpy(),
+            labels=table["label"].fill_null(NO_LABEL).to_numpy(),
+            metadata=table["metadata"].to_pylist(),
+            latents={f: to_array(table[f]) for f in FIELDS if f in table.column_names},
+        )
+        return rows, tuple(json.loads(table.schema.metadata[b"latentmill"])["latent_shape"])
+    except (pa.ArrowException, KeyError, TypeError, OSError, ValueError) as error:
+        raise ValueError(f"{path.name} cannot be read: {error!r}") from error
+
+
+def to_table(rows: Rows, fields: Collection[str]) -> Any:
     """Return the rows as a pyarrow.Table with the schema of the module's docstring."""
     columns: dict[str, Any] = {
         "key": pa.array(rows.keys, pa.string()),
@@ -79,8 +94,8 @@ def to_table(rows: Rows) -> Any:
         "label": pa.array(rows.labels, pa.int64(), mask=rows.labels == NO_LABEL),
         "metadata": pa.array(rows.metadata, pa.string()),
     }
-    columns |= {field: _nested(values) for field, values in rows.latents.items()}
-    return pa.table(columns).replace_schema_metadata(_schema_metadata(rows))
+    columns |= {field: _nested(rows.latents[field]) for field in fields}
+    return pa.table(columns).replace_schema_metadata(_schema_metadata(rows, fields))
 
 
 def to_array(column: Any) -> NDArray[Any]:
@@ -105,7 +120,7 @@ def _leaf(field: str, shape: tuple[int, ...]) -> str:
     return field + ".list.element" * len(shape)
 
 
-def _schema_metadata(rows: Rows) -> dict[str, str]:
+def _schema_metadata(rows: Rows, fields: Collection[str]) -> dict[str, str]:
     dtype = rows.latents["mu"].dtype.name
     latent: dict[str, Any] = {"dtype": dtype, "_type": "Value"}
     for size in reversed(rows.latent_shape):
@@ -115,7 +130,7 @@ def _schema_metadata(rows: Rows) -> dict[str, str]:
         name: {"dtype": kind, "_type": "Value"}
         for name, kind in {**names, "metadata": "string"}.items()
     }
-    features |= dict.fromkeys(rows.latents, latent)
+    features |= dict.fromkeys(fields, latent)
     ours = {
         "version": 1,
         "latent_shape": list(rows.latent_shape),

@@ -4,26 +4,37 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from pipeline.writers import NO_LABEL, BaseWriter, ParquetWriter, Rows, TarWriter, Writer
+from pipeline.writers import NO_LABEL, BaseWriter, Dtype, ParquetWriter, Rows, TarWriter, Writer
 from tests.processes import ROOT
 
 KINDS = get_args(get_args(Writer)[0])
-SHAPES = [(3,), (2, 3, 4)]
-DTYPES = ["float32", "float16"]
+SHAPES = [(3,), (2, 3, 4), (1, 1, 1)]
+
+
+KINDS_AND_DTYPES = [
+    pytest.param(kind, dtype, id=f"{kind().kind}-{dtype}")
+    for kind in KINDS
+    for dtype in kind().dtypes
+]
 
 
 def make_rows(
-    shape: tuple[int, ...] = (3,), dtype: str = "float32", *, n: int = 8, notes: bool = True
+    shape: tuple[int, ...] = (3,), dtype: Dtype = "float32", *, n: int = 8, notes: bool = True
 ) -> Rows:
     generator = np.random.default_rng(1)
-    latents = {name: generator.normal(size=(n, *shape)).astype(dtype) for name in ("mu", "logvar")}
+    latents: dict[str, np.ndarray] = {}
+    for name in ("mu", "logvar"):
+        values = torch.from_numpy(generator.normal(size=(n, *shape))).to(getattr(torch, dtype))
+        latents[name] = (values.float() if dtype == "bfloat16" else values).numpy()
     valid = np.ones(n, np.bool_)
     valid[2] = False
     for values in latents.values():
@@ -32,12 +43,18 @@ def make_rows(
     texts = [json.dumps({"x": i / 8, "name": f"é{i}"}, ensure_ascii=False) for i in range(n)]
     keys = [f"cats/{i:03d}" for i in range(n)]
     rows = np.arange(n) * 2
-    return Rows("shard-7", keys, rows, valid, labels, texts if notes else [None] * n, latents)
+    metadata = texts if notes else [None] * n
+    return Rows("shard-7", keys, rows, valid, labels, metadata, latents, dtype == "bfloat16")
+
+
+def files_of(writer: BaseWriter, path: Path) -> list[Path]:
+    return [path.with_suffix(suffix) for suffix in writer.suffixes]
 
 
 def assert_same(one: Rows, other: Rows) -> None:
     assert list(one.keys) == list(other.keys)
     assert list(one.metadata) == list(other.metadata)
+    assert one.bfloat16 == other.bfloat16
     for name in ("rows", "valid", "labels"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     assert list(one.latents) == list(other.latents)
@@ -46,17 +63,31 @@ def assert_same(one: Rows, other: Rows) -> None:
         np.testing.assert_array_equal(other.latents[name], values)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind, dtype", KINDS_AND_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_read_gives_back_what_was_written(
-    kind: type[BaseWriter], shape: tuple[int, ...], dtype: str, tmp_path: Path
+    kind: type[BaseWriter], shape: tuple[int, ...], dtype: Dtype, tmp_path: Path
 ):
     writer, rows = kind(), make_rows(shape, dtype)
     path = tmp_path / f"shard-7{writer.suffix}"
     writer.write(path, rows)
     assert_same(writer.read(path), rows)
     assert writer.read(path).shard == rows.shard
+    assert writer.suffixes[0] == writer.suffix
+    assert set(tmp_path.iterdir()) == set(files_of(writer, path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_row_and_a_stem_with_dots(kind: type[BaseWriter], tmp_path: Path):
+    path = tmp_path / f"part.0.of.9{kind().suffix}"
+    rows = replace(make_rows(n=3), shard="part.0.of.9")
+    one = Rows(
+        *(rows.shard, rows.keys[:1], rows.rows[:1], rows.valid[:1], rows.labels[:1]),
+        *(rows.metadata[:1], {field: values[:1] for field, values in rows.latents.items()}),
+    )
+    kind().write(path, one)
+    assert_same(kind().read(path), one)
+    assert kind().read(path).shard == "part.0.of.9"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,35 +110,42 @@ def test_rows_of_which_some_have_label_and_metadata(kind: type[BaseWriter], tmp_
     assert_same(kind().read(path), mixed)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_same_rows_give_the_same_bytes(kind: type[BaseWriter], tmp_path: Path):
+@pytest.mark.parametrize("kind, dtype", KINDS_AND_DTYPES)
+def test_same_rows_give_the_same_bytes(kind: type[BaseWriter], dtype: Dtype, tmp_path: Path):
     contents = []
     for name in ("a", "b"):
         path = tmp_path / f"{name}{kind().suffix}"
-        kind().write(path, make_rows())
-        contents.append(path.read_bytes())
+        kind().write(path, make_rows(dtype=dtype))
+        contents.append([file.read_bytes() for file in files_of(kind(), path)])
     assert contents[0] == contents[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_existing_files_are_not_overwritten(kind: type[BaseWriter], tmp_path: Path):
-    path = tmp_path / f"s{kind().suffix}"
-    path.write_text("mine")
-    with pytest.raises(FileExistsError):
-        kind().write(path, make_rows())
-    assert path.read_text() == "mine"
+    for number, suffix in enumerate(kind().suffixes):
+        path = tmp_path / f"{number}{kind().suffix}"
+        path.with_suffix(suffix).write_text("mine")
+        with pytest.raises(FileExistsError):
+            kind().write(path, make_rows())
+        assert path.with_suffix(suffix).read_text() == "mine"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("content", [b"", b"nonsense" * 100, None])
+@pytest.mark.parametrize("content", [b"", b"nonsense" * 100, None, "gone"])
 def test_damaged_files_are_a_value_error(
-    kind: type[BaseWriter], content: bytes | None, tmp_path: Path
+    kind: type[BaseWriter], content: bytes | str | None, tmp_path: Path
 ):
-    path = tmp_path / f"s{kind().suffix}"
-    kind().write(path, make_rows())
-    path.write_bytes(path.read_bytes()[:1300] if content is None else content)
-    with pytest.raises(ValueError, match="cannot be read"):
-        kind().read(path)
+    for number, suffix in enumerate(kind().suffixes):
+        path = tmp_path / f"{number}{kind().suffix}"
+        kind().write(path, make_rows())
+        damaged = path.with_suffix(suffix)
+        whole = damaged.read_bytes()
+        if content == "gone":
+            damaged.unlink()
+        else:
+            damaged.write_bytes(whole[: min(1300, len(whole) - 5)] if content is None else content)
+        with pytest.raises(ValueError, match=rf"{damaged.name} cannot be read"):
+            kind().read(path)
 
 
 def test_parquet_latents_are_stored_plainly(tmp_path: Path):
@@ -127,6 +165,22 @@ def test_parquet_latents_are_stored_plainly(tmp_path: Path):
         "dtype": "float16",
         "fields": ["mu", "logvar"],
     }
+
+
+@pytest.mark.parametrize("text_bytes, shape", [(10, (4, 64, 64)), (100_000, (3,))])
+def test_parquet_row_groups_are_equal_and_neither_small_nor_large(
+    text_bytes: int, shape: tuple[int, ...], tmp_path: Path
+):
+    """Of about 70 MB, whether the latents or the texts are large; and no small rest at the end."""
+    rows = make_rows(shape, n=512 if text_bytes < 100 else 700)
+    generator = np.random.default_rng(2)
+    texts = [json.dumps(generator.bytes(text_bytes // 2).hex()) for _ in rows.keys]
+    ParquetWriter().write(tmp_path / "s.parquet", replace(rows, metadata=texts))
+    with pq.ParquetFile(tmp_path / "s.parquet") as file:
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    assert len(groups) == 3
+    assert all(8 << 20 <= group.total_byte_size <= 64 << 20 for group in groups)
+    assert max(group.num_rows for group in groups) - groups[-1].num_rows <= len(groups)
 
 
 def read_with_others(tmp_path: Path, rows: Rows) -> dict[str, list[dict]]:
