@@ -1,0 +1,15 @@
+"""The reader of a finished export: rows by number, slice and key; batches over ranks and workers.
+
+    manifest.json, _SUCCESS --manifest.py--> what there is, of which model
+    keys.parquet --keys.py--> key -> row number
+    data/<kind>/<shard> --formats/--> arrays, by memory map where the files are local
+    (seed, epoch, step, rank) --batches.py, by order-v1--> row numbers -> LatentRows
+
+Nothing here imports torch, so whoever trains on latents needs numpy and pyarrow alone.
+"""
+
+from pipeline.latents.dataset import LatentDataset
+from pipeline.latents.keys import UnknownKeyError
+from pipeline.latents.rows import NO_LABEL, LatentRow, LatentRows
+
+__all__ = ["NO_LABEL", "LatentDataset", "LatentRow", "LatentRows", "UnknownKeyError"]

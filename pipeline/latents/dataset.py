@@ -1,0 +1,246 @@
+"""LatentDataset: the rows of an export as a sequence, a table and a stream of batches."""
+
+import operator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+from pipeline.latents.batches import (
+    INTERLEAVE,
+    WINDOW,
+    Share,
+    make_order,
+    plan_steps,
+    steps_per_epoch,
+)
+from pipeline.latents.files import Files, LocalFiles, RemoteFiles, Store, damaged
+from pipeline.latents.formats.base import COLUMNS, Ints
+from pipeline.latents.keys import KeyIndex, UnknownKeyError
+from pipeline.latents.manifest import Manifest, Scale, make_scale, read_manifest, read_statistics
+from pipeline.latents.rows import LatentRow, LatentRows
+from pipeline.latents.shards import Shards, choose_format
+
+CACHE_BYTES = 1 << 30  # of remote ranges
+
+Tail = Literal["mask", "drop"]
+
+
+class LatentDataset:
+    """A finished export, in the order of its shards and their rows.
+
+        ds = LatentDataset("latents", normalized=True)
+        ds[5], ds[10:20], ds.by_key("000000123"), ds.column("label")
+        for batch in ds.batches(256, seed=0, epoch=0, rank=r, world=w, start=step): ...
+
+    Files are opened as they are needed, at most 128 shards at a time; a pickled or forked copy
+    opens its own.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        format: str | None = None,  # noqa: A002 - what users call it
+        normalized: bool = False,
+        weights_sha256: str | None = None,
+        storage: Store | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        """Read the manifest; raise UserError unless a finished export of that model is there.
+
+        root: a directory, or with `storage` the URL that it reads. format: which of the stored
+        ones to read; None = the fastest. normalized: latents per channel to mean 0 and standard
+        deviation 1 of a sampled latent, as float32, by the export's own statistics.
+        weights_sha256: the model that must have encoded; None = any. cache_bytes: of remote
+        ranges kept in memory.
+        """
+        self._arguments: dict[str, Any] = {
+            "format": format,
+            "normalized": normalized,
+            "weights_sha256": weights_sha256,
+            "storage": storage,
+            "cache_bytes": cache_bytes,
+        }
+        self.root = str(root)
+        if storage is None and "://" in self.root:
+            raise UserError(
+                f"{root} is a URL: give the storage that reads it, as in "
+                "LatentDataset(url, storage=pipeline.data.storage.open_storage(url))."
+            )
+        self._files: Files = (
+            LocalFiles(Path(root)) if storage is None else RemoteFiles(storage, cache_bytes)
+        )
+        self.manifest: Manifest = read_manifest(self._files, weights_sha256)
+        self.format = choose_format(self.root, self.manifest, format)
+        self.normalized = normalized
+        scale = self._make_scale() if normalized else None
+        self._shards = Shards(self._files, self.manifest, self.format, scale)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.root, self._arguments)
+
+    def __len__(self) -> int:
+        return int(self._shards.first_row[-1])
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one row's latent, channels first."""
+        return self.manifest.latent_shape
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The arrays of a row: ("mu", "logvar") or ("mu",)."""
+        return self.manifest.fields
+
+    @cached_property
+    def statistics(self) -> dict[str, Any]:
+        """The statistics of all valid rows: latents_mean, latents_std, scaling_factor ..."""
+        return read_statistics(self._files, self.manifest)
+
+    @overload
+    def __getitem__(self, rows: int) -> LatentRow: ...
+
+    @overload
+    def __getitem__(self, rows: slice | Sequence[int] | NDArray[Any]) -> LatentRows: ...
+
+    def __getitem__(
+        self, rows: int | slice | Sequence[int] | NDArray[Any]
+    ) -> LatentRow | LatentRows:
+        """Return one row by its number, or several by a slice or a list of numbers.
+
+        Raises IndexError for a number that is not there.
+        """
+        if isinstance(rows, slice):
+            return self._take(np.arange(*rows.indices(len(self))))
+        if isinstance(rows, Sequence | np.ndarray):
+            numbers = np.asarray(rows)
+            if numbers.size and numbers.dtype.kind not in "iu":
+                raise IndexError(f"rows are numbers, not {numbers.dtype}")
+            return self._take(self._checked(numbers.astype(np.int64).reshape(-1)))
+        return self._take(self._checked(np.array([operator.index(rows)]))).row(0)
+
+    def by_key(self, key: str) -> LatentRow:
+        """Return the row with a key; raise UnknownKeyError, or UserError when several have it."""
+        rows = self.rows_of_key(key)
+        if not rows:
+            raise UnknownKeyError(
+                f"No row of {self.root} has the key {key!r} ({len(self):,} rows, such as "
+                f"{self[0].key!r})."
+                if len(self)
+                else f"{self.root} holds no row."
+            )
+        if len(rows) > 1:
+            raise UserError(
+                f"{len(rows)} rows of {self.root} have the key {key!r}, as the data set has it "
+                f"more than once: rows {', '.join(map(str, rows[:10]))}; read them by number."
+            )
+        return self[rows[0]]
+
+    def rows_of_key(self, key: str) -> list[int]:
+        """Return the numbers of all rows with a key; mostly one, none if there is no such key."""
+        return [int(self._shards.first_row[task]) + row for task, row in self._key_index.find(key)]
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Return a column of all rows: key, valid, label, metadata, mu or logvar.
+
+        Texts come as an array of objects. Raises UserError for another name.
+        """
+        if name not in (*COLUMNS, *self.fields):
+            names = ", ".join((*COLUMNS, *self.fields))
+            raise UserError(f"There is no column {name!r} in {self.root}: choose one of {names}.")
+        parts: list[NDArray[Any]] = []
+        for shard, count in enumerate(self.manifest.counts.tolist()):
+            parts.append(self._shards.read(shard, np.arange(count), (name,))[name])
+        return np.concatenate(parts)
+
+    def num_steps(self, batch_size: int, *, tail: Tail = "mask") -> int:
+        """Return the steps of an epoch of `batches`."""
+        return (len(self) // batch_size) if tail == "drop" else -(-len(self) // batch_size)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        worker: int = 0,
+        workers: int = 1,
+        tail: Tail = "mask",
+        lanes: int | None = None,
+        interleave: int = INTERLEAVE,
+        window: int = WINDOW,
+    ) -> Iterator[LatentRows]:
+        """Yield one epoch's batches from step `start` on; raise UserError on numbers that clash.
+
+        batch_size: rows of a step over all ranks; each rank gets its equal part, so that the parts
+        in order of rank are the same batch for any world. worker of workers: takes every n-th step,
+        so a DataLoader(batch_size=None) gives the steps in order. tail: under `mask` every row
+        comes once, and repeats of weight 0 fill the last batch; `drop` leaves out what fills none.
+        lanes, interleave, window: how far rows are mixed, see pipeline.data.order.
+        """
+        share = Share(rank, world, worker, workers)
+        share.check(batch_size)
+        order = make_order(
+            self.manifest.counts,
+            batch_size=batch_size,
+            seed=seed,
+            tail=tail,
+            lanes=lanes,
+            interleave=interleave,
+            window=window,
+        )
+        if epoch < 0 or not 0 <= start <= steps_per_epoch(order):
+            raise UserError(
+                f"epoch = {epoch}, start = {start}: epochs count from 0, and one has "
+                f"{steps_per_epoch(order)} steps of batch_size = {batch_size}."
+            )
+        steps = plan_steps(
+            order, self._shards.first_row[:-1], epoch=epoch, start=start, share=share
+        )
+        return (self._take(rows, repeated) for rows, repeated in steps)
+
+    @cached_property
+    def _key_index(self) -> KeyIndex:
+        name = self.manifest.values["keys"]["path"]
+        where = self._files.where(name)
+        try:
+            file = self._files.open(name)
+        except FileNotFoundError:
+            raise damaged(where, "is missing") from None
+        return KeyIndex(file, where, self.manifest.task_names)
+
+    def _make_scale(self) -> Scale:
+        return make_scale(self.statistics, len(self.manifest.latent_shape), self.root)
+
+    def _checked(self, rows: Ints) -> Ints:
+        outside = (rows < -len(self)) | (rows >= len(self))
+        if outside.any():
+            raise IndexError(f"row {rows[outside][0]} of {self.root}, which has {len(self)} rows")
+        return np.where(rows < 0, rows + len(self), rows)
+
+    def _take(self, rows: Ints, repeated: NDArray[np.bool_] | None = None) -> LatentRows:
+        columns = self._shards.take(rows)
+        weight = columns["valid"].astype(np.float32)
+        if repeated is not None:
+            weight[repeated] = 0
+        return LatentRows(
+            index=rows,
+            keys=columns["key"].tolist(),
+            valid=columns["valid"],
+            labels=columns["label"],
+            metadata=columns["metadata"].tolist(),
+            latents={field: columns[field] for field in self.fields},
+            weight=weight,
+        )
+
+
+def _reopen(root: str, arguments: dict[str, Any]) -> LatentDataset:
+    return LatentDataset(root, **arguments)

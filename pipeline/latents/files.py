@@ -1,0 +1,231 @@
+"""The bytes of an export: local files by memory map, others by ranged reads.
+
+LocalFiles.open, RemoteFiles.open -> ByteFile.view(offset, size) -> uint8 array
+"""
+
+import io
+import struct
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+
+Bytes = NDArray[np.uint8]
+
+
+class State(Protocol):
+    """What a store says of a file without reading it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        ...
+
+
+class Store(Protocol):
+    """What is read of `pipeline.data.storage.Storage`."""
+
+    def where(self, name: str) -> str:
+        """Return the full URL of a file, for messages."""
+        ...
+
+    def states(self, names: list[str]) -> Any:
+        """Return the `State` of each file by name, None where it is missing."""
+        ...
+
+    def read(self, name: str, offset: int, num_bytes: int) -> bytes:
+        """Return the bytes of a range."""
+        ...
+
+
+class ByteFile(ABC):
+    """One open file of `size` bytes."""
+
+    size: int
+    is_mapped: bool  # into memory: a view costs nothing
+
+    @abstractmethod
+    def view(self, offset: int, size: int) -> Bytes:
+        """Return bytes [offset, offset + size), not to be written to."""
+
+    @abstractmethod
+    def arrow(self) -> Any:
+        """Return the file as pyarrow opens one."""
+
+
+class Files(ABC):
+    """All files below the root of an export, by their names in the manifest."""
+
+    @abstractmethod
+    def where(self, name: str) -> str:
+        """Return the full path or URL of a file, for messages."""
+
+    @abstractmethod
+    def open(self, name: str) -> ByteFile:
+        """Open a file; raise FileNotFoundError when it is missing."""
+
+    def read_whole(self, name: str) -> bytes | None:
+        """Return all bytes of a small file; None if it is missing."""
+        try:
+            file = self.open(name)
+        except FileNotFoundError:
+            return None
+        return file.view(0, file.size).tobytes()
+
+
+class _MappedFile(ByteFile):
+    is_mapped = True
+
+    def __init__(self, path: Path) -> None:
+        self.size = path.stat().st_size
+        empty = np.zeros(0, np.uint8)  # which no system maps
+        self._bytes: Bytes = np.asarray(np.memmap(path, np.uint8, "r")) if self.size else empty
+
+    def view(self, offset: int, size: int) -> Bytes:
+        return self._bytes[offset : offset + size]
+
+    def arrow(self) -> Any:
+        return pa.BufferReader(pa.py_buffer(self._bytes))
+
+
+class LocalFiles(Files):
+    """Files below a directory."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def where(self, name: str) -> str:
+        """Return the path of a file."""
+        return str(self._root / name)
+
+    def open(self, name: str) -> ByteFile:
+        """Map a file into memory; raise FileNotFoundError when it is missing."""
+        return _MappedFile(self._root / name)
+
+
+class _RangeCache:
+    """The ranges read last, up to a number of bytes; safe from any thread."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._ranges: OrderedDict[tuple[str, int, int], Bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, store: Store, name: str, offset: int, size: int) -> Bytes:
+        key = (name, offset, size)
+        with self._lock:
+            found = self._ranges.pop(key, None)
+            if found is not None:
+                self._ranges[key] = found
+                return found
+        data = np.frombuffer(store.read(name, offset, size), np.uint8)
+        with self._lock:
+            if key not in self._ranges:
+                self._ranges[key] = data
+                self._num_bytes += size
+            while self._num_bytes > self._max_bytes and len(self._ranges) > 1:
+                self._num_bytes -= self._ranges.popitem(last=False)[1].size
+        return data
+
+
+class _RemoteFile(ByteFile):
+    is_mapped = False
+
+    def __init__(self, store: Store, name: str, size: int, cache: _RangeCache) -> None:
+        self.size = size
+        self._store, self._name, self._cache = store, name, cache
+
+    def view(self, offset: int, size: int) -> Bytes:
+        if size == 0:
+            return np.zeros(0, np.uint8)
+        return self._cache.get(self._store, self._name, offset, size)
+
+    def arrow(self) -> Any:
+        return pa.PythonFile(_Seekable(self), mode="r")
+
+
+class _Seekable(io.RawIOBase):
+    """A file object for pyarrow, which asks for footers and column chunks by seek and read."""
+
+    def __init__(self, file: _RemoteFile) -> None:
+        super().__init__()
+        self._file, self._place = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.size}[whence]
+        self._place = start + offset
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._file.size - self._place)
+        size = left if size < 0 else min(size, left)
+        data = self._file.view(self._place, size).tobytes()
+        self._place += size
+        return data
+
+
+class RemoteFiles(Files):
+    """Files in a store; the ranges read last are kept, up to `cache_bytes`."""
+
+    def __init__(self, store: Store, cache_bytes: int) -> None:
+        self._store = store
+        self._cache = _RangeCache(cache_bytes)
+
+    def where(self, name: str) -> str:
+        """Return the URL of a file."""
+        return self._store.where(name)
+
+    def open(self, name: str) -> ByteFile:
+        """Ask for a file's size; raise FileNotFoundError when it is missing."""
+        state: State | None = self._store.states([name])[name]
+        if state is None:
+            raise FileNotFoundError(self.where(name))
+        return _RemoteFile(self._store, name, state.num_bytes, self._cache)
+
+
+def damaged(where: str, what: str) -> UserError:
+    """Return the error for a file that is not as the manifest says."""
+    return UserError(
+        f"{where} {what}: the export is damaged or was copied in part. `latentmill verify` on its "
+        "directory lists all that is wrong; copy the file again, or give the export command again "
+        "in an empty directory."
+    )
+
+
+# What readers meet in bytes that make no sense, pyarrow's included.
+_FAULTS = (ValueError, LookupError, TypeError, SyntaxError, struct.error, pa.ArrowException)
+
+
+@contextmanager
+def blaming(where: str) -> Generator[None]:
+    """Turn what bytes that make no sense lead to into the error for a damaged file.
+
+    What a store raises when it cannot read passes through: that is no damage.
+    """
+    try:
+        yield
+    except _FAULTS as error:
+        raise damaged(where, f"cannot be read ({error})") from error
+    except OSError as error:
+        if type(error) is not OSError:  # pyarrow raises the plain one for broken Parquet
+            raise
+        raise damaged(where, f"cannot be read ({error})") from error

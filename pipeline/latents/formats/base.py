@@ -1,0 +1,83 @@
+"""What every reader of one shard's files offers, and what they share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.latents.files import ByteFile, Bytes
+
+COLUMNS = ("key", "valid", "label", "metadata")  # of every row, besides its latents
+REMOTE_BLOCK_BYTES = 4 << 20  # rows of a remote matrix are fetched in blocks of about this size
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the manifest says of the latents of every row."""
+
+    fields: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str  # float32, float16 or bfloat16
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """The numpy type of the stored bits: numpy has no bfloat16."""
+        return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
+
+    @property
+    def array_dtype(self) -> str:
+        """The type of the arrays that come out: bfloat16 as float32, which holds it exactly."""
+        return "float32" if self.dtype == "bfloat16" else self.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's latent."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.stored.itemsize
+
+    def to_array(self, rows: Bytes) -> NDArray[Any]:
+        """Return latents [n, *shape] from their bytes [n, row_bytes]."""
+        values = rows.view(self.stored)
+        if self.dtype == "bfloat16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        return values.reshape(len(rows), *self.shape)
+
+
+class ShardReader(ABC):
+    """One shard in one format. Damaged files raise ValueError, at the latest when they are read."""
+
+    @abstractmethod
+    def __init__(self, files: Sequence[ByteFile], layout: Layout) -> None:
+        """Take the shard's files, in the manifest's order, without reading latents."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Rows in the shard."""
+
+    @abstractmethod
+    def columns(self, rows: Ints) -> dict[str, NDArray[Any]]:
+        """Return all of COLUMNS for some rows; texts are objects, None = no metadata."""
+
+    @abstractmethod
+    def latents(self, field: str, rows: Ints) -> NDArray[Any]:
+        """Return one field's latents [n, *shape] for some rows, copied."""
+
+
+def gather(file: ByteFile, offset: int, num_rows: int, rows: Ints, row_bytes: int) -> Bytes:
+    """Return rows [n, row_bytes] of a matrix that lies in a file from `offset` on, copied."""
+    if file.is_mapped:
+        return file.view(offset, num_rows * row_bytes).reshape(num_rows, row_bytes)[rows]
+    out = np.empty((len(rows), row_bytes), np.uint8)
+    rows_per_block = max(1, REMOTE_BLOCK_BYTES // row_bytes)
+    blocks = rows // rows_per_block
+    for block in np.unique(blocks).tolist():
+        start = block * rows_per_block
+        stop = min(start + rows_per_block, num_rows)
+        data = file.view(offset + start * row_bytes, (stop - start) * row_bytes)
+        chosen = blocks == block
+        out[chosen] = data.reshape(-1, row_bytes)[rows[chosen] - start]
+    return out

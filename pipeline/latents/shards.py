@@ -1,0 +1,98 @@
+"""The rows of all shards by number: the files of one format, opened as they are needed."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+from pipeline.latents.files import ByteFile, Files, blaming, damaged
+from pipeline.latents.formats import READERS, ShardReader
+from pipeline.latents.formats.base import COLUMNS, Ints, Layout
+from pipeline.latents.manifest import Manifest, Scale
+
+MAX_OPEN_SHARDS = 128
+
+Columns = dict[str, NDArray[Any]]
+
+
+class Shards:
+    """All files of one format. Raises UserError for one that is missing or damaged."""
+
+    def __init__(self, files: Files, manifest: Manifest, kind: str, scale: Scale | None) -> None:
+        """`scale`: what latents are normalised by; None = they come as stored."""
+        self._files, self._scale = files, scale
+        self._tasks: list[dict[str, Any]] = manifest.values["tasks"]
+        self._kind = kind
+        self.layout = Layout(manifest.fields, manifest.latent_shape, manifest.dtype)
+        self.first_row: Ints = np.concatenate([[0], np.cumsum(manifest.counts)])
+        self._reader = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open)
+
+    def read(self, shard: int, rows: Ints, names: Sequence[str]) -> Columns:
+        """Return COLUMNS, and the latents among `names`, of some rows of one shard."""
+        reader = self._reader(shard)
+        with blaming(self._where(shard)):
+            found = reader.columns(rows)
+            for field in set(self.layout.fields).intersection(names):
+                found[field] = reader.latents(field, rows)
+                if self._scale is not None:
+                    found[field] = self._scale.apply(field, found[field], found["valid"])
+        return found
+
+    def take(self, rows: Ints) -> Columns:
+        """Return all columns of rows of the whole export, in the order of `rows`."""
+        shards = np.searchsorted(self.first_row, rows, side="right") - 1
+        names = (*COLUMNS, *self.layout.fields)
+        columns = {name: self._empty(name, len(rows)) for name in names}
+        for shard in np.unique(shards).tolist():
+            places = np.flatnonzero(shards == shard)
+            found = self.read(shard, rows[places] - self.first_row[shard], names)
+            for name, values in columns.items():
+                values[places] = found[name]
+        return columns
+
+    def _entries(self, shard: int) -> list[dict[str, Any]]:
+        """The manifest's entries of a shard's files in this format."""
+        folder = f"data/{self._kind}/"
+        return [file for file in self._tasks[shard]["files"] if file["path"].startswith(folder)]
+
+    def _where(self, shard: int) -> str:
+        return self._files.where(self._entries(shard)[0]["path"])
+
+    def _open(self, shard: int) -> ShardReader:
+        files = [self._open_file(entry) for entry in self._entries(shard)]
+        with blaming(self._where(shard)):
+            reader = READERS[self._kind](files, self.layout)
+        if len(reader) != self._tasks[shard]["rows"]:
+            rows = self._tasks[shard]["rows"]
+            raise damaged(self._where(shard), f"has {len(reader)} rows instead of {rows}")
+        return reader
+
+    def _open_file(self, entry: Mapping[str, Any]) -> ByteFile:
+        where = self._files.where(entry["path"])
+        try:
+            file = self._files.open(entry["path"])
+        except FileNotFoundError:
+            raise damaged(where, "is missing") from None
+        if file.size != entry["bytes"]:
+            raise damaged(where, f"has {file.size} bytes instead of {entry['bytes']}")
+        return file
+
+    def _empty(self, name: str, num_rows: int) -> NDArray[Any]:
+        if name in self.layout.fields:
+            dtype = self.layout.array_dtype if self._scale is None else "float32"
+            return np.empty((num_rows, *self.layout.shape), dtype)
+        return np.empty(num_rows, {"valid": np.bool_, "label": np.int64}.get(name, np.object_))
+
+
+def choose_format(root: str, manifest: Manifest, wanted: str | None) -> str:
+    """Return the format to read, the fastest if none is wanted; raise UserError without one."""
+    stored = ", ".join(manifest.kinds)
+    if wanted is not None and wanted not in manifest.kinds:
+        raise UserError(f"{root} holds no {wanted!r} files: its formats are {stored}.")
+    readable = [kind for kind in READERS if kind in manifest.kinds and wanted in (None, kind)]
+    if not readable:
+        raise UserError(f"{root} holds {stored} files; this version reads {', '.join(READERS)}.")
+    return readable[0]
