@@ -9,8 +9,8 @@
                                  is one at all
 
 The texts are tensors since the header is JSON that every reader parses whole and that ends at
-100 MB. The header's own metadata has one entry, "latentmill": safetensors keeps entries in a hash
-map, so with two the bytes would not be the same twice.
+100 MB. The header is written here and not by the library, whose `serialize` copies all tensors
+twice in memory; the library reads it. Format: https://github.com/huggingface/safetensors#format
 """
 
 import json
@@ -22,18 +22,19 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, TensorSpec, deserialize, serialize
+from safetensors import SafetensorError, deserialize
 
 from pipeline.writers.base import FIELDS, BaseWriter, Dtype, Rows
 
 _TYPES = {
+    "I64": np.int64,
     "F32": np.float32,
     "F16": np.float16,
     "BF16": np.uint16,  # its bits
-    "I64": np.int64,
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+_NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
 
 
 class SafetensorsWriter(BaseWriter):
@@ -53,28 +54,11 @@ class SafetensorsWriter(BaseWriter):
 
     def write(self, path: Path, rows: Rows) -> None:
         """Create the file."""
-        tensors: dict[str, NDArray[Any]] = {
-            "row": rows.rows.astype(np.int64),
-            "label": rows.labels.astype(np.int64),
-            "valid": rows.valid,
-            **_pack("key", rows.keys),
-        }
-        if any(text is not None for text in rows.metadata):
-            tensors |= _pack("metadata", [text or "" for text in rows.metadata])
-        for field, values in rows.latents.items():
-            tensors[field] = to_bits(values) if rows.bfloat16 else np.ascontiguousarray(values)
-        specs = {
-            name: TensorSpec(
-                dtype="bfloat16" if rows.bfloat16 and name in FIELDS else array.dtype.name,
-                shape=array.shape,
-                data_ptr=array.ctypes.data,
-                data_len=array.nbytes,
-            )
-            for name, array in tensors.items()
-        }
-        ours = json.dumps({"version": 1, "fields": list(rows.latents)}, sort_keys=True)
+        tensors = _tensors(rows)
         with path.open("xb") as file:
-            file.write(serialize(specs, {"latentmill": ours}))
+            file.write(_header(tensors, list(rows.latents)))
+            for array in tensors.values():
+                file.write(array.data)
             file.flush()
             os.fsync(file.fileno())
 
@@ -96,6 +80,39 @@ def to_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 def from_bits(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     """Return bfloat16 numbers as float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _tensors(rows: Rows) -> dict[str, NDArray[Any]]:
+    """Return all tensors in the order of the file; bfloat16 as its bits."""
+    tensors: dict[str, NDArray[Any]] = {
+        "row": rows.rows.astype(np.int64),
+        "label": rows.labels.astype(np.int64),
+        "valid": rows.valid,
+        **_pack("key", rows.keys),
+    }
+    if any(text is not None for text in rows.metadata):
+        tensors |= _pack("metadata", [text or "" for text in rows.metadata])
+    for field, values in rows.latents.items():
+        tensors[field] = to_bits(values) if rows.bfloat16 else np.ascontiguousarray(values)
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    return {name: tensors[name] for name in order}
+
+
+def _header(tensors: Mapping[str, NDArray[Any]], fields: Sequence[str]) -> bytes:
+    """Return what precedes the tensors' bytes: the JSON's length, and the JSON."""
+    ours = json.dumps({"version": 1, "fields": fields})
+    header: dict[str, Any] = {"__metadata__": {"latentmill": ours}}
+    end = 0
+    for name, array in tensors.items():
+        begin, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": array.shape,
+            "data_offsets": (begin, end),
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8, the largest of a number
+    return len(text).to_bytes(8, "little") + text
 
 
 def _pack(name: str, texts: Sequence[str]) -> dict[str, NDArray[Any]]:

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch
 
 from pipeline.writers import SafetensorsWriter
 from pipeline.writers.safetensors import from_bits, to_bits
@@ -36,6 +37,15 @@ def test_bfloat16_takes_half_the_bytes(tmp_path: Path):
         SafetensorsWriter().write(tmp_path / dtype, make_rows((4, 16, 16), dtype, n=64))
         sizes[dtype] = (tmp_path / dtype).stat().st_size
     assert sizes["float32"] - sizes["bfloat16"] == 2 * 64 * 4 * 16 * 16 * 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_bytes_are_those_of_the_library(dtype: str, tmp_path: Path):
+    SafetensorsWriter().write(tmp_path / "ours", make_rows((2, 3, 4), dtype, n=7))
+    with safe_open(tmp_path / "ours", "pt") as file:
+        metadata = file.metadata()
+    save_torch(load_file(tmp_path / "ours"), tmp_path / "theirs", metadata=metadata)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_texts_read_as_documented_without_torch(tmp_path: Path):
