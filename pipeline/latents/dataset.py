@@ -4,7 +4,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from pipeline.latents.batches import (
     steps_per_epoch,
 )
 from pipeline.latents.files import Files, LocalFiles, RemoteFiles, Store, damaged
-from pipeline.latents.formats.base import COLUMNS, Ints
+from pipeline.latents.formats.base import COLUMNS, NUMBERS, Ints
 from pipeline.latents.keys import KeyIndex, UnknownKeyError
 from pipeline.latents.manifest import Manifest, Scale, make_scale, read_manifest, read_statistics
 from pipeline.latents.rows import LatentRow, LatentRows
@@ -155,7 +155,7 @@ class LatentDataset:
             raise UserError(f"There is no column {name!r} in {self.root}: choose one of {names}.")
         parts: list[NDArray[Any]] = []
         for shard, count in enumerate(self.manifest.counts.tolist()):
-            parts.append(self._shards.read(shard, np.arange(count), (name,))[name])
+            parts.append(self._shards.read(shard, name, np.arange(count)))
         return np.concatenate(parts)
 
     def num_steps(self, batch_size: int, *, tail: Tail = "mask") -> int:
@@ -186,6 +186,8 @@ class LatentDataset:
         comes once, and repeats of weight 0 fill the last batch; `drop` leaves out what fills none.
         lanes, interleave, window: how far rows are mixed, see pipeline.data.order.
         """
+        if tail not in get_args(Tail):
+            raise UserError(f"tail is {tail!r}, but must be {' or '.join(get_args(Tail))}.")
         share = Share(rank, world, worker, workers)
         share.check(batch_size)
         order = make_order(
@@ -227,19 +229,21 @@ class LatentDataset:
         return np.where(rows < 0, rows + len(self), rows)
 
     def _take(self, rows: Ints, repeated: NDArray[np.bool_] | None = None) -> LatentRows:
-        columns = self._shards.take(rows)
+        columns = self._shards.take(rows, (*NUMBERS, *self.fields))
         weight = columns["valid"].astype(np.float32)
         if repeated is not None:
             weight[repeated] = 0
         return LatentRows(
             index=rows,
-            keys=columns["key"].tolist(),
             valid=columns["valid"],
             labels=columns["label"],
-            metadata=columns["metadata"].tolist(),
             latents={field: columns[field] for field in self.fields},
             weight=weight,
+            look_up=self._texts,
         )
+
+    def _texts(self, name: str, rows: Ints) -> list[Any]:
+        return self._shards.take(rows, (name,))[name].tolist()
 
 
 def _reopen(root: str, arguments: dict[str, Any]) -> LatentDataset:

@@ -1,7 +1,7 @@
 """Rows of an export in memory: one, or many with their latents as arrays."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,9 @@ from pipeline.errors import UserError
 from pipeline.latents import noise
 
 NO_LABEL = -1  # as pipeline.writers has it
+
+# Column of texts, row numbers -> its values.
+LookUp = Callable[[str, NDArray[np.int64]], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,24 @@ class LatentRows:
     """n rows; those that are not valid hold zeros, those of weight 0 only fill a batch."""
 
     index: NDArray[np.int64]  # [n] row numbers in the export
-    keys: Sequence[str]
     valid: NDArray[np.bool_]  # [n]
     labels: NDArray[np.int64]  # [n], NO_LABEL = the source has none
-    metadata: Sequence[str | None]  # [n] JSON texts of the source
     latents: Mapping[str, NDArray[Any]]  # field -> [n, *latent_shape]
     weight: NDArray[np.float32]  # [n] 1, or 0: not valid, or a repeat at the end of an epoch
+    look_up: LookUp = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def keys(self) -> list[str]:
+        """The rows' keys [n], looked up in the files (most steps of a training never ask)."""
+        return self.look_up("key", self.index)
+
+    @property
+    def metadata(self) -> list[str | None]:
+        """The JSON texts of the source [n], looked up in the files."""
+        return self.look_up("metadata", self.index)
 
     @property
     def mu(self) -> NDArray[Any]:
@@ -62,13 +74,14 @@ class LatentRows:
 
     def row(self, place: int) -> LatentRow:
         """Return one of the rows."""
+        number = self.index[place : place + 1]
         return LatentRow(
-            int(self.index[place]),
-            self.keys[place],
+            int(number[0]),
+            self.look_up("key", number)[0],
             bool(self.valid[place]),
             int(self.labels[place]),
-            self.metadata[place],
-            {field: values[place] for field, values in self.latents.items()},
+            self.look_up("metadata", number)[0],
+            {name: values[place] for name, values in self.latents.items()},
         )
 
     def sample(self, *, seed: int = 0, epoch: int = 0) -> NDArray[np.float32]:

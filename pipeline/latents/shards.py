@@ -30,27 +30,26 @@ class Shards:
         self.first_row: Ints = np.concatenate([[0], np.cumsum(manifest.counts)])
         self._reader = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open)
 
-    def read(self, shard: int, rows: Ints, names: Sequence[str]) -> Columns:
-        """Return COLUMNS, and the latents among `names`, of some rows of one shard."""
-        reader = self._reader(shard)
-        with blaming(self._where(shard)):
-            found = reader.columns(rows)
-            for field in set(self.layout.fields).intersection(names):
-                found[field] = reader.latents(field, rows)
-                if self._scale is not None:
-                    found[field] = self._scale.apply(field, found[field], found["valid"])
-        return found
+    def read(self, shard: int, name: str, rows: Ints) -> NDArray[Any]:
+        """Return a column, or a field of the latents, of some rows of one shard."""
+        reader, where = self._reader(shard)
+        with blaming(where):
+            if name in COLUMNS:
+                return reader.column(name, rows)
+            values = reader.latents(name, rows)
+            if self._scale is None:
+                return values
+            return self._scale.apply(name, values, reader.column("valid", rows))
 
-    def take(self, rows: Ints) -> Columns:
-        """Return all columns of rows of the whole export, in the order of `rows`."""
+    def take(self, rows: Ints, names: Sequence[str]) -> Columns:
+        """Return columns of rows of the whole export, in the order of `rows`."""
         shards = np.searchsorted(self.first_row, rows, side="right") - 1
-        names = (*COLUMNS, *self.layout.fields)
         columns = {name: self._empty(name, len(rows)) for name in names}
         for shard in np.unique(shards).tolist():
             places = np.flatnonzero(shards == shard)
-            found = self.read(shard, rows[places] - self.first_row[shard], names)
+            inside = rows[places] - self.first_row[shard]
             for name, values in columns.items():
-                values[places] = found[name]
+                values[places] = self.read(shard, name, inside)
         return columns
 
     def _entries(self, shard: int) -> list[dict[str, Any]]:
@@ -58,17 +57,17 @@ class Shards:
         folder = f"data/{self._kind}/"
         return [file for file in self._tasks[shard]["files"] if file["path"].startswith(folder)]
 
-    def _where(self, shard: int) -> str:
-        return self._files.where(self._entries(shard)[0]["path"])
-
-    def _open(self, shard: int) -> ShardReader:
-        files = [self._open_file(entry) for entry in self._entries(shard)]
-        with blaming(self._where(shard)):
+    def _open(self, shard: int) -> tuple[ShardReader, str]:
+        """Return a shard's reader, and what to name in messages."""
+        entries = self._entries(shard)
+        where = self._files.where(entries[0]["path"])
+        files = [self._open_file(entry) for entry in entries]
+        with blaming(where):
             reader = READERS[self._kind](files, self.layout)
         if len(reader) != self._tasks[shard]["rows"]:
             rows = self._tasks[shard]["rows"]
-            raise damaged(self._where(shard), f"has {len(reader)} rows instead of {rows}")
-        return reader
+            raise damaged(where, f"has {len(reader)} rows instead of {rows}")
+        return reader, where
 
     def _open_file(self, entry: Mapping[str, Any]) -> ByteFile:
         where = self._files.where(entry["path"])

@@ -1,8 +1,10 @@
 """What every reader of one shard's files offers, and what they share."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,8 @@ from numpy.typing import NDArray
 
 from pipeline.latents.files import ByteFile, Bytes
 
-COLUMNS = ("key", "valid", "label", "metadata")  # of every row, besides its latents
+TEXTS, NUMBERS = ("key", "metadata"), ("valid", "label")
+COLUMNS = (*TEXTS, *NUMBERS)  # of every row, besides its latents
 REMOTE_BLOCK_BYTES = 4 << 20  # rows of a remote matrix are fetched in blocks of about this size
 
 Ints = NDArray[np.int64]
@@ -24,7 +27,7 @@ class Layout:
     shape: tuple[int, ...]
     dtype: str  # float32, float16 or bfloat16
 
-    @property
+    @cached_property
     def stored(self) -> np.dtype[Any]:
         """The numpy type of the stored bits: numpy has no bfloat16."""
         return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
@@ -34,10 +37,10 @@ class Layout:
         """The type of the arrays that come out: bfloat16 as float32, which holds it exactly."""
         return "float32" if self.dtype == "bfloat16" else self.dtype
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one row's latent."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.stored.itemsize
+        return math.prod(self.shape) * self.stored.itemsize
 
     def to_array(self, rows: Bytes) -> NDArray[Any]:
         """Return latents [n, *shape] from their bytes [n, row_bytes]."""
@@ -59,8 +62,8 @@ class ShardReader(ABC):
         """Rows in the shard."""
 
     @abstractmethod
-    def columns(self, rows: Ints) -> dict[str, NDArray[Any]]:
-        """Return all of COLUMNS for some rows; texts are objects, None = no metadata."""
+    def column(self, name: str, rows: Ints) -> NDArray[Any]:
+        """Return one of COLUMNS for some rows; texts are objects, None = no metadata."""
 
     @abstractmethod
     def latents(self, field: str, rows: Ints) -> NDArray[Any]:

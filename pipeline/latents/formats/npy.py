@@ -30,9 +30,9 @@ class NpyShard(ShardReader):
     def __len__(self) -> int:
         return len(self._twin)
 
-    def columns(self, rows: Ints) -> dict[str, NDArray[Any]]:
-        """Return all of COLUMNS for some rows, from the twin."""
-        return self._twin.columns(rows)
+    def column(self, name: str, rows: Ints) -> NDArray[Any]:
+        """Return one of COLUMNS for some rows, from the twin."""
+        return self._twin.column(name, rows)
 
     def latents(self, field: str, rows: Ints) -> NDArray[Any]:
         """Return one field's latents [n, *shape] for some rows, copied."""

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.latents.files import ByteFile, Bytes
-from pipeline.latents.formats.base import COLUMNS, Ints, Layout, ShardReader
+from pipeline.latents.formats.base import TEXTS, Ints, Layout, ShardReader
 from pipeline.latents.formats.thrift import read_struct
 from pipeline.latents.rows import NO_LABEL
 
@@ -43,16 +43,11 @@ class ParquetShard(ShardReader):
     def __len__(self) -> int:
         return int(self._first_row[-1])
 
-    def columns(self, rows: Ints) -> dict[str, NDArray[Any]]:
-        """Return all of COLUMNS for some rows."""
-        table = self._small.take(pa.array(rows))
-        labels = table["label"].fill_null(NO_LABEL)
-        return {
-            "key": table["key"].to_numpy(),
-            "valid": table["valid"].to_numpy(),
-            "label": labels.to_numpy(),
-            "metadata": table["metadata"].to_numpy(),
-        }
+    def column(self, name: str, rows: Ints) -> NDArray[Any]:
+        """Return one of COLUMNS for some rows."""
+        if name in TEXTS:
+            return self._texts[name].take(pa.array(rows)).to_numpy(zero_copy_only=False)
+        return self._numbers[name][rows]
 
     def latents(self, field: str, rows: Ints) -> NDArray[Any]:
         """Return one field's latents [n, *shape] for some rows, copied."""
@@ -65,8 +60,18 @@ class ParquetShard(ShardReader):
         return layout.to_array(out)
 
     @cached_property
-    def _small(self) -> Any:
-        return self._parquet.read(columns=list(COLUMNS), use_threads=False).combine_chunks()
+    def _numbers(self) -> dict[str, NDArray[Any]]:
+        table = self._parquet.read(columns=["valid", "label"], use_threads=False)
+        return {
+            "valid": table["valid"].to_numpy(),
+            "label": table["label"].fill_null(NO_LABEL).to_numpy(),
+        }
+
+    @cached_property
+    def _texts(self) -> dict[str, Any]:
+        """Kept as pyarrow has them: a string of Python's takes several times the memory."""
+        table = self._parquet.read(columns=list(TEXTS), use_threads=False).combine_chunks()
+        return {name: table[name].combine_chunks() for name in TEXTS}
 
     def _copy(self, group: int, field: str, rows: Ints, out: Bytes, places: Ints) -> None:
         """Copy rows of a row group into out[places]; a row may reach over the end of a page."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.latents.files import ByteFile, Bytes
-from pipeline.latents.formats.base import Ints, Layout, ShardReader, gather
+from pipeline.latents.formats.base import TEXTS, Ints, Layout, ShardReader, gather
 
 LENGTH_BYTES = 8  # of the header's length, before it
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -41,12 +41,14 @@ class SafetensorsShard(ShardReader):
     def __len__(self) -> int:
         return self._tensors["label"]["shape"][0]
 
-    def columns(self, rows: Ints) -> dict[str, NDArray[Any]]:
-        """Return all of COLUMNS for some rows."""
-        valid, label = self._small["valid"][rows], self._small["label"][rows]
-        keys, texts = self._texts("key", rows), self._texts("metadata", rows)
-        texts[texts == ""] = None
-        return {"key": keys, "valid": valid, "label": label, "metadata": texts}
+    def column(self, name: str, rows: Ints) -> NDArray[Any]:
+        """Return one of COLUMNS for some rows."""
+        if name not in TEXTS:
+            return self._small[name][rows]
+        texts = self._texts(name, rows)
+        if name == "metadata":
+            texts[texts == ""] = None
+        return texts
 
     def latents(self, field: str, rows: Ints) -> NDArray[Any]:
         """Return one field's latents [n, *shape] for some rows, copied."""

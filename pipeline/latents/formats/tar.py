@@ -32,7 +32,7 @@ class TarShard(ShardReader):
             header = data[place : place + BLOCK].tobytes()
             try:
                 size = int(header[124:135], 8)
-                name, folder = (_text(header[lo:hi]) for lo, hi in ((0, 100), (345, 500)))
+                name, folder = _text(header[:100]), _text(header[345:500])
             except ValueError:
                 raise ValueError(f"holds no tar header at byte {place}") from None
             self._add(f"{folder}/{name}" if folder else name, place + BLOCK, size)
@@ -43,32 +43,21 @@ class TarShard(ShardReader):
     def __len__(self) -> int:
         return len(self._keys)
 
-    def columns(self, rows: Ints) -> dict[str, NDArray[Any]]:
-        """Return all of COLUMNS for some rows."""
-        numbers = rows.tolist()
-        metadata = [self._content(n, "json", b"null").decode() for n in numbers]
-        texts = {
-            "key": [self._keys[number] for number in numbers],
-            "metadata": [None if text == "null" else text for text in metadata],
-        }
-        return {
-            **{name: np.array(values, object) for name, values in texts.items()},
-            "valid": np.array([json.loads(self._content(n, "row.json"))["valid"] for n in numbers]),
-            "label": np.array(
-                [int(self._content(n, "cls", str(NO_LABEL).encode())) for n in numbers], np.int64
-            ),
-        }
+    def column(self, name: str, rows: Ints) -> NDArray[Any]:
+        """Return one of COLUMNS for some rows."""
+        values = [self._value(name, number) for number in rows.tolist()]
+        return np.array(values, {"valid": np.bool_, "label": np.int64}.get(name, np.object_))
 
     def latents(self, field: str, rows: Ints) -> NDArray[Any]:
         """Return one field's latents [n, *shape] for some rows, copied."""
         layout, data = self._layout, self._file.view(0, self._file.size)
-        out = np.empty((len(rows), layout.row_bytes), np.uint8)
+        row_bytes = layout.row_bytes
+        out = np.empty((len(rows), row_bytes), np.uint8)
         for place, number in enumerate(rows.tolist()):
             offset, size = self._members[number].get(f"{field}.npy", (0, 0))
-            # An npy header is padded to 64 bytes, and rarely takes more than 128.
-            if size <= layout.row_bytes or bytes(data[offset : offset + 6]) != NPY_MAGIC:
+            if size <= row_bytes or data[offset : offset + 6].tobytes() != NPY_MAGIC:
                 raise ValueError(f"holds no {field} of {self._keys[number]}")
-            out[place] = data[offset + size - layout.row_bytes : offset + size]
+            out[place] = data[offset + size - row_bytes : offset + size]
         return layout.to_array(out)
 
     def _add(self, name: str, offset: int, size: int) -> None:
@@ -80,6 +69,16 @@ class TarShard(ShardReader):
             self._keys.append(key)
             self._members.append({})
         self._members[-1][suffix] = offset, size
+
+    def _value(self, name: str, number: int) -> Any:
+        if name == "key":
+            return self._keys[number]
+        if name == "valid":
+            return json.loads(self._content(number, "row.json"))["valid"]
+        if name == "label":
+            return int(self._content(number, "cls", str(NO_LABEL).encode()))
+        text = self._content(number, "json", b"null").decode()
+        return None if text == "null" else text
 
     def _content(self, number: int, suffix: str, default: bytes | None = None) -> bytes:
         if suffix not in self._members[number]:
