@@ -13,14 +13,14 @@ damaged one is set aside as `step-N.corrupt-*`, with a message. No pickle anywhe
 import json
 import re
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pipeline.console import warn
 from pipeline.errors import UserError
 from pipeline.files import (
     publish,
@@ -34,19 +34,7 @@ from pipeline.strategies.base import FullState, Named
 
 MANIFEST = "MANIFEST.json"
 FORMAT = "latentmill-checkpoint-1"
-Step = int | Literal["best"]  # which checkpoint: that of a step, or the best evaluated one
 _STEP = re.compile(r"step-(\d+)")
-
-
-@dataclass(frozen=True)
-class BestSoFar:
-    """The best held-out evaluation of a run; see `retention`."""
-
-    metric: str
-    mode: str  # min or max
-    value: float | None = None  # finite; None before the first evaluation with a finite value
-    step: int | None = None
-    evaluations_since: int = 0  # without improvement
 
 
 @dataclass(frozen=True)
@@ -60,7 +48,6 @@ class RunState:
     dataset_id: str
     world: int
     versions: dict[str, str]
-    best: BestSoFar | None = None
 
 
 class DamagedCheckpointError(Exception):
@@ -140,15 +127,14 @@ def verify_checkpoint(path: Path) -> None:
             f"{MANIFEST} says format {manifest.get('format')!r}, not {FORMAT}"
         )
     missing = {"model.safetensors", "optimizer.safetensors", "state.json"} - files.keys()
+    missing |= {file.name for file in path.glob("*.safetensors")} - files.keys()
     if missing:
         raise DamagedCheckpointError(f"{MANIFEST} does not list {', '.join(sorted(missing))}")
 
 
 def read_state(path: Path) -> RunState:
     """Read `state.json` of a verified checkpoint."""
-    values: dict[str, Any] = json.loads((path / "state.json").read_bytes())
-    best = values.pop("best", None)
-    return RunState(**values, best=None if best is None else BestSoFar(**best))
+    return RunState(**json.loads((path / "state.json").read_bytes()))
 
 
 def read_tensors(path: Path) -> FullState:
@@ -172,28 +158,17 @@ def quarantine(path: Path, reason: str) -> None:
     """Set a damaged checkpoint aside and say so."""
     aside = path.with_name(temporary_name(path).name.replace(".tmp-", ".corrupt-"))
     publish(path, aside)
-    print(
-        f"warning: the checkpoint {path} is damaged ({reason}); it is set aside as {aside.name} "
-        "and the newest older one that verifies is used",
-        file=sys.stderr,
-        flush=True,
+    warn(
+        f"the checkpoint {path} is damaged ({reason}); it is set aside as {aside.name} and the "
+        "newest older one that verifies is used"
     )
 
 
-def find_checkpoint(directory: Path, step: Step | None) -> Path:
+def find_checkpoint(directory: Path, step: int | None) -> Path:
     """Return the checkpoint of `step`, or the newest that verifies; for readers of a finished run.
 
     Raises UserError if there is none, and for an explicit step that is damaged: no fallback then.
     """
-    if step == "best":
-        newest = find_checkpoint(directory, None)
-        best = read_state(newest).best
-        if best is None or best.step is None:
-            raise UserError(
-                f"{newest} knows of no best checkpoint: set checkpoint.keep.best in the training "
-                "config, or give a step."
-            )
-        step = best.step
     if step is not None:
         path = directory / f"step-{step}"
         if not path.is_dir():
@@ -208,7 +183,7 @@ def find_checkpoint(directory: Path, step: Step | None) -> Path:
         try:
             verify_checkpoint(path)
         except DamagedCheckpointError as error:
-            print(f"warning: passing over {path}: {error}", file=sys.stderr)
+            warn(f"passing over {path}: {error}")
             continue
         return path
     raise UserError(

@@ -8,7 +8,6 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from pipeline.checkpoint import BestSoFar
 from pipeline.component import Component
 from pipeline.corruptions import Corruption
 from pipeline.data.settings import DataConfig
@@ -94,10 +93,10 @@ class TrainConfig(Component):
         """Whether the held-out evaluation belongs to this step."""
         return step % self.evaluation.every_steps == 0 or step >= self.num_steps
 
-    def is_over(self, step: int, best: BestSoFar | None) -> bool:
+    def is_over(self, step: int, evaluations_since_best: int) -> bool:
         """Whether the run ends at this step: it has its length, or no longer gets better."""
         patience = self.evaluation.patience
-        gives_up = patience is not None and best is not None and best.evaluations_since >= patience
+        gives_up = patience is not None and evaluations_since_best >= patience
         return step >= self.num_steps or gives_up
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from pipeline.build import make_forward, place_model
-from pipeline.checkpoint import Step
+from pipeline.checkpoint import read_state
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.data.stream import open_stream
@@ -19,7 +19,7 @@ from pipeline.evaluation.reconstruction import Evaluation, evaluate
 from pipeline.forward import Forward
 from pipeline.monitor import Monitor
 from pipeline.quarantine import Quarantine
-from pipeline.rundir import check_ranks, load_config, load_run
+from pipeline.rundir import Step, check_ranks, choose_checkpoint, load_config, load_run
 from pipeline.runtime import Runtime
 from pipeline.strategies.base import Strategy
 
@@ -138,8 +138,14 @@ def evaluate_run(
     names: dict[str, Literal["raw", "ema"]] = {"eval": "raw"}
     if config.ema_decay is not None:
         names["eval_ema"] = "ema"
+    # Chosen once: a training may save and remove checkpoints meanwhile.
+    chosen: int | None = None
+    with runtime.together():
+        if runtime.is_main:
+            chosen = read_state(choose_checkpoint(run_dir, step)).step
+    chosen = runtime.from_main(chosen)
     for name, weights in names.items():
-        run = load_run(run_dir, step=step, weights=weights)
+        run = load_run(run_dir, step=chosen, weights=weights)
         result = evaluate_split(
             place_model(run.model, config, runtime.device),
             config,

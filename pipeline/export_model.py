@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.checkpoint import Step, find_checkpoint, read_state
 from pipeline.data.decode import ArrayDecode, Decode
 from pipeline.models.autoencoder import num_parameters
-from pipeline.models.interchange import Description, StoredValues, save_pretrained
-from pipeline.rundir import load_config, load_run
+from pipeline.models.interchange import Description, StoredValues, check_absent, save_pretrained
+from pipeline.rundir import Step, load_run
 
 UINT8_RANGE = (0.0, 255.0)  # of images
 
@@ -40,9 +39,9 @@ def export_model(
 
     Raises UserError if there is no such run, checkpoint or average, or if `out` exists.
     """
-    load_config(run_dir)  # says it if this is no run
-    state = read_state(find_checkpoint(run_dir / "checkpoints", step))
-    run = load_run(run_dir, step=state.step, weights=weights)
+    check_absent(out)
+    run = load_run(run_dir, step=step, weights=weights)
+    state = run.state
     decode = run.config.data.decode
     description = Description(
         # How the training saved memory is no property of the network.

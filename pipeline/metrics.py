@@ -93,9 +93,11 @@ class TrainingMeter:
     def paused(self) -> Generator[None]:
         """Leave the time spent inside (an evaluation, a save) out of the rates."""
         started, stalled = time.monotonic(), self._stream.counters.stall_seconds
-        yield
-        self._start += time.monotonic() - started
-        self._stall_start += self._stream.counters.stall_seconds - stalled
+        try:
+            yield
+        finally:
+            self._start += time.monotonic() - started
+            self._stall_start += self._stream.counters.stall_seconds - stalled
 
     def read(self) -> dict[str, float]:
         """Return all since the last call, and start anew; a collective, the one host sync."""

@@ -1,5 +1,6 @@
 """What a run says while it runs: `metrics.jsonl` always, W&B beside it, one line on the console."""
 
+import itertools
 import json
 import os
 import sys
@@ -48,6 +49,7 @@ class Monitor:
         an evaluation belongs to `step`.
         """
         self._is_main = is_main
+        self.past: Records = ()  # what was logged up to `step`
         self.lacks_evaluation = False  # of `step`, although it has one
         if not is_main:
             return
@@ -56,17 +58,17 @@ class Monitor:
         self._last_progress = (step, time.monotonic())
         (run_dir / "images").mkdir(exist_ok=True)
         # A run that begins again at step 0 evaluates there again.
-        records = cut_back(run_dir / "metrics.jsonl", step if step > 0 else -1)
+        self.past = cut_back(run_dir / "metrics.jsonl", step if step > 0 else -1)
         self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
         self._unwritten = b""
-        evaluated = any(r["step"] == step and "eval/loss" in r for r in records)
+        evaluated = any(r["step"] == step and "eval/loss" in r for r in self.past)
         self.lacks_evaluation = evaluates and not evaluated
         self._wandb = WandbSink(
             run_dir,
             config.wandb,
             resolved=resolved,
             step=step,
-            past=records,
+            past=self.past,
             goes_on=self.lacks_evaluation,
         )
 
@@ -138,16 +140,18 @@ class Monitor:
         self._wandb.close(exit_code=0 if kind is None else 1)
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl, also while it is written: up to a last line that is not whole."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = itertools.takewhile(lambda line: line.endswith(b"\n"), lines)
+    return [json.loads(line) for line in whole]
+
+
 def cut_back(path: Path, step: int) -> Records:
     """Drop the records after `step` and a last line that a kill cut short; return the others."""
     if not path.exists():
         return []
-    kept: list[bytes] = []
-    records: list[dict[str, Any]] = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n") or (record := json.loads(line))["step"] > step:
-            break
-        kept.append(line)
-        records.append(record)
+    records = list(itertools.takewhile(lambda r: r["step"] <= step, read_records(path)))
+    kept = path.read_bytes().splitlines(keepends=True)[: len(records)]
     write_atomic(path, b"".join(kept))
     return records

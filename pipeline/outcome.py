@@ -1,7 +1,7 @@
 """How a start of a run ended: `outcome.json`, the contract with launchers, who flatten exit codes.
 
 A process that fails takes its peers with it, and they fail, too. So the first that fails says why:
-in `outcome.json`, and in the folder `failure/`, which the next start removes:
+in `outcome.json`, and in a folder of this start below `failure/`, which the next one removes:
 
     first.json    rank and message of the process that failed first
     rank-N.txt    the traceback of process N, or, if it hung, the stacks of its threads
@@ -10,6 +10,9 @@ in `outcome.json`, and in the folder `failure/`, which the next start removes:
 
 import shutil
 import traceback
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +21,7 @@ from pipeline.console import warn
 from pipeline.errors import FAILED, WRONG_USE, UserError
 from pipeline.files import canonical_json, create_exclusive, write_atomic, write_json
 
-FAILURE = "failure"
+FAILURE, FIRST = "failure", "first.json"
 _MEMORY_RAN_OUT = ("out of memory", "can't allocate memory")  # CUDA's, the CPU allocator's
 
 
@@ -37,44 +40,72 @@ def write_outcome(run_dir: Path, outcome: Outcome) -> None:
     write_json(run_dir / "outcome.json", asdict(outcome))
 
 
-def begin(run_dir: Path) -> None:
-    """Forget how the last start failed, and say that this one runs."""
-    shutil.rmtree(run_dir / FAILURE, ignore_errors=True)
+def begin(run_dir: Path) -> str:
+    """Forget how earlier starts failed, and say that this one runs; return its name."""
+    if (run_dir / FAILURE).exists():
+        shutil.rmtree(run_dir / FAILURE)
     write_outcome(run_dir, Outcome("running", exit_code=None, step=None))
+    return uuid.uuid4().hex[:8]
 
 
-def record_failure(
-    run_dir: Path, message: str, *, rank: int, exit_code: int = FAILED, details: str = ""
-) -> bool:
-    """Record why a process fails; tell whether it is the first to do so, whose word counts.
+class Failures:
+    """Where one process of a start records why it fails."""
 
-    details: for failure/rank-N.txt. Where nothing can be written, each process has its own word.
-    """
-    folder = run_dir / FAILURE
-    try:
-        folder.mkdir(exist_ok=True)
-        if details:
-            write_atomic(folder / f"rank-{rank}.txt", details.encode())
-        first = canonical_json({"rank": rank, "why": message})
-        if not create_exclusive(folder / "first.json", first):
-            return False
-        write_outcome(run_dir, Outcome("failed", exit_code, step=None, message=message))
-    except OSError as error:
-        warn(f"how this run failed could not be recorded in {run_dir} ({error})")
-    return True
+    def __init__(self, run_dir: Path, attempt: str, rank: int, world: int) -> None:
+        """attempt: the name that `begin` gave this start; a late process of another is no match."""
+        self.folder = run_dir / FAILURE / attempt
+        self._run_dir = run_dir
+        self._rank = rank
+        self._world = world
+        self._is_recorded = False
 
+    @contextmanager
+    def recorded(self) -> Generator[None]:
+        """Record an exception that leaves the context, unless that was done further inside.
 
-def record_exception(run_dir: Path, error: BaseException, *, rank: int, world: int) -> bool:
-    """Record the exception that ends a process: see `record_failure`."""
-    message = f"{type(error).__name__}: {error}"
-    if isinstance(error, UserError):  # of all processes alike
-        return record_failure(run_dir, message, rank=rank, exit_code=WRONG_USE)
-    if isinstance(error, MemoryError) or any(sign in str(error) for sign in _MEMORY_RAN_OUT):
-        message += (
-            " (less memory is needed with a larger accumulation, a smaller batch_size, or "
-            "model.gradient_checkpointing)"
-        )
-    if world > 1:
-        message = f"rank {rank}: {message}"
-    details = "".join(traceback.format_exception(error))
-    return record_failure(run_dir, message, rank=rank, details=details)
+        The first process that fails raises on; another's trouble follows from that, and it ends
+        with a line instead of a traceback (which failure/ has). A UserError is raised on all.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self._is_recorded:
+                raise
+            self._is_recorded = True
+            if self._record_exception(error) or isinstance(error, UserError):
+                raise
+            warn(
+                f"rank {self._rank} ends, too ({type(error).__name__}): see "
+                f"{self._run_dir}/outcome.json"
+            )
+            raise SystemExit(FAILED) from error
+
+    def record(self, message: str, *, exit_code: int = FAILED, details: str = "") -> bool:
+        """Record why this process fails; tell whether it is the first, whose word counts.
+
+        details: for rank-N.txt. Where nothing can be written, each process has its own word.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if details:
+                write_atomic(self.folder / f"rank-{self._rank}.txt", details.encode())
+            first = canonical_json({"rank": self._rank, "why": message})
+            if not create_exclusive(self.folder / FIRST, first):
+                return False
+            write_outcome(self._run_dir, Outcome("failed", exit_code, None, message))
+        except OSError as error:
+            warn(f"how this run failed could not be recorded in {self._run_dir} ({error})")
+        return True
+
+    def _record_exception(self, error: BaseException) -> bool:
+        message = f"{type(error).__name__}: {error}"
+        if isinstance(error, UserError):  # of all processes alike
+            return self.record(message, exit_code=WRONG_USE)
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _MEMORY_RAN_OUT):
+            message += (
+                " (less memory is needed with a larger accumulation, a smaller batch_size, or "
+                "model.gradient_checkpointing)"
+            )
+        if self._world > 1:
+            message = f"rank {self._rank}: {message}"
+        return self.record(message, details="".join(traceback.format_exception(error)))

@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pipeline.checkpoint import (
-    BestSoFar,
     DamagedCheckpointError,
     RunState,
     list_checkpoints,
@@ -27,10 +26,12 @@ from pipeline.checkpoint import (
 from pipeline.console import warn
 from pipeline.data.order.mixture import Mixture
 from pipeline.errors import UserError
-from pipeline.retention import CheckpointConfig, judge, retain
+from pipeline.monitor import Records
+from pipeline.retention import CheckpointConfig, retain
 from pipeline.runtime import Runtime
-from pipeline.strategies.base import NOTHING, FullState, Strategy
+from pipeline.strategies.base import FullState, Strategy
 
+NUM_TRIES, RETRY_SECONDS = 3, 2.0  # for what another process does not see yet
 _VERSIONS_OF = ("latentmill", "torch", "accelerate", "numpy", "safetensors")
 
 
@@ -46,7 +47,6 @@ class Checkpoints:
         order: Mixture,
         runtime: Runtime,
     ) -> None:
-        self.best: BestSoFar | None = None
         self._directory = directory
         self._config = config
         self._strategy = strategy
@@ -54,7 +54,8 @@ class Checkpoints:
         self._runtime = runtime
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[float] | None = None
-        self._snapshot = NOTHING
+        self._values: dict[int, float] = {}  # of the metric of keep.best, by step
+        self._snapshot: FullState | None = None
         self._last_worked = True
         self._num_failures = 0
         self._stall_seconds = self._write_seconds = 0.0
@@ -71,8 +72,30 @@ class Checkpoints:
         state = read_state(path)
         _check_data(state, self._order, path)
         self._strategy.load_full_state(read_tensors(path))
-        self.best = state.best
         return state.step
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best evaluation so far, if `keep.best` asks for it."""
+        by = self._config.keep.best
+        return None if by is None else by.best(self._values)
+
+    @property
+    def evaluations_since_best(self) -> int:
+        """How many evaluations in a row were not better than the best, or not finite."""
+        best = self.best_step
+        return sum(best is None or step > best for step in self._values)
+
+    def recall(self, records: Records) -> None:
+        """Take in the evaluations of the run so far, as the main process read them.
+
+        Raises UserError if they lack the metric that `keep.best` names.
+        """
+        by, values = self._config.keep.best, self._values
+        with self._runtime.together():
+            if by is not None and self._runtime.is_main:
+                values = by.values(records)
+        self._values = self._runtime.from_main(values)
 
     def judge(self, metrics: Mapping[str, float], step: int) -> bool:
         """Take in the evaluation of `step`; tell whether it is the best and worth a checkpoint.
@@ -82,11 +105,8 @@ class Checkpoints:
         by = self._config.keep.best
         if by is None:
             return False
-        best = judge(self.best, by, metrics, step)
-        if step == 0:
-            return False  # only a check: initial weights are not saved
-        self.best = best
-        return best.step == step
+        self._values |= by.values([{"step": step, **metrics}])
+        return self.best_step == step
 
     def save(self, step: int) -> None:
         """Save the state after `step` global batches: gathered now, written in the background.
@@ -107,9 +127,8 @@ class Checkpoints:
                 dataset_id=self._order.dataset_id,
                 world=self._runtime.world,
                 versions={name: version(name) for name in _VERSIONS_OF},
-                best=self.best,
             )
-            self._pending = self._writer.submit(self._write, state, tensors)
+            self._pending = self._writer.submit(self._write, state, tensors, dict(self._values))
         self._stall_seconds += time.monotonic() - started
 
     @property
@@ -155,20 +174,24 @@ class Checkpoints:
         finally:
             self._pending = None
 
-    def _write(self, state: RunState, tensors: FullState) -> float:
+    def _write(self, state: RunState, tensors: FullState, values: dict[int, float]) -> float:
         """Write, publish, retain; return the seconds that took."""
         started = time.monotonic()
         save_checkpoint(self._directory, state, tensors)
-        best_step = None if state.best is None else state.best.step
-        retain(self._directory, self._config.keep, best_step=best_step)
+        try:
+            retain(self._directory, self._config.keep, values)
+        except OSError as error:  # as of NFS while somebody still reads an old one
+            warn(f"an old checkpoint could not be removed ({error}); the new one is there")
         return time.monotonic() - started
 
 
 def newest_good(directory: Path, runtime: Runtime) -> Path | None:
     """Return the newest checkpoint that verifies on every process, if any; a collective.
 
-    Damaged ones are set aside.
+    Damaged ones are set aside. Where the main process sees no damage, another's view of a shared
+    disk may only be late, and has some time to catch up.
     """
+    num_tries = 0
     while True:
         found = list_checkpoints(directory) if runtime.is_main else []
         path: Path | None = runtime.from_main(found[0] if found else None)
@@ -181,6 +204,11 @@ def newest_good(directory: Path, runtime: Runtime) -> Path | None:
             problem = str(error)
         if not runtime.any(problem is not None):
             return path
+        num_tries += 1
+        if runtime.from_main(problem is None and num_tries < NUM_TRIES):
+            time.sleep(RETRY_SECONDS)
+            continue
+        num_tries = 0
         if runtime.is_main:
             quarantine(path, problem or "it does not verify on another process")
 
@@ -191,7 +219,7 @@ def check_order(directory: Path, order: Mixture) -> None:
         try:
             state = read_state(path)
         except (OSError, ValueError, TypeError):
-            continue  # damaged: `restore_newest` says so and sets it aside
+            continue  # damaged: `newest_good` says so and sets it aside
         _check_data(state, order, path)
         return
 

@@ -1,15 +1,17 @@
-"""Which checkpoints stay: the newest, one for good every so many samples, and the best."""
+"""Which checkpoints stay: the newest, one for good every so many samples, and the best.
+
+The best follows from the evaluations in `metrics.jsonl`: step -> value of the chosen metric.
+"""
 
 import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline.checkpoint import BestSoFar, list_checkpoints, read_state
+from pipeline.checkpoint import list_checkpoints, read_state
 from pipeline.component import Component
 from pipeline.errors import UserError
 from pipeline.files import temporary_name
@@ -20,6 +22,28 @@ class BestMetric(Component):
 
     metric: str = "eval/loss"  # as metrics.jsonl names it
     mode: Literal["min", "max"] = "min"
+
+    def values(self, records: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+        """Return the metric's values by step, in the order of `records` of metrics.jsonl.
+
+        That of step 0 is left out: initial weights are not saved. Raises UserError if an evaluation
+        lacks the metric.
+        """
+        evaluations = [record for record in records if "eval/loss" in record]
+        for record in evaluations:
+            if self.metric not in record:
+                known = sorted(name for name in record if name.startswith("eval"))
+                raise UserError(
+                    f"checkpoint.keep.best.metric = {self.metric!r} is no metric of this run's "
+                    f"evaluation; there are {', '.join(known)}."
+                )
+        return {record["step"]: record[self.metric] for record in evaluations if record["step"]}
+
+    def best(self, values: Mapping[int, float]) -> int | None:
+        """Return the step of the best value; the first of equal ones, none that is not finite."""
+        finite = {step: value for step, value in values.items() if math.isfinite(value)}
+        choose = min if self.mode == "min" else max
+        return choose(finite, key=lambda step: finite[step]) if finite else None
 
 
 class Keep(Component):
@@ -44,42 +68,38 @@ class CheckpointConfig(Component):
     keep: Keep = Keep()
 
 
-def judge(
-    best: BestSoFar | None, by: BestMetric, metrics: Mapping[str, float], step: int
-) -> BestSoFar:
-    """Return the best evaluation so far, now that the one of `step` gave `metrics`.
+def best_checkpoint(
+    checkpoints: Collection[Path], by: BestMetric, values: Mapping[int, float]
+) -> Path | None:
+    """Return the best of the checkpoints that are there, if any of them was evaluated."""
+    there = {int(path.name.removeprefix("step-")): path for path in checkpoints}
+    best = by.best({step: value for step, value in values.items() if step in there})
+    return None if best is None else there[best]
 
-    A value that is not finite is never the best. Raises UserError if there is no such metric.
+
+def retain(directory: Path, keep: Keep, values: Mapping[int, float]) -> None:
+    """Remove what `keep` does not name; renamed first, so that none is ever half there.
+
+    values: of the metric of `keep.best`, by step.
     """
-    if by.metric not in metrics:
-        raise UserError(
-            f"checkpoint.keep.best.metric = {by.metric!r} is no metric of this run's evaluation; "
-            f"there are {', '.join(sorted(metrics))}."
-        )
-    if best is None or (best.metric, best.mode) != (by.metric, by.mode):
-        best = BestSoFar(by.metric, by.mode)
-    value = metrics[by.metric]
-    if not math.isfinite(value) or not _improves(value, best):
-        return replace(best, evaluations_since=best.evaluations_since + 1)
-    return replace(best, value=value, step=step, evaluations_since=0)
-
-
-def _improves(value: float, best: BestSoFar) -> bool:
-    if best.value is None:
-        return True
-    return value < best.value if best.mode == "min" else value > best.value
-
-
-def retain(directory: Path, keep: Keep, *, best_step: int | None = None) -> None:
-    """Remove what `keep` does not name; renamed first, so that none is ever half there."""
     checkpoints = list_checkpoints(directory)
-    kept = set(checkpoints[: keep.latest]) | {directory / f"step-{best_step}"}
+    kept = set(checkpoints[: keep.latest])
+    if keep.best is not None and (best := best_checkpoint(checkpoints, keep.best, values)):
+        kept.add(best)
     if keep.every_samples is not None:
         # Oldest last, so that the first checkpoint of each stretch is the one that is left.
-        stretches = {read_state(path).position // keep.every_samples: path for path in checkpoints}
+        stretches = {_position(path) // keep.every_samples: path for path in checkpoints}
         kept |= {path for number, path in stretches.items() if number > 0}
     for path in checkpoints:
         if path not in kept:
             doomed = temporary_name(path)
             path.rename(doomed)
             shutil.rmtree(doomed)
+
+
+def _position(path: Path) -> int:
+    """Samples seen; 0 for a checkpoint that is damaged and will be no milestone."""
+    try:
+        return read_state(path).position
+    except (OSError, ValueError, TypeError):
+        return 0

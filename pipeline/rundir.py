@@ -21,7 +21,7 @@ from typing import IO, Literal
 
 from pipeline import strict
 from pipeline.checkpoint import (
-    Step,
+    RunState,
     find_checkpoint,
     list_checkpoints,
     read_state,
@@ -29,15 +29,16 @@ from pipeline.checkpoint import (
     remove_litter,
 )
 from pipeline.config import MAY_CHANGE, TrainConfig
-from pipeline.console import warn
 from pipeline.data.order.mixture import Mixture
 from pipeline.digest import tensors_sha256
-from pipeline.errors import FAILED, UserError
+from pipeline.errors import UserError
 from pipeline.files import write_atomic
 from pipeline.models.autoencoder import AutoEncoder, build_autoencoder
-from pipeline.outcome import begin, record_exception
+from pipeline.monitor import read_records
+from pipeline.outcome import Failures, begin
 from pipeline.precision import parameter_dtype
 from pipeline.resume import check_order
+from pipeline.retention import best_checkpoint
 from pipeline.runtime import Runtime
 
 
@@ -59,21 +60,26 @@ def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) 
         ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         holder = (run_dir / "lock").read_text() or "another process"
         lock.close()
         raise UserError(
             f"{holder} is running in {run_dir}. Wait for it, stop it (touch {run_dir}/STOP), or "
             "set another run_dir."
         ) from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-    lock.flush()
+    except OSError as error:
+        lock.close()
+        raise UserError(
+            f"{run_dir} cannot be locked against a second job: {error.strerror}. Take a run_dir "
+            "on a file system that has locks (NFS: mount it without nolock)."
+        ) from error
     try:
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        lock.flush()
         _take_over_config(run_dir, config, accepted, order)
         (run_dir / "STOP").unlink(missing_ok=True)
         remove_litter(run_dir / "checkpoints")
-        begin(run_dir)
     except BaseException:
         lock.close()
         raise
@@ -123,29 +129,28 @@ def _covered(path: str, names: Sequence[str]) -> bool:
 @contextmanager
 def claimed(
     config: TrainConfig, accepted: Sequence[str], order: Mixture, runtime: Runtime
-) -> Generator[None]:
-    """Hold the run directory inside the context; a collective.
+) -> Generator[Failures]:
+    """Hold the run directory inside the context, which gives where to record failures.
 
-    A UserError of the main process is raised on every process. An exception on the way out is
-    recorded, by the process that meets it first; a good end is for the caller to record.
+    A collective. A UserError of the main process is raised on every process.
     """
-    lock: IO[bytes] | None = None
-    with runtime.together():
-        if runtime.is_main:
-            lock = claim_run_dir(config, accepted, order)
     run_dir = Path(config.run_dir)
+    lock: IO[bytes] | None = None
+    attempt: str | None = None
     try:
-        yield
-    except BaseException as error:
-        first = record_exception(run_dir, error, rank=runtime.rank, world=runtime.world)
-        if first or isinstance(error, UserError):
-            raise
-        # Its own trouble follows from the first one's, whose traceback is the one to read.
-        warn(f"rank {runtime.rank} ends, too ({type(error).__name__}): see {run_dir}/outcome.json")
-        raise SystemExit(FAILED) from error
+        with runtime.together():
+            if runtime.is_main:
+                lock = claim_run_dir(config, accepted, order)
+                attempt = begin(run_dir)
+        failures = Failures(run_dir, runtime.from_main(attempt), runtime.rank, runtime.world)
+        with failures.recorded():
+            yield failures
     finally:
         if lock is not None:
             lock.close()
+
+
+Step = int | Literal["best"]  # which checkpoint: that of a step, or the best evaluated one
 
 
 @dataclass(frozen=True)
@@ -154,8 +159,13 @@ class LoadedRun:
 
     model: AutoEncoder  # evaluation mode, on the CPU
     config: TrainConfig
-    step: int
-    weights_sha256: str  # over sorted (name, dtype, shape, bytes)
+    state: RunState
+    weights_sha256: str  # see `digest`
+
+    @property
+    def step(self) -> int:
+        """Global batches that the model was trained on."""
+        return self.state.step
 
 
 def load_config(run_dir: Path) -> TrainConfig:
@@ -165,16 +175,37 @@ def load_config(run_dir: Path) -> TrainConfig:
     return strict.load(TrainConfig, run_dir / "config.yaml", [])
 
 
+def choose_checkpoint(run_dir: Path, step: Step | None) -> Path:
+    """Return the checkpoint of `step`, the best one, or (None) the newest that verifies.
+
+    Raises UserError if there is no such run or checkpoint.
+    """
+    directory = run_dir / "checkpoints"
+    by = load_config(run_dir).checkpoint.keep.best
+    if step != "best":
+        return find_checkpoint(directory, step)
+    if by is None:
+        raise UserError(
+            f"{run_dir} has no best checkpoint: set checkpoint.keep.best in the training config, "
+            "or give a step."
+        )
+    values = by.values(read_records(run_dir / "metrics.jsonl"))
+    best = best_checkpoint(list_checkpoints(directory), by, values)
+    if best is None:
+        raise UserError(f"{run_dir} has no checkpoint yet whose {by.metric} was evaluated.")
+    return find_checkpoint(directory, int(best.name.removeprefix("step-")))
+
+
 def load_run(
     run_dir: Path, *, step: Step | None = None, weights: Literal["raw", "ema"] = "ema"
 ) -> LoadedRun:
-    """Load the model of `step`, of the best, or of the newest checkpoint that verifies.
+    """Load the model of the checkpoint that `choose_checkpoint` names.
 
     weights: the averaged ones, or as trained. Raises UserError if there is no such checkpoint, or
     if the run kept no average.
     """
     config = load_config(run_dir)
-    path = find_checkpoint(run_dir / "checkpoints", step)
+    path = choose_checkpoint(run_dir, step)
     tensors = read_tensors(path)
     state = dict(tensors.model)
     if weights == "ema":
@@ -188,7 +219,7 @@ def load_run(
     model = build_autoencoder(config.model, shape, seed=config.seed, dtype=dtype)
     model.load_state_dict(state)
     model.eval()
-    return LoadedRun(model, config, read_state(path).step, tensors_sha256(state))
+    return LoadedRun(model, config, read_state(path), tensors_sha256(state))
 
 
 def check_ranks(config: TrainConfig, runtime: Runtime) -> None:

@@ -1,7 +1,7 @@
 """The process and its siblings: start-up guard, the few collectives, stop requests.
 
-Rank checks live here, in `monitor` and in `checkpoint`: the training loop reads as if there were
-one process.
+What only one process may do is decided where it is done (`monitor`, `resume`, `rundir` ...): the
+training loop reads as if there were one process.
 """
 
 import ctypes

@@ -4,9 +4,7 @@
 slots of it, in `accumulation` micro-batches.
 """
 
-import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -40,6 +38,7 @@ from pipeline.resume import Checkpoints
 from pipeline.rundir import check_ranks, claimed
 from pipeline.runtime import Runtime, Stopped, StopRequest
 from pipeline.strategies.base import Strategy
+from pipeline.verbs import parse_train
 from pipeline.watchdog import Watchdog
 
 
@@ -59,12 +58,13 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             indexes = open_indexes(config.data)
             check_data(config, indexes)
         order = make_order(config, indexes)
-        stack.enter_context(claimed(config, accept_changes, order, runtime))
-        watchdog = stack.enter_context(closing(Watchdog(run_dir, config.watchdog, runtime)))
+        failures = stack.enter_context(claimed(config, accept_changes, order, runtime))
+        watchdog = stack.enter_context(closing(Watchdog(config.watchdog, failures, runtime)))
 
         # The model, as the newest checkpoint left it; first the throw-away step: see `warm_up`.
         forward = make_forward(config, runtime.device)
         strategy = make_strategy(config, runtime)
+        watchdog.enter("start", 0)
         strategy.warm_up(throw_away_loss(config, forward, strategy, runtime))
         checkpoints = Checkpoints(
             run_dir / "checkpoints",
@@ -74,7 +74,9 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             runtime=runtime,
         )
         stack.enter_context(closing(checkpoints))
+        watchdog.enter("start", 0)
         step = first_step = checkpoints.restore()
+        watchdog.enter("start", first_step)
 
         # What the loop reads from and reports to.
         stream = stack.enter_context(
@@ -102,6 +104,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
                 is_main=runtime.is_main,
             )
         )
+        checkpoints.recall(monitor.past)
         batches = DeviceBatches(stream, runtime.device)
         meter = TrainingMeter(runtime, stream)
         ledger = Ledger(
@@ -140,17 +143,20 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             with meter.paused():
                 checkpoints.save(step)
 
+        # At once, before anything is closed, which may take long; and then nobody barks any more.
+        stack.enter_context(closing(watchdog))
+        stack.enter_context(failures.recorded())
         stopped_by: str | None = None
         try:
             if runtime.from_main(monitor.lacks_evaluation):
                 evaluate()
-            last = config.is_over(step, checkpoints.best)
+            last = config.is_over(step, checkpoints.evaluations_since_best)
             if not last:
                 monitor.say(reading_plan(order, runtime.world))
             while not last:
-                watchdog.enter("data", step)
+                watchdog.enter("data", step + 1)
                 batch = next(batches)
-                watchdog.enter("update", step)
+                watchdog.enter("update", step + 1)
                 # Held until the next step: see `train_step`.
                 _held = train_step(
                     batch, step * config.batch_size, config, forward, strategy, meter
@@ -158,13 +164,13 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
                 step += 1
 
                 # Once in a while. Order matters: measure, then save what was measured.
-                last, is_best = config.is_over(step, checkpoints.best), False
+                last, is_best = config.is_over(step, checkpoints.evaluations_since_best), False
                 if not last:
                     stop.check(runtime)
                 if config.evaluates_at(step):
                     ledger.check_against_plan()
                     is_best = evaluate()
-                    last = config.is_over(step, checkpoints.best)
+                    last = config.is_over(step, checkpoints.evaluations_since_best)
                 if last or step % config.monitor.log_every_steps == 0:
                     log()
                 if last or is_best or step % config.checkpoint.every_steps == 0:
@@ -230,14 +236,14 @@ def finish(
     runtime: Runtime,
 ) -> int:
     """Wait for the last checkpoint, record how the run ended and return the exit code."""
-    saved, best = checkpoints.finish(), checkpoints.best
+    saved = checkpoints.finish()
     if stopped_by is not None:
         lost = "" if saved else "; its checkpoint could not be saved"
         outcome = Outcome("preempted", PREEMPTED, step, f"stopped by {stopped_by}{lost}")
     elif not saved:
         outcome = Outcome("failed", FAILED, step, "the last checkpoint could not be saved")
-    elif step < config.num_steps and best is not None:
-        why = f"{best.metric} was best at step {best.step}, and not since: evaluation.patience"
+    elif step < config.num_steps:
+        why = f"no evaluation since step {checkpoints.best_step} was better: evaluation.patience"
         outcome = Outcome("done", DONE, step, why)
     else:
         outcome = Outcome("done", DONE, step)
@@ -250,35 +256,9 @@ def finish(
     return outcome.exit_code or DONE
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; overrides are whatever contains an equals sign."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.train",
-        description="Train, or resume the training that config and run_dir name.",
-    )
-    parser.add_argument("config", type=Path, help="YAML file, see configs/train/")
-    parser.add_argument("overrides", nargs="*", help="settings as a.b=c (or --a.b=c)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved config and its sizes, and exit"
-    )
-    parser.add_argument(
-        "--accept-change",
-        action="append",
-        default=[],
-        metavar="FIELD",
-        help="resume although this setting differs from the run's; recorded",
-    )
-    is_override = re.compile(r"--[\w.]+\.[\w.]*=|--\w+=")
-    argv = [
-        a.removeprefix("--") if is_override.match(a) and not a.startswith("--accept-change") else a
-        for a in argv
-    ]
-    return parser.parse_intermixed_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Train from the command line and return the exit code."""
-    arguments = parse(sys.argv[1:] if argv is None else argv)
+    arguments = parse_train(sys.argv[1:] if argv is None else argv)
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         config = strict.load(TrainConfig, arguments.config, arguments.overrides)

@@ -5,7 +5,8 @@ Each verb is bound to a function of `pipeline.__main__` of the same name.
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline import __version__
@@ -209,3 +210,29 @@ def parser(runs: Runs) -> argparse.ArgumentParser:
     _add_export_model(verbs.add_parser, runs)
     _add_probe(verbs.add_parser, runs)
     return top
+
+
+def parse_train(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line of `pipeline.train`; overrides contain an equals sign."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.train",
+        description="Train, or resume the training that config and run_dir name.",
+    )
+    parser.add_argument("config", type=Path, help="YAML file, see configs/train/")
+    parser.add_argument("overrides", nargs="*", help="settings as a.b=c (or --a.b=c)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config and its sizes, and exit"
+    )
+    parser.add_argument(
+        "--accept-change",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="resume although this setting differs from the run's; recorded",
+    )
+    is_override = re.compile(r"--[\w.]+\.[\w.]*=|--\w+=")
+    argv = [
+        a.removeprefix("--") if is_override.match(a) and not a.startswith("--accept-change") else a
+        for a in argv
+    ]
+    return parser.parse_intermixed_args(argv)

@@ -1,12 +1,10 @@
 """The watchdog: a job that hangs is ended, and says where.
 
 The training says what it is about to do (`enter`). If nothing new is said for too long, a thread of
-each process that still runs prints the stacks of all its threads and leaves a report in the run
-directory; the lowest such process tells who stands where. A process that left no report is stopped,
-dead or cut off; it is killed if it lives on the same machine. Then all end, and the launcher with
-them.
-
-What is left in the run directory: see `outcome`.
+that process prints the stacks of all its threads and leaves a report in the run directory (see
+`outcome`). The watchdogs of the others see it and leave theirs, and the lowest of them tells who
+stands where, and who left no report within the grace: it is stopped, dead or cut off, and killed if
+it lives on the same machine. Then all end, and the launcher with them.
 """
 
 import faulthandler
@@ -17,8 +15,10 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -26,13 +26,13 @@ from pipeline.component import Component
 from pipeline.console import warn
 from pipeline.errors import FAILED
 from pipeline.files import write_json
-from pipeline.outcome import FAILURE, record_failure
+from pipeline.outcome import FIRST, Failures
 from pipeline.runtime import Runtime
 
-# What a step consists of, in this order.
-PHASES = ("start", "data", "update", "evaluation", "log", "checkpoint", "end")
-GRACE_SECONDS = 10.0  # for the others' reports, and for a storage that hangs, too
-_POLL_SECONDS = 0.2
+Phase = Literal["start", "data", "update", "evaluation", "log", "checkpoint", "end"]
+ORDER = get_args(Phase)  # of the phases that belong to one step
+MIN_GRACE_SECONDS, MAX_GRACE_SECONDS = 10.0, 60.0  # shared disks show others' files late
+_POLL_SECONDS = 0.5
 
 
 class WatchdogConfig(Component):
@@ -42,9 +42,31 @@ class WatchdogConfig(Component):
     seconds: float | None = Field(default=900.0, gt=0)  # null: never
 
     @property
+    def grace(self) -> float:
+        """Seconds in which the other processes are to notice, and leave their reports."""
+        limit = self.seconds or 0.0
+        return min(max(limit / 10, MIN_GRACE_SECONDS), MAX_GRACE_SECONDS)
+
+    @property
     def patience(self) -> float | None:
         """Seconds that a collective waits for a process: the watchdog is to bark before."""
-        return None if self.seconds is None else self.seconds + 3 * GRACE_SECONDS
+        return None if self.seconds is None else self.seconds + 3 * self.grace
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a process lives."""
+
+    host: str
+    pid: int
+    machine: str  # equal where one process may signal the other by its pid
+
+    @classmethod
+    def here(cls) -> "_Place":
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return cls(
+            socket.gethostname(), os.getpid(), boot + str(Path("/proc/self/ns/pid").readlink())
+        )
 
 
 @dataclass(frozen=True)
@@ -54,7 +76,7 @@ class Report:
     rank: int
     host: str
     pid: int
-    phase: str
+    phase: Phase
     step: int
     seconds: float = 0.0  # since it entered the phase
 
@@ -68,21 +90,20 @@ class Report:
 class Watchdog:
     """Watches this process from a thread; every process has one."""
 
-    def __init__(self, run_dir: Path, config: WatchdogConfig, runtime: Runtime) -> None:
+    def __init__(self, config: WatchdogConfig, failures: Failures, runtime: Runtime) -> None:
         """Start watching; a collective."""
-        self._folder = run_dir / FAILURE
-        self._run_dir = run_dir
-        self._limit = config.seconds
+        self._config = config
+        self._failures = failures
         self._rank = runtime.rank
-        self._peers: list[tuple[str, int]] = runtime.gather((socket.gethostname(), os.getpid()))
-        self._now = ("start", 0, object())
+        self._peers: list[_Place] = runtime.gather(_Place.here())
+        self._now: tuple[Phase, int, object] = ("start", 0, object())
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        if self._limit is not None:
+        if config.seconds is not None:
             self._thread.start()
 
-    def enter(self, phase: str, step: int) -> None:
-        """Say what comes next (one of PHASES), or that it still goes on."""
+    def enter(self, phase: Phase, step: int) -> None:
+        """Say what comes next for this step, or that it still goes on."""
         self._now = (phase, step, object())  # unlike the last, also in the same phase
 
     def close(self) -> None:
@@ -91,14 +112,10 @@ class Watchdog:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _report(self, seconds: float) -> Report:
-        phase, step, _ = self._now
-        host, pid = self._peers[self._rank]
-        return Report(self._rank, host, pid, phase, step, seconds)
-
     def _watch(self) -> None:
-        assert self._limit is not None
-        interval = min(self._limit / 10, 1.0)
+        limit = self._config.seconds
+        assert limit is not None
+        interval = min(limit / 10, self._config.grace / 5)
         seen, seconds, last = self._now, 0.0, time.monotonic()
         while not self._closed.wait(interval):
             now = time.monotonic()
@@ -107,59 +124,78 @@ class Watchdog:
             last = now
             if self._now is not seen:
                 seen, seconds = self._now, 0.0
-            elif seconds > self._limit:
-                self._end_job(self._report(seconds))
+            if seconds > limit or self._reports():
+                self._end_job(seconds)
 
-    def _end_job(self, mine: Report) -> None:
+    def _reports(self) -> list[str]:
+        """The names of the reports that are there."""
+        try:
+            return [path.name for path in self._failures.folder.glob("rank-*.json")]
+        except OSError:
+            return []
+
+    def _end_job(self, seconds: float) -> None:
         """Print, report, and end this process, whatever hangs: also the storage may."""
-        timer = threading.Timer(2 * GRACE_SECONDS, os._exit, (FAILED,))
+        timer = threading.Timer(2 * self._config.grace, os._exit, (FAILED,))
         timer.daemon = True
         timer.start()
-        print(f"watchdog: {mine}, limit watchdog.seconds = {self._limit}", file=sys.stderr)
+        phase, step, _ = self._now
+        me = self._peers[self._rank]
+        mine = Report(self._rank, me.host, me.pid, phase, step, seconds)
+        print(f"watchdog: {mine}, limit watchdog.seconds = {self._config.seconds}", file=sys.stderr)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         try:
             self._leave(mine)
             reports = self._collect()
-            if min(reports) == self._rank:
+            if reports:
                 self._conclude(reports)
-        except OSError as error:
-            warn(f"the watchdog cannot leave its report: {error}")
+        except (OSError, ValueError) as error:
+            warn(f"the watchdog cannot do its work in {self._failures.folder}: {error}")
         finally:
             os._exit(FAILED)
 
     def _leave(self, mine: Report) -> None:
-        self._folder.mkdir(exist_ok=True)
-        with (self._folder / f"rank-{mine.rank}.txt").open("w") as file:
+        folder = self._failures.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"rank-{mine.rank}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        write_json(self._folder / f"rank-{mine.rank}.json", asdict(mine))
+        write_json(folder / f"rank-{mine.rank}.json", asdict(mine))
 
     def _collect(self) -> dict[int, Report]:
-        """Wait for the others' reports; those that do not come in time are missing."""
-        deadline = time.monotonic() + GRACE_SECONDS
+        """Wait for the others' reports; empty if a lower rank will conclude, and has."""
+        folder = self._failures.folder
+        deadline = time.monotonic() + self._config.grace
         reports: dict[int, Report] = {}
+        is_lowest = True
         while len(reports) < len(self._peers) and time.monotonic() < deadline:
+            if (folder / FIRST).exists():
+                return {}
             time.sleep(_POLL_SECONDS)
-            for path in self._folder.glob("rank-*.json"):
-                report = Report(**json.loads(path.read_bytes()))
-                reports[report.rank] = report
-        return reports
+            names = self._reports()
+            is_lowest = all(int(name[5:-5]) >= self._rank for name in names)
+            for name in names if is_lowest else ():
+                rank = int(name[5:-5])
+                if rank not in reports:
+                    reports[rank] = Report(**json.loads((folder / name).read_bytes()))
+        return reports if is_lowest else {}
 
     def _conclude(self, reports: dict[int, Report]) -> None:
         """Name who hangs, end who cannot do so itself, and record it."""
+        grace = self._config.grace
         silent = [rank for rank in range(len(self._peers)) if rank not in reports]
         lines = [str(report) for _, report in sorted(reports.items())]
-        for rank in silent:
-            host, pid = self._peers[rank]
-            lines.append(
-                f"rank {rank} (process {pid} on {host}) does not answer: stopped, dead or cut off"
-            )
+        lines += [
+            f"rank {rank} (process {self._peers[rank].pid} on {self._peers[rank].host}) left no "
+            f"report within {grace:.0f} s: stopped, dead or cut off"
+            for rank in silent
+        ]
         if not silent:
-            last = min(reports.values(), key=lambda r: (r.step, PHASES.index(r.phase), r.rank))
+            last = min(reports.values(), key=lambda r: (r.step, ORDER.index(r.phase), r.rank))
             lines.append(f"rank {last.rank} is the furthest behind")
-        message = f"no progress for {self._limit:g} s: {'; '.join(lines)}"
-        record_failure(self._run_dir, message, rank=self._rank)
+        message = f"no progress for {self._config.seconds:g} s: {'; '.join(lines)}"
+        self._failures.record(message)
         print(f"watchdog: {message}. The job ends.", file=sys.stderr, flush=True)
         for rank in silent:
-            host, pid = self._peers[rank]
-            if host == self._peers[self._rank][0]:
-                os.kill(pid, signal.SIGKILL)
+            if self._peers[rank].machine == self._peers[self._rank].machine:
+                with suppress(ProcessLookupError):  # it is dead already
+                    os.kill(self._peers[rank].pid, signal.SIGKILL)

@@ -16,12 +16,13 @@ from webdataset.writer import TarWriter
 
 from pipeline import strict
 from pipeline.build import make_strategy
-from pipeline.checkpoint import list_checkpoints, read_state
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.stream import open_stream
 from pipeline.errors import UserError
+from pipeline.outcome import Failures
+from pipeline.rundir import load_run
 from pipeline.runtime import Runtime
 from pipeline.train import train
 from pipeline.wandb_pieces import read_piece
@@ -126,9 +127,9 @@ def checkpoints(world: World, given: Given) -> list[str]:
     return sorted(path.name for path in (world.run(given) / "checkpoints").iterdir())
 
 
-def best(world: World, given: Given) -> Any:
-    """What the newest checkpoint says of the best evaluation."""
-    return read_state(list_checkpoints(world.run(given) / "checkpoints")[0]).best
+def best(world: World, given: Given) -> int:
+    """The step of the best checkpoint."""
+    return load_run(world.run(given), step="best").step
 
 
 def ended_at(world: World, given: Given) -> int:
@@ -138,7 +139,8 @@ def ended_at(world: World, given: Given) -> int:
 def watches(world: World, given: Given) -> set[str]:
     """Names of the threads while a run has its watchdog."""
     runtime = Runtime.start(accumulation=1)
-    with closing(Watchdog(world.tmp_path, world.config(given).watchdog, runtime)):
+    failures = Failures(world.tmp_path, "attempt", rank=0, world=1)
+    with closing(Watchdog(world.config(given).watchdog, failures, runtime)):
         return {thread.name for thread in threading.enumerate()} & {"watchdog"}
 
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.outcome import begin, record_exception
+from pipeline.outcome import Failures, begin
 from tests.launch.runs import outcome, write_config
 
 PEERS_GONE_SECONDS = 35.0
@@ -40,22 +40,40 @@ def test_memory_that_runs_out_in_one_process_is_the_runs_error(
     assert (ended["status"], ended["exit_code"]) == ("failed", 1)
     assert ended["message"].startswith("rank 1: ")
     assert "a smaller batch_size" in ended["message"]
-    assert "Traceback (most recent call last)" in (run / "failure" / "rank-1.txt").read_text()
+    assert "Traceback (most recent call last)" in next(run.glob("failure/*/rank-1.txt")).read_text()
     # Rank 1's, and the launcher's own about an exit code.
     assert running.output.count("Traceback (most recent call last)") == 2, running.output
     assert "rank 0 ends, too" in running.output
 
 
-def test_the_first_word_counts(tmp_path: Path):
-    begin(tmp_path)
+def fail(failures: Failures, error: BaseException) -> BaseException:
+    """Let the error leave the context, twice as `train` does; what comes out."""
+    with pytest.raises(BaseException) as left, failures.recorded(), failures.recorded():
+        raise error
+    return left.value
+
+
+def test_the_first_word_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    attempt = begin(tmp_path)
     assert outcome(tmp_path)["status"] == "running"
-    first, second = RuntimeError("the cause"), RuntimeError("a consequence")
-    assert record_exception(tmp_path, first, rank=3, world=4)
-    assert not record_exception(tmp_path, second, rank=0, world=4)
+    cause, consequence = RuntimeError("the cause"), RuntimeError("a consequence")
+    assert fail(Failures(tmp_path, attempt, rank=3, world=4), cause) is cause
+    other = Failures(tmp_path, attempt, rank=0, world=4)
+    ended = fail(other, consequence)
+    assert isinstance(ended, SystemExit)
+    assert ended.code == 1
+    assert "rank 0 ends, too (RuntimeError): see" in capsys.readouterr().err
     assert outcome(tmp_path)["message"] == "rank 3: RuntimeError: the cause"
-    assert "a consequence" in (tmp_path / "failure" / "rank-0.txt").read_text()
-    begin(tmp_path)
-    assert not (tmp_path / "failure").exists()
+    assert "a consequence" in (other.folder / "rank-0.txt").read_text()
+
+
+def test_a_late_process_of_an_earlier_start_does_not_speak_for_this_one(tmp_path: Path):
+    earlier = Failures(tmp_path, begin(tmp_path), rank=1, world=2)
+    now = Failures(tmp_path, begin(tmp_path), rank=0, world=2)
+    fail(earlier, RuntimeError("cut off"))
+    error = RuntimeError("the cause")
+    assert fail(now, error) is error
+    assert outcome(tmp_path)["message"] == "rank 0: RuntimeError: the cause"
 
 
 @pytest.mark.parametrize(
@@ -69,14 +87,15 @@ def test_the_first_word_counts(tmp_path: Path):
     ],
 )
 def test_an_exception_becomes_an_outcome(tmp_path, error: BaseException, message: str, code: int):
-    begin(tmp_path)
-    assert record_exception(tmp_path, error, rank=0, world=1)
+    assert fail(Failures(tmp_path, begin(tmp_path), rank=0, world=1), error) is error
     ended = outcome(tmp_path)
     assert (ended["status"], ended["exit_code"]) == ("failed", code)
     assert message in ended["message"]
 
 
 def test_where_nothing_can_be_written_the_error_itself_stays(tmp_path: Path, capsys):
-    run = tmp_path / "gone"
-    assert record_exception(run, RuntimeError("the cause"), rank=0, world=2)
-    assert f"how this run failed could not be recorded in {run}" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    error = RuntimeError("the cause")
+    assert fail(Failures(tmp_path / "file", "attempt", rank=0, world=2), error) is error
+    told = capsys.readouterr().err
+    assert f"how this run failed could not be recorded in {tmp_path}/file" in told

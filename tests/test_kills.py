@@ -16,7 +16,6 @@ import pytest
 from tests.launch.runs import result_of, write_config
 from tests.processes import ROOT, Processes, argv_of, env_of
 
-NUM_STEPS = 400
 WORLD = 2
 # An eighth of the kills hits the start; the others a training for up to this many seconds.
 MAX_SECONDS = 2.0
@@ -36,18 +35,23 @@ def kills(strategy: str, few: int, many: int) -> list:
     ]
 
 
+def length(number: int) -> int:
+    """Steps of a run that is still under way at the last of so many kills."""
+    return 300 + 150 * number
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
     """What a strategy's run ends with when nothing happens to it."""
 
     @functools.cache
-    def run(strategy: str) -> dict:
+    def run(strategy: str, num_steps: int) -> dict:
         folder = tmp_path_factory.mktemp(f"undisturbed-{strategy}")
-        config = write_config(folder, tiny_shards, NUM_STEPS)
+        config = write_config(folder, tiny_shards, num_steps)
         argv = [*argv_of("pipeline.train", WORLD, strategy), str(config), *SETTINGS]
         result = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT).wait(300)
         assert result.code == 0, result.output
-        return result_of(folder / "run", NUM_STEPS)
+        return result_of(folder / "run", num_steps)
 
     return run
 
@@ -59,7 +63,7 @@ def strike(running: Processes, victim: str, chance: random.Random) -> float:
             time.sleep(0.02)
         time.sleep(chance.uniform(0, 5))
     else:
-        running.wait_for(f"/{NUM_STEPS} ", timeout=120)
+        running.wait_for("images/s", timeout=120)
         time.sleep(chance.uniform(0, MAX_SECONDS))
     everybody = running.everything()
     named = {f"rank {rank.environ()['RANK']}": rank for rank in running.ranks()}
@@ -85,8 +89,8 @@ def test_killed_one_by_one_it_ends_as_if_nobody_had_been(
     strategy: str,
     number: int,
 ):
-    chance = random.Random(f"{strategy}/{number}")
-    config = write_config(tmp_path, tiny_shards, NUM_STEPS)
+    chance, num_steps = random.Random(f"{strategy}/{number}"), length(number)
+    config = write_config(tmp_path, tiny_shards, num_steps)
     start = functools.partial(
         start_processes, "pipeline.train", WORLD, config, *SETTINGS, strategy=strategy
     )
@@ -95,7 +99,7 @@ def test_killed_one_by_one_it_ends_as_if_nobody_had_been(
     seconds = [strike(start(), victim, chance) for victim in victims]
     ended = start().wait(300)
     assert ended.code == 0, ended.output
-    assert result_of(tmp_path / "run", NUM_STEPS) == undisturbed(strategy)
+    assert result_of(tmp_path / "run", num_steps) == undisturbed(strategy, num_steps)
     print(f"{strategy}: {victims}, the others gone within {max(seconds):.1f} s")
 
 

@@ -12,16 +12,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.runs import num_logged, outcome, result_of, write_config
+from pipeline.rundir import choose_checkpoint
+from tests.launch.runs import outcome, result_of, write_config
 from tests.processes import ROOT, Processes, argv_of
 
-NUM_STEPS = 150
+NUM_STEPS = 60
 GONE_SECONDS = 15.0
-# Evaluations take most of the time: over all samples, after every third step.
+# Evaluations take most of the time: over all samples, in small batches, after every third step.
 SETTINGS = (
     f"num_steps={NUM_STEPS}",
+    "batch_size=4",
     "evaluation={split: all, every_steps: 3}",
-    "checkpoint.every_steps=4",
+    "checkpoint={every_steps: 4, keep: {best: {metric: eval/loss}}}",
+    "monitor.num_images=1",
 )
 
 pytestmark = [pytest.mark.fault, pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -61,11 +64,15 @@ def in_a_save(running: Processes, run: Path) -> None:
 
 
 def in_an_evaluation(running: Processes, run: Path) -> None:
-    """After the third step of an evaluation's stretch was logged, until the evaluation is."""
+    """Between its halves: the picture of the trained weights is there, the average's is not."""
     running.wait_for(f"/{NUM_STEPS} ", timeout=120)
-    logged = num_logged(run)
-    while num_logged(run) < logged + 2 or num_logged(run) % 3 != 2:
+    seen = num_pictures(run, "eval")
+    while num_pictures(run, "eval") == seen:
         assert running.running, running.output
+
+
+def num_pictures(run: Path, name: str) -> int:
+    return sum(1 for _ in (run / "images").glob(f"{name}-*.png"))
 
 
 def evaluations(run: Path) -> dict[int, float]:
@@ -91,11 +98,12 @@ def test_stopped_at_any_moment_it_is_gone_soon_and_loses_nothing(
     """One run, stopped at each kind of moment in turn."""
     chance = random.Random(f"{num_processes}/{trial}")
     config, run = write_config(tmp_path, tiny_shards, NUM_STEPS), tmp_path / "run"
-    reached, interrupted = [-1], 0
+    reached = [-1]
     for moment in (after_the_guard, in_a_step, in_a_save, in_an_evaluation):
         running = start_processes("pipeline.train", num_processes, config, *SETTINGS)
         moment(running, run)
-        time.sleep(chance.uniform(0, 0.05))
+        if moment is not in_an_evaluation:
+            time.sleep(chance.uniform(0, 0.05))
         everybody = running.everything()
         os.kill(running.pid, signal.SIGTERM)
         since = time.monotonic()
@@ -107,15 +115,18 @@ def test_stopped_at_any_moment_it_is_gone_soon_and_loses_nothing(
         assert ended["message"] == "stopped by signal SIGTERM"
         assert ended["step"] >= reached[-1]
         reached.append(ended["step"])
-        missing = ended["step"] % 3 == 0 and ended["step"] not in evaluations(run)
-        interrupted += missing
         print(f"{moment.__name__}: gone after {seconds:.1f} s, at step {ended['step']}")
+    assert (run / "images" / f"eval-{reached[-1]:08d}.png").exists()
+    assert reached[-1] not in evaluations(run), "the evaluation came to its end"
     assert reached[-1] < NUM_STEPS
 
     ended = start_processes("pipeline.train", num_processes, config, *SETTINGS).wait(300)
     assert ended.code == 0, ended.output
-    print(f"{interrupted} of 4 stops left an evaluation undone")
     reference = undisturbed(num_processes)
     assert result_of(run, NUM_STEPS) == result_of(reference, NUM_STEPS)
     assert evaluations(run) == evaluations(reference)
     assert max(evaluations(run)) == NUM_STEPS
+    best = choose_checkpoint(run, "best")
+    assert best.name == choose_checkpoint(reference, "best").name
+    losses = {step: loss for step, loss in evaluations(run).items() if step}
+    assert best.name == f"step-{min(losses, key=lambda step: losses[step])}"

@@ -8,6 +8,7 @@ writing   the training's rate while a save is being written, beside its rate wit
 
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -42,7 +43,7 @@ class CheckpointBench:
 
 
 def bench_checkpoint(config: TrainConfig, *, num_steps: int, rounds: int) -> CheckpointBench:
-    """Measure saves of one process, on the disk of `run_dir`, which stays untouched.
+    """Measure saves of one process, on the disk of `run_dir`, which is left as it was.
 
     num_steps: of training beside each save, and for the rate without one.
     """
@@ -63,11 +64,11 @@ def bench_checkpoint(config: TrainConfig, *, num_steps: int, rounds: int) -> Che
                 runtime=runtime,
             )
             loop.run(num_steps)
-            for number in range(rounds + 1):
-                found = _round(loop, checkpoints, Path(folder), 2 * number, num_steps)
-                for name, value in found.items() if number > 0 else ():  # the first is a warm-up
-                    seconds[name].append(value)
-            checkpoints.close()
+            with closing(checkpoints):
+                for number in range(rounds + 1):
+                    found = _round(loop, checkpoints, Path(folder), 2 * number, num_steps)
+                    for name, value in found.items() if number > 0 else ():  # 0 is a warm-up
+                        seconds[name].append(value)
     finally:
         loop.stream.close()
     middle = {name: median(values) for name, values in seconds.items()}
@@ -96,7 +97,7 @@ def _round(
 
     started = time.perf_counter()
     checkpoints.save(number)
-    checkpoints.finish()
+    saved = checkpoints.finish()
     whole = time.perf_counter() - started
 
     alone = loop.run(num_steps)
@@ -106,7 +107,7 @@ def _round(
     rates: list[float] = []
     while checkpoints.is_writing or not rates:
         rates.append(loop.run(1))
-    if not checkpoints.finish():
+    if not (saved and checkpoints.finish()):
         raise UserError(f"no checkpoint could be saved in {folder}: see the warning above.")
     return {"plain": plain, "whole": whole, "stall": stall, "rate": median(rates) / alone}
 

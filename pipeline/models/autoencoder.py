@@ -112,7 +112,7 @@ def run_in_stages(network: nn.Module, x: Tensor) -> Tensor:
     section 4.1); any other network is one stage. Loss and gradients are bit-equal to `network(x)`.
     """
     layers = list(network) if isinstance(network, nn.Sequential) else [network]
-    num_stages = round(math.sqrt(len(layers)))
+    num_stages = max(round(math.sqrt(len(layers))), 1)
     cuts = [round(stage * len(layers) / num_stages) for stage in range(num_stages + 1)]
     for start, end in pairwise(cuts):
         x = checkpoint(_run_layers, layers[start:end], x, use_reentrant=False)

@@ -65,13 +65,18 @@ class Description(Component):
     versions: dict[str, str]  # of the libraries that trained
 
 
+def check_absent(out: Path) -> None:
+    """Raise UserError if `out` exists."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already: name another place for the model, or remove it.")
+
+
 def save_pretrained(out: Path, description: Description, tensors: Mapping[str, Tensor]) -> None:
     """Publish the folder `out`, whole or not at all.
 
     Raises UserError if `out` exists or cannot be written.
     """
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already: name another place for the model, or remove it.")
+    check_absent(out)
     staged = temporary_name(out)
     try:
         staged.mkdir(parents=True)

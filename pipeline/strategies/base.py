@@ -1,6 +1,6 @@
 """What the training loop asks of a way to distribute the model.
 
-Add a strategy: one file with a class that has these methods, and its name in `runtime`.
+Add a strategy: one file with a class that has these methods, and its name in `build.make_strategy`.
 """
 
 from contextlib import AbstractContextManager
@@ -32,7 +32,9 @@ class StepResult:
     applied: Tensor  # 1.0, or 0.0 if the norm was not finite and the update was skipped
 
 
-NOTHING = FullState({}, None, {}, {})
+def no_state(num_updates: int = 0) -> FullState:
+    """A state without tensors."""
+    return FullState({}, None, {}, {}, num_updates)
 
 
 def to_cpu(value: Tensor, into: Tensor | None = None) -> Tensor:
@@ -71,7 +73,7 @@ class Strategy(Protocol):
         """Have the model hold the averaged parameters inside the context."""
         ...
 
-    def full_state(self, *, wanted: bool = True, into: FullState = NOTHING) -> FullState:
+    def full_state(self, *, wanted: bool = True, into: FullState | None = None) -> FullState:
         """Gather the canonical state in CPU memory; a collective.
 
         wanted: whether this process needs it; else the tensors are left out. into: a former result

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.models.autoencoder import AutoEncoder
 from pipeline.optimizer import AdamWConfig
 from pipeline.strategies.average import MovingAverage
-from pipeline.strategies.base import NOTHING, FullState, Named, StepResult, to_cpu
+from pipeline.strategies.base import FullState, Named, StepResult, no_state, to_cpu
 
 
 class DdpStrategy:
@@ -94,11 +93,12 @@ class DdpStrategy:
         finally:
             self._average.exchange(self._parameters)
 
-    def full_state(self, *, wanted: bool = True, into: FullState = NOTHING) -> FullState:
+    def full_state(self, *, wanted: bool = True, into: FullState | None = None) -> FullState:
         """Copy the state to the CPU; no communication, all processes hold the same."""
         num_updates = int(self._num_updates.item())
         if not wanted:
-            return replace(NOTHING, num_updates=num_updates)
+            return no_state(num_updates)
+        into = into or no_state()
         ema: Named | None = None
         if self._average is not None:
             averages = dict(zip(self._names, self._average.averages, strict=True))

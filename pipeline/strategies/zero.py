@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.models.autoencoder import AutoEncoder
 from pipeline.optimizer import AdamWConfig
 from pipeline.strategies.average import MovingAverage
-from pipeline.strategies.base import NOTHING, FullState, Named, StepResult, to_cpu
+from pipeline.strategies.base import FullState, Named, StepResult, no_state, to_cpu
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -127,8 +127,9 @@ class ZeroStrategy:
             self._release()
             self._average.exchange(self._held())
 
-    def full_state(self, *, wanted: bool = True, into: FullState = NOTHING) -> FullState:
+    def full_state(self, *, wanted: bool = True, into: FullState | None = None) -> FullState:
         """Gather parameters, averages and moments on the CPU; a collective."""
+        into = into or no_state()
         model: Named = {}
         for name, buffer in self._module.named_buffers() if wanted else ():
             model[name] = to_cpu(buffer, into.model.get(name))
