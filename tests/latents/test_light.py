@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.processes import ROOT
 
 SCRIPT = ROOT / "tests" / "latents" / "reads_without_torch.py"
 HEAVY = ("torch", "accelerate", "deepspeed", "wandb", "webdataset")
+FOUND = "60 []\n"  # rows; heavy packages that were imported
 
 
 @pytest.fixture(scope="module")
@@ -21,33 +23,38 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_export(tmp_path_factory.mktemp("export"), shards, kinds)
 
 
-def read(out: Path, *paths: Path) -> str:
-    path = os.pathsep.join(map(str, (*paths, ROOT)))
-    done = subprocess.run(
-        [sys.executable, SCRIPT, out, "0001/00007"],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
+def python(*argv: str | Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run an interpreter that finds modules in `path` before all others, and ours."""
+    folders = os.pathsep.join(str(folder) for folder in (path, ROOT) if folder)
+    environment = os.environ | {"PYTHONPATH": folders}
+    return subprocess.run(
+        [sys.executable, *argv], env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_nothing_on_the_way_imports_torch_where_it_is_installed(out: Path):
-    assert read(out) == "60 []\n"
+    done = python(SCRIPT, out, "0001/00007")
+    assert (done.stdout, done.stderr) == (FOUND, "")
 
 
 def test_an_export_is_read_where_torch_cannot_be_imported(out: Path, tmp_path: Path):
     for name in HEAVY:
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not here')\n")
-    code = "import torch"
-    failed = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "torch is not here" in failed.stderr
-    assert read(out, tmp_path) == "60 []\n"
+    assert "torch is not here" in python("-c", "import torch", path=tmp_path).stderr
+    done = python(SCRIPT, out, "0001/00007", path=tmp_path)
+    assert (done.stdout, done.stderr) == (FOUND, "")
+
+
+def test_numpy_and_pyarrow_are_all_that_is_needed(out: Path, tmp_path: Path):
+    """An environment with nothing else: without site-packages, the two linked into a folder."""
+    for name in ("numpy", "pyarrow"):
+        spec = find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        package = Path(spec.origin).parent
+        for folder in (package, package.with_name(f"{name}.libs")):
+            if folder.exists():
+                (tmp_path / folder.name).symlink_to(folder)
+    assert "No module" in python("-S", "-c", "import torch", path=tmp_path).stderr
+    done = python("-S", SCRIPT, out, "0001/00007", path=tmp_path)
+    assert (done.stdout, done.stderr) == (FOUND, "")
