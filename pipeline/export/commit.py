@@ -67,10 +67,11 @@ def stage_rows(export: ExportDir, task: str, rows: Rows, writers: Sequence[BaseW
     directory.mkdir(parents=True)
     files: list[FileRecord] = []
     for writer in writers:
-        final = data_path(writer.kind, task, writer.suffix)
-        path = directory / _staged_name(final)
-        writer.write(path, rows)
-        files.append(FileRecord(final, path.stat().st_size, sha256_file(path)))
+        finals = [data_path(writer.kind, task, suffix) for suffix in writer.suffixes]
+        paths = [directory / _staged_name(final) for final in finals]
+        writer.write(paths[0], rows)
+        for final, path in zip(finals, paths, strict=True):
+            files.append(FileRecord(final, path.stat().st_size, sha256_file(path)))
     sync_directory(directory)
     sync_directory(export.stage)
     return Staged(directory, tuple(files))

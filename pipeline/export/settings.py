@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from pipeline.component import Component
 from pipeline.data.index.splits import ALL
-from pipeline.writers import ParquetWriter, Writer
+from pipeline.writers import Dtype, ParquetWriter, Writer
 
 
 class ExportData(Component):
@@ -30,7 +30,7 @@ class ExportConfig(Component):
     precision: Literal["fp32", "bf16"] = "fp32"
     # What is stored: the posterior's mean and, where it has one, its log-variance; or the mean.
     store: Literal["moments", "mean"] = "moments"
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: Dtype = "float32"  # bfloat16: in safetensors only
     formats: Annotated[tuple[Writer, ...], Field(min_length=1)] = (ParquetWriter(),)
     # A task with more failed rows than this is not committed: something else is wrong.
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
@@ -43,11 +43,12 @@ class ExportConfig(Component):
         return self
 
     @model_validator(mode="after")
-    def _formats_are_one_file_each(self) -> Self:
-        pairs = [writer.kind for writer in self.formats if len(writer.suffixes) > 1]
-        if pairs:
+    def _formats_hold_dtype(self) -> Self:
+        unfit = [writer.kind for writer in self.formats if self.dtype not in writer.dtypes]
+        if unfit:
             raise ValueError(
-                f"formats: {', '.join(pairs)} has several files per shard, and the export stages "
-                "one per format only. Choose among tar, parquet and safetensors."
+                f"dtype is {self.dtype!r}, which {', '.join(unfit)} cannot hold: numpy and Arrow "
+                "know no such type. Set dtype to float32 or float16, or formats to "
+                "[{kind: safetensors}] alone."
             )
         return self

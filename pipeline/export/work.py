@@ -20,7 +20,7 @@ from pipeline.data.rows import RowBatch
 from pipeline.errors import UserError
 from pipeline.models.bottleneck import Posterior
 from pipeline.precision import autocast
-from pipeline.writers import Rows
+from pipeline.writers import Dtype, Rows
 
 Fault = tuple[int, str, str, str]  # row in the source shard, key, stage, reason
 
@@ -34,10 +34,13 @@ class Encoder:
     device: torch.device
     precision: Literal["fp32", "bf16"]
     fields: tuple[str, ...]  # of the posterior, to be stored
-    dtype: Literal["float32", "float16"]  # stored
+    dtype: Dtype  # stored
 
     def __call__(self, stored: Tensor) -> dict[str, NDArray[Any]]:
-        """Return field -> [B, *latent] in the stored dtype; what does not fit becomes inf."""
+        """Return field -> [B, *latent] in the stored dtype; what does not fit becomes inf.
+
+        Numbers of bfloat16 come as float32.
+        """
         with torch.inference_mode(), autocast(self.precision, self.device):
             x = self.to_unit(stored.to(self.device, non_blocking=True))
             posterior = self.encode(x)
@@ -46,8 +49,11 @@ class Encoder:
 
     def _store(self, values: Tensor | None) -> NDArray[Any]:
         assert values is not None, "`fields` names only what the posterior has"
+        values = values.detach().float()
+        if self.dtype == "bfloat16":
+            return values.bfloat16().float().cpu().numpy()
         with np.errstate(over="ignore"):
-            return values.detach().float().cpu().numpy().astype(self.dtype)
+            return values.cpu().numpy().astype(self.dtype)
 
 
 def encode_task(
@@ -95,7 +101,16 @@ def _encode_batch(shard: str, batch: RowBatch, encoder: Encoder) -> tuple[Rows, 
     valid &= finite
     for values in latents.values():
         values[~valid] = 0
-    rows = Rows(shard, batch.keys, batch.rows, valid, batch.labels, batch.metadata, latents)
+    rows = Rows(
+        shard=shard,
+        keys=batch.keys,
+        rows=batch.rows,
+        valid=valid,
+        labels=batch.labels,
+        metadata=batch.metadata,
+        latents=latents,
+        bfloat16=encoder.dtype == "bfloat16",
+    )
     return rows, sorted(faults)
 
 
@@ -111,4 +126,5 @@ def _concatenate(parts: list[Rows]) -> Rows:
             field: np.concatenate([part.latents[field] for part in parts])
             for field in parts[0].latents
         },
+        bfloat16=parts[0].bfloat16,
     )

@@ -16,7 +16,7 @@ from pipeline.export.__main__ import begin, work_through
 from pipeline.export.statistics import partial_of
 from pipeline.export.verify import LEVELS, verify_export
 from pipeline.export.workers import Worker
-from pipeline.writers import ParquetWriter, Rows, TarWriter
+from pipeline.writers import BaseWriter, ParquetWriter, Rows, TarWriter
 from tests.export.world import NUM_SHARDS, SHARD_ROWS, make_config, run_export
 
 TAR = "data/tar/shard-000002.tar"
@@ -54,9 +54,15 @@ def seal(out: Path) -> None:
 def rewrite(out: Path, change: Callable[[Rows], Rows]) -> None:
     """Replace both files of a task by changed ones."""
     for writer, name in ((TarWriter(), TAR), (ParquetWriter(), PARQUET)):
-        rows = change(writer.read(out / name))
-        (out / name).unlink()
-        writer.write(out / name, rows)
+        rewrite_with(writer, out / name, change)
+
+
+def rewrite_with(writer: BaseWriter, path: Path, change: Callable[[Rows], Rows]) -> None:
+    """Replace one format's files of a task by changed ones."""
+    rows = change(writer.read(path))
+    for suffix in writer.suffixes:
+        path.with_suffix(suffix).unlink()
+    writer.write(path, rows)
 
 
 def changed(rows: Rows, **fields) -> Rows:
