@@ -184,7 +184,9 @@ class LatentDataset:
         in order of rank are the same batch for any world. worker of workers: takes every n-th step,
         so a DataLoader(batch_size=None) gives the steps in order. tail: under `mask` every row
         comes once, and repeats of weight 0 fill the last batch; `drop` leaves out what fills none.
-        lanes, interleave, window: how far rows are mixed, see pipeline.data.order.
+        lanes, interleave, window: how far rows are mixed, see pipeline.data.order; None = the
+        largest divisor of batch_size up to 8. About lanes x interleave shards are in use at a time,
+        of which 128 stay open.
         """
         if tail not in get_args(Tail):
             raise UserError(f"tail is {tail!r}, but must be {' or '.join(get_args(Tail))}.")

@@ -154,6 +154,7 @@ def test_of_several_formats_the_fastest_is_read_or_the_one_asked_for(tmp_path: P
         LatentDataset(tmp_path, format="npy")
 
 
+@pytest.mark.slow
 @each_kind
 def test_large_latents_over_pages_and_row_groups(kind: str, tmp_path: Path):
     """Of Parquet: three row groups, and rows that reach over the end of a page."""

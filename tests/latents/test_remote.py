@@ -91,6 +91,7 @@ def test_any_store_of_fsspec(kind: str, out: Path):
         memory.rm("/latents", recursive=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["npy", "safetensors", "parquet"])
 def test_a_row_costs_a_part_of_its_file(kind: str, tmp_path: Path):
     """A matrix is read in blocks of 4 MB, Parquet's latents by row group; a tar as a whole."""
@@ -113,6 +114,7 @@ def test_a_row_costs_a_part_of_its_file(kind: str, tmp_path: Path):
     assert read < (0.5 if kind != "safetensors" else 0.2) * sum(map(len, files.values()))
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_bounded(out: Path, server: FaultServer):
     with closing(open_storage(server.url)) as storage:
         local = LatentDataset(out, format="npy")
