@@ -251,7 +251,7 @@ CHANGES: dict[str, Change] = {
         ("checkpoint.keep.every_samples=8",), checkpoints, ("checkpoint.every_steps=1",)
     ),
     "checkpoint.keep.best.metric": Change(
-        ("checkpoint.keep.best.metric=eval/kl",),
+        ("checkpoint.keep.best.metric=eval/samples",),
         best,
         ("checkpoint.keep.best.metric=eval/loss",),
     ),
