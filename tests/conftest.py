@@ -25,6 +25,7 @@ BUDGETS = {
     "main job": 18.0,
     "streaming": 15.0,
     "strategies and clusters": 22.0,
+    "export": 15.0,
 }
 STRATEGY_LANES = ("deepspeed", "netns", "slurm")
 STRATEGY_TESTS = (
@@ -45,6 +46,7 @@ STREAMING_TESTS = (
     "tests/test_ledger.py",
     "tests/test_order.py",
 )
+EXPORT_TESTS = ("tests/export/", "tests/latents/", "tests/writers/")
 Seconds = dict[tuple[str, str], float]  # (area, lane) -> seconds
 seconds_spent = pytest.StashKey[Seconds]()
 
@@ -53,6 +55,8 @@ def area_of(test: str, lane: str) -> str:
     """The area whose budget a test's time counts for."""
     if lane in STRATEGY_LANES or test.startswith(STRATEGY_TESTS):
         return "strategies and clusters"
+    if test.startswith(EXPORT_TESTS):
+        return "export"
     return "streaming" if test.startswith(STREAMING_TESTS) else "main job"
 
 

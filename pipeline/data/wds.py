@@ -20,7 +20,8 @@ from pipeline.data.index import Index
 from pipeline.data.index.splits import ALL
 from pipeline.data.order import Order
 from pipeline.data.raw import RankSlots, Sample, raw_samples
-from pipeline.data.storage import FoundShards, RemotePolicy, find_shards, open_storage
+from pipeline.data.storage import RemotePolicy, open_storage
+from pipeline.data.storage.patterns import FoundShards, find_shards
 from pipeline.errors import UserError
 
 MIN_READ_THREADS = 2

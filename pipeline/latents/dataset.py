@@ -4,11 +4,12 @@ import operator
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, Self, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.storage import RemotePolicy, is_url, open_storage
 from pipeline.errors import UserError
 from pipeline.latents.batches import (
     INTERLEAVE,
@@ -18,7 +19,7 @@ from pipeline.latents.batches import (
     plan_steps,
     steps_per_epoch,
 )
-from pipeline.latents.files import Files, LocalFiles, RemoteFiles, Store, damaged
+from pipeline.latents.files import Files, LocalFiles, RemoteFiles, damaged
 from pipeline.latents.formats.base import COLUMNS, NUMBERS, Ints
 from pipeline.latents.keys import KeyIndex, UnknownKeyError
 from pipeline.latents.manifest import Manifest, Scale, make_scale, read_manifest, read_statistics
@@ -48,32 +49,29 @@ class LatentDataset:
         format: str | None = None,  # noqa: A002 - what users call it
         normalized: bool = False,
         weights_sha256: str | None = None,
-        storage: Store | None = None,
+        remote: RemotePolicy | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Read the manifest; raise UserError unless a finished export of that model is there.
 
-        root: a directory, or with `storage` the URL that it reads. format: which of the stored
-        ones to read; None = the fastest. normalized: latents per channel to mean 0 and standard
-        deviation 1 of a sampled latent, as float32, by the export's own statistics.
-        weights_sha256: the model that must have encoded; None = any. cache_bytes: of remote
-        ranges kept in memory.
+        root: a directory, or a URL. format: which of the stored ones to read; None = the fastest.
+        normalized: latents per channel to mean 0 and standard deviation 1 of a sampled latent, as
+        float32, by the export's own statistics. weights_sha256: the model that must have encoded;
+        None = any. remote: attempts, limits and connections for a URL; None = the defaults.
+        cache_bytes: of remote ranges kept in memory.
         """
         self._arguments: dict[str, Any] = {
             "format": format,
             "normalized": normalized,
             "weights_sha256": weights_sha256,
-            "storage": storage,
+            "remote": remote,
             "cache_bytes": cache_bytes,
         }
         self.root = str(root)
-        if storage is None and "://" in self.root:
-            raise UserError(
-                f"{root} is a URL: give the storage that reads it, as in "
-                "LatentDataset(url, storage=pipeline.data.storage.open_storage(url))."
-            )
         self._files: Files = (
-            LocalFiles(Path(root)) if storage is None else RemoteFiles(storage, cache_bytes)
+            RemoteFiles(open_storage(root, remote), cache_bytes)
+            if is_url(root)
+            else LocalFiles(Path(root))
         )
         self.manifest: Manifest = read_manifest(self._files, weights_sha256)
         self.format = choose_format(self.root, self.manifest, format)
@@ -83,6 +81,16 @@ class LatentDataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.root, self._arguments)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections to a remote store; reading again opens new ones."""
+        self._files.close()
 
     def __len__(self) -> int:
         return int(self._shards.first_row[-1])

@@ -11,40 +11,16 @@ from collections import OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.data.storage import Storage
 from pipeline.errors import UserError
 
 Bytes = NDArray[np.uint8]
-
-
-class State(Protocol):
-    """What a store says of a file without reading it."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Its size."""
-        ...
-
-
-class Store(Protocol):
-    """What is read of `pipeline.data.storage.Storage`."""
-
-    def where(self, name: str) -> str:
-        """Return the full URL of a file, for messages."""
-        ...
-
-    def states(self, names: list[str]) -> Any:
-        """Return the `State` of each file by name, None where it is missing."""
-        ...
-
-    def read(self, name: str, offset: int, num_bytes: int) -> bytes:
-        """Return the bytes of a range."""
-        ...
 
 
 class ByteFile(ABC):
@@ -72,6 +48,9 @@ class Files(ABC):
     @abstractmethod
     def open(self, name: str) -> ByteFile:
         """Open a file; raise FileNotFoundError when it is missing."""
+
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Give back what is held open; reading again afterwards is allowed."""
 
     def read_whole(self, name: str) -> bytes | None:
         """Return all bytes of a small file; None if it is missing."""
@@ -121,7 +100,7 @@ class _RangeCache:
         self._ranges: OrderedDict[tuple[str, int, int], Bytes] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, store: Store, name: str, offset: int, size: int) -> Bytes:
+    def get(self, store: Storage, name: str, offset: int, size: int) -> Bytes:
         key = (name, offset, size)
         with self._lock:
             found = self._ranges.pop(key, None)
@@ -141,7 +120,7 @@ class _RangeCache:
 class _RemoteFile(ByteFile):
     is_mapped = False
 
-    def __init__(self, store: Store, name: str, size: int, cache: _RangeCache) -> None:
+    def __init__(self, store: Storage, name: str, size: int, cache: _RangeCache) -> None:
         self.size = size
         self._store, self._name, self._cache = store, name, cache
 
@@ -186,7 +165,7 @@ class _Seekable(io.RawIOBase):
 class RemoteFiles(Files):
     """Files in a store; the ranges read last are kept, up to `cache_bytes`."""
 
-    def __init__(self, store: Store, cache_bytes: int) -> None:
+    def __init__(self, store: Storage, cache_bytes: int) -> None:
         self._store = store
         self._cache = _RangeCache(cache_bytes)
 
@@ -196,10 +175,14 @@ class RemoteFiles(Files):
 
     def open(self, name: str) -> ByteFile:
         """Ask for a file's size; raise FileNotFoundError when it is missing."""
-        state: State | None = self._store.states([name])[name]
+        state = self._store.states([name])[name]
         if state is None:
             raise FileNotFoundError(self.where(name))
         return _RemoteFile(self._store, name, state.num_bytes, self._cache)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._store.close()
 
 
 def damaged(where: str, what: str) -> UserError:

@@ -1,15 +1,15 @@
 """An export behind HTTP or in any other store reads as from local disk, by ranges."""
 
+import pickle
 import random
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 
-from pipeline.data.storage import RemotePolicy, ShardReadError, open_storage
+from pipeline.data.storage import RemotePolicy, ShardReadError
 from pipeline.errors import UserError
 from pipeline.latents import LatentDataset
 from pipeline.latents.formats import READERS
@@ -58,9 +58,8 @@ def assert_same(remote: LatentDataset, local: LatentDataset) -> None:
 
 @each_kind
 def test_http(kind: str, out: Path, server: FaultServer):
-    with closing(open_storage(server.url)) as storage:
-        for normalized in (False, True):
-            remote = LatentDataset(server.url, storage=storage, format=kind, normalized=normalized)
+    for normalized in (False, True):
+        with LatentDataset(server.url, format=kind, normalized=normalized) as remote:
             assert_same(remote, LatentDataset(out, format=kind, normalized=normalized))
     asked = [request for request in server.requests if request.method == "GET"]
     assert all("range" in request.headers for request in asked)
@@ -71,12 +70,16 @@ def test_http(kind: str, out: Path, server: FaultServer):
 @each_kind
 def test_transfers_that_break_go_on(kind: str, out: Path):
     plan = now_and_then(short_body, random.Random(1), 0.2)
+    policy = RemotePolicy(max_wait_seconds=0.01)
     with serving(FaultServer(files_of(out), plan=plan)) as server:
-        policy = RemotePolicy(max_wait_seconds=0.01)
-        with closing(open_storage(server.url, policy)) as storage:
-            remote = LatentDataset(server.url, storage=storage, format=kind)
+        with LatentDataset(server.url, remote=policy, format=kind) as remote:
             assert_same(remote, LatentDataset(out, format=kind))
         assert server.num_faults > 0
+
+
+def test_a_pickled_dataset_reads_on(out: Path, server: FaultServer):
+    with LatentDataset(server.url) as ds, pickle.loads(pickle.dumps(ds)) as other:
+        assert_same(other, LatentDataset(out))
 
 
 @each_kind
@@ -84,9 +87,8 @@ def test_any_store_of_fsspec(kind: str, out: Path):
     memory = fsspec.filesystem("memory")
     memory.put(f"{out}/", "/latents", recursive=True)
     try:
-        with closing(open_storage("memory://latents")) as storage:
-            remote = LatentDataset("memory://latents", storage=storage, format=kind)
-            assert_same(remote, LatentDataset(out, format=kind))
+        remote = LatentDataset("memory://latents", format=kind)
+        assert_same(remote, LatentDataset(out, format=kind))
     finally:
         memory.rm("/latents", recursive=True)
 
@@ -98,8 +100,7 @@ def test_a_row_costs_a_part_of_its_file(kind: str, tmp_path: Path):
     rows = make_rows(0, 2400, (4, 32, 32))  # 39 MB of mu, 39 MB of logvar
     write_export(tmp_path, [rows], [kind])
     files = files_of(tmp_path)
-    with serving(FaultServer(files)) as server, closing(open_storage(server.url)) as storage:
-        ds = LatentDataset(server.url, storage=storage)
+    with serving(FaultServer(files)) as server, LatentDataset(server.url) as ds:
         row = ds.by_key("0000/01234")
         np.testing.assert_array_equal(row.mu, rows.latents["mu"][1234])
         np.testing.assert_array_equal(row.logvar, rows.latents["logvar"][1234])
@@ -116,9 +117,8 @@ def test_a_row_costs_a_part_of_its_file(kind: str, tmp_path: Path):
 
 @pytest.mark.slow
 def test_what_is_kept_is_bounded(out: Path, server: FaultServer):
-    with closing(open_storage(server.url)) as storage:
-        local = LatentDataset(out, format="npy")
-        remote = LatentDataset(server.url, storage=storage, format="npy", cache_bytes=1)
+    local = LatentDataset(out, format="npy")
+    with LatentDataset(server.url, format="npy", cache_bytes=1) as remote:
         assert_same(remote, local)
         before = len(server.requests)
         assert_same(remote, local)
@@ -126,31 +126,24 @@ def test_what_is_kept_is_bounded(out: Path, server: FaultServer):
 
 
 def test_what_is_not_there(out: Path, server: FaultServer):
-    with closing(open_storage(server.url)) as storage:
-        del server.files["data/tar/shard-000001.tar"]
-        ds = LatentDataset(server.url, storage=storage, format="tar")
-        with pytest.raises(UserError, match=f"{server.url}/data/tar/shard-000001.tar is missing"):
-            ds[11]
-        del server.files["_SUCCESS"]
-        with pytest.raises(UserError, match=f"{server.url} holds an unfinished export"):
-            LatentDataset(server.url, storage=storage)
-        del server.files["manifest.json"]
-        with pytest.raises(UserError, match=f"{server.url} holds no export"):
-            LatentDataset(server.url, storage=storage)
+    del server.files["data/tar/shard-000001.tar"]
+    missing = f"{server.url}/data/tar/shard-000001.tar is missing"
+    with LatentDataset(server.url, format="tar") as ds, pytest.raises(UserError, match=missing):
+        ds[11]
+    del server.files["_SUCCESS"]
+    with pytest.raises(UserError, match=f"{server.url} holds an unfinished export"):
+        LatentDataset(server.url)
+    del server.files["manifest.json"]
+    with pytest.raises(UserError, match=f"{server.url} holds no export"):
+        LatentDataset(server.url)
 
 
 @each_kind
-def test_a_store_that_does_not_answer_is_no_damage(kind: str, out: Path, server: FaultServer):
+def test_a_store_that_does_not_answer_is_no_damage(kind: str, server: FaultServer):
     policy = RemotePolicy(attempts=2, max_wait_seconds=0.01)
-    with closing(open_storage(server.url, policy)) as storage:
-        ds = LatentDataset(server.url, storage=storage, format=kind)
+    with LatentDataset(server.url, remote=policy, format=kind) as ds:
         server.plan = always(short_body)
-        storage.close()  # nothing is taken from an open connection
+        ds.close()  # nothing is taken from an open connection
         with pytest.raises((ShardReadError, UserError), match="Given up after") as error:
             ds.by_key("0002/00017")
         assert "damaged" not in str(error.value)
-
-
-def test_a_url_needs_a_storage():
-    with pytest.raises(UserError, match="s3://b/latents is a URL: give the storage that reads it"):
-        LatentDataset("s3://b/latents")

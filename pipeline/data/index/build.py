@@ -19,7 +19,8 @@ from pipeline.data.index.scan import ScannedShard, ShardTask, index_shard
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.pace import Pace, Progress
 from pipeline.data.pool import worker_processes
-from pipeline.data.storage import FoundShards, find_shards, open_storage
+from pipeline.data.storage import open_storage
+from pipeline.data.storage.patterns import FoundShards, find_shards
 from pipeline.errors import UserError
 
 PARALLEL_FROM_BYTES = 32 << 20  # below, starting worker processes takes longer than the work

@@ -26,10 +26,10 @@ from pipeline.data.storage import (
     RemotePolicy,
     ShardState,
     Storage,
-    find_shards,
     is_url,
     open_storage,
 )
+from pipeline.data.storage.patterns import find_shards
 from pipeline.errors import UserError
 
 MAX_OPEN_TABLES = 1024

@@ -30,7 +30,8 @@ from pipeline.data.pack.files import (
 from pipeline.data.pack.parts import PartRecord, part_paths, read_record, write_part
 from pipeline.data.pack.sources import Source
 from pipeline.data.pool import worker_processes
-from pipeline.data.storage import find_shards, open_storage
+from pipeline.data.storage import open_storage
+from pipeline.data.storage.patterns import find_shards
 from pipeline.data.storage.publish import Publisher, open_publisher
 from pipeline.errors import UserError
 

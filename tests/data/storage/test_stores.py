@@ -14,11 +14,11 @@ from pipeline.data.storage import (
     RemotePolicy,
     ShardReadError,
     ShardState,
-    find_shards,
     open_storage,
 )
 from pipeline.data.storage.http import HttpStorage
 from pipeline.data.storage.local import LocalStorage
+from pipeline.data.storage.patterns import find_shards
 from pipeline.data.storage.publish import open_publisher
 from pipeline.errors import UserError
 from tests.data.storage.conftest import BUCKET
