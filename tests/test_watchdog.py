@@ -1,6 +1,7 @@
 """A process that makes no progress ends the job, and is named with the phase it hangs in."""
 
 import json
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -10,7 +11,9 @@ import psutil
 import pytest
 
 from tests.launch.runs import outcome, write_config
+from tests.processes import ROOT
 
+WORKER = ROOT / "tests" / "watchdog_worker.py"
 GRACE = 10  # for the reports of others: see pipeline.watchdog
 pytestmark = [pytest.mark.fault, pytest.mark.distributed]
 
@@ -77,3 +80,27 @@ def test_a_job_that_stood_still_as_a_whole_goes_on(
     assert running.running, running.output
     assert (run / "metrics.jsonl").stat().st_size > size
     assert "watchdog" not in running.output
+
+
+@pytest.mark.parametrize(
+    ("hangs", "last"),
+    [
+        # Who still saves step 10, or waits for the data of step 11, keeps the other from step 11.
+        (("checkpoint:10:0", "update:11:0"), 0),
+        (("update:11:0", "data:11:0"), 1),
+        # It came to its phase later than it would bark by itself before the first one gives up.
+        (("data:11:0", "update:11:4"), 0),
+    ],
+)
+def test_who_is_the_furthest_behind_is_told_and_nobody_is_killed(
+    tmp_path: Path, run_processes: Callable, hangs: tuple[str, str], last: int
+):
+    result = run_processes(WORKER, 2, tmp_path, 5, *hangs, timeout=60)
+    assert result.code != 0
+    message = outcome(tmp_path)["message"]
+    print(message)
+    for rank, hang in enumerate(hangs):
+        phase, step, _ = hang.split(":")
+        assert re.search(rf"rank {rank} \(.*?\) has been in phase {phase} of step {step} ", message)
+    assert message.endswith(f"; rank {last} is the furthest behind")
+    assert "SIGKILL" not in result.output
