@@ -87,7 +87,7 @@ def test_a_job_that_stood_still_as_a_whole_goes_on(
     [
         # Who still saves step 10, or waits for the data of step 11, keeps the other from step 11.
         (("checkpoint:10:0", "update:11:0"), 0),
-        (("update:11:0", "data:11:0"), 1),
+        pytest.param(("update:11:0", "data:11:0"), 1, marks=pytest.mark.soak),
         # It came to its phase later than it would bark by itself before the first one gives up.
         (("data:11:0", "update:11:4"), 0),
     ],
