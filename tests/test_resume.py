@@ -71,6 +71,8 @@ def result_of(run: Path) -> dict:
     tensors = {file.name: tensors_sha256(load_file(file)) for file in path.glob("*.safetensors")}
     assert tensors.keys() == {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # A stop may come between a step and its evaluation, which the next start makes up for.
+    records.sort(key=lambda record: (record["step"], "train/loss" in record))
     names = ("step", "train/loss", "optim/grad_norm", "eval/loss", "eval_ema/loss")
     logged = [[record.get(name) for name in names] for record in records]
     steps = [record["step"] for record in records if "train/loss" in record]
