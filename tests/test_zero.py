@@ -101,7 +101,10 @@ def test_one_process_that_cuts_its_batch_shows_the_noise_floor(
     assert (difference(found, expected).losses == 0) == (accumulation == 1)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize(
+    "accumulation",
+    [2, *(pytest.param(number, marks=pytest.mark.soak) for number in (1, 4))],
+)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_it_takes_the_steps_of_one_process(two, reference, table, strategy: str, accumulation: int):
     expected, windows = reference()
