@@ -78,7 +78,7 @@ def strike(running: Processes, victim: str, chance: random.Random) -> float:
         *kills("ddp", 3, 20),
         *kills("zero1", 0, 10),
         *kills("zero2", 0, 10),
-        *kills("zero3", 1, 10),
+        *kills("zero3", 0, 10),
     ],
 )
 def test_killed_one_by_one_it_ends_as_if_nobody_had_been(

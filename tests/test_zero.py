@@ -35,8 +35,8 @@ ZERO = ("zero1", "zero2", "zero3")
 STRATEGIES = ("ddp", *ZERO)
 # A low rate: training amplifies rounding less.
 SETTINGS = ("num_steps=20", "optimizer.learning_rate.peak=0.002")
-# In test-all each strategy writes and reads once; the other pairs are soak.
-RING = {("ddp", "zero1"), ("zero1", "zero3"), ("zero3", "zero2"), ("zero2", "ddp")}
+# In test-all two pairs; the others are soak.
+RING = {("zero1", "zero3"), ("zero3", "ddp")}
 
 
 @pytest.fixture
