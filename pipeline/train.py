@@ -164,7 +164,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
                 step += 1
 
                 # Once in a while. Order matters: measure, then save what was measured.
-                last, is_best = config.is_over(step, checkpoints.evaluations_since_best), False
+                last, is_best = step >= config.num_steps, False
                 if not last:
                     stop.check(runtime)
                 if config.evaluates_at(step):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UserError
-from pipeline.latents import noise
+from pipeline.latents.noise import normal, sample_keys
 
 NO_LABEL = -1  # as pipeline.writers has it
 
@@ -96,8 +96,8 @@ class LatentRows:
                 "sample() needs a log-variance, and this export stores the mean alone: use `mu`, "
                 "or export a gaussian model with store: moments."
             )
-        keys = noise.sample_keys(seed, "latents", epoch=epoch, uid=self.index)
-        eps = noise.normal(keys, self.mu.shape[1:])
+        keys = sample_keys(seed, "latents", epoch=epoch, uid=self.index)
+        eps = normal(keys, self.mu.shape[1:])
         sigma = np.exp(0.5 * self.logvar.astype(np.float32))
         z = self.mu.astype(np.float32) + sigma * eps
         z[~self.valid] = 0
