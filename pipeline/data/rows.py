@@ -23,6 +23,7 @@ from pipeline.data.storage import ShardReadError, Storage, open_storage
 from pipeline.data.stream.fetch import read_members
 
 METADATA_SUFFIXES = ("json",)
+TEXT_SUFFIXES = ("txt",)
 
 Ints = NDArray[np.int64]
 
@@ -42,7 +43,8 @@ class RowBatch:
 
     x: [batch_size, *event] in the stored dtype (images in channels-last memory); the first
     `num_rows` are real. rows: row numbers in the shard; valid: False where decoding failed (that x
-    is zero); labels: -1 = none; metadata: text of the `.json` member.
+    is zero); labels: -1 = none; metadata, texts: of the `.json` and the `.txt` member, None = none;
+    bytes that are no UTF-8 become U+FFFD.
     """
 
     x: Tensor
@@ -53,6 +55,7 @@ class RowBatch:
     faults: list[RowFault]
     labels: Ints
     metadata: list[str | None]
+    texts: list[str | None]
 
 
 def shard_batches(
@@ -102,12 +105,12 @@ class _ShardReader:
         self._name = index.shards[shard].name
         self._table = index.table(shard)
         self.rows = self._table.rows_of(index.split_number(data.split))
-        suffixes = (tuple(data.decode.member_suffixes), METADATA_SUFFIXES)
+        suffixes = (tuple(data.decode.member_suffixes), METADATA_SUFFIXES, TEXT_SUFFIXES)
         self._ranges = [self._table.ranges_of(names) for names in suffixes]
 
     def batch(self, start: int, decoders: ThreadPoolExecutor) -> RowBatch:
         rows = self.rows[start : start + self._batch_size]
-        contents, metadata = read_members(self._storage, self._name, self._ranges, rows)
+        contents, metadata, texts = read_members(self._storage, self._name, self._ranges, rows)
         keys = self._table.keys(rows)
         stored = getattr(torch, self._decode.stored_dtype.name)
         x = torch.zeros((self._batch_size, *self._decode.buffer_shape), dtype=stored)
@@ -126,6 +129,7 @@ class _ShardReader:
             ],
             labels=self._table.labels[rows],
             metadata=[_text(content) for content in metadata],
+            texts=[_text(content) for content in texts],
         )
 
     def _decode_all(

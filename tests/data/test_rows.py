@@ -75,6 +75,16 @@ def test_every_row_of_a_split_comes_once_in_the_order_of_the_shard(index, split,
         ]
 
 
+def test_texts_pass_through(tmp_path):
+    texts = {1: "späte Blüte".encode(), 3: b"\xff", 4: b""}
+    write_shards(tmp_path / "s", (6,), {number: {"txt": text} for number, text in texts.items()})
+    found = batches(build_index(tmp_path / "s"), shard=0)
+    assert [text for batch in found for text in batch.texts] == [
+        texts[number].decode(errors="replace") if number in texts else None for number in range(6)
+    ]
+    assert all(text is None for batch in found for text in batch.metadata)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_contents_are_exact_and_padded_with_zeros(index, threads):
     for batch in batches(index, size=10, threads=threads):
