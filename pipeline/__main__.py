@@ -14,8 +14,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import needs
 from pipeline.console import print_report, print_scores
-from pipeline.errors import DONE, FAILED, WRONG_USE, UserError
+from pipeline.errors import DONE, FAILED, WRONG_USE, StoreError, UserError
 from pipeline.verbs import Run, parser
 
 if TYPE_CHECKING:
@@ -199,7 +200,13 @@ def export_model(arguments: argparse.Namespace) -> int:
     from pipeline.export_model import export_model
 
     report = export_model(
-        arguments.run, arguments.out, step=arguments.step, weights=arguments.weights
+        arguments.run,
+        arguments.out,
+        step=arguments.step,
+        weights=arguments.weights,
+        onnx=arguments.onnx,
+        torch_export=arguments.torch_export,
+        latents=arguments.latents,
     )
     print_report(asdict(report), arguments.json)
     return DONE
@@ -258,6 +265,14 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_USE
+    except ModuleNotFoundError as error:
+        if error.name not in needs.missing():
+            raise
+        print(f"error: {needs.remedy([error.name])}", file=sys.stderr)
+        return WRONG_USE
+    except StoreError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return FAILED

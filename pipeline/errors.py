@@ -11,3 +11,10 @@ class UserError(Exception):
 
     The message names the value, the bound it broke and the setting (or file) to change.
     """
+
+
+class StoreError(OSError):
+    """A remote store does not do what was asked, now: the network or the service, nobody's mistake.
+
+    Printed as one paragraph, exit code 1: the same command goes on where it stopped.
+    """

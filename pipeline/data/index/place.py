@@ -20,9 +20,9 @@ from pipeline.data.index.manifest import (
     table_path,
 )
 from pipeline.data.storage import is_url, open_storage
-from pipeline.data.storage.opening import local_path
-from pipeline.data.storage.publish import Publisher, open_publisher
+from pipeline.data.storage.opening import local_path, open_writable
 from pipeline.data.storage.threads import map_in_threads
+from pipeline.data.storage.writable import WritableStore
 from pipeline.errors import UserError
 from pipeline.files import write_json
 
@@ -32,21 +32,21 @@ FETCH_THREADS = 16
 class IndexPlace:
     """The directory in which an index is made, and the store that gets it, if it is remote."""
 
-    def __init__(self, folder: Path, publisher: Publisher | None) -> None:
+    def __init__(self, folder: Path, store: WritableStore | None) -> None:
         self.folder = folder
-        self._publisher = publisher
+        self._store = store
 
     def add_table(self, shard_name: str) -> None:
         """A shard's table was written, or was right already."""
-        if self._publisher is not None:
-            self._publisher.put(table_name(shard_name), table_path(self.folder, shard_name))
+        if self._store is not None:
+            self._store.put(table_name(shard_name), table_path(self.folder, shard_name))
 
     def finish(self, manifest: dict[str, Any], names: Sequence[str]) -> None:
         """Write the manifest, and drop the tables of shards that are not among `names`."""
         path = self.folder / INDEX_DIRECTORY / MANIFEST
         write_json(path, manifest)
-        if self._publisher is not None:
-            self._publisher.put(f"{INDEX_DIRECTORY}/{MANIFEST}", path)
+        if self._store is not None:
+            self._store.put(f"{INDEX_DIRECTORY}/{MANIFEST}", path)
             return
         wanted = {table_path(self.folder, name) for name in names}
         for file in (self.folder / INDEX_DIRECTORY / TABLES).rglob("*"):
@@ -60,10 +60,10 @@ def index_place(out: Path | str, shard_names: Sequence[str]) -> Generator[IndexP
     to write to.
     """
     if is_url(out):
-        publisher = open_publisher(str(out))
+        store = open_writable(str(out))
         with TemporaryDirectory(prefix="latentmill-index-") as folder:
             _fetch_tables(str(out), shard_names, Path(folder))
-            yield IndexPlace(Path(folder), publisher)
+            yield IndexPlace(Path(folder), store)
         return
     folder = Path(local_path(out))
     try:

@@ -31,8 +31,9 @@ from pipeline.data.pack.parts import PartRecord, part_paths, read_record, write_
 from pipeline.data.pack.sources import Source
 from pipeline.data.pool import worker_processes
 from pipeline.data.storage import open_storage
+from pipeline.data.storage.opening import open_writable
 from pipeline.data.storage.patterns import find_shards
-from pipeline.data.storage.publish import Publisher, open_publisher
+from pipeline.data.storage.writable import WritableStore
 from pipeline.errors import UserError
 
 Ranges = Sequence[tuple[int, int]]
@@ -47,25 +48,25 @@ def pack_remotely(
     progress: Progress | None,
 ) -> None:
     """Write the shards of the ranges, and what belongs to them, below the URL `out`."""
-    publisher = open_publisher(out)
+    store = open_writable(out)
     names = [_record_name(number) for number in range(len(ranges))]
     found = _read_all(out, [SUMMARY, PLAN, *names])
     if SUMMARY in found:
         check_same(out, json.loads(found[SUMMARY])["identity"], identity)
     else:
-        _open_plan(publisher, out, found.get(PLAN), identity)
+        _open_plan(store, out, found.get(PLAN), identity)
         records = [PartRecord(**json.loads(found[name])) for name in names if name in found]
         # They were uploaded in order; so what is there is the beginning.
         with TemporaryDirectory(prefix="latentmill-pack-") as folder:
             rest = _written(source, ranges, len(records), Path(folder), workers)
             for record, file in rest:
-                _upload(publisher, record, file, records)
+                _upload(store, record, file, records)
                 if progress:
                     progress(f"pack: {len(records)} of {len(ranges)} shards")
         for name, content in closing_files(source, records, identity).items():
-            publisher.put(name, content)
+            store.put(name, content)
     for name in (*names, PLAN):
-        publisher.delete(name)
+        store.delete(name)
 
 
 def _record_name(number: int) -> str:
@@ -84,7 +85,7 @@ def _read_all(root: str, names: Sequence[str]) -> dict[str, bytes]:
 
 
 def _open_plan(
-    publisher: Publisher, out: str, plan: bytes | None, identity: dict[str, Any]
+    store: WritableStore, out: str, plan: bytes | None, identity: dict[str, Any]
 ) -> None:
     if plan is not None:
         check_same(out, json.loads(plan), identity)
@@ -95,7 +96,7 @@ def _open_plan(
         foreign = ()
     if foreign:
         raise foreign_shards(out, foreign[0])
-    publisher.put(PLAN, json.dumps(identity, sort_keys=True).encode())
+    store.put(PLAN, json.dumps(identity, sort_keys=True).encode())
 
 
 def _written(
@@ -129,11 +130,11 @@ def _next(waiting: deque[tuple[int, Future[int]]], stage: Path) -> tuple[PartRec
 
 
 def _upload(
-    publisher: Publisher, record: PartRecord, file: Path, records: list[PartRecord]
+    store: WritableStore, record: PartRecord, file: Path, records: list[PartRecord]
 ) -> None:
     """Publish a part and then its record, and append that to those before it."""
     if record.num_samples:
-        publisher.put(shard_name(sum(bool(r.num_samples) for r in records)), file)
-    publisher.put(_record_name(len(records)), json.dumps(asdict(record)).encode())
+        store.put(shard_name(sum(bool(r.num_samples) for r in records)), file)
+    store.put(_record_name(len(records)), json.dumps(asdict(record)).encode())
     file.unlink()
     records.append(record)

@@ -1,4 +1,4 @@
-"""From the root of shards to the store that reads them."""
+"""From the root of shards to the store that reads them, or that writes beside them."""
 
 import re
 from pathlib import Path
@@ -12,12 +12,17 @@ from pipeline.data.storage.http import HttpStorage
 from pipeline.data.storage.local import LocalStorage
 from pipeline.data.storage.policy import RemotePolicy
 from pipeline.data.storage.s3 import S3Storage
+from pipeline.data.storage.writable import WritableStore
+from pipeline.data.storage.writable_local import LocalWritable
+from pipeline.data.storage.writable_remote import RemoteWritable
 from pipeline.errors import UserError
 
 SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
 HTTP = frozenset(("http", "https"))
 S3 = frozenset(("s3", "s3a"))
 LOCAL = frozenset(("", "file", "local"))
+# Stores in which an object appears at once when its upload is complete.
+OBJECT_STORES = S3 | {"gs", "gcs", "az", "abfs", "adl", "oss", "oci", "tos"}
 
 
 def scheme_of(location: str | Path) -> str:
@@ -52,6 +57,18 @@ def open_storage(root: str | Path, remote: RemotePolicy | None = None) -> Storag
     if scheme in S3:
         return S3Storage(text, policy)
     return GenericStorage(text, policy)
+
+
+def open_writable(root: str | Path) -> WritableStore:
+    """Return the writer for a directory or URL; raise UserError where nothing can be written."""
+    text = str(root)
+    scheme = scheme_of(text)
+    if scheme in LOCAL:
+        return LocalWritable(local_path(text))
+    if scheme in HTTP:
+        raise UserError(f"{text} is read only: HTTP has no way to write files; name another place.")
+    check_scheme(text)
+    return RemoteWritable(text, appears_whole=scheme in OBJECT_STORES, has_create=scheme in S3)
 
 
 def check_scheme(location: str) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline.data.index import Index
 from pipeline.data.index.verify import verify_shards
 from pipeline.data.pack import pack_folder, pack_sprites, remote
-from pipeline.data.storage.publish import open_publisher
+from pipeline.data.storage.opening import open_writable
 from pipeline.errors import UserError
 from tests.data.storage.conftest import BUCKET
 
@@ -83,15 +83,15 @@ def test_a_stopped_pack_goes_on(tmp_path: Path, url: str, monkeypatch: pytest.Mo
         return write(*arguments)
 
     monkeypatch.setattr(remote, "write_part", counted)
-    publisher_type = type(open_publisher(url))
-    put = publisher_type.put
+    store_type = type(open_writable(url))
+    put = store_type.put
 
     def stop_before_a_record(self: object, name: str, content: bytes | Path) -> None:
         if name == "_stage/part-000002.json" and written.count(2) == 1:
             raise KeyboardInterrupt
         put(self, name, content)
 
-    monkeypatch.setattr(publisher_type, "put", stop_before_a_record)
+    monkeypatch.setattr(store_type, "put", stop_before_a_record)
     with pytest.raises(KeyboardInterrupt):
         pack_sprites(url, count=10, shard_samples=2)
     assert "pack.json" not in in_s3(url)
@@ -101,7 +101,7 @@ def test_a_stopped_pack_goes_on(tmp_path: Path, url: str, monkeypatch: pytest.Mo
 
 
 def test_foreign_shards_are_refused(url: str):
-    open_publisher(url).put("other.tar", b"x")
+    open_writable(url).put("other.tar", b"x")
     with pytest.raises(UserError, match=r"already holds shards .* other\.tar"):
         pack_sprites(url, count=10)
 

@@ -1,7 +1,9 @@
 """S3 by moto, any store of fsspec (its memory), and local disk: patterns, pins, publishing."""
 
 import random
+import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -18,8 +20,8 @@ from pipeline.data.storage import (
 )
 from pipeline.data.storage.http import HttpStorage
 from pipeline.data.storage.local import LocalStorage
+from pipeline.data.storage.opening import open_writable
 from pipeline.data.storage.patterns import find_shards
-from pipeline.data.storage.publish import open_publisher
 from pipeline.errors import UserError
 from tests.data.storage.conftest import BUCKET
 from tests.data.storage.fault_server import FaultServer, serving, short_body
@@ -128,10 +130,10 @@ def test_every_store_reads_ranges_states_and_small_files(root):
 
 @pytest.mark.parametrize("root", ["s3", "memory"], indirect=True)
 def test_a_changed_object_is_an_error_in_every_store_with_tags(root):
-    name, publisher = NAMES[5], open_publisher(root)
+    name, store = NAMES[5], open_writable(root)
     with closing(open_storage(root)) as storage:
         assert storage.read(name, 0, 10) == CONTENT[:10]
-        publisher.put(name, CONTENT[1:5001])  # of the same size
+        store.put(name, CONTENT[1:5001])  # of the same size
         with pytest.raises(ShardReadError, match=f"{root}/{name} changed while it was in use"):
             storage.read(name, 0, 10)
     with closing(open_storage(root)) as storage:
@@ -141,28 +143,84 @@ def test_a_changed_object_is_an_error_in_every_store_with_tags(root):
 
 
 def test_publishing_puts_whole_files_and_moves_and_deletes_them(root, tmp_path):
-    publisher = open_publisher(root)
+    store = open_writable(root)
     (tmp_path / "large").write_bytes(CONTENT)
-    publisher.put("new/a.bin", tmp_path / "large")
-    publisher.put("new/b.json", b"{}")
-    publisher.put("new/b.json", b"[]")
+    store.put("new/a.bin", tmp_path / "large")
+    store.put("new/b.json", b"{}")
+    store.put("new/b.json", b"[]")
     with closing(open_storage(root)) as storage:
         assert storage.read_whole("new/a.bin") == CONTENT
         assert storage.read_whole("new/b.json") == b"[]"
-    publisher.move("new/b.json", "new/c.json")
-    assert [publisher.exists(f"new/{name}") for name in ("a.bin", "b.json", "c.json")] == [1, 0, 1]
-    publisher.delete("new/c.json")
-    publisher.delete("new/c.json")
-    assert not publisher.exists("new/c.json")
+    store.move("new/b.json", "new/c.json")
+    assert [store.exists(f"new/{name}") for name in ("a.bin", "b.json", "c.json")] == [1, 0, 1]
+    store.delete("new/c.json")
+    store.delete("new/c.json")
+    assert not store.exists("new/c.json")
     files, place = fsspec.core.url_to_fs(root)
     assert [path.rpartition("/")[2] for path in files.find(f"{place}/new")] == ["a.bin"]
 
 
+def test_a_name_is_taken_once(root):
+    store = open_writable(root)
+    if root.startswith("memory"):
+        with pytest.raises(UserError, match="no way to create a file only if it does not exist"):
+            store.check_exclusive("run")
+        return
+    assert store.check_exclusive("run")
+    assert store.sizes("run") == {}
+    assert store.create("run/a.json", b"first")
+    assert not store.create("run/a.json", b"second")
+    assert store.read("run/a.json") == b"first"
+    with ThreadPoolExecutor(8) as racers:
+        for name in ("x", "y", "z"):
+            wins = list(racers.map(lambda i: store.create(name, b"%d" % i), range(8)))  # noqa: B023
+            assert sum(wins) == 1
+            assert store.read(name) == b"%d" % wins.index(True)
+
+
+def test_folders_are_written_listed_copied_and_removed(root):
+    store = open_writable(root)
+    with store.new_folder("stage/one") as folder:
+        (folder / "a.bin").write_bytes(CONTENT)
+        (folder / "b.bin").write_bytes(b"b")
+    with pytest.raises(FileNotFoundError), store.new_folder("stage/two") as folder:
+        shutil.copy(folder.joinpath("a.bin").write_bytes(b"half") and folder / "none", folder)
+    assert store.sizes("stage") == {"stage/one/a.bin": len(CONTENT), "stage/one/b.bin": 1}
+    store.move("stage/one/a.bin", "data/x/a.bin")
+    with pytest.raises(FileNotFoundError):
+        store.move("stage/one/a.bin", "data/x/a.bin")
+    with store.local_copy(["data/x/a.bin", "none"]) as copy:
+        assert (copy / "data/x/a.bin").read_bytes() == CONTENT
+        assert not (copy / "none").exists()
+    store.delete_folder("stage")
+    store.delete_folder("stage")
+    assert store.sizes("stage") == {}
+    assert store.read("stage/one/b.bin") is None
+    assert store.sizes("data") == {"data/x/a.bin": len(CONTENT)}
+    assert set(store.sizes()) >= {"data/x/a.bin"}
+
+
+def test_an_s3_that_ignores_the_condition_is_found_out(s3, folder):
+    """On the way to the server `If-None-Match` is taken off: every create succeeds."""
+    S3FileSystem.clear_instance_cache()
+    store = open_writable(f"{s3(folder, 'careless')}/out")
+
+    def strip(request, **_):
+        request.headers.pop("If-None-Match", None)
+
+    store._files.call_s3("list_buckets")  # connects
+    store._files.s3.meta.events.register("before-send.s3.PutObject", strip)
+    with pytest.raises(UserError, match=r"careless/out offers no way to create .* hard links"):
+        store.check_exclusive("run")
+    assert store.sizes() == {}
+    S3FileSystem.clear_instance_cache()
+
+
 def test_http_is_read_only_and_unknown_stores_are_refused():
     with pytest.raises(UserError, match="read only"):
-        open_publisher("https://127.0.0.1/x")
+        open_writable("https://127.0.0.1/x")
     with pytest.raises(UserError, match="no store is known"):
-        open_publisher("what://x")
+        open_writable("what://x")
 
 
 def test_s3_lists_once_for_many_shards_and_reads_by_http(s3, folder):
