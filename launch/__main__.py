@@ -3,8 +3,17 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
+
+if __name__ == "__main__":
+    # A light installation reads exports only. What follows imports these.
+    missing = [name for name in ("psutil", "yaml") if find_spec(name) is None]
+    if missing:
+        what = f"not installed here: {', '.join(missing)}"
+        print(f"error: {what}. To launch, `pip install 'latentmill[train]'`.", file=sys.stderr)
+        sys.exit(2)
 
 from launch.job import JobError, Strategy
 from launch.k8s import Kubernetes

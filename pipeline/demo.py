@@ -17,6 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import needs
+
+if __name__ == "__main__":
+    needs.check()  # before anything of the extra is imported
+
 import numpy as np
 from PIL import Image
 

@@ -10,6 +10,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+from pipeline import needs
+
+if __name__ == "__main__":
+    needs.check()  # before anything of the extra is imported
+
 from pipeline import strict
 from pipeline.build import (
     check_data,

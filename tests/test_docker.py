@@ -2,11 +2,13 @@
 
 import io
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import threading
+import tomllib
 import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,6 +90,19 @@ def test_both_targets_run_the_same_steps():
     assert cpu[0].startswith("FROM debian:bookworm-")
     assert gpu[0].startswith("FROM nvidia/cuda:")
     assert [line.replace("cpu-", "gpu-").replace("AS cpu", "AS gpu") for line in cpu[1:]] == gpu[1:]
+
+
+def test_the_dependencies_are_those_of_every_extra_but_dev():
+    (line,) = [line for line in plan("cpu") if "optional-dependencies" in line]
+    code = next(word for word in shlex.split(line) if "optional-dependencies" in word)
+    argv = [sys.executable, "-c", code]
+    printed = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    whole = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = {*whole["build-system"]["requires"], *whole["project"]["dependencies"]}
+    for name, extra in whole["project"]["optional-dependencies"].items():
+        wanted |= set() if name == "dev" else set(extra)
+    # The extras name each other; what they stand for is listed, and the project comes later.
+    assert set(printed.splitlines()) == wanted - {"latentmill[train]"}
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])

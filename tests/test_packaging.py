@@ -4,13 +4,16 @@ import ast
 import re
 import sys
 import tomllib
+from collections.abc import Iterable
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pipeline.needs import TRAIN
 from tests.processes import ROOT
+from tests.test_layers import FILES, MODULES, TREES, imports
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = [
@@ -22,44 +25,89 @@ def normalised(requirement: str) -> str:
     return re.split(r"[<>=!~\[; ]", requirement)[0].lower().replace("_", "-")
 
 
+EXTRAS = {
+    extra: {normalised(one) for one in wanted} - {"latentmill"}
+    for extra, wanted in PROJECT["optional-dependencies"].items()
+}
+BASE = {normalised(requirement) for requirement in PROJECT["dependencies"]}
 # pydantic pins the one version of its core that it works with, and re-exports only parts of it.
 COMES_WITH = {"pydantic-core": "pydantic"}
-DECLARED = {normalised(requirement) for requirement in PROJECT["dependencies"]}
+OWNERS = packages_distributions()
 
 
-def third_party_imports(path: Path) -> set[str]:
-    tops: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            tops |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            tops.add(node.module.split(".")[0])
-    return tops - set(sys.stdlib_module_names) - {"pipeline", "launch", "_typeshed"}
+def third_party_imports(paths: Iterable[Path]) -> dict[str, Path]:
+    """Top-level names of packages of others, each with a file that imports it."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        for node in ast.walk(TREES[path]):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            else:
+                continue
+            found |= {name.split(".")[0]: path for name in names}
+    ours = {"pipeline", "launch", "_typeshed"}
+    return {k: v for k, v in found.items() if k not in ours | set(sys.stdlib_module_names)}
+
+
+def owners(name: str) -> set[str]:
+    """The distributions that a top-level name may come from."""
+    found = {normalised(owner) for owner in OWNERS.get(name, [name])}
+    return {COMES_WITH.get(owner, owner) for owner in found}
+
+
+def files_of_the_reader() -> set[Path]:
+    """What `import pipeline.latents` runs, and what that may import."""
+    todo, seen = ["pipeline.latents"], set[str]()
+    while todo:
+        name = todo.pop()
+        if name in MODULES and name not in seen:
+            seen.add(name)
+            todo += [name.rpartition(".")[0], *(used for _, used in imports(TREES[MODULES[name]]))]
+    return {MODULES[name] for name in seen}
+
+
+def test_what_the_reader_imports_comes_with_a_plain_installation():
+    files = files_of_the_reader()
+    assert ROOT / "pipeline/data/storage/s3.py" in files
+    found = third_party_imports(files)
+    for name, path in found.items():
+        assert owners(name) & BASE, f"{path.relative_to(ROOT)} imports {name}: not in dependencies"
+    assert set().union(*map(owners, found)) >= BASE, "dependencies that the reader does not need"
 
 
 def test_every_import_is_a_declared_dependency():
-    distributions = packages_distributions()
-    for path in [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]:
-        for name in third_party_imports(path):
-            owners = {normalised(owner) for owner in distributions.get(name, [name])}
-            owners = {COMES_WITH.get(owner, owner) for owner in owners}
-            assert owners & DECLARED, f"{path.relative_to(ROOT)} imports {name}: not declared"
+    for name, path in third_party_imports(FILES).items():
+        declared = BASE | EXTRAS["train"]
+        assert owners(name) & declared, f"{path.relative_to(ROOT)} imports {name}: not declared"
 
 
 def test_every_dependency_is_used():
-    names: set[str] = set()
-    for path in [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]:
-        names |= third_party_imports(path)
-    distributions = packages_distributions()
-    used = {normalised(owner) for name in names for owner in distributions.get(name, [])}
-    # fsspec reads object stores; datasets is how exports are read, by the demo and by people.
-    assert used >= DECLARED - {"datasets", "fsspec"}, sorted(DECLARED - used)
+    used = set().union(*map(owners, third_party_imports(FILES)))
+    # datasets is how exports are read, by people.
+    assert used >= EXTRAS["train"] - {"datasets"}, sorted(EXTRAS["train"] - used)
+
+
+def test_what_a_light_installation_misses_is_known_by_name():
+    """`pipeline.needs` lists what is imported beyond the plain installation."""
+    heavy = {name for name in third_party_imports(FILES) if not owners(name) & BASE}
+    assert set(TRAIN) == heavy
+
+
+def test_who_needs_everything_says_so():
+    extras = PROJECT["optional-dependencies"]
+    assert "latentmill[train]" in extras["deepspeed"]
+    assert "latentmill[train]" in extras["dev"]
+    for path in ("Makefile", "constraints.txt"):
+        installed = re.search(r"'\.\[([a-z0-9,]+)\]'", (ROOT / path).read_text())
+        assert installed, path
+        assert set(installed.group(1).split(",")) == set(extras), path
 
 
 def test_every_dependency_is_pinned_exactly():
     pinned = {normalised(line) for line in CONSTRAINTS}
-    extras = PROJECT["optional-dependencies"].values()
-    wanted = DECLARED | {normalised(one) for extra in extras for one in extra}
+    wanted = BASE.union(*EXTRAS.values())
     assert wanted <= pinned, f"not in constraints.txt: {sorted(wanted - pinned)}"
     assert len(pinned) == len(CONSTRAINTS)
 

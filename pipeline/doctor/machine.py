@@ -144,7 +144,7 @@ def check_threads(patient: Patient) -> Findings:
 
 def check_strategy(patient: Patient) -> Findings:
     """What the launch needs can be imported."""
-    modules, how = ["accelerate"], "pip install accelerate"
+    modules, how = ["accelerate"], "pip install 'latentmill[train]'"
     if patient.topology is not None:
         topology, problems = parse(patient.topology.read_text())
         if problems or not isinstance(topology, dict):

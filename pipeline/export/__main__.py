@@ -13,6 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
+from pipeline import needs
+
+if __name__ == "__main__":
+    needs.check()  # before anything of the extra is imported
+
 from pipeline import strict
 from pipeline.errors import DONE, PREEMPTED, WRONG_USE, UserError
 from pipeline.export.finalize import finalize
