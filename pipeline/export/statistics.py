@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.latents.portable import portable_exp
+
 # Beyond this many channels the covariance is left out: its partials travel in the commit records,
 # about 165 KB each at 128 channels.
 MAX_COVARIANCE_CHANNELS = 128
@@ -95,24 +97,6 @@ def _sigma2_total(logvar: NDArray[Any]) -> list[float]:
     for chunk in _chunks(logvar):
         total += portable_exp(chunk).sum(axis=0)
     return total.tolist()
-
-
-_LN2_HIGH = 0.6931471803691238  # ln 2 in two parts; the first has 21 zero bits at its end, so that
-_LN2_LOW = 1.9082149292705877e-10  # k * _LN2_HIGH is exact (fdlibm, e_exp.c)
-_TAYLOR = [1 / math.factorial(k) for k in range(14)]
-
-
-def portable_exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return exp(x) to about one unit in the last place, from +, *, rint and ldexp alone.
-
-    IEEE 754 fixes these, so every processor gives the same bits; np.exp does not.
-    """
-    k = np.rint(x / math.log(2))
-    r = (x - k * _LN2_HIGH) - k * _LN2_LOW  # |r| <= ln(2) / 2
-    series = np.full_like(r, _TAYLOR[-1])
-    for coefficient in reversed(_TAYLOR[:-1]):
-        series = series * r + coefficient
-    return np.ldexp(series, k.astype(np.int64))
 
 
 def to_json(partial: Partial) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pipeline.latents.batches import (
     plan_steps,
     steps_per_epoch,
 )
+from pipeline.latents.fields import field_array
 from pipeline.latents.files import Files, LocalFiles, RemoteFiles, damaged
 from pipeline.latents.formats.base import COLUMNS, NUMBERS, Ints
 from pipeline.latents.keys import KeyIndex, UnknownKeyError
@@ -102,7 +103,7 @@ class LatentDataset:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The arrays of a row: ("mu", "logvar") or ("mu",)."""
+        """The arrays of a row: ("mu", "logvar"), ("mu",) or ("z",); then the same + "_hflip"."""
         return self.manifest.fields
 
     @cached_property
@@ -154,12 +155,16 @@ class LatentDataset:
         return [int(self._shards.first_row[task]) + row for task, row in self._key_index.find(key)]
 
     def column(self, name: str) -> NDArray[Any]:
-        """Return a column of all rows: key, valid, label, metadata, mu or logvar.
+        """Return a column of all rows: key, metadata, text, valid, label, a field of the latents,
+        or one of the export's setting `columns`, which is read from the metadata.
 
         Texts come as an array of objects. Raises UserError for another name.
         """
+        kind = self.manifest.columns.get(name)
+        if kind is not None:
+            return field_array(self.column("metadata").tolist(), name, kind)
         if name not in (*COLUMNS, *self.fields):
-            names = ", ".join((*COLUMNS, *self.fields))
+            names = ", ".join((*COLUMNS, *self.fields, *self.manifest.columns))
             raise UserError(f"There is no column {name!r} in {self.root}: choose one of {names}.")
         parts: list[NDArray[Any]] = []
         for shard, count in enumerate(self.manifest.counts.tolist()):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UserError
+from pipeline.latents.fields import FieldType
 from pipeline.latents.files import Files, damaged
 
 # As pipeline.export writes them, which is a higher layer; tests hold the two together.
@@ -32,8 +33,13 @@ class Manifest:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The arrays stored per row: mu, and logvar where there is one."""
+        """The arrays stored per row: mu, and logvar where there is one, or z; then of views."""
         return tuple(self.values["fingerprint"]["output"]["fields"])
+
+    @property
+    def columns(self) -> dict[str, FieldType]:
+        """The fields of the samples' JSON that are columns of their own."""
+        return self.values["fingerprint"]["output"].get("columns", {})
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -118,7 +124,7 @@ class Scale:
 
     def apply(self, field: str, values: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[Any]:
         """Return normalised float32 `values` [n, C, ...]; rows that are not valid stay zeros."""
-        if field == "logvar":
+        if field.startswith("logvar"):
             scaled = values - 2 * np.log(self.std)
         else:
             scaled = (values - self.mean) / self.std

@@ -1,8 +1,10 @@
-"""`pipeline.rng` in numpy: the same keys and uniforms to the bit, normals to about one ulp.
+"""Sampled latents z = mu + sigma eps, the same bits wherever they are drawn; and their noise.
 
-Bits and uniforms are integer arithmetic and exact scaling, equal everywhere. Normals are computed
-in float64 and rounded, where `pipeline.rng` takes float32 logarithms and cosines of the device: the
-two differ by some 1e-6 at most.
+`sample` is the one formula: the reader draws by it from stored moments, and an export of
+`store: sample` stores what it gives. The noise is `pipeline.rng` in numpy: the same keys and
+uniforms to the bit, as they are integer arithmetic and exact scaling. Normals are computed in
+float64, portably, and rounded, where `pipeline.rng` takes float32 logarithms and cosines of the
+device: the two differ by some 1e-6 at most.
 
 # B samples
 """
@@ -15,7 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.latents.portable import portable_cos_sin, portable_exp, portable_log
+
 Keys = NDArray[np.uint64]
+
+STREAM = "latents"
+_CACHED_VALUES = 1 << 14  # computed at once, so that they stay in the processor's cache
 
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
@@ -58,13 +65,37 @@ def uniform(keys: Keys, shape: Sequence[int] = ()) -> NDArray[np.float32]:
 
 def normal(keys: Keys, shape: Sequence[int] = ()) -> NDArray[np.float32]:
     """Return [B, *shape], standard normal (Box and Muller 1958)."""
-    pairs = _pairs(keys, math.prod(shape))
-    radius = np.sqrt(-2.0 * np.log1p(-pairs[..., 0]))
-    angle = 2.0 * math.pi * pairs[..., 1]
-    values = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
-    return _shaped(values, shape)
+    found = np.empty((len(keys), *shape), np.float32)
+    at_once = max(1, _CACHED_VALUES // max(1, math.prod(shape)))
+    for start in range(0, len(keys), at_once):
+        part = slice(start, start + at_once)
+        pairs = _pairs(keys[part], math.prod(shape))
+        radius = np.sqrt(-2.0 * portable_log(1.0 - pairs[..., 0]))  # 1 - u is exact, and never 0
+        cos, sin = portable_cos_sin(pairs[..., 1])
+        found[part] = _shaped(np.stack([radius * cos, radius * sin], axis=-1), shape)
+    return found
 
 
 def _shaped(values: NDArray[Any], shape: Sequence[int]) -> NDArray[np.float32]:
     flat = values.reshape(len(values), -1)[:, : math.prod(shape)]
     return flat.astype(np.float32).reshape(len(values), *shape)
+
+
+def sample(
+    mu: NDArray[Any],
+    logvar: NDArray[Any],
+    rows: NDArray[np.int64],
+    *,
+    seed: int,
+    epoch: int = 0,
+    view: str = "identity",
+) -> NDArray[np.float32]:
+    """Return z = mu + sigma * eps [B, *latent]; eps is keyed by (seed, view, epoch, row, element).
+
+    mu, logvar: [B, *latent]; rows: [B] row numbers in the export.
+    """
+    stream = STREAM if view == "identity" else f"{STREAM}/{view}"
+    eps = normal(sample_keys(seed, stream, epoch=epoch, uid=rows), mu.shape[1:])
+    with np.errstate(over="ignore", invalid="ignore"):  # moments that are not finite stay so
+        sigma: NDArray[Any] = portable_exp(0.5 * logvar.astype(np.float64)).astype(np.float32)
+        return mu.astype(np.float32) + sigma * eps

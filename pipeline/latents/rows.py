@@ -1,19 +1,36 @@
 """Rows of an export in memory: one, or many with their latents as arrays."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UserError
-from pipeline.latents.noise import normal, sample_keys
+from pipeline.latents.noise import sample
 
 NO_LABEL = -1  # as pipeline.writers has it
 
 # Column of texts, row numbers -> its values.
 LookUp = Callable[[str, NDArray[np.int64]], list[Any]]
+
+Latents = Mapping[str, NDArray[Any]]
+
+
+def field_of(name: str, view: str) -> str:
+    """Return how `mu`, `logvar` or `z` of a view is named among the fields of an export."""
+    return name if view == "identity" else f"{name}_{view}"
+
+
+def _mean(latents: Latents, view: str = "identity") -> NDArray[Any]:
+    name = field_of("mu", view)
+    if name not in latents:
+        raise UserError(
+            f"This export stores {', '.join(latents)}, no {name}: it was made with store: sample. "
+            "Use sample(), or export with store: moments or mean."
+        )
+    return latents[name]
 
 
 @dataclass(frozen=True)
@@ -25,12 +42,13 @@ class LatentRow:
     valid: bool
     label: int  # NO_LABEL = the source has none
     metadata: str | None  # JSON text of the source
-    latents: Mapping[str, NDArray[Any]]  # field -> [*latent_shape]
+    text: str | None  # of the source's `.txt`
+    latents: Latents  # field -> [*latent_shape]
 
     @property
     def mu(self) -> NDArray[Any]:
-        """The posterior's mean [*latent_shape]."""
-        return self.latents["mu"]
+        """The posterior's mean [*latent_shape]; UserError where samples are stored."""
+        return _mean(self.latents)
 
     @property
     def logvar(self) -> NDArray[Any] | None:
@@ -45,9 +63,10 @@ class LatentRows:
     index: NDArray[np.int64]  # [n] row numbers in the export
     valid: NDArray[np.bool_]  # [n]
     labels: NDArray[np.int64]  # [n], NO_LABEL = the source has none
-    latents: Mapping[str, NDArray[Any]]  # field -> [n, *latent_shape]
+    latents: Latents  # field -> [n, *latent_shape]
     weight: NDArray[np.float32]  # [n] 1, or 0: not valid, or a repeat at the end of an epoch
     look_up: LookUp = field(repr=False)
+    view_name: str = "identity"  # that `mu`, `logvar` and `sample` are of
 
     def __len__(self) -> int:
         return len(self.index)
@@ -63,14 +82,31 @@ class LatentRows:
         return self.look_up("metadata", self.index)
 
     @property
+    def texts(self) -> list[str | None]:
+        """The `.txt` texts of the source [n], looked up in the files."""
+        return self.look_up("text", self.index)
+
+    @property
     def mu(self) -> NDArray[Any]:
-        """The posteriors' means [n, *latent_shape]."""
-        return self.latents["mu"]
+        """The posteriors' means [n, *latent_shape]; UserError where samples are stored."""
+        return _mean(self.latents, self.view_name)
 
     @property
     def logvar(self) -> NDArray[Any] | None:
         """The posteriors' log-variances [n, *latent_shape]; None where none are stored."""
-        return self.latents.get("logvar")
+        return self.latents.get(field_of("logvar", self.view_name))
+
+    def view(self, name: str) -> Self:
+        """Return the rows with `mu`, `logvar` and `sample` of a view: "identity" or "hflip".
+
+        hflip: of the mirrored images. Raises UserError for a view that is not stored.
+        """
+        if not {field_of("mu", name), field_of("z", name)} & set(self.latents):
+            raise UserError(
+                f"There is no view {name!r}: this export stores {', '.join(self.latents)}. Export "
+                "with views: [identity, hflip] for latents of the mirrored images, too."
+            )
+        return replace(self, view_name=name)
 
     def row(self, place: int) -> LatentRow:
         """Return one of the rows."""
@@ -81,24 +117,26 @@ class LatentRows:
             bool(self.valid[place]),
             int(self.labels[place]),
             self.look_up("metadata", number)[0],
+            self.look_up("text", number)[0],
             {name: values[place] for name, values in self.latents.items()},
         )
 
     def sample(self, *, seed: int = 0, epoch: int = 0) -> NDArray[np.float32]:
         """Return z = mu + sigma * eps [n, *latent_shape]; rows that are not valid stay zeros.
 
-        eps depends on (seed, epoch, row number, element) alone: not on batches, ranks, restarts.
-        Rows read with normalized=True give normalised samples. Raises UserError when the export
-        holds no log-variance.
+        eps depends on (seed, epoch, view, row number, element) alone: not on batches, ranks,
+        restarts, processors. An export of `store: sample` holds one draw, that of its own seed and
+        epoch 0, and gives it whatever is asked for. Rows read with normalized=True give normalised
+        samples. Raises UserError when the export holds means alone.
         """
+        stored = self.latents.get(field_of("z", self.view_name))
+        if stored is not None:
+            return stored.astype(np.float32)
         if self.logvar is None:
             raise UserError(
                 "sample() needs a log-variance, and this export stores the mean alone: use `mu`, "
                 "or export a gaussian model with store: moments."
             )
-        keys = sample_keys(seed, "latents", epoch=epoch, uid=self.index)
-        eps = normal(keys, self.mu.shape[1:])
-        sigma = np.exp(0.5 * self.logvar.astype(np.float32))
-        z = self.mu.astype(np.float32) + sigma * eps
+        z = sample(self.mu, self.logvar, self.index, seed=seed, epoch=epoch, view=self.view_name)
         z[~self.valid] = 0
         return z

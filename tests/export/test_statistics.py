@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import random
 
 import numpy as np
@@ -13,7 +12,6 @@ from pipeline.export.statistics import (
     Partial,
     merge,
     partial_of,
-    portable_exp,
     to_json,
     to_text,
 )
@@ -134,13 +132,6 @@ def test_constant_latents_have_no_scaling_factor():
     found = merge([partial_of({"mu": np.ones((5, 2), np.float32)}, np.ones(5, bool))])
     assert found["scaling_factor"] is None
     assert found["mu"]["std"] == [0.0, 0.0]
-
-
-def test_portable_exp_is_exp():
-    x = np.concatenate([np.linspace(-25, 25, 100_001), [0.0, 700.0, -700.0]])
-    exact = np.array([math.exp(value) for value in x])
-    assert (np.abs(portable_exp(x) - exact) <= np.spacing(exact)).all()
-    assert portable_exp(np.zeros(1))[0] == 1.0
 
 
 def test_text_is_json():

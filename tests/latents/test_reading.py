@@ -129,7 +129,7 @@ def test_columns(kind: str, tmp_path: Path):
     for field in ("mu", "logvar"):
         expected = np.concatenate([rows.latents[field] for rows in shards])
         np.testing.assert_array_equal(ds.column(field), expected)
-    with pytest.raises(UserError, match="no column 'labels' .* key, metadata, valid, label, mu,"):
+    with pytest.raises(UserError, match="no column 'labels' .* metadata, text, valid, label, mu"):
         ds.column("labels")
 
 

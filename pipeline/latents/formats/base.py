@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.latents.files import ByteFile, Bytes
 
-TEXTS, NUMBERS = ("key", "metadata"), ("valid", "label")
+TEXTS, NUMBERS = ("key", "metadata", "text"), ("valid", "label")
 COLUMNS = (*TEXTS, *NUMBERS)  # of every row, besides its latents
 REMOTE_BLOCK_BYTES = 4 << 20  # rows of a remote matrix are fetched in blocks of about this size
 
@@ -26,6 +26,11 @@ class Layout:
     fields: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str  # float32, float16 or bfloat16
+
+    @property
+    def main(self) -> str:
+        """The first field: mu, or z."""
+        return self.fields[0]
 
     @cached_property
     def stored(self) -> np.dtype[Any]:
@@ -63,7 +68,7 @@ class ShardReader(ABC):
 
     @abstractmethod
     def column(self, name: str, rows: Ints) -> NDArray[Any]:
-        """Return one of COLUMNS for some rows; texts are objects, None = no metadata."""
+        """Return one of COLUMNS for some rows; texts are objects, None where there is none."""
 
     @abstractmethod
     def latents(self, field: str, rows: Ints) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Rows of a matrix of means, [n, elements] in C order, and of the Parquet file beside it."""
+"""Rows of a matrix of mu or z, [n, elements] in C order, and of the Parquet file beside it."""
 
 import ast
 import struct
@@ -36,7 +36,7 @@ class NpyShard(ShardReader):
 
     def latents(self, field: str, rows: Ints) -> NDArray[Any]:
         """Return one field's latents [n, *shape] for some rows, copied."""
-        if field != "mu":
+        if field != self._layout.main:
             return self._twin.latents(field, rows)
         size = self._layout.row_bytes
         return self._layout.to_array(gather(self._matrix, self._offset, len(self), rows, size))

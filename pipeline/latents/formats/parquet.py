@@ -39,6 +39,7 @@ class ParquetShard(ShardReader):
         leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
         self._leaf = {path.partition(".")[0]: number for number, path in enumerate(leaves)}
         self._pages: dict[tuple[int, str], tuple[Ints, Ints]] = {}
+        self._texts: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return int(self._first_row[-1])
@@ -46,7 +47,7 @@ class ParquetShard(ShardReader):
     def column(self, name: str, rows: Ints) -> NDArray[Any]:
         """Return one of COLUMNS for some rows."""
         if name in TEXTS:
-            return self._texts[name].take(pa.array(rows)).to_numpy(zero_copy_only=False)
+            return self._text(name).take(pa.array(rows)).to_numpy(zero_copy_only=False)
         return self._numbers[name][rows]
 
     def latents(self, field: str, rows: Ints) -> NDArray[Any]:
@@ -67,11 +68,14 @@ class ParquetShard(ShardReader):
             "label": table["label"].fill_null(NO_LABEL).to_numpy(),
         }
 
-    @cached_property
-    def _texts(self) -> dict[str, Any]:
-        """Kept as pyarrow has them: a string of Python's takes several times the memory."""
-        table = self._parquet.read(columns=list(TEXTS), use_threads=False).combine_chunks()
-        return {name: table[name].combine_chunks() for name in TEXTS}
+    def _text(self, name: str) -> Any:
+        """A column as pyarrow has it: a string of Python's takes several times the memory."""
+        if name not in self._texts:
+            table = self._parquet.read(columns=[name], use_threads=False)
+            if name == "text" and name not in table.column_names:  # written before there were any
+                table = table.append_column(name, pa.nulls(len(self), pa.string()))
+            self._texts[name] = table[name].combine_chunks()
+        return self._texts[name]
 
     def _copy(self, group: int, field: str, rows: Ints, out: Bytes, places: Ints) -> None:
         """Copy rows of a row group into out[places]; a row may reach over the end of a page."""

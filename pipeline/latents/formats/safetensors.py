@@ -46,7 +46,7 @@ class SafetensorsShard(ShardReader):
         if name not in TEXTS:
             return self._small[name][rows]
         texts = self._texts(name, rows)
-        if name == "metadata":
+        if name != "key":
             texts[texts == ""] = None
         return texts
 
@@ -61,7 +61,7 @@ class SafetensorsShard(ShardReader):
     @cached_property
     def _small(self) -> dict[str, NDArray[Any]]:
         """The columns that are no texts, and where the texts lie."""
-        types = {"valid": "?", "label": "<i8", "key_offsets": "<i8", "metadata_offsets": "<i8"}
+        types = {"valid": "?", "label": "<i8", **{f"{name}_offsets": "<i8" for name in TEXTS}}
         present = {name: kind for name, kind in types.items() if name in self._tensors}
         return {name: self._view(name).view(kind) for name, kind in present.items()}
 

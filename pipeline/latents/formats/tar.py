@@ -77,6 +77,8 @@ class TarShard(ShardReader):
             return json.loads(self._content(number, "row.json"))["valid"]
         if name == "label":
             return int(self._content(number, "cls", str(NO_LABEL).encode()))
+        if name == "text":
+            return self._content(number, "txt", b"").decode() or None
         text = self._content(number, "json", b"null").decode()
         return None if text == "null" else text
 
