@@ -174,6 +174,13 @@ def _add_export_model(add: AddParser, runs: Runs) -> None:
         default="ema",
         help="their moving average, or as trained (%(default)s)",
     )
+    parser.add_argument("--onnx", action="store_true", help="encoder and decoder as ONNX, too")
+    parser.add_argument(
+        "--torch-export", action="store_true", help="encoder and decoder as .pt2 programs, too"
+    )
+    parser.add_argument(
+        "--latents", metavar="EXPORT", help="finished export of this model: notes its scaling"
+    )
 
 
 def _add_probe(add: AddParser, runs: Runs) -> None:

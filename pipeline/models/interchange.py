@@ -8,8 +8,10 @@
 
     OUT/config.json         everything besides the weights: see `Description`
     OUT/model.safetensors   parameters and buffers by name
+    OUT/encoder.onnx ...    on request, see `portable`: not read here
 
-Both depend on the run's checkpoint alone: exporting again gives the same bytes.
+They depend on the run's checkpoint (and the latents' statistics, on request) alone: exporting again
+gives the same bytes.
 """
 
 import json
@@ -28,7 +30,7 @@ from pipeline import strict
 from pipeline.component import Component
 from pipeline.digest import tensors_sha256
 from pipeline.errors import UserError
-from pipeline.files import publish, sync_file, temporary_name, write_json
+from pipeline.files import publish, sync_file, temporary_name, write_atomic, write_json
 from pipeline.models.autoencoder import AutoEncoder, ModelConfig, build_autoencoder
 from pipeline.precision import Precision, parameter_dtype
 
@@ -46,8 +48,29 @@ class StoredValues(Component):
     range: tuple[float, float]  # (low, high)
 
 
+class TensorInfo(Component):
+    """An input or output of a network; the shape is that of one sample, the batch comes first."""
+
+    name: str
+    dtype: Literal["uint8", "uint16", "float16", "float32"]
+    shape: Shape
+
+
+class Network(Component):
+    """The encoder or the decoder alone, once per format; see `portable`."""
+
+    files: dict[str, Sha256]
+    # Of the encoder: x, the values as the data holds them (images uint8 [height, width, channels]),
+    # which it brings to [0, 1] itself.
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
 class Description(Component):
-    """What config.json says: all that a consumer needs besides the weights."""
+    """What config.json says: all that a consumer needs besides the weights.
+
+    What may be None is left out there: so a model without it has the file that it always had.
+    """
 
     format: Literal["latentmill-model-1"] = FORMAT
     model: ModelConfig
@@ -63,6 +86,13 @@ class Description(Component):
     dataset_id: str
     order_id: str
     versions: dict[str, str]  # of the libraries that trained
+    networks: dict[str, Network] | None = None  # encoder, decoder
+    # Of exported latents, under the names that diffusers uses: a latent is normalised per channel
+    # by latents_mean and latents_std, or as (z - shift_factor) * scaling_factor.
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    scaling_factor: float | None = None
+    shift_factor: float | None = None
 
 
 def check_absent(out: Path) -> None:
@@ -71,8 +101,13 @@ def check_absent(out: Path) -> None:
         raise UserError(f"{out} exists already: name another place for the model, or remove it.")
 
 
-def save_pretrained(out: Path, description: Description, tensors: Mapping[str, Tensor]) -> None:
-    """Publish the folder `out`, whole or not at all.
+def save_pretrained(
+    out: Path,
+    description: Description,
+    tensors: Mapping[str, Tensor],
+    files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Publish the folder `out`, whole or not at all; `files`: more of them, by name.
 
     Raises UserError if `out` exists or cannot be written.
     """
@@ -80,13 +115,16 @@ def save_pretrained(out: Path, description: Description, tensors: Mapping[str, T
     staged = temporary_name(out)
     try:
         staged.mkdir(parents=True)
-        write_json(staged / CONFIG, description.model_dump(mode="json"))
+        content = description.model_dump(mode="json")
+        write_json(staged / CONFIG, {k: v for k, v in content.items() if v is not None})
         contiguous = {name: value.contiguous() for name, value in tensors.items()}
         # The one word of metadata that other libraries' loaders ask for.
         save_file(contiguous, staged / WEIGHTS, metadata={"format": "pt"})
         # safetensors lets only the owner read; the umask decides, as for the other file.
         shutil.copymode(staged / CONFIG, staged / WEIGHTS)
         sync_file(staged / WEIGHTS)
+        for name, data in (files or {}).items():
+            write_atomic(staged / name, data)
         publish(staged, out)
     except (OSError, SafetensorError) as error:  # the latter is its way to report a full disk
         raise UserError(f"the model cannot be written to {out}: {error}") from error

@@ -1,0 +1,210 @@
+"""The encoder and the decoder alone, as ONNX and torch.export programs that need no latentmill.
+
+    encoder: x [B, *stored shape], values as stored -> [0, 1] -> network -> bottleneck -> mu, logvar
+    decoder: z [B, *latent] -> network -> likelihood's mean -> reconstruction [B, *event] in [0, 1]
+
+The batch size is free; outputs are float32, and so is the arithmetic whatever the training's
+precision was. Every program is run and compared with the model before it is handed out. The same
+model and library versions give the same bytes.
+"""
+
+import copy
+import hashlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from pipeline.errors import UserError
+from pipeline.models.autoencoder import AutoEncoder
+from pipeline.models.interchange import Network, StoredValues, TensorInfo
+
+ToUnit = Callable[[Tensor], Tensor]  # stored values [B, *stored shape] -> [B, *event] in [0, 1]
+Outputs = Mapping[str, NDArray[Any]]  # by name
+Run = Callable[[NDArray[Any]], Outputs]  # of a written program, for a batch of its input
+
+TOLERANCE = 1e-4  # |found - wanted| <= TOLERANCE (1 + |wanted|): ONNX Runtime fuses and reorders
+TRACED_ROWS = 2  # a batch of 1 would be traced as a constant
+CHECKED_ROWS = (1, 5)
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+class Encoder(nn.Module):
+    """Stored values -> the posterior's parameters."""
+
+    def __init__(self, model: AutoEncoder, to_unit: ToUnit) -> None:
+        super().__init__()
+        self.network = model.encoder
+        self.bottleneck = model.config.bottleneck
+        self.to_unit = to_unit
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Return mu and, unless the bottleneck is deterministic, logvar: [B, *latent]."""
+        posterior = self.bottleneck.posterior(self.network(self.to_unit(x)))
+        if posterior.logvar is None:
+            return {"mu": posterior.mu}
+        return {"mu": posterior.mu, "logvar": posterior.logvar}
+
+
+class Decoder(nn.Module):
+    """Latents -> the mean reconstruction."""
+
+    def __init__(self, model: AutoEncoder) -> None:
+        super().__init__()
+        self.network = model.decoder
+        self.likelihood = model.config.likelihood
+
+    def forward(self, z: Tensor) -> dict[str, Tensor]:
+        """Return reconstruction [B, *event] in [0, 1]."""
+        return {"reconstruction": self.likelihood.mean(self.network(z)).clamp(0, 1)}
+
+
+def check_packages() -> None:
+    """Raise UserError unless all that ONNX needs is installed."""
+    missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--onnx needs {', '.join(missing)}, which is not installed: `pip install "
+            f"'latentmill[onnx]'` brings {', '.join(ONNX_PACKAGES)} (in a clone: `pip install -c "
+            "constraints.txt -e '.[onnx]'`). Or leave out --onnx."
+        )
+
+
+def export_networks(
+    model: AutoEncoder,
+    to_unit: ToUnit,
+    stored: StoredValues,
+    stored_shape: tuple[int, ...],
+    *,
+    onnx: bool,
+    torch_export: bool,
+) -> tuple[dict[str, Network], dict[str, bytes]]:
+    """Return the descriptions of encoder and decoder, and their files by name.
+
+    stored_shape: of one sample as the data holds it. onnx, torch_export: the formats. Raises
+    UserError if a program does not compute what the model computes.
+    """
+    model = copy.deepcopy(model).float().eval().requires_grad_(False)
+    generator = np.random.default_rng(0)
+    rows = max(*CHECKED_ROWS, TRACED_ROWS)
+    x = generator.uniform(*stored.range, (rows, *stored_shape)).astype(stored.dtype)
+    z = generator.standard_normal((rows, *model.latent_shape), np.float32)
+    modules = {"encoder": (Encoder(model, to_unit), "x", x), "decoder": (Decoder(model), "z", z)}
+    writers = {"onnx": _onnx} if onnx else {}
+    writers |= {"pt2": _torch_export} if torch_export else {}
+    networks: dict[str, Network] = {}
+    files: dict[str, bytes] = {}
+    for name, (module, argument, values) in modules.items():
+        wanted = {n: _to_numpy(module(torch.from_numpy(values[:n]))) for n in CHECKED_ROWS}
+        program = _trace(module, argument, values)
+        digests: dict[str, str] = {}
+        for suffix, write in writers.items():
+            file = f"{name}.{suffix}"
+            files[file], run = write(program, argument, list(wanted[1]))
+            for n, outputs in wanted.items():
+                check_outputs(file, run(values[:n]), outputs)
+            digests[file] = hashlib.sha256(files[file]).hexdigest()
+        networks[name] = Network(
+            files=digests, inputs=_describe({argument: values}), outputs=_describe(wanted[1])
+        )
+    return networks, files
+
+
+def check_outputs(file: str, found: Outputs, wanted: Outputs) -> None:
+    """Raise UserError unless a program's outputs are the model's, within TOLERANCE."""
+    for name, values in wanted.items():
+        # Written so that NaN fails.
+        close = np.abs(found[name] - values) <= TOLERANCE * (1 + np.abs(values))
+        if not close.all():
+            row = int(np.argwhere(~close)[0][0])
+            raise UserError(
+                f"{file} does not compute what the model computes: {(~close).sum()} of "
+                f"{close.size} values of {name} differ by more than {TOLERANCE:g} (1 + |value|) at "
+                f"a batch of {len(values)}; the first is {found[name][~close][0]:g} instead of "
+                f"{values[~close][0]:g} (row {row}). Nothing was exported. If the model itself "
+                "gives NaN, take another checkpoint (--step); else leave this format out."
+            )
+
+
+def _to_numpy(outputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    return {name: value.detach().numpy() for name, value in outputs.items()}
+
+
+def _describe(arrays: Outputs) -> tuple[TensorInfo, ...]:
+    return tuple(
+        TensorInfo.model_validate(
+            {"name": name, "dtype": value.dtype.name, "shape": value.shape[1:]}
+        )
+        for name, value in arrays.items()
+    )
+
+
+def _trace(module: nn.Module, argument: str, values: NDArray[Any]) -> ExportedProgram:
+    """Return the program, whose batch size is free, without traces of this machine."""
+    example = torch.from_numpy(values[:TRACED_ROWS])
+    program = torch.export.export(module, (example,), dynamic_shapes={argument: {0: Dim("batch")}})
+    program.example_inputs = None  # would be stored as a pickle
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # the paths of our files, and of torch's
+    return program
+
+
+def _torch_export(
+    program: ExportedProgram, argument: str, outputs: Sequence[str]
+) -> tuple[bytes, Run]:
+    """Return the content of a `.pt2`, and the program as read back from it."""
+    del argument, outputs  # the program knows their names
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    content = buffer.getvalue()
+    module = torch.export.load(io.BytesIO(content)).module()
+    return content, lambda values: _to_numpy(module(torch.from_numpy(values)))
+
+
+def _onnx(program: ExportedProgram, argument: str, outputs: Sequence[str]) -> tuple[bytes, Run]:
+    """Return the content of an `.onnx`, and the session of ONNX Runtime that runs it."""
+    with _quiet():
+        converted = torch.onnx.export(
+            program,
+            input_names=[argument],
+            output_names=outputs,
+            dynamic_shapes={argument: {0: Dim("batch")}},  # names the axis
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    assert converted is not None  # only without dynamo
+    content = converted.model_proto.SerializeToString(deterministic=True)
+    runtime: Any = import_module("onnxruntime")  # an extra
+    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(values: NDArray[Any]) -> Outputs:
+        return dict(zip(names, session.run(None, {argument: values}), strict=True))
+
+    return content, run
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep back what torch's exporter says of itself, and nothing else."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # "torchvision is not installed"
+    try:
+        with warnings.catch_warnings():
+            # torch 2.13 copies a class of its own that it has deprecated.
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
