@@ -40,5 +40,5 @@ format: $(STAMP) ## rewrite the code as `check` wants it, as far as that is mech
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[train,deepspeed,s3,dev]'
+		--constraint constraints.txt --editable '.[train,deepspeed,s3,onnx,dev]'
 	touch $@
