@@ -11,6 +11,7 @@ from pipeline.export.finalize import key_index
 from pipeline.export.layout import ExportDir
 from pipeline.export.run import keys_digest
 from pipeline.export.source import SourceKeys
+from pipeline.latents.fields import field_values
 from pipeline.writers import BaseWriter, Rows
 
 
@@ -56,14 +57,20 @@ def _check_rows(rows: Rows, task: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _equal(one: Rows, other: Rows) -> bool:
-    columns = (
+    """Tell whether two formats hold the same; the columns of one of them are its JSON's fields."""
+    arrays = (
         (one.rows, other.rows),
         (one.valid, other.valid),
         (one.labels, other.labels),
         *((one.latents[field], other.latents.get(field)) for field in one.latents),
     )
-    texts = (one.keys, one.metadata) == (other.keys, other.metadata)
-    return texts and all(b is not None and np.array_equal(a, b) for a, b in columns)
+    texts = [(one.keys, other.keys), (one.metadata, other.metadata), (one.texts, other.texts)]
+    for rows in (one, other):
+        for name, column in rows.columns.items():
+            texts.append((column.values, field_values(rows.metadata, name, column.kind)))
+    return all(list(a) == list(b) for a, b in texts) and all(
+        b is not None and np.array_equal(a, b) for a, b in arrays
+    )
 
 
 def check_key_index(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ import torch
 from torch import Tensor
 
 from pipeline.data.index import Index
-from pipeline.data.rows import RowBatch, shard_batches
+from pipeline.data.rows import read_shards
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import open_storage
+from pipeline.data.storage.opening import open_writable
 from pipeline.errors import UserError
 from pipeline.export.layout import ExportDir
+from pipeline.export.passthrough import JsonFields
 from pipeline.export.plan import Plan, Task
 from pipeline.export.run import Work
 from pipeline.export.settings import ExportConfig
-from pipeline.export.work import Encoder
+from pipeline.export.work import Encoder, Noise
 from pipeline.export.workers import Worker
 from pipeline.models.autoencoder import AutoEncoder
 from pipeline.models.bottleneck import Posterior
@@ -41,13 +44,6 @@ class Prepared:
     export: ExportDir
     plan: Plan
     work: Work
-    index: Index
-    split: str
-
-    def keys_of(self, task: Task) -> Sequence[str]:
-        """Return the keys of a task's rows, in their order."""
-        table = self.index.table(task.shard)
-        return table.keys(table.rows_of(self.index.split_number(self.split)))
 
 
 def prepare(config: ExportConfig, worker: Worker) -> Prepared:
@@ -60,15 +56,19 @@ def prepare(config: ExportConfig, worker: Worker) -> Prepared:
     index = Index.open(source.path, remote=data.remote)
     with closing(open_storage(source.root, data.remote)) as storage:
         index.check_shards(storage)
-    encoder = make_encoder(config, run.model, data, device)
+    tasks = tuple(make_tasks(index, data.split))
+    encoder = make_encoder(config, run.model, data, tasks, device)
     fingerprint = make_fingerprint(config, run, data, index, encoder)
-    plan = Plan(fingerprint, tuple(make_tasks(index, data.split)))
+    plan = Plan(fingerprint, tasks)
 
-    def batches(task: Task) -> Iterator[RowBatch]:
-        return shard_batches(data, index, task.shard, config.batch_size)
-
-    work = Work(batches, encoder, config.formats, config.max_bad_fraction)
-    return Prepared(ExportDir(Path(config.out)), plan, work, index, data.split)
+    work = Work(
+        read=lambda shards: read_shards(data, index, shards, config.batch_size),
+        encoder=encoder,
+        writers=config.formats,
+        max_bad_fraction=config.max_bad_fraction,
+        max_attempts=config.max_attempts,
+    )
+    return Prepared(ExportDir(open_writable(config.out)), plan, work)
 
 
 def find_device(local_rank: int) -> torch.device:
@@ -107,9 +107,18 @@ def data_of(config: ExportConfig, trained: DataConfig) -> DataConfig:
 
 
 def make_encoder(
-    config: ExportConfig, model: AutoEncoder, data: DataConfig, device: torch.device
+    config: ExportConfig,
+    model: AutoEncoder,
+    data: DataConfig,
+    tasks: Sequence[Task],
+    device: torch.device,
 ) -> Encoder:
-    """Return the function from stored values to latents."""
+    """Return the function from stored values to latents; UserError for what cannot be stored."""
+    if "hflip" in config.views and data.decode.kind != "image":
+        raise UserError(
+            f"views is [{', '.join(config.views)}], but the run's data.decode.kind is "
+            f"{data.decode.kind!r}: only images are mirrored. Set views to [identity]."
+        )
     model = model.to(device=device, dtype=torch.float32)
 
     def encode(x: Tensor) -> Posterior:
@@ -119,15 +128,33 @@ def make_encoder(
 
     with torch.inference_mode():
         probe = encode(torch.zeros(1, *data.decode.event_shape, device=device))
-    has_logvar = probe.logvar is not None and config.store == "moments"
     return Encoder(
         encode=encode,
         to_unit=data.decode.to_unit,
         device=device,
         precision=config.precision,
-        fields=("mu", "logvar") if has_logvar else ("mu",),
+        stored=_stored(config, has_logvar=probe.logvar is not None),
         dtype=config.dtype,
+        views=config.views,
+        noise=_noise(config.seed, tasks) if config.store == "sample" else None,
+        json_fields=JsonFields(config.data.label_field, config.columns),
     )
+
+
+def _stored(config: ExportConfig, *, has_logvar: bool) -> tuple[str, ...]:
+    if config.store != "sample":
+        return ("mu", "logvar") if has_logvar and config.store == "moments" else ("mu",)
+    if not has_logvar:
+        raise UserError(
+            f"store is sample, but the model in {config.run} has a deterministic bottleneck: "
+            "without a variance there is nothing to sample. Set store to mean."
+        )
+    return ("z",)
+
+
+def _noise(seed: int, tasks: Sequence[Task]) -> Noise:
+    starts = accumulate((task.rows for task in tasks), initial=0)
+    return Noise(seed, {task.name: start for task, start in zip(tasks, starts, strict=False)})
 
 
 def make_tasks(index: Index, split: str) -> Iterator[Task]:
@@ -158,6 +185,7 @@ def make_fingerprint(
             "dataset_id": index.dataset_id,
             "split": index.split_identity(data.split),
             "decode": data.decode.model_dump(mode="json"),
+            "label_field": config.data.label_field,
         },
         "encode": {
             "batch_size": config.batch_size,
@@ -167,6 +195,8 @@ def make_fingerprint(
         },
         "output": {
             "fields": list(encoder.fields),
+            "seed": None if encoder.noise is None else encoder.noise.seed,
+            "columns": config.columns,
             "latent_shape": list(run.model.latent_shape),
             "dtype": config.dtype,
             "formats": [writer.model_dump(mode="json") for writer in config.formats],

@@ -1,13 +1,14 @@
 """One task: the rows of a shard -> their latents, as they will be stored.
 
-RowBatch (stored values) -> device -> [0, 1] -> encoder -> mu, logvar -> stored dtype -> Rows
+RowBatch (stored values) -> device -> [0, 1] -> each view -> encoder -> mu, logvar (-> z)
+-> stored dtype -> Rows
 
 Batches have the same full shape always, the last one padded with zeros: kernels whose choice or
 summation order depends on the batch size then cannot change a bit between two runs.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -18,42 +19,81 @@ from torch import Tensor
 from pipeline.data.reasons import stable_reason
 from pipeline.data.rows import RowBatch
 from pipeline.errors import UserError
+from pipeline.export.passthrough import JsonFields
+from pipeline.latents.noise import sample
+from pipeline.latents.rows import field_of
 from pipeline.models.bottleneck import Posterior
 from pipeline.precision import autocast
 from pipeline.writers import Dtype, Rows
 
 Fault = tuple[int, str, str, str]  # row in the source shard, key, stage, reason
+NOT_FINITE = "latent"  # the stage of a fault whose latents are no finite numbers
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What the noise of sampled latents is keyed by, besides the element."""
+
+    seed: int
+    first_row: Mapping[str, int]  # of each task: row number in the export
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """From stored values [B, *event] to the posterior's parameters."""
+    """From stored values [B, *event] to what is stored of the posterior, of each view."""
 
     encode: Callable[[Tensor], Posterior]  # x [B, *event] in [0, 1]
     to_unit: Callable[[Tensor], Tensor]
     device: torch.device
     precision: Literal["fp32", "bf16"]
-    fields: tuple[str, ...]  # of the posterior, to be stored
+    stored: tuple[str, ...]  # of mu, logvar, z
     dtype: Dtype  # stored
+    views: tuple[str, ...] = ("identity",)
+    noise: Noise | None = None  # of z
+    json_fields: JsonFields = field(default_factory=JsonFields)
 
-    def __call__(self, stored: Tensor) -> dict[str, NDArray[Any]]:
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of all arrays that are stored, view by view."""
+        return tuple(field_of(name, view) for view in self.views for name in self.stored)
+
+    def __call__(self, stored: Tensor, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Return field -> [B, *latent] in the stored dtype; what does not fit becomes inf.
 
-        Numbers of bfloat16 come as float32.
+        rows: [B] row numbers in the export. Numbers of bfloat16 come as float32.
         """
+        found: dict[str, NDArray[Any]] = {}
         with torch.inference_mode(), autocast(self.precision, self.device):
             x = self.to_unit(stored.to(self.device, non_blocking=True))
-            posterior = self.encode(x)
-        found = {"mu": posterior.mu, "logvar": posterior.logvar}
-        return {field: self._store(found[field]) for field in self.fields}
+            for view in self.views:
+                posterior = self.encode(x.flip(-1) if view == "hflip" else x)
+                for name in self.stored:
+                    values = self._values(posterior, name, rows, view)
+                    found[field_of(name, view)] = self._store(values)
+        return found
 
-    def _store(self, values: Tensor | None) -> NDArray[Any]:
-        assert values is not None, "`fields` names only what the posterior has"
-        values = values.detach().float()
+    def _values(
+        self, posterior: Posterior, name: str, rows: NDArray[np.int64], view: str
+    ) -> NDArray[np.float32]:
+        if name == "mu":
+            return _to_numpy(posterior.mu)
+        assert posterior.logvar is not None, "`stored` names only what the posterior has"
+        logvar = _to_numpy(posterior.logvar)
+        if name == "logvar":
+            return logvar
+        assert self.noise is not None, "z comes with its noise"
+        mu = _to_numpy(posterior.mu)
+        return sample(mu, logvar, rows, seed=self.noise.seed, view=view)
+
+    def _store(self, values: NDArray[np.float32]) -> NDArray[Any]:
         if self.dtype == "bfloat16":
-            return values.bfloat16().float().cpu().numpy()
+            return torch.from_numpy(values).bfloat16().float().numpy()
         with np.errstate(over="ignore"):
-            return values.cpu().numpy().astype(self.dtype)
+            return values.astype(self.dtype)
+
+
+def _to_numpy(values: Tensor) -> NDArray[np.float32]:
+    return values.detach().float().cpu().numpy()
 
 
 def encode_task(
@@ -66,14 +106,17 @@ def encode_task(
 ) -> tuple[Rows, list[Fault]]:
     """Encode one shard; a row that cannot be decoded or encoded is kept as zeros and listed.
 
-    Raises UserError when more than `max_bad_fraction` of the rows fail.
+    Raises UserError when more than `max_bad_fraction` of the rows fail, or when a sample lacks a
+    JSON field that the settings name.
     """
     parts: list[Rows] = []
     faults: list[Fault] = []
+    next_row = 0 if encoder.noise is None else encoder.noise.first_row[shard]
     for batch in batches:
-        rows, found = _encode_batch(shard, batch, encoder)
+        rows, found = _encode_batch(shard, batch, encoder, next_row)
         parts.append(rows)
         faults.extend(found)
+        next_row += batch.num_rows
         on_rows(batch.num_rows)
     rows = _concatenate(parts)
     num_bad = len(rows) - int(rows.valid.sum())
@@ -82,12 +125,15 @@ def encode_task(
             f"{num_bad} of the {len(rows)} rows of {shard} failed, more than max_bad_fraction = "
             f"{max_bad_fraction} allows. The first: {faults[0]}."
         )
-    return rows, faults
+    return encoder.json_fields.apply(rows), faults
 
 
-def _encode_batch(shard: str, batch: RowBatch, encoder: Encoder) -> tuple[Rows, list[Fault]]:
+def _encode_batch(
+    shard: str, batch: RowBatch, encoder: Encoder, first_row: int
+) -> tuple[Rows, list[Fault]]:
     count = batch.num_rows
-    latents = {field: values[:count] for field, values in encoder(batch.x).items()}
+    numbers = first_row + np.arange(len(batch.x))
+    latents = {name: values[:count] for name, values in encoder(batch.x, numbers).items()}
     valid = batch.valid.copy()
     faults: list[Fault] = [
         (fault.row, fault.key, fault.stage, stable_reason(fault.reason)) for fault in batch.faults
@@ -97,7 +143,7 @@ def _encode_batch(shard: str, batch: RowBatch, encoder: Encoder) -> tuple[Rows, 
         finite &= np.isfinite(values).reshape(count, -1).all(axis=1)
     for place in np.flatnonzero(valid & ~finite):
         reason = f"not a finite {encoder.dtype} number"
-        faults.append((int(batch.rows[place]), batch.keys[place], "latent", reason))
+        faults.append((int(batch.rows[place]), batch.keys[place], NOT_FINITE, reason))
     valid &= finite
     for values in latents.values():
         values[~valid] = 0
@@ -107,7 +153,9 @@ def _encode_batch(shard: str, batch: RowBatch, encoder: Encoder) -> tuple[Rows, 
         rows=batch.rows,
         valid=valid,
         labels=batch.labels,
-        metadata=batch.metadata,
+        # Not every format can tell an empty one, or JSON's null, from none.
+        metadata=[None if text in ("", "null") else text for text in batch.metadata],
+        texts=[text or None for text in batch.texts],
         latents=latents,
         bfloat16=encoder.dtype == "bfloat16",
     )
@@ -122,9 +170,10 @@ def _concatenate(parts: list[Rows]) -> Rows:
         valid=np.concatenate([part.valid for part in parts]),
         labels=np.concatenate([part.labels for part in parts]),
         metadata=[text for part in parts for text in part.metadata],
+        texts=[text for part in parts for text in part.texts],
         latents={
-            field: np.concatenate([part.latents[field] for part in parts])
-            for field in parts[0].latents
+            name: np.concatenate([part.latents[name] for part in parts])
+            for name in parts[0].latents
         },
         bfloat16=parts[0].bfloat16,
     )

@@ -17,7 +17,10 @@ _NOTHING: dict[FieldType, Any] = {"int64": 0, "float64": 0.0, "string": "", "boo
 
 
 def field_values(texts: Sequence[str | None], name: str, kind: FieldType) -> list[Any]:
-    """Return the value of a top-level field in each JSON text; None where it has no such value."""
+    """Return the value of a field in each JSON text; None where it has none of this type.
+
+    name: dots lead into objects, as in a split's `json.FIELD`.
+    """
     return [None if text is None else _value(text, name, kind) for text in texts]
 
 
@@ -30,10 +33,11 @@ def field_array(texts: Sequence[str | None], name: str, kind: FieldType) -> NDAr
 
 def _value(text: str, name: str, kind: FieldType) -> Any:
     try:
-        fields = json.loads(text)
+        value: Any = json.loads(text)
     except ValueError:
         return None
-    value = fields.get(name) if isinstance(fields, dict) else None
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
     if kind == "bool":
         return value if isinstance(value, bool) else None
     if kind == "string":

@@ -7,16 +7,28 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.writers.base import FIELDS, NO_LABEL, BaseWriter, Dtype, Rows
+from pipeline.writers.base import (
+    COLUMNS,
+    FIELDS,
+    NO_LABEL,
+    BaseWriter,
+    Column,
+    ColumnType,
+    Dtype,
+    Rows,
+)
 from pipeline.writers.npy import NpyWriter
 from pipeline.writers.parquet import ParquetWriter
 from pipeline.writers.safetensors import SafetensorsWriter
 from pipeline.writers.tar import TarWriter
 
 __all__ = [
+    "COLUMNS",
     "FIELDS",
     "NO_LABEL",
     "BaseWriter",
+    "Column",
+    "ColumnType",
     "Dtype",
     "NpyWriter",
     "ParquetWriter",

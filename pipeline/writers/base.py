@@ -1,8 +1,8 @@
 """What every writer shares: the rows of one task, and the two things a writer does with them."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,29 @@ from pipeline.component import Component
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 NO_LABEL = -1
-FIELDS = ("mu", "logvar")  # mean and log-variance of the posterior; logvar only where it has one
+# What is stored of a latent: mean and log-variance of the posterior, or a sample; then the same of
+# the mirrored image. In this order.
+FIELDS = ("mu", "logvar", "z", "mu_hflip", "logvar_hflip", "z_hflip")
+
+# What every row has besides; the type as `datasets` names it.
+COLUMNS = {
+    "key": "string",
+    "shard": "string",
+    "row": "int64",
+    "valid": "bool",
+    "label": "int64",
+    "metadata": "string",
+    "text": "string",
+}
+ColumnType = Literal["int64", "float64", "string", "bool"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A field of the source's JSON as a column of its own."""
+
+    kind: ColumnType
+    values: Sequence[Any]  # [n]; None only in rows that are not valid
 
 
 @dataclass(frozen=True)
@@ -30,17 +52,24 @@ class Rows:
     valid: NDArray[np.bool_]  # [n]
     labels: NDArray[np.int64]  # [n], NO_LABEL = the source has none
     metadata: Sequence[str | None]  # [n] JSON texts of the source, passed through
+    texts: Sequence[str | None]  # [n] its plain texts, never empty
     latents: dict[str, NDArray[Any]]  # field of FIELDS -> [n, *latent_shape] float16 or float32
     # numpy has no bfloat16: its numbers are kept in float32 arrays, which hold them exactly.
     bfloat16: bool = False
+    columns: Mapping[str, Column] = field(default_factory=dict[str, Column])
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
+    def main(self) -> str:
+        """The first field: mu, or z."""
+        return next(iter(self.latents))
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """The shape of one row's latent."""
-        return self.latents["mu"].shape[1:]
+        return self.latents[self.main].shape[1:]
 
 
 class BaseWriter(Component):

@@ -1,12 +1,12 @@
 """safetensors: one file of tensors per task, the one format that holds bfloat16.
 
-    mu, logvar                   [n, *latent] F32, F16 or BF16; logvar where it is stored
+    mu, logvar or z, ..._hflip   [n, *latent] F32, F16 or BF16; those that are stored
     row, label                   [n] I64; label -1 = none
     valid                        [n] BOOL
     key_bytes, key_offsets       [bytes] U8, [n + 1] I64: key i is the UTF-8 text in
                                  key_bytes[key_offsets[i] : key_offsets[i + 1]]
-    metadata_bytes, _offsets     the same for the JSON texts, an empty one = none; only where there
-                                 is one at all
+    metadata_bytes, _offsets     the same for the JSON texts, and text_bytes, text_offsets for the
+                                 plain ones; an empty one = none; only where there is one at all
 
 The texts are tensors since the header is JSON that every reader parses whole and that ends at
 100 MB. The header is written here and not by the library, whose `serialize` copies all tensors
@@ -90,8 +90,9 @@ def _tensors(rows: Rows) -> dict[str, NDArray[Any]]:
         "valid": rows.valid,
         **_pack("key", rows.keys),
     }
-    if any(text is not None for text in rows.metadata):
-        tensors |= _pack("metadata", [text or "" for text in rows.metadata])
+    for name, texts in (("metadata", rows.metadata), ("text", rows.texts)):
+        if any(text is not None for text in texts):
+            tensors |= _pack(name, [text or "" for text in texts])
     for field, values in rows.latents.items():
         tensors[field] = to_bits(values) if rows.bfloat16 else np.ascontiguousarray(values)
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -135,10 +136,13 @@ def _rows(shard: str, tensors: Mapping[str, Mapping[str, Any]]) -> Rows:
         for name, tensor in tensors.items()
     }
     keys = _unpack("key", arrays)
-    is_bfloat16 = tensors["mu"]["dtype"] == "BF16"
-    texts = _unpack("metadata", arrays) if "metadata_bytes" in arrays else [""] * len(keys)
+    metadata, texts = (
+        _unpack(name, arrays) if f"{name}_bytes" in arrays else [""] * len(keys)
+        for name in ("metadata", "text")
+    )
     latents = {field: arrays[field] for field in FIELDS if field in arrays}
-    columns = (texts, arrays["row"], arrays["valid"], arrays["label"], *latents.values())
+    is_bfloat16 = tensors["z" if "z" in latents else "mu"]["dtype"] == "BF16"
+    columns = (metadata, texts, arrays["row"], arrays["valid"], arrays["label"], *latents.values())
     if any(len(column) != len(keys) for column in columns):
         raise ValueError(f"{len(keys)} keys, but {[len(column) for column in columns]} of others")
     return Rows(
@@ -147,7 +151,8 @@ def _rows(shard: str, tensors: Mapping[str, Mapping[str, Any]]) -> Rows:
         rows=arrays["row"],
         valid=arrays["valid"],
         labels=arrays["label"],
-        metadata=[text or None for text in texts],
+        metadata=[text or None for text in metadata],
+        texts=[text or None for text in texts],
         latents={f: from_bits(v) if is_bfloat16 else v for f, v in latents.items()},
         bfloat16=is_bfloat16,
     )

@@ -1,9 +1,10 @@
-"""webdataset tar: `<key>.mu.npy`, `.logvar.npy`, `.cls`, `.json`, `.row.json`.
+"""webdataset tar: `<key>.mu.npy`, `.logvar.npy`, `.cls`, `.json`, `.txt`, `.row.json`.
 
-`wds.WebDataset(...).decode()` and the webdataset loader of Hugging Face `datasets` decode all of
-them by their last suffix. `.cls` and `.json` are the source's own label and metadata; every sample
-of a file has the same members (`datasets` insists), so a missing one is -1 or null. `.row.json`
-holds {"row": number in the source shard, "valid": false if the latents are only zeros in place of a
+Or `.z.npy`, and `.mu_hflip.npy` ... of mirrored images. `wds.WebDataset(...).decode()` and the
+webdataset loader of Hugging Face `datasets` decode all of them by their last suffix. `.cls`,
+`.json` and `.txt` are the source's own label, metadata and text; every sample of a file has the
+same members (`datasets` insists), so a missing one is -1, null or empty. `.row.json` holds
+{"row": number in the source shard, "valid": false if the latents are only zeros in place of a
 sample that could not be read}.
 """
 
@@ -32,9 +33,11 @@ class TarWriter(BaseWriter):
         return ".tar"
 
     def write(self, path: Path, rows: Rows) -> None:
-        """Create the tar; labels and metadata get a member if any row has one."""
+        """Create the tar; labels, metadata and texts get a member if any row has one."""
         has_labels = bool((rows.labels != NO_LABEL).any())
-        has_metadata = any(text is not None for text in rows.metadata)
+        has_metadata, has_text = (
+            any(text is not None for text in texts) for texts in (rows.metadata, rows.texts)
+        )
         with open_tar(path) as write:
             for place, key in enumerate(rows.keys):
                 members = {
@@ -44,6 +47,8 @@ class TarWriter(BaseWriter):
                     members["cls"] = str(rows.labels[place]).encode()
                 if has_metadata:
                     members["json"] = (rows.metadata[place] or "null").encode()
+                if has_text:
+                    members["txt"] = (rows.texts[place] or "").encode()
                 row = {"row": int(rows.rows[place]), "valid": bool(rows.valid[place])}
                 members["row.json"] = json.dumps(row).encode()
                 write(key, members)
@@ -67,6 +72,7 @@ class TarWriter(BaseWriter):
                 valid=np.array([row["valid"] for row in rows], np.bool_),
                 labels=np.array([int(members.get("cls", NO_LABEL)) for _, members in samples]),
                 metadata=[_metadata(members) for _, members in samples],
+                texts=[members.get("txt", b"").decode() or None for _, members in samples],
                 latents=latents,
             )
         except (tarfile.TarError, KeyError, EOFError, OSError) as error:

@@ -54,6 +54,7 @@ def make_rows(
         valid,
         labels if notes else np.full(num_rows, NO_LABEL),
         texts if notes else [None] * num_rows,
+        [f"ä {row}" if notes and row % 4 else None for row in range(num_rows)],
         latents,
         **({"bfloat16": True} if is_bfloat16 else {}),
     )

@@ -44,7 +44,9 @@ def make_rows(
     keys = [f"cats/{i:03d}" for i in range(n)]
     rows = np.arange(n) * 2
     metadata = texts if notes else [None] * n
-    return Rows("shard-7", keys, rows, valid, labels, metadata, latents, dtype == "bfloat16")
+    plain = [f"line {i}\n\tä" if i % 3 else None for i in range(n)] if notes else [None] * n
+    is_bfloat16 = dtype == "bfloat16"
+    return Rows("shard-7", keys, rows, valid, labels, metadata, plain, latents, is_bfloat16)
 
 
 def files_of(writer: BaseWriter, path: Path) -> list[Path]:
@@ -54,6 +56,7 @@ def files_of(writer: BaseWriter, path: Path) -> list[Path]:
 def assert_same(one: Rows, other: Rows) -> None:
     assert list(one.keys) == list(other.keys)
     assert list(one.metadata) == list(other.metadata)
+    assert list(one.texts) == list(other.texts)
     assert one.bfloat16 == other.bfloat16
     for name in ("rows", "valid", "labels"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
@@ -83,7 +86,8 @@ def test_a_single_row_and_a_stem_with_dots(kind: type[BaseWriter], tmp_path: Pat
     rows = replace(make_rows(n=3), shard="part.0.of.9")
     one = Rows(
         *(rows.shard, rows.keys[:1], rows.rows[:1], rows.valid[:1], rows.labels[:1]),
-        *(rows.metadata[:1], {field: values[:1] for field, values in rows.latents.items()}),
+        *(rows.metadata[:1], rows.texts[:1]),
+        {field: values[:1] for field, values in rows.latents.items()},
     )
     kind().write(path, one)
     assert_same(kind().read(path), one)
@@ -164,6 +168,7 @@ def test_parquet_latents_are_stored_plainly(tmp_path: Path):
         "latent_shape": [2, 3, 4],
         "dtype": "float16",
         "fields": ["mu", "logvar"],
+        "columns": {},
     }
 
 

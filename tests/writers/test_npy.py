@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.writers import NpyWriter, Rows
+from pipeline.writers import COLUMNS, NpyWriter, Rows
 from tests.processes import ROOT
 from tests.writers.test_contract import make_rows
 
@@ -24,7 +24,7 @@ def write_folder(folder: Path, shape: tuple[int, ...] = (2, 3), dtype: str = "fl
         part = slice(number * 8, number * 8 + 8)
         path = folder / f"{stem}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
-        columns = (rows.keys, rows.rows, rows.valid, rows.labels, rows.metadata)
+        columns = (rows.keys, rows.rows, rows.valid, rows.labels, rows.metadata, rows.texts)
         latents = {field: values[part] for field, values in rows.latents.items()}
         NpyWriter().write(path, Rows(stem, *(column[part] for column in columns), latents))
     return rows
@@ -58,7 +58,7 @@ def test_twin_holds_all_but_the_means(tmp_path: Path):
     NpyWriter().write(tmp_path / "s.npy", rows)
     with pq.ParquetFile(tmp_path / "s.parquet") as file:
         table = file.read()
-    assert table.column_names == ["key", "shard", "row", "valid", "label", "metadata", "logvar"]
+    assert table.column_names == [*COLUMNS, "logvar"]
     assert table["key"].to_pylist() == rows.keys
     assert table["valid"].to_pylist() == rows.valid.tolist()
     assert table["logvar"].to_pylist() == rows.latents["logvar"].tolist()

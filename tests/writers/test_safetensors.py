@@ -54,11 +54,11 @@ def test_texts_read_as_documented_without_torch(tmp_path: Path):
     with safe_open(tmp_path / "s.safetensors", "np") as file:
         assert json.loads(file.metadata()["latentmill"])["fields"] == ["mu", "logvar"]
         np.testing.assert_array_equal(file.get_slice("mu")[2:5], rows.latents["mu"][2:5])
-        for name, texts in (("key", rows.keys), ("metadata", rows.metadata)):
+        for name, texts in (("key", rows.keys), ("metadata", rows.metadata), ("text", rows.texts)):
             data = file.get_tensor(f"{name}_bytes").tobytes()
             ends = file.get_tensor(f"{name}_offsets")
             found = [data[ends[i] : ends[i + 1]].decode() for i in range(len(rows))]
-            assert found == list(texts)
+            assert [text or None for text in found] == list(texts)
 
 
 def test_bfloat16_bits_are_those_of_torch():
@@ -90,5 +90,5 @@ def test_tensors_of_other_lengths_are_damage(tmp_path: Path):
     with safe_open(tmp_path / "whole", "np") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     save_file(tensors | {"valid": tensors["valid"][1:]}, tmp_path / "part")
-    with pytest.raises(ValueError, match=r"8 keys, but \[8, 8, 7, 8, 8, 8\] of others"):
+    with pytest.raises(ValueError, match=r"8 keys, but \[8, 8, 8, 7, 8, 8, 8\] of others"):
         SafetensorsWriter().read(tmp_path / "part")

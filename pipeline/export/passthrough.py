@@ -1,0 +1,55 @@
+"""Labels and columns that come from fields of the samples' JSON, as the settings name them.
+
+Rows with `metadata` -> label by `data.label_field`, columns by `columns` -> Rows
+
+Every valid row must have them: a column with holes, or a label that some samples lack, is a mistake
+in the settings or in the data set, and is told before anything is committed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import UserError
+from pipeline.latents.fields import field_values
+from pipeline.writers import NO_LABEL, Column, ColumnType, Rows
+
+SHOWN = 80  # characters of a sample's JSON in a message
+
+
+@dataclass(frozen=True)
+class JsonFields:
+    """Which fields are taken out of the JSON."""
+
+    label: str | None = None  # None = the label is that of the index
+    columns: Mapping[str, ColumnType] = field(default_factory=dict[str, ColumnType])
+
+    def apply(self, rows: Rows) -> Rows:
+        """Return the rows with labels and columns; raise UserError when a valid row has none."""
+        if self.label is not None:
+            found = _values(rows, self.label, "int64", "data.label_field")
+            labels = [NO_LABEL if value is None else value for value in found]
+            rows = replace(rows, labels=np.array(labels, np.int64))
+        columns = {
+            name: Column(kind, _values(rows, name, kind, "columns"))
+            for name, kind in sorted(self.columns.items())
+        }
+        return replace(rows, columns=columns)
+
+
+def _values(rows: Rows, name: str, kind: ColumnType, setting: str) -> list[Any]:
+    values = field_values(rows.metadata, name, kind)
+    lacking = [place for place, value in enumerate(values) if value is None and rows.valid[place]]
+    if lacking:
+        first = lacking[0]
+        text = rows.metadata[first] or "nothing"
+        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+        raise UserError(
+            f"{len(lacking)} of the {len(rows)} samples of {rows.shard} have no field {name!r} of "
+            f"type {kind} in their JSON; the first is {rows.keys[first]!r}, which has {shown}. "
+            f"{setting} names this field, so every sample needs it: name another one, or none, or "
+            "correct the data set."
+        )
+    return values
