@@ -5,13 +5,15 @@ all partials, in plan order -> `merge` (math.fsum: correctly rounded) -> latent_
 
 They are computed from the values as stored, after rounding, so `verify` finds the same bits in the
 files. Nothing here goes through BLAS or a vectorised exp, whose last bits depend on the processor.
+They are those of the images themselves: of the field mu, or z where samples are stored. Mirrored
+views have none of their own.
 
 # n valid rows; C channels = first axis of the latent; P positions = its other axes; M = n P
 """
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +25,10 @@ from pipeline.latents.portable import portable_exp
 # Beyond this many channels the covariance is left out: its partials travel in the commit records,
 # about 165 KB each at 128 channels.
 MAX_COVARIANCE_CHANNELS = 128
+# A channel is active if Var(mu) over the data exceeds this (Burda, Grosse and Salakhutdinov 2016,
+# "Importance weighted autoencoders", section 5.3).
+ACTIVE_VARIANCE = 0.01
+NOT_FINITE = "latent"  # the stage of a fault: latents that are no finite numbers
 _CHUNK_VALUES = 1 << 16  # summed at once; fixed, as it decides the order of additions
 
 
@@ -30,7 +36,9 @@ _CHUNK_VALUES = 1 << 16  # summed at once; fixed, as it decides the order of add
 class Partial:
     """Sums over the valid rows of one task, per channel."""
 
+    field: str  # mu, or z; below called mu
     rows: int
+    not_finite: int  # rows left out since a latent was not finite
     count: int  # M, values per channel
     total: list[float]  # [C] sum of mu
     # Upper triangle, row by row, of the sum of (mu - mean)(mu - mean)^T about the task's own mean;
@@ -46,9 +54,17 @@ def has_covariance(num_channels: int) -> bool:
     return num_channels <= MAX_COVARIANCE_CHANNELS
 
 
-def partial_of(latents: dict[str, NDArray[Any]], valid: NDArray[np.bool_]) -> Partial:
-    """Return the sums of one task: latents [rows, C, ...] as stored, valid [rows]."""
-    mu = latents["mu"][valid]
+def partial_of(
+    latents: dict[str, NDArray[Any]],
+    valid: NDArray[np.bool_],
+    faults: Iterable[Sequence[Any]] = (),
+) -> Partial:
+    """Return the sums of one task: latents [rows, C, ...] as stored, valid [rows].
+
+    faults: (row, key, stage, reason) of the rows that are not valid.
+    """
+    name = "z" if "z" in latents else "mu"
+    mu = latents[name][valid]
     num_channels = mu.shape[1]
     total = np.zeros(num_channels)
     count = 0
@@ -58,7 +74,9 @@ def partial_of(latents: dict[str, NDArray[Any]], valid: NDArray[np.bool_]) -> Pa
     sigma2 = _sigma2_total(latents["logvar"][valid]) if "logvar" in latents else None
     axes = (0, *range(2, mu.ndim))
     return Partial(
+        field=name,
         rows=len(mu),
+        not_finite=sum(stage == NOT_FINITE for _, _, stage, _ in faults),
         count=count,
         total=total.tolist(),
         moment=_moment(mu, total / max(count, 1)),
@@ -109,9 +127,10 @@ def merge(partials: Sequence[Partial]) -> dict[str, Any]:
 
     Var(z) of a sampled latent z = mu + sigma eps is Var(mu) + E[sigma^2] (law of total variance).
     """
+    not_finite = sum(partial.not_finite for partial in partials)
     parts = [partial for partial in partials if partial.count]
     if not parts:
-        return {"num_rows": 0}
+        return {"num_rows": 0, "num_rows_not_finite": not_finite}
     count = sum(part.count for part in parts)
     channels = range(len(parts[0].total))
     mean = [math.fsum(part.total[i] for part in parts) / count for i in channels]
@@ -126,6 +145,7 @@ def merge(partials: Sequence[Partial]) -> dict[str, Any]:
     std_of_z = math.sqrt(grand_variance + (grand_sigma2 or 0.0))
     return {
         "num_rows": sum(part.rows for part in parts),
+        "num_rows_not_finite": not_finite,
         "num_values_per_channel": count,
         # The names of diffusers' AutoencoderKL; a latent is normalised as
         # (z - shift_factor) * scaling_factor, or per channel by latents_mean and latents_std.
@@ -133,7 +153,7 @@ def merge(partials: Sequence[Partial]) -> dict[str, Any]:
         "latents_std": [math.sqrt(v) for v in of_z],
         "shift_factor": grand_mean,
         "scaling_factor": 1 / std_of_z if std_of_z > 0 else None,
-        "mu": {
+        parts[0].field: {
             "mean": mean,
             "std": [math.sqrt(v) for v in variance],
             "min": [min(part.low[i] for part in parts) for i in channels],
@@ -147,7 +167,13 @@ def merge(partials: Sequence[Partial]) -> dict[str, Any]:
             },
         },
         "sigma2_mean": None if sigma2 is None else {"channel": sigma2, "global": grand_sigma2},
+        "active_units": _active_units(variance) if parts[0].field == "mu" else None,
     }
+
+
+def _active_units(variance: Sequence[float]) -> dict[str, Any]:
+    count = sum(value > ACTIVE_VARIANCE for value in variance)
+    return {"count": count, "min_variance": ACTIVE_VARIANCE}
 
 
 def _merged_moment(parts: Sequence[Partial], mean: list[float]) -> list[list[float]]:

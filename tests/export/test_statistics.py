@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 
 import numpy as np
@@ -87,6 +88,78 @@ def test_without_logvar_the_mean_alone_counts():
     assert found["scaling_factor"] == 1 / found["mu"]["global"]["std"]
 
 
+def brute_force(latents: dict, valid: np.ndarray) -> dict:
+    """All statistics from all values at once, each sum correctly rounded."""
+    mu, sigma2 = flat(latents["mu"][valid]), np.vectorize(math.exp)(flat(latents["logvar"][valid]))
+    count, channels = mu.shape
+
+    def mean_of(values: np.ndarray) -> float:
+        return math.fsum(values.ravel()) / values.size
+
+    mean = np.array([mean_of(mu[:, i]) for i in range(channels)])
+    centred = mu - mean
+    pairs = range(channels)
+    covariance = np.array([[mean_of(centred[:, i] * centred[:, j]) for j in pairs] for i in pairs])
+    sigma2_mean = np.array([mean_of(sigma2[:, i]) for i in pairs])
+    overall = mean_of(mu)
+    return {
+        "count": count,
+        "mean": mean,
+        "covariance": covariance,
+        "sigma2": sigma2_mean,
+        "latents_std": np.sqrt(np.diag(covariance) + sigma2_mean),
+        "global": (overall, math.sqrt(mean_of((mu - overall) ** 2))),
+        "scale": 1 / math.sqrt(mean_of((mu - overall) ** 2) + mean_of(sigma2)),
+        "active": int((np.diag(covariance) > 0.01).sum()),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("shape", [(10,), (4, 3, 5)])
+def test_equal_the_brute_force_over_all_values_to_1e_12(shape: tuple[int, ...], dtype: str):
+    latents, valid = make(shape, dtype=dtype, offset=2.0)
+    latents["mu"][:, 1] = 2 + latents["mu"][:, 1] / 100  # a channel that is not active
+    expected = brute_force(latents, valid)
+    found = merge(cut(latents, valid, [0, 1, 100, 100, 300]))
+    close = {"rtol": 1e-12, "atol": 0}
+    np.testing.assert_allclose(found["latents_mean"], expected["mean"], **close)
+    np.testing.assert_allclose(found["latents_std"], expected["latents_std"], **close)
+    np.testing.assert_allclose(found["sigma2_mean"]["channel"], expected["sigma2"], **close)
+    stds = np.sqrt(np.diag(expected["covariance"]))
+    np.testing.assert_allclose(found["mu"]["std"], stds, **close)
+    difference = np.abs(np.array(found["mu"]["covariance"]) - expected["covariance"])
+    assert (difference <= 1e-12 * np.outer(stds, stds)).all()
+    overall = found["mu"]["global"]
+    np.testing.assert_allclose((overall["mean"], overall["std"]), expected["global"], **close)
+    np.testing.assert_allclose(found["scaling_factor"], expected["scale"], **close)
+    assert found["num_values_per_channel"] == expected["count"]
+    assert found["active_units"] == {"count": expected["active"], "min_variance": 0.01}
+    assert 0 < expected["active"] < shape[0]
+
+
+def test_samples_are_told_by_their_name():
+    latents, valid = make((4,))
+    as_samples = merge([partial_of({"z": latents["mu"]}, valid)])
+    as_means = merge([partial_of({"mu": latents["mu"]}, valid)])
+    assert as_samples["z"] == as_means["mu"]
+    assert "mu" not in as_samples
+    assert as_samples["active_units"] is None  # the variance of z is not that of its mean
+    assert as_samples["latents_std"] == as_samples["z"]["std"]
+
+
+def test_mirrored_views_do_not_count():
+    latents, valid = make((4,))
+    twice = latents | {f"{name}_hflip": 2 * values for name, values in latents.items()}
+    assert merge([partial_of(twice, valid)]) == merge([partial_of(latents, valid)])
+
+
+def test_rows_that_are_not_finite_are_counted():
+    latents, valid = make((4,))
+    faults = [[3, "a", "latent", "not a finite float16 number"], [5, "b", "decode", "broken"]]
+    parts = [partial_of(latents, valid, faults), partial_of(latents, valid, faults[1:])]
+    assert merge(parts)["num_rows_not_finite"] == 1
+
+
 def test_order_of_tasks_does_not_matter():
     latents, valid = make((6,))
     partials = cut(latents, valid, list(range(0, 301, 10)))
@@ -124,8 +197,12 @@ def test_invalid_rows_do_not_count():
 
 def test_no_valid_rows_at_all():
     latents, valid = make((3,))
-    assert merge([partial_of(latents, np.zeros_like(valid))]) == {"num_rows": 0}
-    assert merge([]) == {"num_rows": 0}
+    faults = [[row, str(row), "latent", "inf"] for row in range(len(valid))]
+    nothing = partial_of(latents, np.zeros_like(valid), faults)
+    assert merge([nothing]) == {"num_rows": 0, "num_rows_not_finite": 300}
+    assert merge([]) == {"num_rows": 0, "num_rows_not_finite": 0}
+    other = partial_of(latents, valid)
+    assert merge([nothing, other]) == merge([other]) | {"num_rows_not_finite": 300}
 
 
 def test_constant_latents_have_no_scaling_factor():
