@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import webdataset as wds
 
-FIELDS = ("mu", "logvar")
+FIELDS = ("mu", "logvar", "mu_hflip", "logvar_hflip")
 
 
 def with_webdataset(tar: str) -> list[dict]:
@@ -24,6 +24,7 @@ def with_webdataset(tar: str) -> list[dict]:
             "dtype": str(sample["mu.npy"].dtype),
             "label": sample.get("cls"),
             "metadata": sample.get("json"),
+            "text": sample.get("txt"),
             "row": sample["row.json"]["row"],
             "valid": sample["row.json"]["valid"],
         }
@@ -39,6 +40,7 @@ def with_datasets_tar(tar: str) -> list[dict]:
             **{n: np.asarray(sample[f"{n}.npy"]).tolist() for n in FIELDS if f"{n}.npy" in sample},
             "label": sample.get("cls"),
             "metadata": sample.get("json"),
+            "text": sample.get("txt"),
             **sample["row.json"],
         }
         for sample in samples
@@ -52,7 +54,7 @@ def with_datasets_parquet(parquet: str) -> list[dict]:
         {
             **{name: numpy[i][name].tolist() for name in FIELDS if name in samples.features},
             "dtype": samples.features["mu"].__repr__(),
-            **{name: samples[i][name] for name in ("key", "label", "metadata", "row", "valid")},
+            **{name: samples[i][name] for name in samples.features if name not in FIELDS},
         }
         for i in range(len(samples))
     ]

@@ -13,7 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.writers import NO_LABEL, BaseWriter, Dtype, ParquetWriter, Rows, TarWriter, Writer
+from pipeline.writers import (
+    NO_LABEL,
+    BaseWriter,
+    Column,
+    Dtype,
+    ParquetWriter,
+    Rows,
+    TarWriter,
+    Writer,
+)
 from tests.processes import ROOT
 
 KINDS = get_args(get_args(Writer)[0])
@@ -78,6 +87,64 @@ def test_read_gives_back_what_was_written(
     assert writer.read(path).shard == rows.shard
     assert writer.suffixes[0] == writer.suffix
     assert set(tmp_path.iterdir()) == set(files_of(writer, path))
+
+
+FIELD_SETS = [
+    ("mu", "logvar", "mu_hflip", "logvar_hflip"),
+    ("mu", "mu_hflip"),
+    ("z",),
+    ("z", "z_hflip"),
+]
+
+
+def with_fields(rows: Rows, names: tuple[str, ...]) -> Rows:
+    """The rows with other latents, each field different."""
+    values = rows.latents["mu"]
+    return replace(rows, latents={name: values * 2.0**i for i, name in enumerate(names)})
+
+
+@pytest.mark.parametrize("kind, dtype", KINDS_AND_DTYPES)
+@pytest.mark.parametrize("names", FIELD_SETS, ids="-".join)
+def test_samples_and_mirrored_views_come_back(
+    kind: type[BaseWriter], names: tuple[str, ...], dtype: Dtype, tmp_path: Path
+):
+    rows = with_fields(make_rows((2, 3), dtype), names)
+    contents = []
+    for name in ("a", "b"):
+        path = tmp_path / f"{name}{kind().suffix}"
+        kind().write(path, rows)
+        assert_same(kind().read(path), rows)
+        contents.append([file.read_bytes() for file in files_of(kind(), path)])
+    assert contents[0] == contents[1]
+
+
+COLUMNS = {
+    "width": Column("int64", [2**62 + i for i in range(7)] + [None]),
+    "score": Column("float64", [0.1 * i for i in range(7)] + [None]),
+    "tag": Column("string", [f"ä{i % 2}" for i in range(7)] + [None]),
+    "is_new": Column("bool", [i % 2 == 0 for i in range(7)] + [None]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_come_back_where_the_format_has_columns(kind: type[BaseWriter], tmp_path: Path):
+    rows = replace(make_rows(), columns=COLUMNS)
+    contents = []
+    for name in ("a", "b"):
+        path = tmp_path / f"{name}{kind().suffix}"
+        kind().write(path, rows)
+        assert_same(kind().read(path), rows)
+        contents.append([file.read_bytes() for file in files_of(kind(), path)])
+    assert contents[0] == contents[1]
+    expected = COLUMNS if kind().kind in ("parquet", "npy") else {}
+    assert kind().read(path).columns == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_from_before_there_were_texts_are_read(kind: type[BaseWriter]):
+    (path,) = (ROOT / "tests/golden/rows-without-text" / kind().kind).glob(f"*{kind().suffix}")
+    rows = make_rows((2, 3))
+    assert_same(kind().read(path), replace(rows, texts=[None] * len(rows)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -207,7 +274,9 @@ def read_with_others(tmp_path: Path, rows: Rows) -> dict[str, list[dict]]:
 
 @pytest.mark.parametrize("shape, dtype", [((3,), "float16"), ((2, 3, 4), "float32")])
 def test_others_read_the_files(shape: tuple[int, ...], dtype: str, tmp_path: Path):
-    rows = make_rows(shape, dtype)
+    rows = replace(make_rows(shape, dtype), columns=COLUMNS)
+    mirrored = {f"{name}_hflip": -values for name, values in rows.latents.items()}
+    rows.latents.update(mirrored)
     found = read_with_others(tmp_path, rows)
     assert set(found) == {"webdataset", "datasets tar", "datasets parquet", "pyarrow"}
     for reader, samples in found.items():
@@ -215,8 +284,13 @@ def test_others_read_the_files(shape: tuple[int, ...], dtype: str, tmp_path: Pat
         assert [sample["row"] for sample in samples] == rows.rows.tolist(), reader
         assert [sample["valid"] for sample in samples] == rows.valid.tolist(), reader
         assert [sample["label"] for sample in samples] == rows.labels.tolist(), reader
+        # Every sample of a tar has the same members.
+        assert [sample["text"] or None for sample in samples] == list(rows.texts), reader
+        if "tar" not in reader and reader != "webdataset":
+            for name, column in COLUMNS.items():
+                assert [sample[name] for sample in samples] == list(column.values), reader
         for place, sample in enumerate(samples):
-            for name in ("mu", "logvar"):
+            for name in rows.latents:
                 assert sample[name] == rows.latents[name][place].tolist(), reader
             metadata = sample["metadata"]
             parsed = json.loads(metadata) if isinstance(metadata, str) else metadata

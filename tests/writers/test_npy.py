@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,18 @@ def test_twin_holds_all_but_the_means(tmp_path: Path):
     assert set(features) == set(table.column_names)
     ours = json.loads(table.schema.metadata[b"latentmill"])
     assert ours["latent_shape"] == [2, 3, 4]
+
+
+def test_the_matrix_holds_samples_where_they_are_stored(tmp_path: Path):
+    rows = make_rows((2, 3))
+    z, mirrored = rows.latents["mu"], rows.latents["logvar"]
+    NpyWriter().write(tmp_path / "s.npy", replace(rows, latents={"z": z, "z_hflip": mirrored}))
+    np.testing.assert_array_equal(np.load(tmp_path / "s.npy"), z.reshape(8, 6))
+    with pq.ParquetFile(tmp_path / "s.parquet") as file:
+        table = file.read()
+    assert table.column_names == [*COLUMNS, "z_hflip"]
+    assert table["z_hflip"].to_pylist() == mirrored.tolist()
+    assert table["text"].to_pylist() == rows.texts
 
 
 def test_matrix_and_twin_that_do_not_fit(tmp_path: Path):

@@ -75,6 +75,15 @@ def test_numbers_that_are_no_bfloat16_are_not_cut(tmp_path: Path):
         SafetensorsWriter().write(tmp_path / "s", replace(make_rows(), bfloat16=True))
 
 
+def test_samples_of_bfloat16_load_as_such(tmp_path: Path):
+    rows = make_rows((2, 3), "bfloat16")
+    samples = {"z": rows.latents["mu"], "z_hflip": rows.latents["logvar"]}
+    SafetensorsWriter().write(tmp_path / "s.safetensors", replace(rows, latents=samples))
+    tensors = load_file(tmp_path / "s.safetensors")
+    for name, values in samples.items():
+        assert torch.equal(tensors[name], torch.from_numpy(values).bfloat16())
+
+
 @pytest.mark.parametrize("name", ["mu", "valid", "key_bytes"])
 def test_a_missing_tensor_is_damage(name: str, tmp_path: Path):
     SafetensorsWriter().write(tmp_path / "whole", make_rows())
