@@ -84,6 +84,7 @@ def write_export(
             "fields": list(shards[0].latents),
             "latent_shape": list(shards[0].latent_shape),
             "dtype": dtype,
+            "columns": {name: column.kind for name, column in shards[0].columns.items()},
             "formats": [{"kind": kind} for kind in kinds],
         },
     }
