@@ -6,14 +6,14 @@ Every valid row must have them: a column with holes, or a label that some sample
 in the settings or in the data set, and is told before anything is committed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.latents.fields import field_values
+from pipeline.latents.fields import parse_texts, typed_values
 from pipeline.writers import NO_LABEL, Column, ColumnType, Rows
 
 SHOWN = 80  # characters of a sample's JSON in a message
@@ -28,19 +28,24 @@ class JsonFields:
 
     def apply(self, rows: Rows) -> Rows:
         """Return the rows with labels and columns; raise UserError when a valid row has none."""
+        if self.label is None and not self.columns:
+            return rows
+        parsed = parse_texts(rows.metadata)
         if self.label is not None:
-            found = _values(rows, self.label, "int64", "data.label_field")
+            found = _values(rows, parsed, self.label, "int64", "data.label_field")
             labels = [NO_LABEL if value is None else value for value in found]
             rows = replace(rows, labels=np.array(labels, np.int64))
         columns = {
-            name: Column(kind, _values(rows, name, kind, "columns"))
+            name: Column(kind, _values(rows, parsed, name, kind, "columns"))
             for name, kind in sorted(self.columns.items())
         }
         return replace(rows, columns=columns)
 
 
-def _values(rows: Rows, name: str, kind: ColumnType, setting: str) -> list[Any]:
-    values = field_values(rows.metadata, name, kind)
+def _values(
+    rows: Rows, parsed: Sequence[Any], name: str, kind: ColumnType, setting: str
+) -> list[Any]:
+    values = typed_values(parsed, name, kind)
     lacking = [place for place, value in enumerate(values) if value is None and rows.valid[place]]
     if lacking:
         first = lacking[0]

@@ -16,12 +16,23 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # escaped in JSON, but no text: UTF-
 _NOTHING: dict[FieldType, Any] = {"int64": 0, "float64": 0.0, "string": "", "bool": False}
 
 
-def field_values(texts: Sequence[str | None], name: str, kind: FieldType) -> list[Any]:
-    """Return the value of a field in each JSON text; None where it has none of this type.
+def parse_texts(texts: Sequence[str | None]) -> list[Any]:
+    """Return the value of each JSON text; None where there is none, or no JSON."""
+    return [None if text is None else _parse(text) for text in texts]
+
+
+def typed_values(parsed: Sequence[Any], name: str, kind: FieldType) -> list[Any]:
+    """Return the value of a field in each parsed text; None where it has none of this type.
 
     name: dots lead into objects, as in a split's `json.FIELD`.
     """
-    return [None if text is None else _value(text, name, kind) for text in texts]
+    parts = name.split(".")
+    return [_typed(_look_up(value, parts), kind) for value in parsed]
+
+
+def field_values(texts: Sequence[str | None], name: str, kind: FieldType) -> list[Any]:
+    """Return the `typed_values` of one field in JSON texts."""
+    return typed_values(parse_texts(texts), name, kind)
 
 
 def field_array(texts: Sequence[str | None], name: str, kind: FieldType) -> NDArray[Any]:
@@ -31,13 +42,20 @@ def field_array(texts: Sequence[str | None], name: str, kind: FieldType) -> NDAr
     return np.array(filled, np.object_ if kind == "string" else kind)
 
 
-def _value(text: str, name: str, kind: FieldType) -> Any:
+def _parse(text: str) -> Any:
     try:
-        value: Any = json.loads(text)
+        return json.loads(text)
     except ValueError:
         return None
-    for part in name.split("."):
+
+
+def _look_up(value: Any, parts: Sequence[str]) -> Any:
+    for part in parts:
         value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _typed(value: Any, kind: FieldType) -> Any:
     if kind == "bool":
         return value if isinstance(value, bool) else None
     if kind == "string":
