@@ -5,7 +5,9 @@ the source's shards  -> the same rows as stored values, flattened -> evaluation.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from pydantic import TypeAdapter
 
 from pipeline.data.decode import Decode
 from pipeline.data.index import Index
-from pipeline.data.rows import shard_batches
+from pipeline.data.rows import read_shards
 from pipeline.data.settings import DataConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.probe import Score, probe_features
-from pipeline.export.layout import ExportDir
+from pipeline.latents.files import LocalFiles
+from pipeline.latents.manifest import read_manifest
 from pipeline.writers import NO_LABEL, BaseWriter, Rows, Writer
 
 LABEL = "label"
@@ -39,10 +42,7 @@ def probe_export(
     Of more than max_samples rows, evenly spaced ones are taken. Raises UserError if the export is
     not finished, the source is another data set, or a target is not there.
     """
-    export = ExportDir(root)
-    if not export.success.exists():
-        raise UserError(f"{root} is no finished export: it has no {export.success.name}")
-    manifest = json.loads(export.manifest.read_bytes())
+    manifest = read_manifest(LocalFiles(root), None).values
     stride = max(1, -(-manifest["rows"] // max_samples))
     chosen = [_thin(rows, stride) for rows in _read_rows(root, manifest)]
     latents = np.concatenate([rows.latents["mu"].reshape(len(rows), -1) for rows in chosen])
@@ -55,7 +55,7 @@ def probe_export(
     return scores
 
 
-def _read_rows(root: Path, manifest: dict[str, Any]) -> Iterator[Rows]:
+def _read_rows(root: Path, manifest: Mapping[str, Any]) -> Iterator[Rows]:
     """Yield every task's rows from the first of the export's formats."""
     formats = manifest["fingerprint"]["output"]["formats"]
     writer: BaseWriter = TypeAdapter[Writer](Writer).validate_python(formats[0])
@@ -66,13 +66,15 @@ def _read_rows(root: Path, manifest: dict[str, Any]) -> Iterator[Rows]:
 def _thin(rows: Rows, stride: int) -> Rows:
     """Return every stride-th of the valid rows."""
     chosen: NDArray[np.int64] = np.flatnonzero(rows.valid)[::stride]
-    return Rows(
-        shard=rows.shard,
+    return replace(
+        rows,
         keys=[str(rows.keys[i]) for i in chosen.tolist()],
         rows=rows.rows[chosen],
         valid=rows.valid[chosen],
         labels=rows.labels[chosen],
         metadata=[rows.metadata[i] for i in chosen.tolist()],
+        texts=[rows.texts[i] for i in chosen.tolist()],
+        columns={},
         latents={field: values[chosen] for field, values in rows.latents.items()},
     )
 
@@ -101,7 +103,7 @@ def _targets(chosen: Sequence[Rows], names: Sequence[str] | None) -> dict[str, N
 
 
 def _pixels(
-    source: Path, manifest: dict[str, Any], chosen: Sequence[Rows]
+    source: Path, manifest: Mapping[str, Any], chosen: Sequence[Rows]
 ) -> NDArray[np.floating[Any]]:
     """Return the stored values of the chosen rows, [N, D] in [0, 1]."""
     recorded = manifest["fingerprint"]["data"]
@@ -114,9 +116,11 @@ def _pixels(
     index.check_shards(source)
     numbers = {shard.name.removesuffix(".tar"): n for n, shard in enumerate(index.shards)}
     parts: list[NDArray[np.floating[Any]]] = []
-    for rows in chosen:
-        wanted = set(rows.rows.tolist())
-        for batch in shard_batches(data, index, numbers[rows.shard], BATCH_ROWS):
-            keep = [i for i, row in enumerate(batch.rows.tolist()) if row in wanted]
-            parts.append(decode.to_unit(batch.x[: batch.num_rows]).flatten(1).numpy()[keep])
+    wanted = [numbers[rows.shard] for rows in chosen]
+    with closing(read_shards(data, index, wanted, BATCH_ROWS)) as shards:
+        for rows, (_, batches) in zip(chosen, shards, strict=True):
+            kept = set(rows.rows.tolist())
+            for batch in batches:
+                keep = [i for i, row in enumerate(batch.rows.tolist()) if row in kept]
+                parts.append(decode.to_unit(batch.x[: batch.num_rows]).flatten(1).numpy()[keep])
     return np.concatenate(parts)

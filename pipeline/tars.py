@@ -39,8 +39,13 @@ def open_tar(path: Path) -> Generator[WriteSample, None, None]:
         def write(key: str, members: Mapping[str, bytes]) -> None:
             writer.write({"__key__": key, **members})
 
-        yield write
-        writer.close()
+        try:
+            yield write
+            writer.close()
+        except BaseException:
+            # Else its destructor writes what it still holds into a file that is closed by then.
+            writer.tarstream.fileobj.closed = True  # pyright: ignore[reportAttributeAccessIssue]
+            raise
         file.flush()
         os.fsync(file.fileno())
 

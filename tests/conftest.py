@@ -1,6 +1,7 @@
 """Fixtures that every part's tests may use; the time of each lane; the budgets of DESIGN."""
 
 import itertools
+import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -192,3 +193,22 @@ def run_processes(start_processes: Callable[..., Processes]) -> Callable[..., Re
         return running.wait(timeout)
 
     return run
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mount a real file system of a given size, or change its size; needs root."""
+    place = tmp_path / "disk"
+
+    def mount(size: str, *options: str) -> Path:
+        how = ",".join([*(["remount"] if place.is_mount() else []), f"size={size}", *options])
+        place.mkdir(exist_ok=True)
+        argv = ["mount", "-t", "tmpfs", "-o", how, "tmpfs", place]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no tmpfs can be mounted here (it needs root): {done.stderr.strip()}")
+        return place
+
+    yield mount
+    if place.is_mount():
+        subprocess.run(["umount", place], check=True)

@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,25 +27,6 @@ def trained(run_dir: Path) -> list[dict]:
     """What was logged of the training."""
     records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [record for record in records if "train/loss" in record]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mount a real file system of a given size, or change its size; needs root."""
-    place = tmp_path / "disk"
-
-    def mount(size: str, *options: str) -> Path:
-        how = ",".join([*(["remount"] if place.is_mount() else []), f"size={size}", *options])
-        place.mkdir(exist_ok=True)
-        argv = ["mount", "-t", "tmpfs", "-o", how, "tmpfs", place]
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"no tmpfs can be mounted here (it needs root): {done.stderr.strip()}")
-        return place
-
-    yield mount
-    if place.is_mount():
-        subprocess.run(["umount", place], check=True)
 
 
 @pytest.mark.parametrize("limit", ["bytes", "inodes"])

@@ -1,14 +1,16 @@
-"""Sequential reading of one shard, for the export: every row of a split once, in shard order.
+"""Sequential reading of shards, for the export: every row of a split once, in shard order.
 
-    shard -> rows of the split -> fixed batches -> threads decode one batch ahead -> RowBatch
+    shards -> rows of the split -> fixed batches -> threads decode AHEAD batches -> RowBatch
 
 A sample that cannot be decoded is an invalid row; a shard that cannot be read is an error. The two
 are never mixed up, because an export would keep the first for good.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +26,8 @@ from pipeline.data.stream.fetch import read_members
 
 METADATA_SUFFIXES = ("json",)
 TEXT_SUFFIXES = ("txt",)
+
+AHEAD = 2  # batches read and decoded before they are asked for
 
 Ints = NDArray[np.int64]
 
@@ -58,38 +62,90 @@ class RowBatch:
     texts: list[str | None]
 
 
-def shard_batches(
-    data: DataConfig, index: Index, shard: int, batch_size: int
-) -> Iterator[RowBatch]:
-    """Yield the rows of one shard that belong to `data.split`, in batches of fixed boundaries.
+def read_shards(
+    data: DataConfig, index: Index, shards: Iterable[int], batch_size: int
+) -> Generator[tuple[int, Iterator[RowBatch]]]:
+    """Yield each shard's number and its rows of `data.split`, in batches of fixed boundaries.
 
-    Raises UserError or ShardReadError if the shard is missing or is not what the index says.
+    The next batches, also those of the next shard, are read and decoded meanwhile; `shards` is
+    asked for a number shortly before it is needed. A shard's iterator raises what is wrong with it
+    (UserError or ShardReadError if it is missing or not what the index says), and the next shard
+    goes on. Each must be used up or left before the next is asked for; one without rows is passed
+    over. The caller closes the generator (`contextlib.closing`), which ends its threads.
     """
-    storage = open_storage(data.sources[0].root, data.remote)
-    reader = _ShardReader(data, index, shard, batch_size, storage)
-    entry = index.shards[shard]
-    state = storage.states([entry.name])[entry.name]
-    if state is None or state.num_bytes != entry.bytes:
-        raise ShardReadError(
-            f"{storage.where(entry.name)} is missing or has changed since it was indexed: put it "
-            "back, or run `latentmill index` and a new export."
-        )
-    decoders = ThreadPoolExecutor(data.threads, thread_name_prefix="rows-decode")
-    ahead = ThreadPoolExecutor(1, thread_name_prefix="rows-batch")
+    ahead = _Ahead(data, index, iter(shards), batch_size)
     try:
-        starts = range(0, len(reader.rows), batch_size)
-        waiting: Future[RowBatch] | None = None
-        for start in starts:
-            following = ahead.submit(reader.batch, start, decoders)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()
+        for visit, jobs in groupby(_in_advance(ahead.jobs(), AHEAD), lambda job: job[0]):
+            yield visit[1], (future.result() for _, future in jobs)
+            ahead.left = visit
     finally:
-        ahead.shutdown(wait=True, cancel_futures=True)
-        decoders.shutdown(wait=True, cancel_futures=True)
-        storage.close()
+        ahead.close()
+
+
+Visit = tuple[int, int]  # serial number, shard
+Job = tuple[Visit, "Future[RowBatch]"]
+
+
+def _in_advance(jobs: Iterator[Job], count: int) -> Iterator[Job]:
+    """Yield the jobs with `count` more begun."""
+    begun: deque[Job] = deque()
+    for job in jobs:
+        begun.append(job)
+        if len(begun) > count:
+            yield begun.popleft()
+    yield from begun
+
+
+class _Ahead:
+    """The threads that read and decode, alive across shards; shards are opened one ahead."""
+
+    def __init__(
+        self, data: DataConfig, index: Index, shards: Iterator[int], batch_size: int
+    ) -> None:
+        self._data, self._index, self._batch_size = data, index, batch_size
+        self.left: Visit | None = None  # the shard that was asked for last, of which no more is
+        self._shards = enumerate(shards)
+        self._storage = open_storage(data.sources[0].root, data.remote)
+        self._decoders = ThreadPoolExecutor(data.threads, thread_name_prefix="rows-decode")
+        self._readers = ThreadPoolExecutor(AHEAD, thread_name_prefix="rows-read")
+
+    def jobs(self) -> Iterator[Job]:
+        """Begin the batches of all shards, one after the other."""
+        following = self._open_next()
+        while following is not None:
+            (visit, opening), following = following, self._open_next()
+            try:
+                starts = range(0, len(opening.result().rows), self._batch_size)
+            except Exception:  # noqa: BLE001 - raised by the shard's iterator
+                starts = range(1)
+            for start in starts:
+                if visit == self.left:
+                    break
+                yield visit, self._readers.submit(self._read, opening, start)
+
+    def close(self) -> None:
+        """End the threads; nobody waits for what they do."""
+        self._storage.close()
+        for pool in (self._readers, self._decoders):
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._storage.close()
+
+    def _open_next(self) -> "tuple[Visit, Future[_ShardReader]] | None":
+        visit = next(self._shards, None)
+        return None if visit is None else (visit, self._readers.submit(self._open, visit[1]))
+
+    def _read(self, opening: "Future[_ShardReader]", start: int) -> RowBatch:
+        return opening.result().batch(start, self._decoders)
+
+    def _open(self, shard: int) -> "_ShardReader":
+        entry = self._index.shards[shard]
+        state = self._storage.states([entry.name])[entry.name]
+        if state is None or state.num_bytes != entry.bytes:
+            raise ShardReadError(
+                f"{self._storage.where(entry.name)} is missing or has changed since it was "
+                "indexed: put it back, or run `latentmill index` and a new export."
+            )
+        return _ShardReader(self._data, self._index, shard, self._batch_size, self._storage)
 
 
 class _ShardReader:

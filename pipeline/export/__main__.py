@@ -6,10 +6,12 @@ command goes on where it stopped, whatever the number of processes is now.
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -19,54 +21,125 @@ if __name__ == "__main__":
     needs.check()  # before anything of the extra is imported
 
 from pipeline import strict
-from pipeline.errors import DONE, PREEMPTED, WRONG_USE, UserError
+from pipeline.data.storage import ShardReadError
+from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE, StoreError, UserError
+from pipeline.export.failures import forget_failures, is_unwritable, quarantined, reason_of
 from pipeline.export.finalize import finalize
-from pipeline.export.plan import adopt_plan
+from pipeline.export.layout import FAILURES, ExportDir
+from pipeline.export.plan import Plan, adopt_plan
 from pipeline.export.prepare import Prepared, prepare
 from pipeline.export.progress import Progress
 from pipeline.export.run import run_worker
 from pipeline.export.settings import ExportConfig
 from pipeline.export.workers import Worker, find_worker
+from pipeline.verbs import add_export_arguments
 
 
-def begin(config: ExportConfig, worker: Worker) -> Prepared:
+def begin(config: ExportConfig, worker: Worker) -> tuple[Prepared, str]:
     """Load what the config names and store the plan; every process comes to the same result.
 
-    Raises UserError when something is missing, or `config.out` holds an export of something else.
+    Returns also what the place guarantees, in words. Raises UserError when something is missing, or
+    `config.out` holds an export of something else, or cannot tell finished work from unfinished.
     """
     prepared = prepare(config, worker)
     if not prepared.plan.tasks:
         raise UserError(f"The split {config.data.split!r} holds no sample: set data.split.")
-    adopt_plan(prepared.export, prepared.plan)
-    return prepared
+    return prepared, adopt_plan(prepared.export, prepared.plan)
 
 
 def work_through(prepared: Prepared, worker: Worker, should_stop: Callable[[], bool]) -> int:
     """Do tasks until all are done, finish the export, and return the exit code.
 
-    Raises UserError when too many rows of a shard fail, or the data changed meanwhile.
+    Raises UserError when tasks are in quarantine, StoreError when data or disks cannot be reached.
     """
     export, plan = prepared.export, prepared.plan
-    if not export.success.exists():
+    if not export.is_finished():
         progress = Progress(export, plan, enabled=worker.rank == 0)
-        if not run_worker(
+        outcome = run_worker(
             export, plan, prepared.work, worker=worker, should_stop=should_stop, progress=progress
-        ):
+        )
+        if outcome.stopped:
             return PREEMPTED
         progress.report()
-    finalize(export, plan, prepared.keys_of)
+        check_complete(export, plan, prepared.work.max_attempts, outcome.errors)
+    finalize(export, plan)
     if worker.rank == 0:
         print(f"export: {plan.rows:,} rows in {export.root}", file=sys.stderr)
     return DONE
 
 
+def check_complete(
+    export: ExportDir, plan: Plan, max_attempts: int, errors: Mapping[str, Exception]
+) -> None:
+    """Raise what keeps the export from being finished: UserError, StoreError or the task's own.
+
+    errors: of this worker, by task.
+    """
+    names = [task.name for task in plan.tasks]
+    committed = export.committed(names)
+    missing = [name for name in names if name not in committed]
+    if not missing:
+        return
+    resting = quarantined(export, missing, max_attempts)
+    if resting:
+        task, records = next(iter(resting.items()))
+        raise UserError(
+            f"{len(resting)} of {len(names)} tasks are in quarantine, so the export is not "
+            f"finished ({len(committed)} are committed). The first, {task}: "
+            f"{reason_of(export, records[-1])} Its records lie in {export.store.where(FAILURES)}; "
+            "when the cause is mended give the same command with --retry-failed."
+        )
+    error = errors.get(missing[0]) or next(iter(errors.values()))
+    if not isinstance(error, OSError):
+        raise error
+    raise StoreError(
+        f"{len(missing)} of {len(names)} tasks could not be done. The first, {missing[0]}: {error} "
+        "The same command goes on where it stopped."
+    ) from error
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What an export will do."""
+
+    out: str
+    tasks: int
+    rows: int
+    fields: list[str]
+    latent_shape: list[int]
+    dtype: str
+    latent_bytes: int  # of all rows, in each format
+    each_task_once_by: str
+
+
+def make_plan(config_file: Path, overrides: Sequence[str]) -> PlanReport:
+    """Write the plan of an export, or find that it is there; raises UserError as `begin` does."""
+    config = strict.load(ExportConfig, config_file, overrides)
+    prepared, guarantee = begin(config, Worker())
+    plan, output = prepared.plan, prepared.plan.fingerprint["output"]
+    item = 4 if config.dtype == "float32" else 2
+    row_bytes = len(output["fields"]) * math.prod(output["latent_shape"]) * item
+    return PlanReport(
+        out=prepared.export.root,
+        tasks=len(plan.tasks),
+        rows=plan.rows,
+        fields=output["fields"],
+        latent_shape=output["latent_shape"],
+        dtype=config.dtype,
+        latent_bytes=plan.rows * row_bytes,
+        each_task_once_by=guarantee,
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command; `argv` without the program's name."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.export", description=__doc__)
-    parser.add_argument("config", type=Path, help="YAML file, see configs/export/")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings in place of its")
-    parser.add_argument("--worker", metavar="i/n", help="be worker i (from 0) of n")
-    arguments = parser.parse_intermixed_args(argv)
+    add_export_arguments(parser)
+    return run(parser.parse_intermixed_args(argv))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Take part in an export, as the command line says, and return the exit code."""
     asked_to_stop = False
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -75,19 +148,39 @@ def main(argv: Sequence[str]) -> int:
         asked_to_stop = True
 
     previous = signal.signal(signal.SIGTERM, remember)
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_heard = os.environ.get("RANK", "0") == "0"  # mistakes common to all processes are told once
+    out = ""
     try:
         config = strict.load(ExportConfig, arguments.config, arguments.overrides)
-        worker = find_worker(os.environ, arguments.worker)
-        prepared = begin(config, worker)
-        is_first = True  # from here on an error is this process's own
+        worker, out = find_worker(os.environ, arguments.worker), config.out
+        prepared, guarantee = begin(config, worker)
+        if worker.rank == 0:
+            print(f"export: {out}: each task once, by {guarantee}", file=sys.stderr)
+        is_heard = True  # from here on an error is this process's own
+        if arguments.retry_failed:
+            forget_failures(prepared.export)
         return work_through(prepared, worker, lambda: asked_to_stop)
-    except UserError as error:
-        if is_first:
-            print(f"error: {error}", file=sys.stderr)
-        return WRONG_USE
+    except (UserError, OSError) as error:
+        code, text = explain(error, out)
+        if is_heard:
+            print(f"error: {text}", file=sys.stderr)
+        return code
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def explain(error: UserError | OSError, out: str) -> tuple[int, str]:
+    """Return exit code and message; raise again what only a traceback explains."""
+    if isinstance(error, UserError):
+        return WRONG_USE, f"{error}"
+    if isinstance(error, StoreError | ShardReadError):
+        return FAILED, f"{error}"
+    if is_unwritable(error):
+        return WRONG_USE, (
+            f"{error.filename or out} cannot be used: {error.strerror}. What is committed is "
+            "whole: mend this, or set out to another place, and give the same command again."
+        )
+    raise error
 
 
 if __name__ == "__main__":

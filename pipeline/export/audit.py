@@ -1,32 +1,36 @@
 """The content of one task's files, held against each other, the manifest and the source."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.export.commit import keys_digest
 from pipeline.export.finalize import key_index
-from pipeline.export.layout import ExportDir
-from pipeline.export.run import keys_digest
+from pipeline.export.layout import KEYS
 from pipeline.export.source import SourceKeys
 from pipeline.latents.fields import field_values
 from pipeline.writers import BaseWriter, Rows
 
 
 def audit_task(
-    export: ExportDir,
+    root: Path,
     task: Mapping[str, Any],
     writers: Sequence[BaseWriter],
     source: SourceKeys | None,
 ) -> tuple[Rows | None, list[str]]:
-    """Return the rows of the task's first readable file, and all that is wrong with its files."""
+    """Return the rows of the task's first readable file, and all that is wrong with its files.
+
+    root: a directory with the task's files, named as in the export; one per writer is listed.
+    """
     problems: list[str] = []
     found: dict[str, Rows] = {}
     for writer, file in zip(writers, task["files"], strict=True):
         try:
-            found[file["path"]] = writer.read(export.root / file["path"])
+            found[file["path"]] = writer.read(root / file["path"])
         except ValueError as error:
             problems.append(f"{file['path']} cannot be read: {error}")
     for path, rows in found.items():
@@ -74,16 +78,14 @@ def _equal(one: Rows, other: Rows) -> bool:
 
 
 def check_key_index(
-    export: ExportDir, names: Sequence[str], keys: Sequence[Sequence[str]]
+    data: bytes, names: Sequence[str], keys: Sequence[Sequence[str]]
 ) -> Iterator[str]:
-    """Yield a problem unless `keys.parquet` leads from every key to its row."""
-    if not export.keys.exists():
-        return
+    """Yield a problem unless `data`, of `keys.parquet`, leads from every key to its row."""
     try:
-        with pq.ParquetFile(export.keys) as file:
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
             stored = file.read()
     except (pa.ArrowException, OSError) as error:
-        yield f"{export.keys.name} cannot be read: {error}"
+        yield f"{KEYS} cannot be read: {error}"
         return
     if stored.to_pydict() != key_index(names, keys).to_pydict():
-        yield f"{export.keys.name} differs from the keys of the files"
+        yield f"{KEYS} differs from the keys of the files"

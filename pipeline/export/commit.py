@@ -1,27 +1,36 @@
 """The commit protocol: safe against SIGKILL at every instruction, with any number of processes.
 
-1. stage    all files of a task under a unique name in `_stage/`, flushed to the disk and hashed
+1. stage    all files of a task under a unique name in `_stage/`, flushed (uploaded) and hashed
 2. commit   create `_run/commits/<task>.json`, which fails if it exists: the one atomic instant. Of
             any number of processes with the same task one wins, the others drop their stage
 3. publish  move the winner's files to their final names; whoever finds a commit whose files are
             not there finishes the move
 
 Killed before 2: litter in `_stage/`, the task is done again. Killed between 2 and 3 or during 3:
-the next process publishes. There are no locks to go stale and no claims to time out.
+the next process publishes. There are no locks to go stale, no claims to time out, and no clock.
 """
 
+import hashlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
-from pipeline.export.layout import ExportDir, data_path, flat_name
-from pipeline.files import create_exclusive, sha256_file, sync_directory
+from pipeline.data.storage.threads import map_in_threads
+from pipeline.export.layout import (
+    DATA,
+    STAGE,
+    ExportDir,
+    commit_path,
+    data_path,
+    flat_name,
+    new_id,
+)
+from pipeline.files import sha256_file
 from pipeline.writers import BaseWriter, Rows
+
+READERS = 16  # commit records read at a time
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class FileRecord:
 class Staged:
     """A task's files, complete and flushed, under a name that nobody else uses."""
 
-    directory: Path
+    attempt: str  # name of their folder in `_stage/`
     files: tuple[FileRecord, ...]
 
 
@@ -46,35 +55,42 @@ class Commit:
     """The record of a finished task. `attempt` and `process` may differ between equal exports."""
 
     task: str
-    attempt: str  # name of the winner's directory in `_stage/`
-    rows: int
-    keys_sha256: str
+    attempt: str  # the winner's
+    keys: list[str]  # of all rows, in their order
     faults: list[list[Any]]  # [row in the source shard, key, stage, reason]
     files: list[FileRecord]
     statistics: dict[str, Any]
     process: dict[str, Any]  # host, pid, seconds: for people
 
+    @property
+    def rows(self) -> int:
+        """Rows of the task, the failed ones included."""
+        return len(self.keys)
+
     @classmethod
-    def read(cls, path: Path) -> "Commit":
-        """Return the record in a file."""
-        values = json.loads(path.read_bytes())
+    def parse(cls, data: bytes) -> "Commit":
+        """Return the record in a file's content; raise ValueError or TypeError if there is none."""
+        values = json.loads(data)
         return cls(**values | {"files": [FileRecord(**file) for file in values["files"]]})
 
 
+def keys_digest(keys: Sequence[str]) -> str:
+    """Return the hash of a shard's keys in their order."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
 def stage_rows(export: ExportDir, task: str, rows: Rows, writers: Sequence[BaseWriter]) -> Staged:
-    """Write a task's rows in every format into a directory of its own."""
-    directory = export.stage / f"{flat_name(task)}.{uuid.uuid4().hex[:12]}"
-    directory.mkdir(parents=True)
+    """Write a task's rows in every format into a folder of its own."""
+    attempt = f"{flat_name(task)}.{new_id()}"
     files: list[FileRecord] = []
-    for writer in writers:
-        finals = [data_path(writer.kind, task, suffix) for suffix in writer.suffixes]
-        paths = [directory / _staged_name(final) for final in finals]
-        writer.write(paths[0], rows)
-        for final, path in zip(finals, paths, strict=True):
-            files.append(FileRecord(final, path.stat().st_size, sha256_file(path)))
-    sync_directory(directory)
-    sync_directory(export.stage)
-    return Staged(directory, tuple(files))
+    with export.store.new_folder(f"{STAGE}/{attempt}") as folder:
+        for writer in writers:
+            finals = [data_path(writer.kind, task, suffix) for suffix in writer.suffixes]
+            paths = [folder / _staged_name(final) for final in finals]
+            writer.write(paths[0], rows)
+            for final, path in zip(finals, paths, strict=True):
+                files.append(FileRecord(final, path.stat().st_size, sha256_file(path)))
+    return Staged(attempt, tuple(files))
 
 
 def _staged_name(final: str) -> str:
@@ -83,37 +99,73 @@ def _staged_name(final: str) -> str:
     return f"{path.parts[1]}{path.suffix}"
 
 
-def drop(staged: Staged) -> None:
+def drop(export: ExportDir, staged: Staged) -> None:
     """Remove a stage that is not needed (any more)."""
-    shutil.rmtree(staged.directory, ignore_errors=True)  # finalize may be removing it, too
+    export.store.delete_folder(f"{STAGE}/{staged.attempt}")
 
 
 def commit(export: ExportDir, record: Commit) -> bool:
     """Create the task's commit record; tell whether this call did it."""
     data = json.dumps(asdict(record), sort_keys=True, allow_nan=False).encode()
-    return create_exclusive(export.commit(record.task), data)
+    return export.store.create(commit_path(record.task), data)
 
 
-def publish_commit(export: ExportDir, record: Commit) -> None:
+def read_commits(export: ExportDir, tasks: Sequence[str]) -> list[Commit]:
+    """Return the commit records of tasks, all of which are committed."""
+
+    def read(task: str) -> Commit:
+        data = export.store.read(commit_path(task))
+        assert data is not None, f"{task} is not committed"
+        return Commit.parse(data)
+
+    return map_in_threads(read, tasks, READERS)
+
+
+def publish_commit(
+    export: ExportDir, record: Commit, published: Collection[str] | None = None
+) -> None:
     """Move the committed files to their final names, as far as nobody has done so.
 
-    Raises RuntimeError when a committed file is neither staged nor published: somebody deleted it.
+    published: names of final files known to be there; None = ask for each. Raises RuntimeError when
+    a committed file is neither staged nor published: somebody deleted it.
     """
-    stage = export.stage / record.attempt
+    store, stage = export.store, f"{STAGE}/{record.attempt}"
     for file in record.files:
-        final = export.root / file.path
-        if final.exists():
+        if store.exists(file.path) if published is None else file.path in published:
             continue
-        staged = stage / _staged_name(file.path)
-        final.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.rename(staged, final)
+            store.move(f"{stage}/{_staged_name(file.path)}", file.path)
         except FileNotFoundError:
-            if not final.exists():  # else another process was faster
+            if not store.exists(file.path):  # else another process was faster
                 raise RuntimeError(
-                    f"{final} was committed but is gone: remove {export.commit(record.task)} to "
-                    "have the task done again."
+                    f"{store.where(file.path)} was committed but is gone: remove "
+                    f"{store.where(commit_path(record.task))} to have the task done again."
                 ) from None
-        sync_directory(final.parent)
-    if stage.exists():
-        shutil.rmtree(stage, ignore_errors=True)  # empty, unless two processes publish at once
+    if published is None:
+        store.delete_folder(stage)  # empty, unless two processes publish at once
+
+
+def publish_all(export: ExportDir, records: Sequence[Commit]) -> None:
+    """Publish what is committed and not published."""
+    published = export.store.sizes(DATA)
+
+    def publish(record: Commit) -> None:
+        publish_commit(export, record, published)
+
+    map_in_threads(publish, records, READERS)
+
+
+def remove_litter(export: ExportDir, done: Collection[str]) -> tuple[int, int]:
+    """Remove what is staged for tasks that are committed and published; return files and bytes.
+
+    What is staged for others may be somebody's work in progress.
+    """
+    names = {flat_name(task) for task in done}
+    litter = {
+        name: size
+        for name, size in export.store.sizes(STAGE).items()
+        if PurePosixPath(name).parts[1].rpartition(".")[0] in names
+    }
+    for attempt in {PurePosixPath(name).parts[1] for name in litter}:
+        export.store.delete_folder(f"{STAGE}/{attempt}")
+    return len(litter), sum(litter.values())

@@ -2,11 +2,13 @@
 
 commit records -> publish what is not -> latent_stats.json, keys.parquet -> manifest.json
 -> remove `_stage/` -> `_SUCCESS` with the manifest's hash
+
+The plan and the commit records say all: neither the model nor the data is needed.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,46 +18,35 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.export import statistics
-from pipeline.export.commit import Commit, publish_commit
-from pipeline.export.layout import ExportDir
-from pipeline.export.plan import FORMAT, Plan, Task
-from pipeline.export.run import keys_digest, remove_stage
-from pipeline.files import sha256_file
+from pipeline.export.commit import Commit, keys_digest, publish_all, read_commits
+from pipeline.export.layout import KEYS, MANIFEST, STAGE, STATISTICS, SUCCESS, ExportDir
+from pipeline.export.plan import Plan
+from pipeline.latents.keys import key_hash
+from pipeline.latents.manifest import FORMAT
 
 KEY_ROW_GROUP = 1 << 16  # rows; a look-up by key reads one group, found by its statistics
 
-# The keys of a task's rows, in their order.
-KeysOf = Callable[[Task], Sequence[str]]
 
-
-def finalize(export: ExportDir, plan: Plan, keys_of: KeysOf) -> None:
+def finalize(export: ExportDir, plan: Plan) -> None:
     """Publish, merge, and mark the export as finished; harmless if it is."""
-    if not export.success.exists():
-        commits = [Commit.read(export.commit(task.name)) for task in plan.tasks]
-        for record in commits:
-            publish_commit(export, record)
-        keys = [list(keys_of(task)) for task in plan.tasks]
-        for task, record, names in zip(plan.tasks, commits, keys, strict=True):
-            assert keys_digest(names) == record.keys_sha256, f"keys of {task.name} changed"
-        merged = merge_statistics(commits)
-        export.place(export.statistics, statistics.to_text(merged))
-        export.place(export.keys, key_index_file([task.name for task in plan.tasks], keys))
-        manifest = build_manifest(export, plan, commits, num_duplicates(keys))
-        export.place(export.manifest, manifest)
-        remove_stage(export)
+    if not export.is_finished():
+        commits = read_commits(export, [task.name for task in plan.tasks])
+        publish_all(export, commits)
+        keys = [record.keys for record in commits]
+        merged = statistics.to_text(merge_statistics(commits))
+        index = key_index_file([task.name for task in plan.tasks], keys)
+        manifest = build_manifest(plan, commits, {STATISTICS: merged, KEYS: index})
+        for name, data in ((STATISTICS, merged), (KEYS, index), (MANIFEST, manifest)):
+            export.place(name, data)
+        export.store.delete_folder(STAGE)
         digest = hashlib.sha256(manifest).hexdigest()
-        export.place(export.success, f"{digest}\n".encode())
-    remove_stage(export)  # what a process left that did a task a second time
+        export.place(SUCCESS, f"{digest}\n".encode())
+    export.store.delete_folder(STAGE)  # what a process left that did a task a second time
 
 
 def merge_statistics(commits: Iterable[Commit]) -> dict[str, Any]:
     """Return the statistics over all tasks."""
     return statistics.merge([statistics.Partial(**record.statistics) for record in commits])
-
-
-def key_hash(key: str) -> int:
-    """Return the 64-bit number by which the key index is sorted."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def key_index(names: Sequence[str], keys: Sequence[Sequence[str]]) -> Any:
@@ -95,10 +86,11 @@ def _concatenate(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
-def build_manifest(
-    export: ExportDir, plan: Plan, commits: Sequence[Commit], duplicate_keys: int
-) -> bytes:
-    """Return `manifest.json`: every file with its hash, every failed row."""
+def build_manifest(plan: Plan, commits: Sequence[Commit], sidecars: dict[str, bytes]) -> bytes:
+    """Return `manifest.json`: every file with its hash, every failed row.
+
+    sidecars: contents of the files beside it, by name.
+    """
     tasks = [
         {
             "name": task.name,
@@ -106,22 +98,23 @@ def build_manifest(
             "source_sha256": task.source_sha256,
             "rows": record.rows,
             "faults": record.faults,
-            "keys_sha256": record.keys_sha256,
+            "keys_sha256": keys_digest(record.keys),
             "files": [asdict(file) for file in record.files],
         }
         for task, record in zip(plan.tasks, commits, strict=True)
     ]
+
+    def named(name: str) -> dict[str, str]:
+        return {"path": name, "sha256": hashlib.sha256(sidecars[name]).hexdigest()}
+
     manifest = {
         "format": FORMAT,
         "fingerprint": plan.fingerprint,
         "rows": sum(record.rows for record in commits),
         "failed_rows": sum(len(record.faults) for record in commits),
-        "duplicate_keys": duplicate_keys,
+        "duplicate_keys": num_duplicates([record.keys for record in commits]),
         "tasks": tasks,
-        "statistics": {
-            "path": export.statistics.name,
-            "sha256": sha256_file(export.statistics),
-        },
-        "keys": {"path": export.keys.name, "sha256": sha256_file(export.keys)},
+        "statistics": named(STATISTICS),
+        "keys": named(KEYS),
     }
     return (json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

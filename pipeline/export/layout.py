@@ -1,87 +1,67 @@
-"""Where everything lies in an export.
+"""Where everything lies in an export, a directory or an s3:// URL.
 
-    data/<kind>/<shard>.<ext>   the latents, one file per source shard and format
-    keys.parquet                which row holds which key
-    latent_stats.json           statistics over the whole set
-    manifest.json               every file with its hash, every failed row
-    _SUCCESS                    hash of the manifest; written last
-    _run/plan.json              the plan, created once
-    _run/commits/<shard>.json   one record per finished task
-    _stage/                     work in progress, gone in the end
+    data/<kind>/<shard>.<ext>       the latents, one file per source shard and format
+    keys.parquet                    which row holds which key
+    latent_stats.json               statistics over the whole set
+    manifest.json                   every file with its hash, every failed row
+    _SUCCESS                        hash of the manifest; written last
+    _run/plan.json                  the plan, created once
+    _run/commits/<shard>.json       one record per finished task
+    _run/failures/<shard>.<id>.json one per attempt that failed by the task's own fault
+    _stage/<shard>.<id>/            work in progress, gone in the end
 
 All but `_run/` and `_stage/` is the same, byte for byte, however the work was divided.
 """
 
-import os
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import quote
 
-from pipeline.files import sync_directory, write_atomic
+from pipeline.data.storage.writable import WritableStore
+from pipeline.latents.manifest import MANIFEST, PLAN, SUCCESS
+
+__all__ = ["MANIFEST", "PLAN", "SUCCESS"]
+
+RUN, STAGE, DATA = "_run", "_stage", "data"
+COMMITS, FAILURES = f"{RUN}/commits", f"{RUN}/failures"
+STATISTICS, KEYS = "latent_stats.json", "keys.parquet"
 
 
 @dataclass(frozen=True)
 class ExportDir:
-    """The paths of one export."""
+    """The names of one export's files, and what is asked of them again and again."""
 
-    root: Path
-
-    @property
-    def plan(self) -> Path:
-        """The plan."""
-        return self.root / "_run" / "plan.json"
+    store: WritableStore
 
     @property
-    def commits(self) -> Path:
-        """The directory of the commit records."""
-        return self.root / "_run" / "commits"
+    def root(self) -> str:
+        """The directory or URL."""
+        return self.store.root
 
-    @property
-    def stage(self) -> Path:
-        """The directory of unfinished work."""
-        return self.root / "_stage"
-
-    @property
-    def manifest(self) -> Path:
-        """The list of all files."""
-        return self.root / "manifest.json"
-
-    @property
-    def statistics(self) -> Path:
-        """The statistics of all latents."""
-        return self.root / "latent_stats.json"
-
-    @property
-    def keys(self) -> Path:
-        """The key index."""
-        return self.root / "keys.parquet"
-
-    @property
-    def success(self) -> Path:
-        """The mark of a finished export."""
-        return self.root / "_SUCCESS"
-
-    def commit(self, task: str) -> Path:
-        """Return the commit record of a task."""
-        return self.commits / f"{flat_name(task)}.json"
+    def is_finished(self) -> bool:
+        """Tell whether the mark of a finished export is there."""
+        return self.store.exists(SUCCESS)
 
     def is_committed(self, task: str) -> bool:
         """Tell whether a task has its commit record."""
-        return self.commit(task).exists()
+        return self.store.exists(commit_path(task))
 
     def committed(self, tasks: Iterable[str]) -> set[str]:
         """Return those of the tasks that have their commit record, from one listing."""
-        names = {path.name for path in self.commits.iterdir()}
-        return {task for task in tasks if self.commit(task).name in names}
+        names = self.store.sizes(COMMITS)
+        return {task for task in tasks if commit_path(task) in names}
 
-    def place(self, final: Path, data: bytes) -> None:
+    def place(self, name: str, data: bytes) -> None:
         """Put a whole file into the root; what a crash leaves behind lies in `_run/`."""
-        temporary = self.root / "_run" / f"{final.name}.{uuid.uuid4().hex[:12]}"
-        write_atomic(temporary, data)
-        os.replace(temporary, final)
-        sync_directory(self.root)
+        temporary = f"{RUN}/{name}.{new_id()}"
+        self.store.put(temporary, data)
+        self.store.move(temporary, name)
+
+
+def new_id() -> str:
+    """Return a name that nobody else uses."""
+    return uuid.uuid4().hex[:12]
 
 
 def flat_name(task: str) -> str:
@@ -89,6 +69,11 @@ def flat_name(task: str) -> str:
     return quote(task, safe=" ")
 
 
+def commit_path(task: str) -> str:
+    """Return the name of a task's commit record."""
+    return f"{COMMITS}/{flat_name(task)}.json"
+
+
 def data_path(kind: str, task: str, suffix: str) -> str:
-    """Return where a task's file of one format lies, relative to the root."""
-    return f"data/{kind}/{task}{suffix}"
+    """Return the name of a task's file of one format."""
+    return f"{DATA}/{kind}/{task}{suffix}"

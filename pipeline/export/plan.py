@@ -8,15 +8,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from pipeline import strict
 from pipeline.errors import UserError
-from pipeline.export.layout import ExportDir
-from pipeline.files import canonical_json, create_exclusive
-
-FORMAT = "latentmill-export-v1"
+from pipeline.export.layout import PLAN, RUN, ExportDir
+from pipeline.files import canonical_json
+from pipeline.latents.manifest import FORMAT
 
 
 @dataclass(frozen=True)
@@ -55,27 +53,48 @@ class Plan:
         }
 
 
-def read_plan(path: Path) -> Plan:
-    """Return the stored plan; raises UserError when it is of another format."""
-    stored = json.loads(path.read_bytes())
+def find_plan(export: ExportDir) -> Plan | None:
+    """Return the stored plan, if there is one; raises UserError when it is of another format."""
+    data = export.store.read(PLAN)
+    if data is None:
+        return None
+    stored = json.loads(data)
     if stored.get("format") != FORMAT:
         raise UserError(
-            f"{path} has the format {stored.get('format')!r}; this code reads {FORMAT!r}."
+            f"{export.store.where(PLAN)} has the format {stored.get('format')!r}; this code reads "
+            f"{FORMAT!r}."
         )
     return Plan(stored["fingerprint"], tuple(Task(**task) for task in stored["tasks"]))
 
 
-def adopt_plan(export: ExportDir, plan: Plan) -> None:
-    """Store the plan, or check that the stored one is the same; raises UserError if it is not."""
+def read_plan(export: ExportDir) -> Plan:
+    """Return the stored plan; raises UserError when there is none."""
+    plan = find_plan(export)
+    if plan is None:
+        raise UserError(
+            f"{export.root} holds no export: {PLAN} is not there. Name the directory or URL that "
+            "an export filled (its setting `out`); `latentmill export plan CONFIG` begins one."
+        )
+    return plan
+
+
+def adopt_plan(export: ExportDir, plan: Plan) -> str:
+    """Store the plan, or check that the stored one is the same.
+
+    Returns what the place guarantees, in words. Raises UserError if it guarantees nothing or cannot
+    be written, or if the stored plan is another.
+    """
+    text = canonical_json(plan.to_json())
     try:
-        export.commits.mkdir(parents=True, exist_ok=True)
-        if create_exclusive(export.plan, canonical_json(plan.to_json())):
-            return
+        guarantee = export.store.check_exclusive(RUN)
+        if export.store.create(PLAN, text):
+            return guarantee
     except OSError as error:
-        raise UserError(f"{export.root} cannot be written: {error.strerror}. Set out.") from error
+        reason = error.strerror or error
+        raise UserError(f"{export.root} cannot be written: {reason}. Set out.") from error
     # By way of JSON, as stored: tuples are lists there.
-    asked = json.loads(canonical_json(plan.to_json()))
-    stored = read_plan(export.plan).to_json()
+    asked = json.loads(text)
+    stored = read_plan(export).to_json()
     differences = strict.difference(stored, asked)
     if differences:
         lines = [f"  {path}: there {left!r}, now {right!r}" for path, left, right in differences]
@@ -85,3 +104,4 @@ def adopt_plan(export: ExportDir, plan: Plan) -> None:
             + "\n".join(shown)
             + "\nSet another out, or give the former settings."
         )
+    return guarantee

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from pipeline.data.index import Index
-from pipeline.data.rows import RowBatch, shard_batches
+from pipeline.data.rows import read_shards
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import open_storage
+from pipeline.data.storage.opening import open_writable
 from pipeline.errors import UserError
 from pipeline.export.layout import ExportDir
 from pipeline.export.passthrough import JsonFields
@@ -43,13 +44,6 @@ class Prepared:
     export: ExportDir
     plan: Plan
     work: Work
-    index: Index
-    split: str
-
-    def keys_of(self, task: Task) -> Sequence[str]:
-        """Return the keys of a task's rows, in their order."""
-        table = self.index.table(task.shard)
-        return table.keys(table.rows_of(self.index.split_number(self.split)))
 
 
 def prepare(config: ExportConfig, worker: Worker) -> Prepared:
@@ -67,11 +61,14 @@ def prepare(config: ExportConfig, worker: Worker) -> Prepared:
     fingerprint = make_fingerprint(config, run, data, index, encoder)
     plan = Plan(fingerprint, tasks)
 
-    def batches(task: Task) -> Iterator[RowBatch]:
-        return shard_batches(data, index, task.shard, config.batch_size)
-
-    work = Work(batches, encoder, config.formats, config.max_bad_fraction)
-    return Prepared(ExportDir(Path(config.out)), plan, work, index, data.split)
+    work = Work(
+        read=lambda shards: read_shards(data, index, shards, config.batch_size),
+        encoder=encoder,
+        writers=config.formats,
+        max_bad_fraction=config.max_bad_fraction,
+        max_attempts=config.max_attempts,
+    )
+    return Prepared(ExportDir(open_writable(config.out)), plan, work)
 
 
 def find_device(local_rank: int) -> torch.device:

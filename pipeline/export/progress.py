@@ -12,6 +12,7 @@ from pipeline.export.layout import ExportDir
 from pipeline.export.plan import Plan, Task
 
 PERIOD_SECONDS = 2.0
+LISTING_SHARE = 0.05  # of the time, at most, is spent on listing the commit records
 
 
 class Progress:
@@ -32,16 +33,19 @@ class Progress:
         self._write = write
         self._start = self._last = time.monotonic()
         self._own_rows = 0
+        self._period = PERIOD_SECONDS
         self._done_at_start = self._done() if enabled else 0
 
     def _done(self) -> int:
+        start = time.monotonic()
         committed = self._export.committed(task.name for task in self._tasks)
+        self._period = max(PERIOD_SECONDS, (time.monotonic() - start) / LISTING_SHARE)
         return sum(task.rows for task in self._tasks if task.name in committed)
 
     def advance(self, rows: int) -> None:
         """Count rows encoded here; print a line if the last one is old enough."""
         self._own_rows += rows
-        if self._enabled and time.monotonic() - self._last >= PERIOD_SECONDS:
+        if self._enabled and time.monotonic() - self._last >= self._period:
             self.report()
 
     def report(self) -> None:

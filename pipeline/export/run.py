@@ -1,35 +1,68 @@
 """A worker of an export: its share of the tasks, then what others have not committed.
 
-for each task: rows of the shard -> latents -> stage -> commit -> publish (commit.py)
+    tasks -> read_shards (threads: bytes, pixels) -> this thread: latents
+          -> a thread: statistics, stage -> commit -> publish (commit.py)
+
+All of them work at once, on consecutive tasks. A task that fails is passed over and tried again
+after the others; `failures` says what counts. Three in a row end the worker: not the tasks are at
+fault then, but the disk, the device or a setting.
 """
 
-import hashlib
 import os
-import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import torch
 
 from pipeline.data.rows import RowBatch
+from pipeline.errors import UserError
 from pipeline.export.commit import Commit, commit, drop, publish_commit, stage_rows
+from pipeline.export.failures import (
+    RejectedError,
+    is_unwritable,
+    quarantined,
+    record_failure,
+)
 from pipeline.export.layout import ExportDir
 from pipeline.export.plan import Plan, Task
 from pipeline.export.progress import Progress
 from pipeline.export.statistics import partial_of, to_json
-from pipeline.export.work import Encoder, encode_task
+from pipeline.export.work import Encoder, Fault, encode_task
 from pipeline.export.workers import Worker
-from pipeline.writers import BaseWriter
+from pipeline.writers import BaseWriter, Rows
+
+MAX_FAILURES_IN_A_ROW = 3
+WRITE_BEHIND = 1  # tasks that wait to be written while the next is encoded
+
+Shards = Generator[tuple[int, Iterator[RowBatch]]]
 
 
 @dataclass(frozen=True)
 class Work:
-    """How a task is done."""
+    """How tasks are done."""
 
-    batches: Callable[[Task], Iterable[RowBatch]]
+    read: Callable[[Iterable[int]], Shards]  # numbers of shards -> their rows
     encoder: Encoder
     writers: Sequence[BaseWriter]
     max_bad_fraction: float
+    max_attempts: int
+
+
+class StoppedError(Exception):
+    """A signal asked this worker to end."""
+
+
+@dataclass
+class Outcome:
+    """What a worker leaves: `errors` of tasks that it could not do and nobody has committed."""
+
+    stopped: bool = False
+    errors: dict[str, Exception] = field(default_factory=dict[str, Exception])
 
 
 def run_worker(
@@ -40,40 +73,134 @@ def run_worker(
     worker: Worker,
     should_stop: Callable[[], bool],
     progress: Progress,
-) -> bool:
-    """Do tasks until all are committed, by whomever; return False if asked to stop before."""
-    for task in worker.order(plan.tasks):
-        if export.is_committed(task.name):
-            continue
-        if should_stop():
-            return False
-        do_task(export, task, work, progress)
-    return True
+) -> Outcome:
+    """Do tasks until all are committed, by whomever, or in quarantine, or a stop is asked for."""
+    run = _Run(export, work, should_stop, progress)
+    tasks = worker.order(plan.tasks)
+    for _ in range(work.max_attempts):
+        run.errors.clear()
+        try:
+            run.work_through(tasks)
+        except StoppedError:
+            return Outcome(stopped=True)
+        tasks = [task for task in tasks if task.name in run.errors]
+        if not tasks or run.num_in_a_row >= MAX_FAILURES_IN_A_ROW:
+            break
+    return Outcome(errors=run.errors)
 
 
-def do_task(export: ExportDir, task: Task, work: Work, progress: Progress) -> bool:
-    """Do one task and tell whether this process's commit won."""
-    start = time.monotonic()
-    rows, faults = encode_task(
-        task.name,
-        work.batches(task),
-        work.encoder,
-        max_bad_fraction=work.max_bad_fraction,
-        on_rows=progress.advance,
+class _Run:
+    """One worker at work."""
+
+    def __init__(
+        self, export: ExportDir, work: Work, should_stop: Callable[[], bool], progress: Progress
+    ) -> None:
+        self.errors: dict[str, Exception] = {}  # by task, of the current pass
+        self.num_in_a_row = 0
+        self._export, self._work, self._progress = export, work, progress
+        self._should_stop = should_stop
+
+    def work_through(self, tasks: Sequence[Task]) -> None:
+        """Do those of the tasks that nobody has done, each once; raise StoppedError on a stop."""
+        by_shard = {task.shard: task for task in tasks}
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="export-write") as writer,
+            closing(self._work.read(self._open(tasks))) as shards,
+        ):
+            writing: deque[tuple[Task, Future[bool]]] = deque()
+            for shard, batches in shards:
+                task, start = by_shard[shard], time.monotonic()
+                try:
+                    rows, faults = self._encode(task, batches)
+                except Exception as error:  # noqa: BLE001 - sorted out by `_note`
+                    self._note(task, error)
+                    continue
+                if len(writing) > WRITE_BEHIND:
+                    self._settle(*writing.popleft())
+                job = (self._export, task.name, rows, faults, self._work.writers, start)
+                writing.append((task, writer.submit(commit_rows, *job)))
+            while writing:
+                self._settle(*writing.popleft())
+
+    def _open(self, tasks: Sequence[Task]) -> Iterator[int]:
+        """Yield the shards of tasks that are still to be done, when each is about to be read."""
+        names = [task.name for task in tasks]
+        resting = quarantined(self._export, names, self._work.max_attempts)
+        done = self._export.committed(names)
+        for task in tasks:
+            if self.num_in_a_row >= MAX_FAILURES_IN_A_ROW:
+                return
+            if task.name in resting or task.name in done:
+                continue
+            if not self._export.is_committed(task.name):  # meanwhile
+                yield task.shard
+
+    def _encode(self, task: Task, batches: Iterable[RowBatch]) -> tuple[Rows, list[Fault]]:
+        def unless_stopped() -> Iterator[RowBatch]:
+            for batch in batches:
+                if self._should_stop():
+                    raise StoppedError
+                yield batch
+
+        return encode_task(
+            task.name,
+            unless_stopped(),
+            self._work.encoder,
+            max_bad_fraction=self._work.max_bad_fraction,
+            on_rows=self._progress.advance,
+        )
+
+    def _settle(self, task: Task, written: "Future[bool]") -> None:
+        """Wait until a task is written, and note how that went."""
+        try:
+            written.result()
+        except Exception as error:  # noqa: BLE001 - as above
+            self._note(task, error)
+        else:
+            self.num_in_a_row = 0
+
+    def _note(self, task: Task, error: Exception) -> None:
+        """Keep a task's error for later, unless it ends the worker."""
+        is_mistake = isinstance(error, UserError) and not isinstance(error, RejectedError)
+        if isinstance(error, StoppedError) or is_mistake or is_unwritable(error):
+            raise error
+        self.errors[task.name] = error
+        self.num_in_a_row += 1
+        if not is_infrastructure(error):
+            record_failure(self._export, task.name, error)
+
+
+def is_infrastructure(error: BaseException) -> bool:
+    """Tell whether an error says nothing of the task: another try, elsewhere, may succeed."""
+    return isinstance(
+        error, OSError | MemoryError | torch.AcceleratorError | torch.OutOfMemoryError
     )
+
+
+def commit_rows(
+    export: ExportDir,
+    task: str,
+    rows: Rows,
+    faults: Sequence[Fault],
+    writers: Sequence[BaseWriter],
+    start: float,
+) -> bool:
+    """Write a task's rows and commit them; tell whether this process's commit won.
+
+    start: time.monotonic() when the work on the task began.
+    """
     statistics = to_json(partial_of(rows.latents, rows.valid))
     try:
-        staged = stage_rows(export, task.name, rows, work.writers)
+        staged = stage_rows(export, task, rows, writers)
     except FileNotFoundError:
-        # Another process has finished the export meanwhile, and removed the stage with our part.
-        if not export.is_committed(task.name):
+        # Another process has finished the task meanwhile, and removed the stage with our part.
+        if not export.is_committed(task):
             raise
         return False
     record = Commit(
-        task=task.name,
-        attempt=staged.directory.name,
-        rows=len(rows),
-        keys_sha256=keys_digest(rows.keys),
+        task=task,
+        attempt=staged.attempt,
+        keys=list(rows.keys),
         faults=[list(fault) for fault in faults],
         files=list(staged.files),
         statistics=statistics,
@@ -83,19 +210,15 @@ def do_task(export: ExportDir, task: Task, work: Work, progress: Progress) -> bo
             "seconds": round(time.monotonic() - start, 3),
         },
     )
-    won = commit(export, record)
+    try:
+        won = commit(export, record)
+    except OSError as error:
+        # A full disk needs the space. Elsewhere the record may be there, whatever the error says.
+        if is_unwritable(error) and not export.is_committed(task):
+            drop(export, staged)
+        raise
     if won:
         publish_commit(export, record)
     else:
-        drop(staged)
+        drop(export, staged)
     return won
-
-
-def keys_digest(keys: Sequence[str]) -> str:
-    """Return the hash of a shard's keys in their order."""
-    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
-
-
-def remove_stage(export: ExportDir) -> None:
-    """Remove all unfinished work; for an export whose tasks are all committed and published."""
-    shutil.rmtree(export.stage, ignore_errors=True)  # others may be doing the same

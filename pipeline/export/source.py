@@ -7,15 +7,17 @@ from typing import Any
 from pipeline.data.index import Index
 from pipeline.data.index.splits import ALL
 from pipeline.data.index.tar import TarScan, group_samples
+from pipeline.data.storage import open_storage
 from pipeline.writers import Rows
 
 
 class SourceKeys:
     """The data set that an export was made from."""
 
-    def __init__(self, path: Path, shards: Path) -> None:
+    def __init__(self, path: str | Path, shards: str | Path | None = None) -> None:
+        """Open the index in `path`; shards: where they lie, None = there."""
         self._index = Index.open(path)
-        self._shards = shards
+        self._storage = open_storage(shards or path)
         self._number = {shard.name: i for i, shard in enumerate(self._index.shards)}
         self._split = ALL
 
@@ -31,25 +33,23 @@ class SourceKeys:
 
     def check(self, task: Mapping[str, Any], rows: Rows) -> Iterator[str]:
         """Yield how the rows of a file are not those of its source shard, in its order."""
-        number = self._number.get(task["source"])
-        path = self._shards / task["source"]
-        if number is None or not path.exists():
-            yield f"its source shard {path} is missing"
+        number, name = self._number.get(task["source"]), str(task["source"])
+        state = self._storage.states([name])[name]
+        if number is None or state is None:
+            yield f"its source shard {self._storage.where(name)} is missing"
             return
         table = self._index.table(number)
         expected = table.rows_of(self._index.split_number(self._split))
         if rows.rows.tolist() != expected.tolist():
             yield f"not the rows of split {self._split} of {task['source']}, in order"
-        keys = _keys_in(path)
-        if list(rows.keys) != [keys[row] for row in rows.rows if row < len(keys)]:
-            yield f"other keys, or in another order, than {path}"
-
-
-def _keys_in(shard: Path) -> list[str]:
-    with shard.open("rb") as file:
 
         def read(offset: int, num_bytes: int) -> bytes:
-            file.seek(offset)
-            return file.read(num_bytes)
+            return self._storage.read(name, offset, min(num_bytes, state.num_bytes - offset))
 
-        return [sample.key for sample in group_samples(TarScan(read, shard.stat().st_size))]
+        keys = [sample.key for sample in group_samples(TarScan(read, state.num_bytes))]
+        if list(rows.keys) != [keys[row] for row in rows.rows if row < len(keys)]:
+            yield f"other keys, or in another order, than {self._storage.where(name)}"
+
+    def close(self) -> None:
+        """Give back what the shards were read by."""
+        self._storage.close()

@@ -5,30 +5,44 @@ counts      manifest, plan, commit records and source index agree on rows and fi
 hashes      every file has the content that was committed
 keys        every file's keys, in order, are those of the source shard; formats agree; key index
 statistics  recomputed from the stored values, they have the same bits
+encode      the run named encodes some batches anew, and gets what is stored (`reencode`)
 
-The source is only read from the level `keys` on, and only if it is given.
+The source is only read from the level `keys` on, and only if it is given. Files of a store behind a
+URL are fetched task by task; no level but the last needs torch.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter
 
+from pipeline.data.storage.opening import open_writable
 from pipeline.errors import UserError
 from pipeline.export import statistics
 from pipeline.export.audit import audit_task, check_key_index
-from pipeline.export.commit import Commit
-from pipeline.export.layout import ExportDir, data_path
-from pipeline.export.plan import FORMAT, read_plan
+from pipeline.export.commit import Commit, keys_digest
+from pipeline.export.layout import (
+    KEYS,
+    MANIFEST,
+    RUN,
+    STATISTICS,
+    SUCCESS,
+    ExportDir,
+    commit_path,
+    data_path,
+)
+from pipeline.export.plan import find_plan
 from pipeline.export.source import SourceKeys
 from pipeline.files import sha256_file
+from pipeline.latents.manifest import FORMAT
 from pipeline.writers import BaseWriter, Writer
 
-Level = Literal["listing", "counts", "hashes", "keys", "statistics"]
+Level = Literal["listing", "counts", "hashes", "keys", "statistics", "encode"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
 
@@ -36,13 +50,13 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 class VerifyReport:
     """What was looked at, and everything that is wrong."""
 
-    out: Path
+    out: str
     level: Level
-    rows: int
-    failed_rows: int
-    files: int
-    problems: list[str]
-    notes: list[str]  # what could not be looked at
+    rows: int = 0
+    failed_rows: int = 0
+    files: int = 0
+    problems: list[str] = field(default_factory=list[str])
+    notes: list[str] = field(default_factory=list[str])  # what could not be looked at
 
     @property
     def ok(self) -> bool:
@@ -51,61 +65,74 @@ class VerifyReport:
 
 
 def verify_export(
-    out: Path, *, source: Path | None = None, shards: Path | None = None, level: Level = LEVELS[-1]
+    out: str | Path,
+    *,
+    source: str | Path | None = None,
+    shards: str | Path | None = None,
+    level: Level = "statistics",
 ) -> VerifyReport:
-    """Check an export up to `level`.
+    """Check an export up to `level`, of which `encode` is `reencode.verify_encoding`'s.
 
     source: the directory with the data set's index; None leaves that comparison out. shards: where
     its shards lie, None = in `source`. Raises UserError when there is no export in `out`.
     """
     if level not in LEVELS:
         raise UserError(f"level is {level!r}, but must be one of {', '.join(LEVELS)}.")
-    export = ExportDir(out)
-    if not (export.plan.exists() or export.manifest.exists()):
+    export = ExportDir(open_writable(out))
+    data, plan = export.store.read(MANIFEST), find_plan(export)
+    if data is None and plan is None:
         raise UserError(
             f"{out} holds no export: neither manifest.json nor _run/plan.json is there."
         )
-    problems = list(_unfinished(export))
-    manifest = _read_manifest(export, problems)
-    if manifest is None:
-        return VerifyReport(out, level, 0, 0, 0, problems, [])
-    notes: list[str] = []
     depth = LEVELS.index(level)
+    problems = list(_unfinished(export))
+    manifest = _parse_manifest(export, data, problems)
+    if manifest is None:
+        return VerifyReport(export.root, level, problems=problems)
+    notes: list[str] = []
     problems += _check_listing(export, manifest)
     if depth >= LEVELS.index("counts"):
         problems += _check_counts(export, manifest)
     if depth >= LEVELS.index("hashes"):
-        problems += _check_hashes(export, manifest)
-    if depth >= LEVELS.index("keys"):
-        keys_of = None if source is None else SourceKeys(source, shards or source)
-        if keys_of is None:
-            notes.append("no source given: keys were not compared with the source shards")
-        problems += _check_content(export, manifest, keys_of, level == "statistics")
-    files = len(list(_expected(manifest)))
+        with ExitStack() as stack:
+            keys_of = None
+            if source is not None:
+                keys_of = stack.enter_context(closing(SourceKeys(source, shards)))
+            elif depth >= LEVELS.index("keys"):
+                notes.append("no source given: keys were not compared with the source shards")
+            problems += _Contents(export, manifest, depth, keys_of).check()
     return VerifyReport(
-        out, level, manifest["rows"], manifest["failed_rows"], files, problems, notes
+        export.root,
+        level,
+        rows=manifest["rows"],
+        failed_rows=manifest["failed_rows"],
+        files=len(list(_expected(manifest))),
+        problems=problems,
+        notes=notes,
     )
 
 
 def _unfinished(export: ExportDir) -> Iterator[str]:
-    if export.success.exists():
+    if export.is_finished():
         return
     state = ""
-    if export.plan.exists():
-        plan = read_plan(export.plan)
+    plan = find_plan(export)
+    if plan is not None:
         committed = len(export.committed(task.name for task in plan.tasks))
         state = f": {committed} of {len(plan.tasks)} tasks are committed"
     yield f"unfinished, there is no _SUCCESS{state}; give the export command again"
 
 
-def _read_manifest(export: ExportDir, problems: list[str]) -> dict[str, Any] | None:
-    try:
-        data = export.manifest.read_bytes()
-        manifest = json.loads(data)
-    except FileNotFoundError:
-        if export.success.exists():
+def _parse_manifest(
+    export: ExportDir, data: bytes | None, problems: list[str]
+) -> dict[str, Any] | None:
+    seal = export.store.read(SUCCESS)
+    if data is None:
+        if seal is not None:
             problems.append("manifest.json is missing")
         return None
+    try:
+        manifest = json.loads(data)
     except ValueError as error:
         problems.append(f"manifest.json is no JSON: {error}")
         return None
@@ -113,7 +140,7 @@ def _read_manifest(export: ExportDir, problems: list[str]) -> dict[str, Any] | N
         problems.append(f"manifest.json has the format {manifest.get('format')!r}, not {FORMAT!r}")
         return None
     digest = hashlib.sha256(data).hexdigest()
-    if export.success.exists() and export.success.read_text(errors="replace") != f"{digest}\n":
+    if seal is not None and seal.decode(errors="replace") != f"{digest}\n":
         problems.append("_SUCCESS does not hold the hash of manifest.json: one of them was changed")
     return manifest
 
@@ -130,14 +157,10 @@ def _expected(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _check_listing(export: ExportDir, manifest: Mapping[str, Any]) -> Iterator[str]:
-    expected = {path for path, _ in _expected(manifest)}
-    expected |= {export.manifest.name, export.success.name}
-    found = {
-        path.relative_to(export.root).as_posix(): path.stat().st_size
-        for path in sorted(export.root.rglob("*"))
-        if path.is_file() and path.relative_to(export.root).parts[0] != "_run"
-    }
-    yield from (f"{path} is missing" for path in sorted(expected - set(found) - {"_SUCCESS"}))
+    expected = {path for path, _ in _expected(manifest)} | {MANIFEST, SUCCESS}
+    sizes = export.store.sizes()
+    found = {name: size for name, size in sizes.items() if name.partition("/")[0] != RUN}
+    yield from (f"{path} is missing" for path in sorted(expected - set(found) - {SUCCESS}))
     yield from (f"{path} is not of this export" for path in sorted(set(found) - expected))
     for file in _files(manifest):
         size = found.get(file["path"], file["bytes"])
@@ -153,9 +176,9 @@ def _check_counts(export: ExportDir, manifest: Mapping[str, Any]) -> Iterator[st
     ):
         if manifest[total] != parts:
             yield f"manifest.json counts {manifest[total]} {total}, its tasks {parts}"
-    if not export.plan.exists():
+    plan = find_plan(export)
+    if plan is None:
         return
-    plan = read_plan(export.plan)
     if [task.name for task in plan.tasks] != [task["name"] for task in tasks]:
         yield "manifest.json lists other tasks than _run/plan.json"
         return
@@ -168,21 +191,14 @@ def _check_counts(export: ExportDir, manifest: Mapping[str, Any]) -> Iterator[st
 def _check_commit(export: ExportDir, entry: Mapping[str, Any]) -> Iterator[str]:
     name = entry["name"]
     try:
-        record = Commit.read(export.commit(name))
-    except (OSError, ValueError, TypeError) as error:
+        record = Commit.parse(export.store.read(commit_path(name)) or b"")
+    except (ValueError, TypeError, KeyError) as error:
         yield f"{name}: its commit record cannot be read ({error})"
         return
     files = [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in record.files]
-    committed = (record.rows, record.faults, record.keys_sha256, files)
+    committed = (record.rows, record.faults, keys_digest(record.keys), files)
     if committed != (entry["rows"], entry["faults"], entry["keys_sha256"], entry["files"]):
         yield f"{name}: manifest.json and the commit record differ"
-
-
-def _check_hashes(export: ExportDir, manifest: Mapping[str, Any]) -> Iterator[str]:
-    for path, digest in _expected(manifest):
-        file = export.root / path
-        if file.exists() and sha256_file(file) != digest:
-            yield f"{path} has other content than was committed (sha256)"
 
 
 def _main_files(task: Mapping[str, Any], writers: Sequence[BaseWriter]) -> list[dict[str, Any]]:
@@ -197,36 +213,75 @@ def _main_files(task: Mapping[str, Any], writers: Sequence[BaseWriter]) -> list[
     return [found[data_path(writer.kind, name, writer.suffix)] for writer in writers]
 
 
-def _check_content(
-    export: ExportDir,
-    manifest: Mapping[str, Any],
-    source: SourceKeys | None,
-    with_statistics: bool,
-) -> Iterator[str]:
-    """Read every file; hold one task in memory at a time."""
-    formats = manifest["fingerprint"]["output"]["formats"]
-    writers: list[BaseWriter] = [TypeAdapter(Writer).validate_python(kind) for kind in formats]
-    if source is not None:
-        yield from source.differences(manifest["fingerprint"]["data"])
-    keys: list[Sequence[str]] = []
-    partials: list[statistics.Partial] = []
-    for task in manifest["tasks"]:
-        files = _main_files(task, writers)
-        if len(files) < len(writers):
+class _Contents:
+    """Reads every file once, and holds one task in memory at a time."""
+
+    def __init__(
+        self,
+        export: ExportDir,
+        manifest: Mapping[str, Any],
+        depth: int,
+        source: SourceKeys | None,
+    ) -> None:
+        self._export, self._manifest, self._source = export, manifest, source
+        self._with_keys = depth >= LEVELS.index("keys")
+        self._with_statistics = depth >= LEVELS.index("statistics")
+        formats = manifest["fingerprint"]["output"]["formats"]
+        self._writers: list[BaseWriter] = [
+            TypeAdapter(Writer).validate_python(kind) for kind in formats
+        ]
+        self._keys: list[Sequence[str]] = []
+        self._partials: list[statistics.Partial] = []
+
+    def check(self) -> Iterator[str]:
+        """Yield all problems."""
+        manifest = self._manifest
+        if self._source is not None and self._with_keys:
+            yield from self._source.differences(manifest["fingerprint"]["data"])
+        for task in manifest["tasks"]:
+            with self._export.store.local_copy([file["path"] for file in task["files"]]) as root:
+                yield from self._check_hashes(root, task)
+                if self._with_keys:
+                    yield from self._check_rows(root, task)
+        sidecars = {name: self._export.store.read(name) for name in (STATISTICS, KEYS)}
+        for entry in (manifest["statistics"], manifest["keys"]):
+            data = sidecars.get(entry["path"])
+            if data is not None and hashlib.sha256(data).hexdigest() != entry["sha256"]:
+                yield _other_content(entry["path"])
+        if self._with_keys:
+            yield from self._check_sidecars(sidecars[STATISTICS], sidecars[KEYS])
+
+    def _check_hashes(self, root: Path, task: Mapping[str, Any]) -> Iterator[str]:
+        for file in task["files"]:
+            path = root / file["path"]
+            if path.exists() and sha256_file(path) != file["sha256"]:
+                yield _other_content(file["path"])
+
+    def _check_rows(self, root: Path, task: Mapping[str, Any]) -> Iterator[str]:
+        files = _main_files(task, self._writers)
+        if len(files) < len(self._writers):
             yield f"{task['name']}: manifest.json lists other files than its formats have"
-            continue
-        rows, problems = audit_task(export, {**task, "files": files}, writers, source)
+            return
+        rows, problems = audit_task(root, {**task, "files": files}, self._writers, self._source)
         yield from problems
         if rows is None:
-            continue
-        keys.append(rows.keys)
-        if with_statistics:
-            partials.append(statistics.partial_of(rows.latents, rows.valid))
-    if len(keys) < len(manifest["tasks"]):
-        yield "key index and statistics cannot be recomputed, as files cannot be read"
-        return
-    yield from check_key_index(export, [task["name"] for task in manifest["tasks"]], keys)
-    if with_statistics and export.statistics.exists():
-        recomputed = statistics.to_text(statistics.merge(partials))
-        if recomputed != export.statistics.read_bytes():
-            yield "latent_stats.json differs from the statistics of the stored values"
+            return
+        self._keys.append(rows.keys)
+        if self._with_statistics:
+            self._partials.append(statistics.partial_of(rows.latents, rows.valid))
+
+    def _check_sidecars(self, stored: bytes | None, index: bytes | None) -> Iterator[str]:
+        names = [task["name"] for task in self._manifest["tasks"]]
+        if len(self._keys) < len(names):
+            yield "key index and statistics cannot be recomputed, as files cannot be read"
+            return
+        if index is not None:
+            yield from check_key_index(index, names, self._keys)
+        if self._with_statistics and stored is not None:
+            recomputed = statistics.to_text(statistics.merge(self._partials))
+            if recomputed != stored:
+                yield f"{STATISTICS} differs from the statistics of the stored values"
+
+
+def _other_content(path: str) -> str:
+    return f"{path} has other content than was committed (sha256)"

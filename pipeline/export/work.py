@@ -18,8 +18,9 @@ from torch import Tensor
 
 from pipeline.data.reasons import stable_reason
 from pipeline.data.rows import RowBatch
-from pipeline.errors import UserError
+from pipeline.export.failures import RejectedError
 from pipeline.export.passthrough import JsonFields
+from pipeline.export.statistics import NOT_FINITE
 from pipeline.latents.noise import sample
 from pipeline.latents.rows import field_of
 from pipeline.models.bottleneck import Posterior
@@ -27,7 +28,6 @@ from pipeline.precision import autocast
 from pipeline.writers import Dtype, Rows
 
 Fault = tuple[int, str, str, str]  # row in the source shard, key, stage, reason
-NOT_FINITE = "latent"  # the stage of a fault whose latents are no finite numbers
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def encode_task(
 ) -> tuple[Rows, list[Fault]]:
     """Encode one shard; a row that cannot be decoded or encoded is kept as zeros and listed.
 
-    Raises UserError when more than `max_bad_fraction` of the rows fail, or when a sample lacks a
-    JSON field that the settings name.
+    Raises RejectedError when more than `max_bad_fraction` of the rows fail, UserError when a sample
+    lacks a JSON field that the settings name.
     """
     parts: list[Rows] = []
     faults: list[Fault] = []
@@ -121,7 +121,7 @@ def encode_task(
     rows = _concatenate(parts)
     num_bad = len(rows) - int(rows.valid.sum())
     if num_bad > max_bad_fraction * len(rows):
-        raise UserError(
+        raise RejectedError(
             f"{num_bad} of the {len(rows)} rows of {shard} failed, more than max_bad_fraction = "
             f"{max_bad_fraction} allows. The first: {faults[0]}."
         )

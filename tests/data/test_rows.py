@@ -1,6 +1,7 @@
 """Rows of a shard for the export: each once, in order, and bad rows apart from bad shards."""
 
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
-from pipeline.data.rows import RowBatch, shard_batches
+from pipeline.data.rows import RowBatch, read_shards
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import ShardReadError
 from pipeline.errors import UserError
@@ -42,7 +43,8 @@ def index(tmp_path_factory) -> Index:
 
 def batches(index, shard=2, size=4, split="all", decode=ARRAYS, threads=2) -> list[RowBatch]:
     data = DataConfig(path=str(index.path), split=split, decode=decode, threads=threads)
-    return list(shard_batches(data, index, shard, size))
+    with closing(read_shards(data, index, [shard], size)) as shards:
+        return [batch for _, rows in shards for batch in rows]
 
 
 def reading_threads() -> list[str]:
@@ -135,12 +137,14 @@ def test_a_missing_or_changed_shard_is_an_error_and_no_invalid_row(own_index, da
 
 def test_a_shard_that_shrinks_while_it_is_read_is_an_error_and_no_invalid_row(own_index):
     data = DataConfig(path=str(own_index.path), split="all", decode=ARRAYS)
-    reading = shard_batches(data, own_index, 2, 2)
+    shards = read_shards(data, own_index, [2], 1)
+    _, reading = next(shards)
     assert next(reading).valid.all()
     file = own_index.path / own_index.shards[2].name
     file.write_bytes(file.read_bytes()[:1024])
     with pytest.raises(ShardReadError, match=r"s-002.tar ends at byte"):
         assert all(batch.valid.all() for batch in reading)
+    shards.close()
     assert reading_threads() == []
 
 
@@ -151,8 +155,38 @@ def test_an_unknown_split_is_a_user_error(own_index):
 
 def test_reading_that_is_given_up_leaves_no_thread(own_index):
     data = DataConfig(path=str(own_index.path), split="all", decode=ARRAYS)
-    reading = shard_batches(data, own_index, 2, 4)
-    next(reading)
+    reading = read_shards(data, own_index, [2, 0], 1)
+    next(next(reading)[1])
     assert reading_threads() != []
     reading.close()
     assert reading_threads() == []
+
+
+def test_a_bad_shard_ends_alone_and_the_next_goes_on(own_index):
+    data = DataConfig(path=str(own_index.path), split="all", decode=ARRAYS)
+    (own_index.path / own_index.shards[0].name).unlink()
+    found = []
+    for shard, rows in read_shards(data, own_index, [2, 0, 3, 2], 4):
+        try:
+            found.append((shard, sum(batch.num_rows for batch in rows)))
+        except ShardReadError:
+            found.append((shard, None))
+    assert found == [(2, 23), (0, None), (3, 1), (2, 23)]
+    assert reading_threads() == []
+
+
+def test_what_is_left_of_a_shard_is_not_read_and_the_next_is_asked_for_late(own_index):
+    data = DataConfig(path=str(own_index.path), split="all", decode=ARRAYS)
+    asked = []
+
+    def shards():
+        for shard in (2, 1, 3, 0):  # 1 has no rows
+            asked.append(shard)
+            yield shard
+
+    reading = read_shards(data, own_index, shards(), 1)
+    shard, rows = next(reading)
+    assert (shard, next(rows).keys, asked) == (2, ["000005"], [2, 1])
+    shard, rows = next(reading)
+    assert (shard, len(list(rows))) == (3, 1)
+    reading.close()

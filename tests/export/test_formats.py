@@ -78,8 +78,8 @@ def test_stopped_and_shared_out_it_has_the_same_bytes(
 ):
     config = make_config(run_dir, tmp_path, formats=FORMATS)
     last = Worker(2, 3)
-    stops = iter([False, False, True])
-    assert work_through(begin(config, last), last, lambda: next(stops)) == PREEMPTED
+    stops = iter([False] * 7 + [True])  # in the third task, of three batches each
+    assert work_through(begin(config, last)[0], last, lambda: next(stops)) == PREEMPTED
     assert run_export(config, Worker(0, 2)) == DONE
     assert tree(tmp_path) == tree(everything)
 

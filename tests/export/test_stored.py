@@ -17,13 +17,17 @@ from webdataset.writer import TarWriter as ShardWriter
 from pipeline import strict
 from pipeline.data.decode import ArrayDecode
 from pipeline.data.index import build_index
+from pipeline.data.rows import RowBatch, RowFault
 from pipeline.errors import DONE, WRONG_USE, UserError
 from pipeline.export.__main__ import main
 from pipeline.export.audit import _equal
+from pipeline.export.statistics import partial_of
 from pipeline.export.verify import verify_export
+from pipeline.export.work import Encoder, encode_task
 from pipeline.export.workers import Worker
 from pipeline.latents import NO_LABEL, LatentDataset
 from pipeline.latents.formats import READERS
+from pipeline.models.bottleneck import Posterior
 from pipeline.rundir import load_run
 from pipeline.writers import ParquetWriter
 from tests.export.world import make_config, make_run, run_export, tree
@@ -276,6 +280,46 @@ def test_a_sample_that_cannot_be_read_needs_no_field(model_run: Path, tmp_path: 
     rows = ParquetWriter().read(out / "data/parquet/s-1.parquet")
     assert rows.columns["class"].values[BAD - ROWS] is None
     assert verify_export(out).problems == []
+
+
+# --- rows that are not finite
+
+
+def test_a_row_is_valid_only_if_all_its_fields_are_finite():
+    """Two of them are, in one view alone, beyond float16, and one could not be decoded."""
+    x = torch.zeros(6, 1, 2, 2)
+    x[1, 0, 0, 0] = x[4, 0, 1, 1] = 1.0
+    batch = RowBatch(
+        x=x,
+        num_rows=5,
+        rows=np.arange(10, 15),
+        keys=list("abcde"),
+        valid=np.array([True, True, False, True, True]),
+        faults=[RowFault(12, "c", "decode", "broken")],
+        labels=np.zeros(5, np.int64),
+        metadata=["null", "", None, "{}", "{}"],
+        texts=["", None, None, "t", "t"],
+    )
+    encoder = Encoder(
+        encode=lambda x: Posterior(mu=1e6 * x[:, :, :, 0], logvar=None),
+        to_unit=lambda x: x,
+        device=torch.device("cpu"),
+        precision="fp32",
+        stored=("mu",),
+        dtype="float16",
+        views=("identity", "hflip"),
+    )
+    rows, faults = encode_task("s", [batch], encoder, max_bad_fraction=1, on_rows=lambda _: None)
+    assert rows.valid.tolist() == [True, False, False, True, False]
+    assert [(row, key, stage) for row, key, stage, _ in faults] == [
+        (11, "b", "latent"),
+        (12, "c", "decode"),
+        (14, "e", "latent"),
+    ]
+    assert not any(values[~rows.valid].any() for values in rows.latents.values())
+    assert list(rows.metadata) == [None, None, None, "{}", "{}"]
+    assert list(rows.texts) == [None, None, None, "t", "t"]
+    assert partial_of(rows.latents, rows.valid, faults).not_finite == 2
 
 
 # --- settings

@@ -190,8 +190,8 @@ def test_statistics_have_the_same_bits_when_recomputed(finished: Path):
 
 
 def test_unfinished_export(run_dir: Path, data: Path, tmp_path: Path):
-    stops = iter([False, False, True])
-    prepared = begin(make_config(run_dir, tmp_path), Worker())
+    stops = iter([False] * 6 + [True])  # asked before each of a task's three batches
+    prepared, _ = begin(make_config(run_dir, tmp_path), Worker())
     assert work_through(prepared, Worker(), lambda: next(stops)) == 3
     (problem,) = verify_export(tmp_path, source=data).problems
     assert f"2 of {NUM_SHARDS} tasks are committed" in problem

@@ -15,6 +15,7 @@ from pipeline.config import TrainConfig
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.pack import pack_sprites
 from pipeline.export.__main__ import begin, work_through
+from pipeline.export.failures import forget_failures
 from pipeline.export.settings import ExportConfig
 from pipeline.export.workers import Worker
 from pipeline.models.autoencoder import build_autoencoder
@@ -91,7 +92,12 @@ def make_config(run_dir: Path, out: Path, **settings: Any) -> ExportConfig:
     return ExportConfig.model_validate_json(json.dumps(defaults | settings))
 
 
-def run_export(config: ExportConfig, worker: Worker | None = None) -> int:
+def run_export(
+    config: ExportConfig, worker: Worker | None = None, *, retry_failed: bool = False
+) -> int:
     """Take part in an export within this process."""
     worker = worker or Worker()
-    return work_through(begin(config, worker), worker, lambda: False)
+    prepared, _ = begin(config, worker)
+    if retry_failed:
+        forget_failures(prepared.export)
+    return work_through(prepared, worker, lambda: False)

@@ -63,7 +63,7 @@ def test_bfloat16_is_read_as_the_float32_it_rounds(run_dir: Path, tmp_path: Path
 
 def test_an_export_that_was_stopped_is_unfinished(run_dir: Path, tmp_path: Path):
     stops = iter([False, True])
-    prepared = begin(world.make_config(run_dir, tmp_path), Worker())
+    prepared, _ = begin(world.make_config(run_dir, tmp_path), Worker())
     assert work_through(prepared, Worker(), lambda: next(stops)) == 3
     with pytest.raises(UserError, match="holds an unfinished export: _SUCCESS is not there"):
         LatentDataset(tmp_path)

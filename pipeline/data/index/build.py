@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from pipeline.data.index.manifest import check_shard_name, make_manifest, table_path
 from pipeline.data.index.place import IndexPlace, index_place
@@ -90,3 +91,19 @@ def _scanned(tasks: Sequence[ShardTask], workers: int) -> Iterator[ScannedShard]
     with worker_processes(workers) as pool:
         for future in as_completed([pool.submit(index_shard, task) for task in tasks]):
             yield future.result()
+
+
+def summary(index: Index) -> dict[str, Any]:
+    """Return what a person wants to know of an index that was just built."""
+    splits = {name: int(index.counts(name).sum()) for name in index.split_spec.names}
+    return {
+        "index": index.path,
+        "dataset_id": index.dataset_id,
+        "num_shards": len(index.shards),
+        "num_samples": index.num_samples,
+        "num_samples_per_split": splits,
+        "num_bytes": sum(shard.bytes for shard in index.shards),
+        "num_duplicate_keys": index.num_duplicate_keys,
+        "duplicate_keys": index.duplicate_keys,
+        "damage": [f"{shard}: {damage.text}" for shard, damage in index.damage],
+    }

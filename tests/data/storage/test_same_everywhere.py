@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.index import Index, build_index
-from pipeline.data.rows import shard_batches
+from pipeline.data.rows import read_shards
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import ShardReadError
 from pipeline.data.stream import Stream
@@ -79,8 +79,8 @@ def test_the_rows_of_an_export_are_the_same(index, root):
         data = DataConfig(path=str(index.path), shards=shards, split="all", decode=IMAGES)
         return [
             (batch.keys, batch.x.numpy().tobytes())
-            for shard in (0, 4)
-            for batch in shard_batches(data, index, shard, 8)
+            for _, batches in read_shards(data, index, (0, 4), 8)
+            for batch in batches
         ]
 
     assert rows(root) == rows(str(index.path))

@@ -1,0 +1,161 @@
+"""The last level of `verify`: whether this run's model really gives these latents.
+
+manifest's fingerprint, run, data -> the export's config -> Work -> some tasks anew -> stored rows
+
+Batches are those of the export, padding included, so on the same kind of device the bits are equal;
+on another one they are close.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from pipeline import strict
+from pipeline.data.storage.opening import open_writable
+from pipeline.errors import UserError
+from pipeline.export.layout import MANIFEST, ExportDir
+from pipeline.export.prepare import prepare
+from pipeline.export.run import Work
+from pipeline.export.settings import ExportConfig
+from pipeline.export.verify import VerifyReport, verify_export
+from pipeline.export.work import encode_task
+from pipeline.export.workers import Worker
+from pipeline.writers import BaseWriter, Rows, Writer
+
+# Of the greatest difference to a field's standard deviation over the task: other devices' kernels.
+TOLERANCES = {"float32": 1e-3, "float16": 3e-3, "bfloat16": 2e-2}
+# Parts of the fingerprint that may differ from another machine's without other latents.
+MAY_DIFFER = ("versions", "encode.device")
+
+
+def verify_with_run(
+    out: str, run: str | None, *, source: str | None, shards: str | None, num_tasks: int
+) -> VerifyReport:
+    """Check an export on all levels: encode randomly chosen tasks anew, too.
+
+    source, shards: where index and shards lie, None = where the run was trained. Raises UserError
+    when run, data or manifest cannot be read.
+    """
+    if run is None:
+        raise UserError("The level encode needs the model: give its run directory by --run.")
+    report = verify_export(out, source=source, shards=shards)
+    problems, notes = _verify_encoding(out, run, source, shards, num_tasks)
+    return replace(
+        report, level="encode", problems=report.problems + problems, notes=report.notes + notes
+    )
+
+
+def _verify_encoding(
+    out: str, run: str, source: str | None, shards: str | None, num_tasks: int
+) -> tuple[list[str], list[str]]:
+    export = ExportDir(open_writable(out))
+    data = export.store.read(MANIFEST)
+    if data is None:
+        raise UserError(f"{out} has no {MANIFEST}: finish the export first.")
+    manifest = json.loads(data)
+    config = config_of(manifest["fingerprint"], run, out, source, shards)
+    prepared = prepare(config, Worker())
+    asked = json.loads(json.dumps(prepared.plan.fingerprint))
+    differences = strict.difference(manifest["fingerprint"], asked)
+    problems = [
+        f"{path}: the export has {there!r}, {run} {here!r}"
+        for path, there, here in differences
+        if not path.startswith(MAY_DIFFER)
+    ]
+    if problems:
+        return problems, []
+    tasks = random.Random().sample(manifest["tasks"], min(num_tasks, len(manifest["tasks"])))
+    check = _Check(export, prepared.work, config, {t.name: t.shard for t in prepared.plan.tasks})
+    problems += check.tasks(tasks)
+    return problems, [f"{check.num_rows} rows encoded anew, {check.num_same} of them bit for bit"]
+
+
+def config_of(
+    fingerprint: Mapping[str, Any], run: str, out: str, source: str | None, shards: str | None
+) -> ExportConfig:
+    """Return the config of the export with such a fingerprint."""
+    model, data, encode, output = (
+        fingerprint[name] for name in ("model", "data", "encode", "output")
+    )
+    fields = output["fields"]
+    values = {
+        "run": run,
+        "out": out,
+        "step": model["step"],
+        "weights": model["weights"],
+        "data": {
+            "path": source,
+            "shards": shards,
+            "split": str(data["split"]).partition("/")[0],
+            "label_field": data["label_field"],
+        },
+        "batch_size": encode["batch_size"],
+        "precision": encode["precision"],
+        "store": "sample" if "z" in fields else "moments" if "logvar" in fields else "mean",
+        "seed": output["seed"] or 0,
+        "views": ["identity", "hflip"] if any("_hflip" in f for f in fields) else ["identity"],
+        "columns": output["columns"],
+        "dtype": output["dtype"],
+        "formats": output["formats"],
+    }
+    return ExportConfig.model_validate_json(json.dumps(values))
+
+
+class _Check:
+    """Compares stored tasks with those encoded now."""
+
+    def __init__(
+        self, export: ExportDir, work: Work, config: ExportConfig, shards: Mapping[str, int]
+    ) -> None:
+        self.num_rows = self.num_same = 0
+        self._export, self._work, self._shards = export, work, shards
+        self._tolerance = TOLERANCES[config.dtype]
+        self._writer: BaseWriter = TypeAdapter(Writer).validate_python(
+            config.formats[0].model_dump()
+        )
+
+    def tasks(self, tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+        """Yield what is wrong with the stored rows of tasks."""
+        with closing(self._work.read(self._shards[task["name"]] for task in tasks)) as shards:
+            for task, (_, batches) in zip(tasks, shards, strict=True):
+                rows, _ = encode_task(
+                    task["name"],
+                    batches,
+                    self._work.encoder,
+                    max_bad_fraction=1,
+                    on_rows=lambda _: None,
+                )
+                yield from self._compare(task, rows)
+
+    def _compare(self, task: Mapping[str, Any], rows: Rows) -> Iterator[str]:
+        name = task["name"]
+        files = [file["path"] for file in task["files"]]
+        with self._export.store.local_copy(files) as root:
+            try:
+                stored = self._writer.read(root / files[0])
+            except ValueError as error:
+                yield f"{name}: {error}"
+                return
+        if list(stored.keys) != list(rows.keys) or not np.array_equal(stored.valid, rows.valid):
+            yield f"{name}: other keys, or others that cannot be used, than in the source"
+            return
+        same = np.ones(len(rows), np.bool_)
+        for field, values in rows.latents.items():
+            there = stored.latents[field].astype(np.float64).reshape(len(rows), -1)
+            here = values.astype(np.float64).reshape(len(rows), -1)
+            same &= (there == here).all(axis=1)
+            spread = max(float(here[rows.valid].std()) if rows.valid.any() else 0.0, 1e-12)
+            difference = float(np.abs(there - here).max(initial=0)) / spread
+            if difference > self._tolerance:
+                yield (
+                    f"{name}: {field} is not what the model gives, by up to {difference:.3g} "
+                    f"standard deviations (tolerance {self._tolerance})"
+                )
+        self.num_rows += len(rows)
+        self.num_same += int(same.sum())

@@ -1,0 +1,116 @@
+"""How far an export is, from its files alone; nobody has to run, and nothing is loaded.
+
+listings of commits, failures and stages, and the commit records -> StatusReport
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from pipeline.data.storage.opening import open_writable
+from pipeline.errors import UserError
+from pipeline.export.commit import Commit, publish_all, read_commits, remove_litter
+from pipeline.export.failures import quarantined, reason_of
+from pipeline.export.finalize import finalize
+from pipeline.export.layout import FAILURES, STAGE, ExportDir, flat_name
+from pipeline.export.plan import read_plan
+
+
+@dataclass(frozen=True)
+class StatusReport:
+    """What stands in the place of an export."""
+
+    out: str
+    finished: bool  # _SUCCESS is there: it can be read
+    tasks: int
+    committed_tasks: int
+    rows: int  # of all tasks,
+    committed_rows: int  # of these
+    failed_rows: int  # committed as not valid
+    committed_bytes: int
+    failed_attempts: int
+    quarantined: dict[str, str]  # task -> why
+    staged_tasks: list[str]  # uncommitted ones with work in progress, or what a kill left of it
+    rows_per_process_second: float | None  # over the committed tasks
+
+
+def export_status(out: str, max_attempts: int = 3) -> StatusReport:
+    """Look at an export; raises UserError when there is none."""
+    export = ExportDir(open_writable(out))
+    plan = read_plan(export)
+    names = [task.name for task in plan.tasks]
+    committed = export.committed(names)
+    records = read_commits(export, [name for name in names if name in committed])
+    waiting = [name for name in names if name not in committed]
+    failures = quarantined(export, waiting, max_attempts)
+    return StatusReport(
+        out=export.root,
+        finished=export.is_finished(),
+        tasks=len(names),
+        committed_tasks=len(records),
+        rows=plan.rows,
+        committed_rows=sum(record.rows for record in records),
+        failed_rows=sum(len(record.faults) for record in records),
+        committed_bytes=sum(file.bytes for record in records for file in record.files),
+        failed_attempts=len(export.store.sizes(FAILURES)),
+        quarantined={task: reason_of(export, found[-1]) for task, found in failures.items()},
+        staged_tasks=_staged(export, waiting),
+        rows_per_process_second=_rate(records),
+    )
+
+
+def _staged(export: ExportDir, tasks: Iterable[str]) -> list[str]:
+    folders = {PurePosixPath(name).parts[1] for name in export.store.sizes(STAGE)}
+    in_work = {folder.rpartition(".")[0] for folder in folders}
+    return [task for task in tasks if flat_name(task) in in_work]
+
+
+def _rate(records: Collection[Commit]) -> float | None:
+    seconds = sum(float(record.process["seconds"]) for record in records)
+    return round(sum(record.rows for record in records) / seconds, 1) if seconds else None
+
+
+@dataclass(frozen=True)
+class FinalizeReport:
+    """An export that is finished."""
+
+    out: str
+    tasks: int
+    rows: int
+
+
+def finalize_export(out: str) -> FinalizeReport:
+    """Finish an export whose tasks are all committed; raises UserError if they are not."""
+    export = ExportDir(open_writable(out))
+    plan = read_plan(export)
+    names = [task.name for task in plan.tasks]
+    missing = sorted(set(names) - export.committed(names))
+    if missing and not export.is_finished():
+        raise UserError(
+            f"{export.root} cannot be finished: {len(missing)} of its {len(names)} tasks are not "
+            f"committed, such as {missing[0]}. Give the export command again; `latentmill export "
+            f"status {export.root}` says what holds them up."
+        )
+    finalize(export, plan)
+    return FinalizeReport(export.root, len(names), plan.rows)
+
+
+@dataclass(frozen=True)
+class GarbageReport:
+    """What was removed."""
+
+    out: str
+    removed_files: int
+    removed_bytes: int
+
+
+def collect_garbage(out: str) -> GarbageReport:
+    """Remove what dead attempts at committed tasks left behind; safe while others work."""
+    export = ExportDir(open_writable(out))
+    plan = read_plan(export)
+    names = [task.name for task in plan.tasks]
+    committed = export.committed(names)
+    records = read_commits(export, [name for name in names if name in committed])
+    if not export.is_finished():
+        publish_all(export, records)
+    return GarbageReport(export.root, *remove_litter(export, committed))

@@ -1,0 +1,229 @@
+"""What cannot be done: counted where the task is at fault, told, and never half written."""
+
+import itertools
+import json
+import random
+import re
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline import strict
+from pipeline.data.index import build_index
+from pipeline.data.storage import ShardReadError
+from pipeline.errors import DONE, FAILED, WRONG_USE, UserError
+from pipeline.export.__main__ import begin, main, work_through
+from pipeline.export.prepare import Prepared
+from pipeline.export.run import Shards
+from pipeline.export.status import export_status
+from pipeline.export.workers import Worker
+from tests.export.world import (
+    NUM_SHARDS,
+    SHARD_ROWS,
+    SPLIT,
+    damage_sample,
+    make_config,
+    make_data,
+    run_export,
+    tree,
+)
+
+BAD = ("shard-000000", "shard-000003")
+
+
+@pytest.fixture
+def bad_data(tmp_path: Path) -> Path:
+    """Two of five shards have two damaged pictures each."""
+    data = make_data(tmp_path / "data", shards=5)
+    for shard in BAD:
+        for sample in range(2):
+            damage_sample(data, f"{shard}.tar", sample)
+    build_index(data, split=SPLIT)
+    return data
+
+
+def committed(out: Path) -> set[str]:
+    return {path.stem for path in (out / "_run/commits").glob("*.json")}
+
+
+def failing(prepared: Prepared, error: Callable[[int], Exception | None]) -> Prepared:
+    """The same export, in which reading some shards raises."""
+
+    def read(shards: Iterable[int]) -> Shards:
+        for shard, batches in prepared.work.read(shards):
+            found = error(shard)
+            yield shard, batches if found is None else _raising(found)
+
+    return replace(prepared, work=replace(prepared.work, read=read))
+
+
+def _raising(error: Exception):
+    raise error
+    yield
+
+
+def go(prepared: Prepared) -> int:
+    return work_through(prepared, Worker(), lambda: False)
+
+
+def test_too_many_bad_rows_put_a_task_into_quarantine_and_the_others_are_done(
+    run_dir: Path, bad_data: Path, tmp_path: Path
+):
+    out = tmp_path / "out"
+    settings = {"data": {"path": str(bad_data)}}
+    config = make_config(run_dir, out, **settings)
+    told = (
+        r"2 of 5 tasks are in quarantine, so the export is not finished \(3 are committed\)\. "
+        r"The first, shard-000000: 2 of the 16 rows .* max_bad_fraction = 0\.1 .*--retry-failed"
+    )
+    for _ in range(2):
+        with pytest.raises(UserError, match=told):
+            run_export(config)
+        assert committed(out) == {"shard-000001", "shard-000002", "shard-000004"}
+        assert not (out / "_SUCCESS").exists()
+        assert len(list((out / "_run/failures").iterdir())) == 2  # the second time nobody tried
+    status = export_status(str(out))
+    assert (status.committed_tasks, status.committed_rows, status.failed_rows) == (3, 48, 0)
+    assert list(status.quarantined) == list(BAD)
+    assert "2 of the 16 rows" in status.quarantined[BAD[1]]
+    patient = make_config(run_dir, out, **settings, max_bad_fraction=0.2)
+    assert run_export(patient, retry_failed=True) == DONE
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    for task in manifest["tasks"]:  # n_in = n_out + n_failed
+        assert task["rows"] == SHARD_ROWS
+        assert len(task["faults"]) == (2 if task["name"] in BAD else 0)
+    once = make_config(run_dir, tmp_path / "once", **settings, max_bad_fraction=0.2)
+    assert run_export(once) == DONE
+    assert tree(out) == tree(tmp_path / "once")
+
+
+def test_an_unexpected_error_counts_over_starts_and_ends_in_quarantine(
+    run_dir: Path, finished: Path, tmp_path: Path
+):
+    prepared, _ = begin(make_config(run_dir, tmp_path / "out", max_attempts=4), Worker())
+    tries = []
+
+    def error(shard: int) -> Exception | None:
+        tries.append(shard)
+        return RuntimeError("odd") if shard == 4 else None
+
+    for attempts in (4, 4):
+        tries.clear()
+        before = len(list((tmp_path / "out").glob("_run/failures/*")))
+        with pytest.raises((RuntimeError, UserError), match="odd"):
+            go(failing(prepared, error))
+        assert len(list((tmp_path / "out/_run/failures").iterdir())) == attempts
+        assert tries.count(4) == attempts - before
+    record = json.loads(next((tmp_path / "out/_run/failures").iterdir()).read_bytes())
+    assert record["reason"] == "RuntimeError: odd"
+    assert "in _raising" in record["traceback"]
+    with pytest.raises(UserError, match="1 of 10 tasks .* shard-000004: RuntimeError: odd"):
+        go(prepared)
+    assert run_export(make_config(run_dir, tmp_path / "out"), retry_failed=True) == DONE
+    assert tree(tmp_path / "out") == tree(finished)
+
+
+def test_an_error_that_goes_away_is_tried_again_in_the_same_start(
+    run_dir: Path, finished: Path, tmp_path: Path
+):
+    prepared, _ = begin(make_config(run_dir, tmp_path / "out"), Worker())
+    tries = itertools.count()
+    odd = failing(
+        prepared, lambda shard: ValueError("x") if shard == 4 and not next(tries) else None
+    )
+    assert go(odd) == DONE
+    assert tree(tmp_path / "out") == tree(finished)
+
+
+def test_reading_that_fails_is_never_counted(run_dir: Path, finished: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    prepared, _ = begin(make_config(run_dir, out), Worker())
+    broken = failing(prepared, lambda shard: ShardReadError("no route") if shard == 4 else None)
+    for _ in range(4):
+        with pytest.raises(
+            OSError, match=r"1 of 10 tasks could not be done.* shard-000004: no rou"
+        ):
+            go(broken)
+    assert len(committed(out)) == NUM_SHARDS - 1
+    assert not (out / "_run/failures").exists()
+    assert go(prepared) == DONE
+    assert tree(out) == tree(finished)
+
+
+def test_three_in_a_row_end_the_worker(run_dir: Path, tmp_path: Path):
+    """A dead device, or a store that is down, must not put every task into quarantine."""
+    prepared, _ = begin(make_config(run_dir, tmp_path), Worker())
+    with pytest.raises(RuntimeError, match="sick"):
+        go(failing(prepared, lambda _: RuntimeError("sick")))
+    assert 3 <= len(list((tmp_path / "_run/failures").iterdir())) <= 4
+    assert go(prepared) == DONE
+
+
+def test_a_missing_shard_is_named_and_the_rest_is_done(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = make_data(tmp_path / "data", shards=4)
+    shard = data / "shard-000002.tar"
+    config = tmp_path / "export.yaml"
+    config.write_text(strict.dump(make_config(run_dir, tmp_path / "out", data={"path": str(data)})))
+    prepared, _ = begin(strict.load(type(make_config(run_dir, tmp_path)), config, []), Worker())
+    shard.rename(tmp_path / "away.tar")
+    with pytest.raises(OSError, match="shard-000002.tar is missing or has changed"):
+        go(prepared)
+    assert len(committed(tmp_path / "out")) == 3
+    assert main([str(config)]) in (FAILED, WRONG_USE)
+    assert "shard-000002.tar" in capsys.readouterr().err
+    (tmp_path / "away.tar").rename(shard)
+    assert main([str(config)]) == DONE
+
+
+@pytest.mark.fault
+def test_a_disk_that_fills_up_at_any_write_costs_nothing_that_was_committed(
+    run_dir: Path, finished: Path, tmp_path: Path, small_disk: Callable
+):
+    """Room for more and more: each start gets further, and says what is wrong until the end."""
+    disk = small_disk("16k", "nr_inodes=400")
+    config = tmp_path / "export.yaml"
+    config.write_text(strict.dump(make_config(run_dir, disk / "out")))
+    generator = random.Random(7)
+    size, done, refusals = 16, 0, []
+    while True:
+        code = main([str(config)])
+        now = len(committed(disk / "out")) if (disk / "out/_run/commits").exists() else 0
+        assert now >= done
+        done = now
+        if code == DONE:
+            break
+        assert code == WRONG_USE
+        refusals.append(size)
+        for stage in (disk / "out").glob("_stage/*"):
+            assert not list(stage.iterdir()), "an attempt left its files on the full disk"
+        size += generator.choice([4, 8, 12, 20])
+        small_disk(f"{size}k", "nr_inodes=400")
+    assert len(refusals) > 5
+    assert tree(disk / "out") == tree(finished)
+
+
+def test_no_space_is_one_paragraph(
+    run_dir: Path, tmp_path: Path, small_disk: Callable, capsys: pytest.CaptureFixture[str]
+):
+    disk = small_disk("64k")
+    config = tmp_path / "export.yaml"
+    config.write_text(strict.dump(make_config(run_dir, disk / "out")))
+    assert main([str(config)]) == WRONG_USE
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(rf"error: .*{disk}.*No space left on device.*give the same command", error)
+
+
+@pytest.mark.parametrize("reading", [OSError, KeyError])
+def test_a_reader_that_dies_leaves_no_thread_and_no_stage(
+    run_dir: Path, tmp_path: Path, reading: type[Exception]
+):
+    prepared, _ = begin(make_config(run_dir, tmp_path), Worker())
+    with pytest.raises((reading, UserError, OSError)):
+        go(failing(prepared, lambda _: reading("x")))
+    assert not list(tmp_path.glob("_stage/*"))
+    assert not [t.name for t in threading.enumerate() if t.name.startswith(("rows-", "export-"))]
