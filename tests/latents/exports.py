@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
+from pipeline.data.storage.opening import open_writable
 from pipeline.export.commit import Commit, FileRecord, commit
 from pipeline.export.finalize import finalize
 from pipeline.export.layout import ExportDir, data_path
 from pipeline.export.plan import Plan, Task, adopt_plan
-from pipeline.export.run import keys_digest
 from pipeline.export.statistics import partial_of, to_json
 from pipeline.files import sha256_file
 from pipeline.writers import NO_LABEL, Rows, Writer
@@ -60,15 +60,15 @@ def make_rows(
     )
 
 
-def _write_files(export: ExportDir, rows: Rows, kind: str) -> list[FileRecord]:
+def _write_files(root: Path, rows: Rows, kind: str) -> list[FileRecord]:
     """Write a shard in one format, which may take several files, the first one first."""
     writer = TypeAdapter(Writer).validate_python({"kind": kind})
-    path = export.root / data_path(kind, rows.shard, writer.suffix)
+    path = root / data_path(kind, rows.shard, writer.suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     writer.write(path, rows)
     others = sorted(set(path.parent.glob(f"{rows.shard}.*")) - {path})
     return [
-        FileRecord(p.relative_to(export.root).as_posix(), p.stat().st_size, sha256_file(p))
+        FileRecord(p.relative_to(root).as_posix(), p.stat().st_size, sha256_file(p))
         for p in (path, *others)
     ]
 
@@ -77,7 +77,7 @@ def write_export(
     out: Path, shards: Sequence[Rows], kinds: Sequence[str], *, dtype: str = "float32"
 ) -> Path:
     """Leave a finished export in `out`."""
-    export = ExportDir(out)
+    export = ExportDir(open_writable(out))
     fingerprint: dict[str, Any] = {
         "model": {"weights_sha256": MODEL},
         "output": {
@@ -98,15 +98,14 @@ def write_export(
         record = Commit(
             task=rows.shard,
             attempt="none",
-            rows=len(rows),
-            keys_sha256=keys_digest(rows.keys),
+            keys=list(rows.keys),
             faults=[
                 [int(row), rows.keys[row], "decode", "broken"] for row in rows.rows[~rows.valid]
             ],
-            files=[file for kind in kinds for file in _write_files(export, rows, kind)],
+            files=[file for kind in kinds for file in _write_files(out, rows, kind)],
             statistics=to_json(partial_of(rows.latents, rows.valid)),
             process={},
         )
         assert commit(export, record)
-    finalize(export, plan, lambda task: shards[task.shard].keys)
+    finalize(export, plan)
     return out

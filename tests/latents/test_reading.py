@@ -14,10 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.export.finalize import key_hash as hash_of_the_index
-from pipeline.export.layout import ExportDir
-from pipeline.export.plan import FORMAT as FORMAT_OF_THE_EXPORT
-from pipeline.latents import NO_LABEL, LatentDataset, LatentRows, UnknownKeyError, keys, manifest
+from pipeline.latents import NO_LABEL, LatentDataset, LatentRows, UnknownKeyError, manifest
 from pipeline.latents.formats import READERS
 from pipeline.writers import NO_LABEL as NO_LABEL_OF_THE_WRITERS
 from pipeline.writers import Writer
@@ -59,14 +56,8 @@ def test_every_writer_has_a_reader():
     assert set(KINDS) <= set(READERS)
 
 
-def test_what_stands_here_and_in_the_export_is_the_same(tmp_path: Path):
-    assert manifest.FORMAT == FORMAT_OF_THE_EXPORT
+def test_no_label_is_that_of_the_writers():
     assert NO_LABEL == NO_LABEL_OF_THE_WRITERS
-    export = ExportDir(tmp_path)
-    paths = (export.manifest, export.success, export.plan)
-    names = [path.relative_to(tmp_path).as_posix() for path in paths]
-    assert names == [manifest.MANIFEST, manifest.SUCCESS, manifest.PLAN]
-    assert all(keys.key_hash(key) == hash_of_the_index(key) for key in ("", "0001", "é/x"))
 
 
 @pytest.mark.parametrize(
