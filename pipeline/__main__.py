@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import needs
@@ -76,6 +75,7 @@ def pack_sprites(arguments: argparse.Namespace) -> int:
 def index(arguments: argparse.Namespace) -> int:
     """Index shards."""
     from pipeline.data.index import build_index
+    from pipeline.data.index.build import summary
 
     built = build_index(
         arguments.shards,
@@ -85,45 +85,53 @@ def index(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         progress=_progress,
     )
-    splits = {name: int(built.counts(name).sum()) for name in built.split_spec.names}
-    fields = {
-        "index": built.path,
-        "dataset_id": built.dataset_id,
-        "num_shards": len(built.shards),
-        "num_samples": built.num_samples,
-        "num_samples_per_split": splits,
-        "num_bytes": sum(shard.bytes for shard in built.shards),
-        "num_duplicate_keys": built.num_duplicate_keys,
-        "duplicate_keys": built.duplicate_keys,
-        "damage": [f"{shard}: {damage.text}" for shard, damage in built.damage],
-    }
-    print_report(fields, arguments.json)
+    print_report(summary(built), arguments.json)
     return DONE
 
 
 def verify(arguments: argparse.Namespace) -> int:
     """Verify an export, or shards against their index."""
     from pipeline.data.index.verify import has_index, verify_shards
-    from pipeline.export.verify import verify_export
+    from pipeline.export.verify import LEVELS, verify_export
 
-    path, shards = arguments.path, arguments.shards
+    path, shards, level = arguments.path, arguments.shards, arguments.level
     if has_index(path):
-        report = verify_shards(
-            path,
-            shards=shards,
-            decode=arguments.decode,
-            threads=arguments.threads,
-            progress=_progress,
-        )
+        how = {"decode": arguments.decode, "threads": arguments.threads}
+        report = verify_shards(path, shards=shards, progress=_progress, **how)
+    elif level == "encode":
+        from pipeline.export.reencode import verify_with_run
+
+        places = {"source": arguments.source, "shards": shards}
+        report = verify_with_run(path, arguments.run, **places, num_tasks=arguments.tasks)
     else:
-        report = verify_export(
-            Path(path),
-            source=arguments.source,
-            shards=None if shards is None else Path(shards),
-            level=arguments.level,
-        )
+        level = level or LEVELS[-2]
+        report = verify_export(path, source=arguments.source, shards=shards, level=level)
     print_report(asdict(report), arguments.json)
     return FAILED if report.problems else DONE
+
+
+def export_plan(arguments: argparse.Namespace) -> int:
+    """Write the plan of an export."""
+    from pipeline.export.__main__ import make_plan
+
+    print_report(asdict(make_plan(arguments.config, arguments.overrides)), arguments.json)
+    return DONE
+
+
+def export_run(arguments: argparse.Namespace) -> int:
+    """Take part in an export."""
+    from pipeline.export.__main__ import run
+
+    return run(arguments)
+
+
+def export_files(arguments: argparse.Namespace) -> int:
+    """Look at an export, finish it, or clean up behind it, from its files alone."""
+    from pipeline.export.status import collect_garbage, export_status, finalize_export
+
+    parts = {"status": export_status, "finalize": finalize_export, "gc": collect_garbage}
+    print_report(asdict(parts[arguments.part](arguments.out)), arguments.json)
+    return DONE
 
 
 def order(arguments: argparse.Namespace) -> int:
@@ -160,28 +168,26 @@ def doctor(arguments: argparse.Namespace) -> int:
     return FAILED if any(finding.verdict == "FAIL" for finding in findings) else DONE
 
 
-def bench_data(arguments: argparse.Namespace) -> int:
-    """Measure the data path."""
-    from pipeline import strict
-    from pipeline.bench.data import bench_data
-    from pipeline.config import TrainConfig
-
-    config = strict.load(TrainConfig, arguments.config, arguments.overrides)
-    result = bench_data(config, num_images=arguments.images, rounds=arguments.rounds)
-    print_report(asdict(result), arguments.json)
-    return DONE
-
-
-def bench_train(arguments: argparse.Namespace) -> int:
-    """Measure the training loop, or with --checkpoint its saves."""
+def bench(arguments: argparse.Namespace) -> int:
+    """Measure the data path, the training loop, its saves (--checkpoint), or the export."""
     from pipeline import strict
     from pipeline.bench.checkpoint import bench_checkpoint
+    from pipeline.bench.data import bench_data
+    from pipeline.bench.export import bench_export
     from pipeline.bench.train import bench_train
     from pipeline.config import TrainConfig
+    from pipeline.export.settings import ExportConfig
 
-    config = strict.load(TrainConfig, arguments.config, arguments.overrides)
-    measure = bench_checkpoint if arguments.checkpoint else bench_train
-    result = measure(config, num_steps=arguments.steps, rounds=arguments.rounds)
+    rounds = arguments.rounds
+    settings = ExportConfig if arguments.kind == "export" else TrainConfig
+    config = strict.load(settings, arguments.config, arguments.overrides)
+    if isinstance(config, ExportConfig):
+        result = bench_export(config, processes=arguments.processes, rounds=rounds)
+    elif arguments.kind == "data":
+        result = bench_data(config, num_images=arguments.images, rounds=rounds)
+    else:
+        measure = bench_checkpoint if arguments.checkpoint else bench_train
+        result = measure(config, num_steps=arguments.steps, rounds=rounds)
     print_report(asdict(result), arguments.json)
     return DONE
 
@@ -233,10 +239,12 @@ RUNS: dict[str, Run] = {
         pack_sprites,
         index,
         verify,
+        export_plan,
+        export_run,
+        export_files,
         order,
         doctor,
-        bench_data,
-        bench_train,
+        bench,
         evaluate,
         export_model,
         probe,

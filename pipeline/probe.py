@@ -45,7 +45,7 @@ def probe_export(
     manifest = read_manifest(LocalFiles(root), None).values
     stride = max(1, -(-manifest["rows"] // max_samples))
     chosen = [_thin(rows, stride) for rows in _read_rows(root, manifest)]
-    latents = np.concatenate([rows.latents["mu"].reshape(len(rows), -1) for rows in chosen])
+    latents = np.concatenate([rows.latents[rows.main].reshape(len(rows), -1) for rows in chosen])
     keys = [key for rows in chosen for key in rows.keys]
     values = _targets(chosen, targets)
     scores = probe_features(latents.astype(np.float32), keys, values, name="latents")

@@ -25,7 +25,8 @@ Training and export run under accelerate, on any number of processes; the same c
 Exit codes: 0 done, 2 wrong use or input, 1 everything else.
 """
 SPLIT = "{by: key, fractions: {train: 0.98, held_out: 0.02}, seed: 0}"
-LEVELS = ("listing", "counts", "hashes", "keys", "statistics")  # pipeline.export.verify's
+# pipeline.export.verify's
+LEVELS = ("listing", "counts", "hashes", "keys", "statistics", "encode")
 
 
 def _add_split(parser: argparse.ArgumentParser) -> None:
@@ -88,15 +89,50 @@ def _add_index(add: AddParser, runs: Runs) -> None:
 def _add_verify(add: AddParser, runs: Runs) -> None:
     text = "check an export, or shards against their index; exit 1 if anything is wrong"
     parser = _verb(add, "verify", runs["verify"], text)
-    parser.add_argument("path", help="directory of the export, or directory or URL of the index")
-    parser.add_argument("--source", type=Path, help="index of an export's data, to compare keys")
+    parser.add_argument("path", help="directory or URL of the export, or of the index")
+    parser.add_argument("--source", help="index of an export's data, to compare keys")
     parser.add_argument("--shards", help="where the shards lie, also a URL; else beside the index")
     parser.add_argument("--decode", action="store_true", help="shards: decode every image, too")
     cores = os.cpu_count() or 1
     parser.add_argument("--threads", type=int, default=cores, help="that decode (%(default)s)")
+    parser.add_argument("--level", choices=LEVELS, help="how deep, for an export (statistics)")
+    parser.add_argument("--run", help="run directory of an export's model, for the level encode")
+    parser.add_argument("--tasks", type=int, default=2, help="encoded anew there (%(default)s)")
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `pipeline.export` and `latentmill export run` are told."""
+    parser.add_argument("config", type=Path, help="YAML file, see configs/export/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings in place of its")
+    parser.add_argument("--worker", metavar="i/n", help="be worker i (from 0) of n")
     parser.add_argument(
-        "--level", choices=LEVELS, default=LEVELS[-1], help="how deep, for an export (%(default)s)"
+        "--retry-failed", action="store_true", help="let tasks out of quarantine before"
     )
+
+
+def _add_export(add: AddParser, runs: Runs) -> None:
+    text = "the latents of a whole data set: plan, run, look after, finish and check an export"
+    parts = add("export", help=text, description=f"{text.capitalize()}.")
+    kinds = parts.add_subparsers(required=True, metavar="PART")
+    plan = _verb(kinds.add_parser, "plan", runs["export_plan"], "write the plan, and do no more")
+    plan.add_argument("config", type=Path, help="YAML file, see configs/export/")
+    plan.add_argument("overrides", nargs="*", help="settings as a.b=c")
+    run = _verb(
+        kinds.add_parser,
+        "run",
+        runs["export_run"],
+        "export as one process, without a launcher; several may be started, anywhere, any time",
+    )
+    add_export_arguments(run)
+    for name, what in (
+        ("status", "how far an export is, from its files alone"),
+        ("finalize", "finish an export whose tasks are all committed"),
+        ("gc", "remove what dead attempts left behind; safe while others work"),
+    ):
+        part = _verb(kinds.add_parser, name, runs["export_files"], what)
+        part.add_argument("out", help="directory or URL of the export")
+        part.set_defaults(part=name)
+    _add_verify(kinds.add_parser, runs)
 
 
 def _add_order(add: AddParser, runs: Runs) -> None:
@@ -133,24 +169,34 @@ def _add_doctor(add: AddParser, runs: Runs) -> None:
 
 
 def _add_bench(add: AddParser, runs: Runs) -> None:
-    text = "how close the data path, or the training, comes to what this machine can do"
+    text = "how close the data path, a training or an export comes to what this machine can do"
     benches = add("bench", help=text, description=f"{text.capitalize()}.")
     kinds = benches.add_subparsers(required=True, metavar="WHAT")
-    data = _verb(
-        kinds.add_parser, "data", runs["bench_data"], "the stream beside raw reading and decoding"
+    parsers = {
+        kind: _verb(kinds.add_parser, kind, runs["bench"], what)
+        for kind, what in (
+            ("data", "the stream beside raw reading and decoding"),
+            ("train", "the training beside a bare loop in memory"),
+            ("export", "the export beside decoding and encoding alone"),
+        )
+    }
+    for kind, parser in parsers.items():
+        folder = "export" if kind == "export" else "train"
+        parser.add_argument("config", type=Path, help=f"YAML file, see configs/{folder}/")
+        parser.add_argument("overrides", nargs="*", help="settings as a.b=c")
+        parser.add_argument("--rounds", type=int, default=5, help="after a warm-up (%(default)s)")
+        parser.set_defaults(kind=kind)
+    parsers["data"].add_argument(
+        "--images", type=int, default=16_384, help="per round (%(default)s)"
     )
-    data.add_argument("--images", type=int, default=16_384, help="per round (%(default)s)")
-    train = _verb(
-        kinds.add_parser, "train", runs["bench_train"], "the training beside a bare loop in memory"
+    parsers["export"].add_argument(
+        "--processes", type=int, help="else one per core, or per GPU where there are any"
     )
+    train = parsers["train"]
     train.add_argument("--steps", type=int, default=20, help="per round (%(default)s)")
     train.add_argument(
         "--checkpoint", action="store_true", help="instead: what saving costs, and what it stalls"
     )
-    for parser in (data, train):
-        parser.add_argument("config", type=Path, help="YAML file, see configs/train/")
-        parser.add_argument("overrides", nargs="*", help="settings as a.b=c")
-        parser.add_argument("--rounds", type=int, default=5, help="after a warm-up (%(default)s)")
 
 
 def _add_evaluate(add: AddParser, runs: Runs) -> None:
@@ -210,6 +256,7 @@ def parser(runs: Runs) -> argparse.ArgumentParser:
     _add_pack(verbs.add_parser, runs)
     _add_index(verbs.add_parser, runs)
     _add_verify(verbs.add_parser, runs)
+    _add_export(verbs.add_parser, runs)
     _add_order(verbs.add_parser, runs)
     _add_doctor(verbs.add_parser, runs)
     _add_bench(verbs.add_parser, runs)

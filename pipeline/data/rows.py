@@ -130,14 +130,14 @@ class _Ahead:
             pool.shutdown(wait=True, cancel_futures=True)
         self._storage.close()
 
-    def _open_next(self) -> "tuple[Visit, Future[_ShardReader]] | None":
+    def _open_next(self) -> "tuple[Visit, Future[ShardReader]] | None":
         visit = next(self._shards, None)
         return None if visit is None else (visit, self._readers.submit(self._open, visit[1]))
 
-    def _read(self, opening: "Future[_ShardReader]", start: int) -> RowBatch:
+    def _read(self, opening: "Future[ShardReader]", start: int) -> RowBatch:
         return opening.result().batch(start, self._decoders)
 
-    def _open(self, shard: int) -> "_ShardReader":
+    def _open(self, shard: int) -> "ShardReader":
         entry = self._index.shards[shard]
         state = self._storage.states([entry.name])[entry.name]
         if state is None or state.num_bytes != entry.bytes:
@@ -145,15 +145,16 @@ class _Ahead:
                 f"{self._storage.where(entry.name)} is missing or has changed since it was "
                 "indexed: put it back, or run `latentmill index` and a new export."
             )
-        return _ShardReader(self._data, self._index, shard, self._batch_size, self._storage)
+        return ShardReader(self._data, self._index, shard, self._batch_size, self._storage)
 
 
-class _ShardReader:
-    """Reads and decodes batches of one shard."""
+class ShardReader:
+    """Reads and decodes batches of one shard; `rows`: the numbers of those of the split."""
 
     def __init__(
         self, data: DataConfig, index: Index, shard: int, batch_size: int, storage: Storage
     ) -> None:
+        """Read the index's table of the shard."""
         self._decode: ImageDecode | ArrayDecode = data.decode
         self._threads = data.threads
         self._batch_size = batch_size
@@ -164,13 +165,24 @@ class _ShardReader:
         suffixes = (tuple(data.decode.member_suffixes), METADATA_SUFFIXES, TEXT_SUFFIXES)
         self._ranges = [self._table.ranges_of(names) for names in suffixes]
 
-    def batch(self, start: int, decoders: ThreadPoolExecutor) -> RowBatch:
+    def read(self, start: int) -> tuple[Ints, list[list[bytes | None]]]:
+        """Return the numbers of a batch's rows, and their pictures, JSON texts and texts."""
         rows = self.rows[start : start + self._batch_size]
-        contents, metadata, texts = read_members(self._storage, self._name, self._ranges, rows)
-        keys = self._table.keys(rows)
+        return rows, read_members(self._storage, self._name, self._ranges, rows)
+
+    def decode(
+        self, contents: list[bytes | None], decoders: ThreadPoolExecutor
+    ) -> tuple[Tensor, dict[int, DecodeError]]:
+        """Return a batch's buffer, and the faults by place."""
         stored = getattr(torch, self._decode.stored_dtype.name)
         x = torch.zeros((self._batch_size, *self._decode.buffer_shape), dtype=stored)
-        faults = self._decode_all(contents, list(x.numpy()), decoders)
+        return x, self._decode_all(contents, list(x.numpy()), decoders)
+
+    def batch(self, start: int, decoders: ThreadPoolExecutor) -> RowBatch:
+        """Read and decode the batch that begins with the split's row `start`."""
+        rows, (contents, metadata, texts) = self.read(start)
+        keys = self._table.keys(rows)
+        x, faults = self.decode(contents, decoders)
         valid = np.ones(len(rows), np.bool_)
         valid[list(faults)] = False
         return RowBatch(

@@ -1,6 +1,6 @@
 """Attempts that failed by the task's own fault, and when that is enough: `_run/failures/`.
 
-    a verdict on the data (RejectedError: too many bad rows, a missing label) -> at once
+    a verdict on the data (RejectedError: too many bad rows)                 -> at once
     an unexpected error of the code                                           -> `max_attempts`
     the disk, the network, memory, the device (run.is_infrastructure)         -> never counted
 

@@ -44,6 +44,8 @@ class Prepared:
     export: ExportDir
     plan: Plan
     work: Work
+    data: DataConfig
+    index: Index
 
 
 def prepare(config: ExportConfig, worker: Worker) -> Prepared:
@@ -68,7 +70,7 @@ def prepare(config: ExportConfig, worker: Worker) -> Prepared:
         max_bad_fraction=config.max_bad_fraction,
         max_attempts=config.max_attempts,
     )
-    return Prepared(ExportDir(open_writable(config.out)), plan, work)
+    return Prepared(ExportDir(open_writable(config.out)), plan, work, data, index)
 
 
 def find_device(local_rank: int) -> torch.device:

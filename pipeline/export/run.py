@@ -189,7 +189,7 @@ def commit_rows(
 
     start: time.monotonic() when the work on the task began.
     """
-    statistics = to_json(partial_of(rows.latents, rows.valid))
+    statistics = to_json(partial_of(rows.latents, rows.valid, faults))
     try:
         staged = stage_rows(export, task, rows, writers)
     except FileNotFoundError:

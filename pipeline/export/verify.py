@@ -268,7 +268,8 @@ class _Contents:
             return
         self._keys.append(rows.keys)
         if self._with_statistics:
-            self._partials.append(statistics.partial_of(rows.latents, rows.valid))
+            partial = statistics.partial_of(rows.latents, rows.valid, task["faults"])
+            self._partials.append(partial)
 
     def _check_sidecars(self, stored: bytes | None, index: bytes | None) -> Iterator[str]:
         names = [task["name"] for task in self._manifest["tasks"]]

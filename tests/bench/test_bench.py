@@ -10,10 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.pictures import make_pictures
+from pipeline import strict
+from pipeline.checkpoint import RunState, save_checkpoint
+from pipeline.config import TrainConfig
 from pipeline.data.index import build_index
 from pipeline.data.index.splits import SplitSpec
+from pipeline.models.autoencoder import build_autoencoder
+from pipeline.strategies.base import FullState
 from tests.processes import ROOT
 
 CONFIG = """
@@ -129,3 +135,43 @@ def test_the_training_waits_for_a_part_of_a_save_only(small):
     assert result["state_bytes"] > 30e6
     assert result["training_rate_while_writing"] > 0
     assert not (small.parent / "run").exists()
+
+
+def write_export_config(train: Path, tmp_path: Path) -> Path:
+    """A run with the model of a config, untrained, and the config of its export."""
+    run_dir = tmp_path / "run"
+    config = strict.load(TrainConfig, train, [f"run_dir={run_dir}"])
+    shape = config.data.decode.event_shape
+    model = build_autoencoder(config.model, shape, seed=0, dtype=torch.float32)
+    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    tensors = FullState(model=weights, ema=weights, exp_avg={}, exp_avg_sq={}, num_updates=1)
+    state = RunState(1, 1, 1, "order", "data", 1, {})
+    save_checkpoint(run_dir / "checkpoints", state, tensors)
+    (run_dir / "config.yaml").write_text(strict.dump(config))
+    path = tmp_path / "export.yaml"
+    path.write_text(f"run: {run_dir}\nout: {tmp_path}/out\nbatch_size: 64\n")
+    return path
+
+
+def test_bench_export_measures_and_leaves_nothing(small, tmp_path):
+    config = write_export_config(small, tmp_path)
+    result = bench("export", config, "--rounds", 1, "--processes", 2)
+    rates = result["images_per_second"]
+    assert list(rates) == ["decode (ceiling)", "encode (ceiling)", "export"]
+    bound = 1 / (1 / rates["decode (ceiling)"] + 1 / rates["encode (ceiling)"])
+    assert result["bound"] == pytest.approx(bound)
+    assert result["share_of_bound"] == pytest.approx(rates["export"] / bound)
+    assert (result["images_per_round"], result["processes"], result["device"]) == (6000, 2, "cpu")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "export.yaml"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [64, 256])
+def test_the_export_runs_near_what_decoding_and_encoding_leave(size, small, large, tmp_path):
+    """The goal is 0.75."""
+    config = write_export_config(small if size == 64 else large, tmp_path)
+
+    def good(result):
+        return result["share_of_bound"] >= 0.7
+
+    assert good(best_of_three(lambda: bench("export", config, "--rounds", 3), good))
