@@ -172,9 +172,9 @@ class _Share:
         data = self._prepared.data.decode
         shape = (self._config.batch_size, *data.buffer_shape)
         x = data.event_view(torch.zeros(shape, dtype=getattr(torch, data.stored_dtype.name)))
-        rows = np.arange(self._config.batch_size)
+        encoder, rows = self._prepared.work.encoder, np.arange(self._config.batch_size)
         for _ in self._contents:
-            self._prepared.work.encoder(x, rows)
+            encoder.finish(encoder.start(x), rows)
 
     def export(self) -> None:
         """Export the tasks to a new place, and remove it."""

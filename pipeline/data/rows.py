@@ -63,7 +63,7 @@ class RowBatch:
 
 
 def read_shards(
-    data: DataConfig, index: Index, shards: Iterable[int], batch_size: int
+    data: DataConfig, index: Index, shards: Iterable[int], batch_size: int, *, pin: bool = False
 ) -> Generator[tuple[int, Iterator[RowBatch]]]:
     """Yield each shard's number and its rows of `data.split`, in batches of fixed boundaries.
 
@@ -72,8 +72,10 @@ def read_shards(
     (UserError or ShardReadError if it is missing or not what the index says), and the next shard
     goes on. Each must be used up or left before the next is asked for; one without rows is passed
     over. The caller closes the generator (`contextlib.closing`), which ends its threads.
+
+    pin: put batches into memory that a GPU reads by itself.
     """
-    ahead = _Ahead(data, index, iter(shards), batch_size)
+    ahead = _Ahead(data, index, iter(shards), batch_size, pin)
     try:
         for visit, jobs in groupby(_in_advance(ahead.jobs(), AHEAD), lambda job: job[0]):
             yield visit[1], (future.result() for _, future in jobs)
@@ -100,9 +102,9 @@ class _Ahead:
     """The threads that read and decode, alive across shards; shards are opened one ahead."""
 
     def __init__(
-        self, data: DataConfig, index: Index, shards: Iterator[int], batch_size: int
+        self, data: DataConfig, index: Index, shards: Iterator[int], batch_size: int, pin: bool
     ) -> None:
-        self._data, self._index, self._batch_size = data, index, batch_size
+        self._data, self._index, self._batch_size, self._pin = data, index, batch_size, pin
         self.left: Visit | None = None  # the shard that was asked for last, of which no more is
         self._shards = enumerate(shards)
         self._storage = open_storage(data.sources[0].root, data.remote)
@@ -145,16 +147,25 @@ class _Ahead:
                 f"{self._storage.where(entry.name)} is missing or has changed since it was "
                 "indexed: put it back, or run `latentmill index` and a new export."
             )
-        return ShardReader(self._data, self._index, shard, self._batch_size, self._storage)
+        size, pin = self._batch_size, self._pin
+        return ShardReader(self._data, self._index, shard, size, self._storage, pin=pin)
 
 
 class ShardReader:
     """Reads and decodes batches of one shard; `rows`: the numbers of those of the split."""
 
     def __init__(
-        self, data: DataConfig, index: Index, shard: int, batch_size: int, storage: Storage
+        self,
+        data: DataConfig,
+        index: Index,
+        shard: int,
+        batch_size: int,
+        storage: Storage,
+        *,
+        pin: bool = False,
     ) -> None:
-        """Read the index's table of the shard."""
+        """Read the index's table of the shard; pin: see `read_shards`."""
+        self._pin = pin
         self._decode: ImageDecode | ArrayDecode = data.decode
         self._threads = data.threads
         self._batch_size = batch_size
@@ -175,7 +186,8 @@ class ShardReader:
     ) -> tuple[Tensor, dict[int, DecodeError]]:
         """Return a batch's buffer, and the faults by place."""
         stored = getattr(torch, self._decode.stored_dtype.name)
-        x = torch.zeros((self._batch_size, *self._decode.buffer_shape), dtype=stored)
+        shape = (self._batch_size, *self._decode.buffer_shape)
+        x = torch.zeros(shape, dtype=stored, pin_memory=self._pin)
         return x, self._decode_all(contents, list(x.numpy()), decoders)
 
     def batch(self, start: int, decoders: ThreadPoolExecutor) -> RowBatch:

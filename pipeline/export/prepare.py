@@ -6,6 +6,7 @@ config -> trained model, index, device -> encoder and plan -> Prepared
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -64,7 +65,9 @@ def prepare(config: ExportConfig, worker: Worker) -> Prepared:
     plan = Plan(fingerprint, tasks)
 
     work = Work(
-        read=lambda shards: read_shards(data, index, shards, config.batch_size),
+        read=partial(
+            read_shards, data, index, batch_size=config.batch_size, pin=device.type == "cuda"
+        ),
         encoder=encoder,
         writers=config.formats,
         max_bad_fraction=config.max_bad_fraction,

@@ -7,7 +7,7 @@ Batches have the same full shape always, the last one padded with zeros: kernels
 summation order depends on the batch size then cannot change a bit between two runs.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,20 +57,25 @@ class Encoder:
         """The names of all arrays that are stored, view by view."""
         return tuple(field_of(name, view) for view in self.views for name in self.stored)
 
-    def __call__(self, stored: Tensor, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Return field -> [B, *latent] in the stored dtype; what does not fit becomes inf.
-
-        rows: [B] row numbers in the export. Numbers of bfloat16 come as float32.
-        """
-        found: dict[str, NDArray[Any]] = {}
+    def start(self, stored: Tensor) -> list[Posterior]:
+        """Encode each view of a batch; on a GPU this returns before it is done."""
         with torch.inference_mode(), autocast(self.precision, self.device):
             x = self.to_unit(stored.to(self.device, non_blocking=True))
-            for view in self.views:
-                posterior = self.encode(x.flip(-1) if view == "hflip" else x)
-                for name in self.stored:
-                    values = self._values(posterior, name, rows, view)
-                    found[field_of(name, view)] = self._store(values)
-        return found
+            return [self.encode(x.flip(-1) if view == "hflip" else x) for view in self.views]
+
+    def finish(
+        self, posteriors: Sequence[Posterior], rows: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        """Return field -> [B, *latent] in the stored dtype; what does not fit becomes inf.
+
+        posteriors: of `start`, for which this waits. rows: [B] row numbers in the export. Numbers
+        of bfloat16 come as float32.
+        """
+        return {
+            field_of(name, view): self._store(self._values(posterior, name, rows, view))
+            for view, posterior in zip(self.views, posteriors, strict=True)
+            for name in self.stored
+        }
 
     def _values(
         self, posterior: Posterior, name: str, rows: NDArray[np.int64], view: str
@@ -112,8 +117,9 @@ def encode_task(
     parts: list[Rows] = []
     faults: list[Fault] = []
     next_row = 0 if encoder.noise is None else encoder.noise.first_row[shard]
-    for batch in batches:
-        rows, found = _encode_batch(shard, batch, encoder, next_row)
+    for batch, posteriors in _one_ahead(encoder, batches):
+        latents = encoder.finish(posteriors, next_row + np.arange(len(batch.x)))
+        rows, found = _rows_of(shard, batch, latents, encoder)
         parts.append(rows)
         faults.extend(found)
         next_row += batch.num_rows
@@ -128,12 +134,26 @@ def encode_task(
     return encoder.json_fields.apply(rows), faults
 
 
-def _encode_batch(
-    shard: str, batch: RowBatch, encoder: Encoder, first_row: int
+def _one_ahead(
+    encoder: Encoder, batches: Iterable[RowBatch]
+) -> Iterator[tuple[RowBatch, list[Posterior]]]:
+    """Start each batch before the one before it is fetched: a GPU is never without work."""
+    waiting: tuple[RowBatch, list[Posterior]] | None = None
+    for batch in batches:
+        started = (batch, encoder.start(batch.x))
+        if waiting is not None:
+            yield waiting
+        waiting = started
+    if waiting is not None:
+        yield waiting
+
+
+def _rows_of(
+    shard: str, batch: RowBatch, padded: Mapping[str, NDArray[Any]], encoder: Encoder
 ) -> tuple[Rows, list[Fault]]:
+    """Return a batch's rows without the padding, and its faults."""
     count = batch.num_rows
-    numbers = first_row + np.arange(len(batch.x))
-    latents = {name: values[:count] for name, values in encoder(batch.x, numbers).items()}
+    latents = {name: values[:count] for name, values in padded.items()}
     valid = batch.valid.copy()
     faults: list[Fault] = [
         (fault.row, fault.key, fault.stage, stable_reason(fault.reason)) for fault in batch.faults
