@@ -2,7 +2,7 @@
 
 latentmill export-model runs/vae models/vae
 python -m pipeline.export configs/export/parquet.yaml run=runs/vae out=exports/vae
-python examples/latent_flow.py models/vae exports/vae flow.png 60     # epochs
+python examples/latent_flow.py models/vae exports/vae flow.png 150    # epochs
 """
 
 import sys
@@ -20,16 +20,16 @@ ROWS, COLUMNS, NUM_STEPS = 4, 12, 100
 def train(latents: LatentDataset, num_epochs: int) -> nn.Module:
     """Fit the velocity of straight lines from noise z0 to latents z1: E |v(z, t) - (z1 - z0)|^2."""
     size = latents[0].mu.size
-    layers = [nn.Linear(size + 1, 512), nn.SiLU(), nn.Linear(512, 512), nn.SiLU()]  # of z and t
-    network = nn.Sequential(*layers, nn.Linear(512, size))
+    layers: list[nn.Module] = [nn.Linear(size + 1, 256), nn.SiLU()]  # of z and t
+    layers += [layer for _ in range(3) for layer in (nn.Linear(256, 256), nn.SiLU())]
+    network = nn.Sequential(*layers, nn.Linear(256, size))
     optimizer = torch.optim.AdamW(network.parameters())
     for epoch in range(num_epochs):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - epoch / num_epochs)
         for rows in latents.batches(256, epoch=epoch):
             z1 = torch.from_numpy(rows.sample(epoch=epoch)[rows.valid]).flatten(1)
             z0, t = torch.randn_like(z1), torch.rand(len(z1), 1)  # noise is at t = 0
-            v = network(torch.cat([(1 - t) * z0 + t * z1, t], dim=1))
-            loss = (v - (z1 - z0)).square().mean()
+            loss = (network(torch.cat([(1 - t) * z0 + t * z1, t], 1)) - (z1 - z0)).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
