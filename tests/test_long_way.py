@@ -93,14 +93,14 @@ def run(command: str, cwd: Path) -> str:
 def test_readme_on_real_pictures(num_processes: int, tmp_path: Path):
     write_digits(tmp_path / "PHOTOS")
     (tmp_path / "configs").symlink_to(ROOT / "configs")  # as in the project's root
-    assert len(shells()) == 6
-    pack, index, train, evaluate, export = (
+    assert len(shells()) == 7
+    pack, index, train, evaluate, export, look_after = (
         typed(text)
         .replace("--processes N --device gpu", f"--processes {num_processes}")
         .replace("precision=bf16", f"precision=bf16 {SHORT}")
         .replace("/datasets/photos", "data/photos")
         .replace("--out data/photos", "--out data/only-index")
-        for text in shells()[:5]  # the last has a test of its own
+        for text in shells()[:6]  # the last has a test of its own
     )
 
     packed = run(pack, tmp_path)
@@ -117,6 +117,9 @@ def test_readme_on_real_pictures(num_processes: int, tmp_path: Path):
     assert re.search(r"^problems +-$", exported, re.MULTILINE)
     assert re.search(r"^label +latents +accuracy", exported, re.MULTILINE)
     assert re.search(r"^label +pixels +accuracy", exported, re.MULTILINE)
+    told = run(f"set -e\n{look_after}", tmp_path)
+    assert re.search(rf"^committed rows +{NUM_DIGITS}$", told, re.MULTILINE)
+    assert re.search(r"^each task once by +hard links", told, re.MULTILINE)
     check_pythons(tmp_path)
 
 
