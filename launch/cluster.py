@@ -181,8 +181,13 @@ def hand_in(
 
 
 def setting_of_directory(job: Job) -> str:
-    """The setting of a job's config that says where it writes."""
-    return "out" if job.module == EXPORT else "run_dir"
+    """The setting of a job's config that says where on disk it writes.
+
+    For an export to a URL that is the run's directory, which takes nothing but logs.
+    """
+    if job.module != EXPORT:
+        return "run_dir"
+    return "run" if "://" in (job.value("out") or "") else "out"
 
 
 def directory(job: Job) -> Path | None:

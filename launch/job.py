@@ -79,13 +79,18 @@ class Job:
         return self.path("run_dir")
 
     def path(self, setting: str) -> Path | None:
-        """The path that a setting of the top level names: last override, else the config's."""
+        """The path that a setting of the top level names; None if there is none, or a URL."""
+        value = self.value(setting)
+        return None if value is None or "://" in value else Path(value)
+
+    def value(self, setting: str) -> str | None:
+        """The text that a setting of the top level has: last override, else the config's."""
         value = mapping(self.config.read_text(encoding="utf-8")).get(setting)
         for override in self.overrides:
             name, _, text = override.removeprefix("--").partition("=")
             if name == setting:
                 value = text
-        return Path(value) if isinstance(value, str) else None
+        return value if isinstance(value, str) else None
 
 
 def mapping(text: str) -> dict[str, Any]:

@@ -21,6 +21,9 @@ TEXTS = {
         *("--cpus-per-process", "1", "--time", "00:10:00"),
     ),
     "slurm_export": ("slurm", *EXPORT, "--nodes", "16", "--gpus-per-node", "1"),
+    "slurm_export_s3": (
+        *("slurm", *EXPORT, "out=s3://bucket/latents", "--nodes", "2", "--gpus-per-node", "1"),
+    ),
     "k8s_ddp": (
         *("k8s", "{config}", "run_dir=/data/runs/vae", *POD, "--nodes", "2"),
         *("--gpus-per-node", "8", "--time", "08:00:00", "--memory", "256Gi", "--env", "A=b c"),
