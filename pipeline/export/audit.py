@@ -1,30 +1,98 @@
-"""The content of one task's files, held against each other, the manifest and the source."""
+"""What files and manifest hold: well formed, and one task's files equal to each other, to what the
+manifest says, and to the source.
+"""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.export.commit import keys_digest
 from pipeline.export.finalize import key_index
 from pipeline.export.layout import KEYS
 from pipeline.export.source import SourceKeys
 from pipeline.latents.fields import field_values
-from pipeline.writers import BaseWriter, Rows
+from pipeline.writers import BaseWriter, Rows, Writer
+
+
+@dataclass(frozen=True)
+class _Named:
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _File(_Named):
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    name: str
+    source: str
+    rows: int
+    faults: list[tuple[int, str, str, str]]
+    keys_sha256: str
+    files: list[_File]
+
+
+@dataclass(frozen=True)
+class _Data:
+    dataset_id: str
+    split: str
+
+
+@dataclass(frozen=True)
+class _Output:
+    fields: list[str]
+    latent_shape: list[int]
+    formats: list[Writer]
+
+
+@dataclass(frozen=True)
+class _Fingerprint:
+    data: _Data
+    output: _Output
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    fingerprint: _Fingerprint
+    rows: int
+    failed_rows: int
+    duplicate_keys: int
+    tasks: list[_Task]
+    statistics: _Named
+    keys: _Named
+
+
+def malformed(manifest: Mapping[str, Any]) -> str | None:
+    """Say what `verify` needs of a manifest and does not find; None if nothing is wrong."""
+    try:
+        TypeAdapter(_Manifest).validate_json(json.dumps(manifest))
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return None
 
 
 def audit_task(
     root: Path,
     task: Mapping[str, Any],
+    output: Mapping[str, Any],
     writers: Sequence[BaseWriter],
     source: SourceKeys | None,
 ) -> tuple[Rows | None, list[str]]:
     """Return the rows of the task's first readable file, and all that is wrong with its files.
 
     root: a directory with the task's files, named as in the export; one per writer is listed.
+    output: of the manifest's fingerprint.
     """
     problems: list[str] = []
     found: dict[str, Rows] = {}
@@ -34,7 +102,7 @@ def audit_task(
         except ValueError as error:
             problems.append(f"{file['path']} cannot be read: {error}")
     for path, rows in found.items():
-        problems += (f"{path}: {problem}" for problem in _check_rows(rows, task))
+        problems += (f"{path}: {problem}" for problem in _check_rows(rows, task, output))
         if source is not None:
             problems += (f"{path}: {problem}" for problem in source.check(task, rows))
     if not found:
@@ -48,7 +116,11 @@ def audit_task(
     return first, problems
 
 
-def _check_rows(rows: Rows, task: Mapping[str, Any]) -> Iterator[str]:
+def _check_rows(rows: Rows, task: Mapping[str, Any], output: Mapping[str, Any]) -> Iterator[str]:
+    shape = tuple(output["latent_shape"])
+    for field in output["fields"]:
+        if field not in rows.latents or rows.latents[field].shape[1:] != shape:
+            yield f"no {field} of the shape {shape}"
     if len(rows) != task["rows"]:
         yield f"{len(rows)} rows instead of {task['rows']}"
     if keys_digest(rows.keys) != task["keys_sha256"]:

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from pipeline import strict
 from pipeline.data.storage.opening import open_writable
 from pipeline.errors import UserError
-from pipeline.export.layout import MANIFEST, ExportDir
+from pipeline.export.layout import MANIFEST, ExportDir, data_path
 from pipeline.export.prepare import prepare
 from pipeline.export.run import Work
 from pipeline.export.settings import ExportConfig
@@ -40,11 +40,14 @@ def verify_with_run(
     """Check an export on all levels: encode randomly chosen tasks anew, too.
 
     source, shards: where index and shards lie, None = where the run was trained. Raises UserError
-    when run, data or manifest cannot be read.
+    when run or data cannot be read.
     """
     if run is None:
         raise UserError("The level encode needs the model: give its run directory by --run.")
     report = verify_export(out, source=source, shards=shards)
+    if not report.files:
+        note = "nothing was encoded anew: the manifest is missing or damaged"
+        return replace(report, level="encode", notes=[*report.notes, note])
     problems, notes = _verify_encoding(out, run, source, shards, num_tasks)
     return replace(
         report, level="encode", problems=report.problems + problems, notes=report.notes + notes
@@ -55,10 +58,7 @@ def _verify_encoding(
     out: str, run: str, source: str | None, shards: str | None, num_tasks: int
 ) -> tuple[list[str], list[str]]:
     export = ExportDir(open_writable(out))
-    data = export.store.read(MANIFEST)
-    if data is None:
-        raise UserError(f"{out} has no {MANIFEST}: finish the export first.")
-    manifest = json.loads(data)
+    manifest = json.loads(export.store.read(MANIFEST) or b"")
     config = config_of(manifest["fingerprint"], run, out, source, shards)
     prepared = prepare(config, Worker())
     asked = json.loads(json.dumps(prepared.plan.fingerprint))
@@ -136,9 +136,10 @@ class _Check:
     def _compare(self, task: Mapping[str, Any], rows: Rows) -> Iterator[str]:
         name = task["name"]
         files = [file["path"] for file in task["files"]]
+        main = data_path(self._writer.kind, name, self._writer.suffix)
         with self._export.store.local_copy(files) as root:
             try:
-                stored = self._writer.read(root / files[0])
+                stored = self._writer.read(root / main)
             except ValueError as error:
                 yield f"{name}: {error}"
                 return
@@ -147,12 +148,15 @@ class _Check:
             return
         same = np.ones(len(rows), np.bool_)
         for field, values in rows.latents.items():
+            if field not in stored.latents or stored.latents[field].shape != values.shape:
+                yield f"{name}: no {field} of the shape {values.shape[1:]}"
+                return
             there = stored.latents[field].astype(np.float64).reshape(len(rows), -1)
             here = values.astype(np.float64).reshape(len(rows), -1)
             same &= (there == here).all(axis=1)
             spread = max(float(here[rows.valid].std()) if rows.valid.any() else 0.0, 1e-12)
             difference = float(np.abs(there - here).max(initial=0)) / spread
-            if difference > self._tolerance:
+            if not difference <= self._tolerance:  # NaN neither
                 yield (
                     f"{name}: {field} is not what the model gives, by up to {difference:.3g} "
                     f"standard deviations (tolerance {self._tolerance})"

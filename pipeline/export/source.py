@@ -1,8 +1,10 @@
 """The source side of `verify`: the keys as they stand in the shards themselves."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.data.index import Index
 from pipeline.data.index.splits import ALL
@@ -26,10 +28,21 @@ class SourceKeys:
         self._split = str(fingerprint["split"]).partition("/")[0]
         if self._index.dataset_id != fingerprint["dataset_id"]:
             yield f"the source {self._index.path} is another data set (dataset_id)"
-        elif self._split != ALL and self._split not in self._index.split_spec.names:
+        elif not self._has_split():
             yield f"the source {self._index.path} has no split {self._split}"
         elif self._index.split_identity(self._split) != fingerprint["split"]:
             yield f"the source {self._index.path} is split by another rule now"
+
+    def left_out(self, tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+        """Yield the shards that have rows and no task."""
+        if not self._has_split():
+            return  # which `differences` says
+        sources = {task["source"] for task in tasks}
+        counts = np.asarray(self._index.counts(self._split)).tolist()
+        for shard, rows in zip(self._index.shards, counts, strict=True):
+            if rows and shard.name not in sources:
+                where = self._storage.where(shard.name)
+                yield f"{where} has {rows} rows of split {self._split}, but no task"
 
     def check(self, task: Mapping[str, Any], rows: Rows) -> Iterator[str]:
         """Yield how the rows of a file are not those of its source shard, in its order."""
@@ -37,6 +50,8 @@ class SourceKeys:
         state = self._storage.states([name])[name]
         if number is None or state is None:
             yield f"its source shard {self._storage.where(name)} is missing"
+            return
+        if not self._has_split():
             return
         table = self._index.table(number)
         expected = table.rows_of(self._index.split_number(self._split))
@@ -49,6 +64,9 @@ class SourceKeys:
         keys = [sample.key for sample in group_samples(TarScan(read, state.num_bytes))]
         if list(rows.keys) != [keys[row] for row in rows.rows if row < len(keys)]:
             yield f"other keys, or in another order, than {self._storage.where(name)}"
+
+    def _has_split(self) -> bool:
+        return self._split == ALL or self._split in self._index.split_spec.names
 
     def close(self) -> None:
         """Give back what the shards were read by."""

@@ -24,8 +24,9 @@ from pydantic import TypeAdapter
 from pipeline.data.storage.opening import open_writable
 from pipeline.errors import UserError
 from pipeline.export import statistics
-from pipeline.export.audit import audit_task, check_key_index
+from pipeline.export.audit import audit_task, check_key_index, malformed
 from pipeline.export.commit import Commit, keys_digest
+from pipeline.export.finalize import num_duplicates
 from pipeline.export.layout import (
     KEYS,
     MANIFEST,
@@ -56,7 +57,7 @@ class VerifyReport:
     failed_rows: int = 0
     files: int = 0
     problems: list[str] = field(default_factory=list[str])
-    notes: list[str] = field(default_factory=list[str])  # what could not be looked at
+    notes: list[str] = field(default_factory=list[str])  # not looked at, or worth knowing
 
     @property
     def ok(self) -> bool:
@@ -101,6 +102,8 @@ def verify_export(
             elif depth >= LEVELS.index("keys"):
                 notes.append("no source given: keys were not compared with the source shards")
             problems += _Contents(export, manifest, depth, keys_of).check()
+    if depth >= LEVELS.index("keys") and manifest["duplicate_keys"]:
+        notes.append(f"{manifest['duplicate_keys']} rows have the key of an earlier one")
     return VerifyReport(
         export.root,
         level,
@@ -115,8 +118,7 @@ def verify_export(
 def _unfinished(export: ExportDir) -> Iterator[str]:
     if export.is_finished():
         return
-    state = ""
-    plan = find_plan(export)
+    state, plan = "", find_plan(export)
     if plan is not None:
         committed = len(export.committed(task.name for task in plan.tasks))
         state = f": {committed} of {len(plan.tasks)} tasks are committed"
@@ -136,12 +138,16 @@ def _parse_manifest(
     except ValueError as error:
         problems.append(f"manifest.json is no JSON: {error}")
         return None
-    if manifest.get("format") != FORMAT:
-        problems.append(f"manifest.json has the format {manifest.get('format')!r}, not {FORMAT!r}")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        problems.append(f"manifest.json is not of the format {FORMAT!r}")
         return None
     digest = hashlib.sha256(data).hexdigest()
     if seal is not None and seal.decode(errors="replace") != f"{digest}\n":
         problems.append("_SUCCESS does not hold the hash of manifest.json: one of them was changed")
+    lacking = malformed(manifest)
+    if lacking is not None:
+        problems.append(f"manifest.json is not what an export writes: {lacking}")
+        return None
     return manifest
 
 
@@ -227,9 +233,7 @@ class _Contents:
         self._with_keys = depth >= LEVELS.index("keys")
         self._with_statistics = depth >= LEVELS.index("statistics")
         formats = manifest["fingerprint"]["output"]["formats"]
-        self._writers: list[BaseWriter] = [
-            TypeAdapter(Writer).validate_python(kind) for kind in formats
-        ]
+        self._writers: Sequence[BaseWriter] = TypeAdapter(list[Writer]).validate_python(formats)
         self._keys: list[Sequence[str]] = []
         self._partials: list[statistics.Partial] = []
 
@@ -238,6 +242,7 @@ class _Contents:
         manifest = self._manifest
         if self._source is not None and self._with_keys:
             yield from self._source.differences(manifest["fingerprint"]["data"])
+            yield from self._source.left_out(manifest["tasks"])
         for task in manifest["tasks"]:
             with self._export.store.local_copy([file["path"] for file in task["files"]]) as root:
                 yield from self._check_hashes(root, task)
@@ -262,7 +267,8 @@ class _Contents:
         if len(files) < len(self._writers):
             yield f"{task['name']}: manifest.json lists other files than its formats have"
             return
-        rows, problems = audit_task(root, {**task, "files": files}, self._writers, self._source)
+        output, listed = self._manifest["fingerprint"]["output"], {**task, "files": files}
+        rows, problems = audit_task(root, listed, output, self._writers, self._source)
         yield from problems
         if rows is None:
             return
@@ -276,6 +282,9 @@ class _Contents:
         if len(self._keys) < len(names):
             yield "key index and statistics cannot be recomputed, as files cannot be read"
             return
+        duplicates, counted = num_duplicates(self._keys), self._manifest["duplicate_keys"]
+        if duplicates != counted:
+            yield f"manifest.json counts {counted} duplicate keys, but the files hold {duplicates}"
         if index is not None:
             yield from check_key_index(index, names, self._keys)
         if self._with_statistics and stored is not None:

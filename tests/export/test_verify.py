@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.data.index import build_index
 from pipeline.data.pack import pack_sprites
 from pipeline.errors import UserError
 from pipeline.export import statistics
 from pipeline.export.__main__ import begin, work_through
+from pipeline.export.commit import keys_digest
+from pipeline.export.finalize import key_index_file
 from pipeline.export.statistics import partial_of
 from pipeline.export.verify import LEVELS, verify_export
 from pipeline.export.workers import Worker
 from pipeline.writers import BaseWriter, ParquetWriter, Rows, TarWriter
-from tests.export.world import NUM_SHARDS, SHARD_ROWS, make_config, run_export
+from tests.export.world import NUM_SHARDS, SHARD_ROWS, make_config, make_data, run_export
 
 TAR = "data/tar/shard-000002.tar"
 PARQUET = "data/parquet/shard-000002.parquet"
@@ -48,7 +51,7 @@ def seal(out: Path) -> None:
         manifest[name]["sha256"] = hashlib.sha256(content).hexdigest()
     path.write_text(json.dumps(manifest))
     (out / "_SUCCESS").write_text(hashlib.sha256(path.read_bytes()).hexdigest() + "\n")
-    shutil.rmtree(out / "_run")
+    shutil.rmtree(out / "_run", ignore_errors=True)
 
 
 def rewrite(out: Path, change: Callable[[Rows], Rows]) -> None:
@@ -205,6 +208,121 @@ def test_manifest_of_other_counts(out: Path):
     assert "_SUCCESS does not hold the hash of manifest.json: one of them was changed" in problems
     assert f"shard-000001: {SHARD_ROWS - 1} rows, but {SHARD_ROWS} were planned" in problems
     assert "shard-000001: manifest.json and the commit record differ" in problems
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_manifest_with_a_flipped_bit_never_ends_the_check(out: Path, data: Path, seed: int):
+    """Wherever the bit is, names of files and settings included, there is a list of problems."""
+    path, rng = out / "manifest.json", np.random.default_rng(seed)
+    content = path.read_bytes()
+    texts = [b'"rows"', b'"path"', b'"tar"', b'"all"', b'"mu"', b'"files"', b'"fingerprint"']
+    starts = [content.index(text) + 1 for text in texts]
+    for place in (starts, rng.integers(0, len(content), 8).tolist())[seed % 2]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(rng.integers(0, 7))
+        path.write_bytes(damaged)
+        problems = verify_export(out, source=data).problems
+        assert any("manifest.json" in problem for problem in problems), place
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: [manifest],
+        lambda manifest: manifest | {"tasks": {}},
+        lambda manifest: manifest | {"rows": "many"},
+        lambda manifest: manifest | {"fingerprint": {}},
+        lambda manifest: {k: v for k, v in manifest.items() if k != "keys"},
+    ],
+)
+def test_a_manifest_that_is_none(out: Path, change: Callable):
+    path = out / "manifest.json"
+    path.write_text(json.dumps(change(json.loads(path.read_bytes()))))
+    assert any("manifest.json" in problem for problem in verify_export(out).problems)
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory: pytest.TempPathFactory, run_dir: Path) -> tuple[Path, Path]:
+    """A data set whose third shard is a copy of its first, and its export."""
+    folder = tmp_path_factory.mktemp("twice")
+    data = make_data(folder / "data", shards=2)
+    shutil.copy(data / "shard-000000.tar", data / "shard-000002.tar")
+    build_index(data)
+    assert run_export(make_config(run_dir, folder / "out", data={"path": str(data)})) == 0
+    return data, folder / "out"
+
+
+@pytest.mark.parametrize("level", ["keys", "statistics"])
+def test_keys_that_the_source_holds_twice_are_a_note(twice: tuple[Path, Path], level: str):
+    data, out = twice
+    assert json.loads((out / "manifest.json").read_bytes())["duplicate_keys"] == SHARD_ROWS
+    report = verify_export(out, source=data, level=level)
+    assert report.problems == []
+    assert report.notes == [f"{SHARD_ROWS} rows have the key of an earlier one"]
+
+
+@pytest.mark.parametrize("level", ["keys", "statistics"])
+def test_duplicate_keys_that_are_not_counted(twice: tuple[Path, Path], tmp_path: Path, level: str):
+    """All hashes fit; only the number in the manifest is wrong."""
+    data, out = twice[0], Path(shutil.copytree(twice[1], tmp_path / "out"))
+    path = out / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"duplicate_keys": 0}))
+    seal(out)
+    assert verify_export(out, source=data, level="hashes").problems == []
+    expected = f"manifest.json counts 0 duplicate keys, but the files hold {SHARD_ROWS}"
+    assert verify_export(out, source=data, level=level).problems == [expected]
+
+
+def test_a_key_that_took_the_place_of_another(out: Path, data: Path):
+    """In files, key index and all hashes: a row of one task has the key of another's."""
+
+    def repeat(rows: Rows) -> Rows:
+        return changed(rows, keys=["000000000", *rows.keys[1:]])
+
+    rewrite(out, repeat)
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    keys = [TarWriter().read(path).keys for path in sorted((out / "data/tar").iterdir())]
+    manifest["tasks"][2]["keys_sha256"] = keys_digest(keys[2])
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    names = [task["name"] for task in manifest["tasks"]]
+    (out / "keys.parquet").write_bytes(key_index_file(names, keys))
+    seal(out)
+    assert verify_export(out).problems == [
+        "manifest.json counts 0 duplicate keys, but the files hold 1"
+    ]
+    problems = verify_export(out, source=data).problems
+    assert any(f"{TAR}: other keys, or in another order, than {data}" in p for p in problems)
+
+
+def test_a_missing_and_an_extra_task(out: Path, data: Path):
+    """The manifest does not know of a shard: its files are left over, its rows are missed."""
+    path = out / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    gone = manifest["tasks"].pop(2)
+    manifest["rows"] -= gone["rows"]
+    path.write_text(json.dumps(manifest))
+    problems = verify_export(out, source=data).problems
+    assert f"{TAR} is not of this export" in problems
+    assert "manifest.json lists other tasks than _run/plan.json" in problems
+    for file in gone["files"]:
+        (out / file["path"]).unlink()
+    seal(out)
+    problems = verify_export(out, source=data).problems
+    assert f"{data}/shard-000002.tar has {SHARD_ROWS} rows of split all, but no task" in problems
+
+
+def test_latents_of_another_shape(out: Path):
+    """The files agree with each other, not with what the manifest says of them."""
+
+    def cut(rows: Rows) -> Rows:
+        return changed(rows, latents={"mu": rows.latents["mu"][:, :2]})
+
+    rewrite(out, cut)
+    seal(out)
+    problems = verify_export(out, level="keys").problems
+    for name in (TAR, PARQUET):
+        assert f"{name}: no mu of the shape (3,)" in problems
+        assert f"{name}: no logvar of the shape (3,)" in problems
 
 
 def test_missing_commit_record(out: Path):
