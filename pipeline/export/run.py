@@ -142,13 +142,15 @@ class _Run:
                     raise StoppedError
                 yield batch
 
-        return encode_task(
+        rows, faults = encode_task(
             task.name,
             unless_stopped(),
             self._work.encoder,
             max_bad_fraction=self._work.max_bad_fraction,
             on_rows=self._progress.advance,
         )
+        assert len(rows) == task.rows, "the plan and the reader know the same index"
+        return rows, faults
 
     def _settle(self, task: Task, written: "Future[bool]") -> None:
         """Wait until a task is written, and note how that went."""

@@ -96,9 +96,16 @@ class RemoteWritable(WritableStore):
 
     def move(self, old: str, new: str) -> None:
         """Copy a file within the store and remove the old one."""
-        if not self.exists(old):
+
+        def copy() -> bool:
+            try:
+                self._files.cp_file(self._full(old), self._full(new))
+            except FileNotFoundError:  # another process was faster, or it never was
+                return False
+            return True
+
+        if not self._do(new, "written", copy):
             raise FileNotFoundError(self.where(old))
-        self._do(new, "written", lambda: self._files.cp_file(self._full(old), self._full(new)))
         self.delete(old)
 
     def delete(self, name: str) -> None:
