@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pipeline.data.decode import ArrayDecode, Decode
 from pipeline.errors import UserError
+from pipeline.export.statistics import scaling
 from pipeline.latents import LatentDataset
 from pipeline.models.autoencoder import num_parameters
 from pipeline.models.interchange import (
@@ -25,8 +26,6 @@ from pipeline.models.interchange import (
 from pipeline.models.portable import check_packages, export_networks
 from pipeline.rundir import LoadedRun, Step, load_run
 
-# Of latent_stats.json, and of config.json.
-SCALING = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
 UINT8_RANGE = (0.0, 255.0)  # of images
 
 
@@ -123,7 +122,7 @@ def _stored_values(decode: Decode) -> StoredValues:
 
 
 def _read_scaling(latents: str, weights_sha256: str) -> dict[str, Any]:
-    """Return the fields SCALING of a finished export by these weights; raise UserError without."""
+    """Return the scaling of a finished export by these weights; raise UserError without."""
     with LatentDataset(latents) as dataset:
         if dataset.manifest.model_sha256 != weights_sha256:
             raise UserError(
@@ -135,4 +134,4 @@ def _read_scaling(latents: str, weights_sha256: str) -> dict[str, Any]:
         statistics = dataset.statistics
     if statistics["num_rows"] == 0:
         raise UserError(f"{latents} holds no valid row, so it has no scaling: leave out --latents.")
-    return {name: statistics[name] for name in SCALING}
+    return scaling(statistics)

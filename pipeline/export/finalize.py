@@ -8,7 +8,7 @@ The plan and the commit records say all: neither the model nor the data is neede
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -33,10 +33,13 @@ def finalize(export: ExportDir, plan: Plan) -> None:
         commits = read_commits(export, [task.name for task in plan.tasks])
         publish_all(export, commits)
         keys = [record.keys for record in commits]
-        merged = statistics.to_text(merge_statistics(commits))
-        index = key_index_file([task.name for task in plan.tasks], keys)
-        manifest = build_manifest(plan, commits, {STATISTICS: merged, KEYS: index})
-        for name, data in ((STATISTICS, merged), (KEYS, index), (MANIFEST, manifest)):
+        merged = merge_statistics(commits)
+        sidecars = {
+            STATISTICS: statistics.to_text(merged),
+            KEYS: key_index_file([task.name for task in plan.tasks], keys),
+        }
+        manifest = build_manifest(plan, commits, sidecars, statistics.scaling(merged))
+        for name, data in (*sidecars.items(), (MANIFEST, manifest)):
             export.place(name, data)
         export.store.delete_folder(STAGE)
         digest = hashlib.sha256(manifest).hexdigest()
@@ -86,8 +89,13 @@ def _concatenate(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
-def build_manifest(plan: Plan, commits: Sequence[Commit], sidecars: dict[str, bytes]) -> bytes:
-    """Return `manifest.json`: every file with its hash, every failed row.
+def build_manifest(
+    plan: Plan,
+    commits: Sequence[Commit],
+    sidecars: Mapping[str, bytes],
+    scaling: Mapping[str, Any],
+) -> bytes:
+    """Return `manifest.json`: every file with its hash, every failed row, the latents' scaling.
 
     sidecars: contents of the files beside it, by name.
     """
@@ -114,7 +122,7 @@ def build_manifest(plan: Plan, commits: Sequence[Commit], sidecars: dict[str, by
         "failed_rows": sum(len(record.faults) for record in commits),
         "duplicate_keys": num_duplicates([record.keys for record in commits]),
         "tasks": tasks,
-        "statistics": named(STATISTICS),
+        "statistics": named(STATISTICS) | {"scaling": scaling},
         "keys": named(KEYS),
     }
     return (json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

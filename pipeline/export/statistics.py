@@ -13,7 +13,7 @@ views have none of their own.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -205,6 +205,15 @@ def _covariance(moment: list[list[float]], count: int) -> list[list[float]] | No
         return None
     size = range(len(moment))
     return [[moment[min(i, j)][abs(i - j)] / count for j in size] for i in size]
+
+
+# The names of diffusers' AutoencoderKL.
+SCALING = ("latents_mean", "latents_std", "shift_factor", "scaling_factor")
+
+
+def scaling(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what normalises the latents; None where there is no valid row."""
+    return {name: statistics.get(name) for name in SCALING}
 
 
 def to_text(statistics: dict[str, Any]) -> bytes:

@@ -288,9 +288,11 @@ class _Contents:
         if index is not None:
             yield from check_key_index(index, names, self._keys)
         if self._with_statistics and stored is not None:
-            recomputed = statistics.to_text(statistics.merge(self._partials))
-            if recomputed != stored:
+            merged = statistics.merge(self._partials)
+            if statistics.to_text(merged) != stored:
                 yield f"{STATISTICS} differs from the statistics of the stored values"
+            if self._manifest["statistics"]["scaling"] != statistics.scaling(merged):
+                yield f"{MANIFEST} holds another scaling than that of the stored values"
 
 
 def _other_content(path: str) -> str:

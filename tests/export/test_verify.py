@@ -148,7 +148,8 @@ def test_changed_latents_behind_fitting_hashes(out: Path):
     seal(out)
     assert verify_export(out, level="keys").problems == []
     assert verify_export(out).problems == [
-        "latent_stats.json differs from the statistics of the stored values"
+        "latent_stats.json differs from the statistics of the stored values",
+        "manifest.json holds another scaling than that of the stored values",
     ]
 
 
