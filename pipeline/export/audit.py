@@ -116,11 +116,18 @@ def audit_task(
     return first, problems
 
 
-def _check_rows(rows: Rows, task: Mapping[str, Any], output: Mapping[str, Any]) -> Iterator[str]:
+def unfit(rows: Rows, output: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how latents are not those of an export with such an output."""
     shape = tuple(output["latent_shape"])
     for field in output["fields"]:
         if field not in rows.latents or rows.latents[field].shape[1:] != shape:
             yield f"no {field} of the shape {shape}"
+    if not all(np.isfinite(values).all() for values in rows.latents.values()):
+        yield "latents that are not finite"
+
+
+def _check_rows(rows: Rows, task: Mapping[str, Any], output: Mapping[str, Any]) -> Iterator[str]:
+    yield from unfit(rows, output)
     if len(rows) != task["rows"]:
         yield f"{len(rows)} rows instead of {task['rows']}"
     if keys_digest(rows.keys) != task["keys_sha256"]:
@@ -128,8 +135,6 @@ def _check_rows(rows: Rows, task: Mapping[str, Any], output: Mapping[str, Any]) 
     failed = [row for row, *_ in task["faults"]]
     if rows.rows[~rows.valid].tolist() != sorted(failed):
         yield "the rows marked as not valid are not the failed rows of the manifest"
-    if not all(np.isfinite(values).all() for values in rows.latents.values()):
-        yield "latents that are not finite"
 
 
 def _equal(one: Rows, other: Rows) -> bool:

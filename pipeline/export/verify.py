@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 from pipeline.data.storage.opening import open_writable
 from pipeline.errors import UserError
 from pipeline.export import statistics
-from pipeline.export.audit import audit_task, check_key_index, malformed
+from pipeline.export.audit import audit_task, check_key_index, malformed, unfit
 from pipeline.export.commit import Commit, keys_digest
 from pipeline.export.finalize import num_duplicates
 from pipeline.export.layout import (
@@ -273,7 +273,7 @@ class _Contents:
         if rows is None:
             return
         self._keys.append(rows.keys)
-        if self._with_statistics:
+        if self._with_statistics and not any(unfit(rows, output)):
             partial = statistics.partial_of(rows.latents, rows.valid, task["faults"])
             self._partials.append(partial)
 

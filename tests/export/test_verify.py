@@ -320,10 +320,22 @@ def test_latents_of_another_shape(out: Path):
 
     rewrite(out, cut)
     seal(out)
-    problems = verify_export(out, level="keys").problems
+    problems = verify_export(out).problems
     for name in (TAR, PARQUET):
         assert f"{name}: no mu of the shape (3,)" in problems
         assert f"{name}: no logvar of the shape (3,)" in problems
+
+
+def test_latents_that_are_not_finite(out: Path):
+    def spoil(rows: Rows) -> Rows:
+        mu = rows.latents["mu"].copy()
+        mu[:3, 1] = np.inf, -np.inf, np.nan
+        return changed(rows, latents={**rows.latents, "mu": mu})
+
+    rewrite(out, spoil)
+    seal(out)
+    problems = verify_export(out).problems
+    assert {f"{name}: latents that are not finite" for name in (TAR, PARQUET)} < set(problems)
 
 
 def test_missing_commit_record(out: Path):
