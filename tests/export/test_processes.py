@@ -1,10 +1,6 @@
-"""Real processes: killed at random moments, several at once, under accelerate launch, stopped."""
+"""Real processes: under accelerate launch, one of them killed, stopped; kills: test_kills.py."""
 
-import json
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +10,6 @@ import pytest
 from pipeline import strict
 from pipeline.export.verify import verify_export
 from tests.export.world import NUM_SHARDS, make_config, make_data, make_run, tree
-from tests.processes import CPU_ENV, ROOT
 
 
 @pytest.fixture
@@ -23,40 +18,6 @@ def config(run_dir: Path, tmp_path: Path) -> Path:
     path = tmp_path / "export.yaml"
     path.write_text(strict.dump(make_config(run_dir, tmp_path / "out")))
     return path
-
-
-def kill_and_restart(config: Path, seed: int, kills: int) -> list[dict]:
-    command = [sys.executable, ROOT / "tests/export/killer.py", config, str(seed), str(kills)]
-    environment = CPU_ENV | {"PATH": "/usr/bin:/bin"}
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=280
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def check_killed(starts: list[dict], kills: int) -> None:
-    assert len(starts) == kills + 1
-    assert set(starts[-1]["codes"]) == {0}
-    killed = [code for start in starts[:-1] for code in start["codes"]]
-    assert -signal.SIGKILL in killed  # else nothing was tested
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_export_killed_ten_times_has_the_same_bytes(
-    config: Path, finished: Path, data: Path, seed: int
-):
-    check_killed(kill_and_restart(config, seed, 10), 10)
-    out = config.parent / "out"
-    assert tree(out) == tree(finished)
-    assert verify_export(out, source=data).problems == []
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("seed", range(100, 110))
-def test_killed_ten_times_many_times_over(config: Path, finished: Path, seed: int):
-    check_killed(kill_and_restart(config, seed, 10), 10)
-    assert tree(config.parent / "out") == tree(finished)
 
 
 @pytest.mark.distributed
