@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -21,6 +21,7 @@ if __name__ == "__main__":
     needs.check()  # before anything of the extra is imported
 
 from pipeline import strict
+from pipeline.console import print_report
 from pipeline.data.storage import ShardReadError
 from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE, StoreError, UserError
 from pipeline.export.failures import forget_failures, is_unwritable, quarantined, reason_of
@@ -31,6 +32,7 @@ from pipeline.export.prepare import Prepared, prepare
 from pipeline.export.progress import Progress
 from pipeline.export.run import run_worker
 from pipeline.export.settings import ExportConfig
+from pipeline.export.status import export_status
 from pipeline.export.workers import Worker, find_worker
 from pipeline.verbs import add_export_arguments
 
@@ -135,11 +137,15 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; `argv` without the program's name."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.export", description=__doc__)
     add_export_arguments(parser)
+    parser.set_defaults(json=False)
     return run(parser.parse_intermixed_args(argv))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Take part in an export, as the command line says, and return the exit code."""
+    """Take part in an export, as the command line says, and return the exit code.
+
+    With `json` how far the export is then goes to stdout.
+    """
     asked_to_stop = False
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -159,7 +165,10 @@ def run(arguments: argparse.Namespace) -> int:
         is_heard = True  # from here on an error is this process's own
         if arguments.retry_failed:
             forget_failures(prepared.export)
-        return work_through(prepared, worker, lambda: asked_to_stop)
+        code = work_through(prepared, worker, lambda: asked_to_stop)
+        if arguments.json:
+            print_report(asdict(export_status(out)), as_json=True)
+        return code
     except (UserError, OSError) as error:
         code, text = explain(error, out)
         if is_heard:
