@@ -56,11 +56,11 @@ def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:
     for name, value in fields.items():
         # Metrics (eval_ema/kl) keep the names under which they are logged.
         label = indent + (name if "/" in name else name.replace("_", " "))
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             lines += [label, *_lines(value, indent + "  ")]
         elif isinstance(value, list | tuple) and len(value) > 4:
             lines += [label, *(f"{indent}  {item}" for item in value)]
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, list | tuple | dict):
             lines.append(f"{label:<28}{', '.join(map(str, value)) or '-'}")
         elif isinstance(value, float):
             lines.append(f"{label:<28}{value:.6g}")
