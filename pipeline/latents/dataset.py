@@ -77,7 +77,7 @@ class LatentDataset:
         self.manifest: Manifest = read_manifest(self._files, weights_sha256)
         self.format = choose_format(self.root, self.manifest, format)
         self.normalized = normalized
-        scale = self._make_scale() if normalized else None
+        scale = self._scale if normalized else None
         self._shards = Shards(self._files, self.manifest, self.format, scale)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -110,6 +110,19 @@ class LatentDataset:
     def statistics(self) -> dict[str, Any]:
         """The statistics of all valid rows: latents_mean, latents_std, scaling_factor ..."""
         return read_statistics(self._files, self.manifest)
+
+    def denormalize(self, z: NDArray[Any]) -> NDArray[np.float32]:
+        """Return latents as the model's decoder takes them, from normalised ones: mu or z of rows
+        read with normalized=True, or new ones of their kind.
+
+        z: [n, *latent_shape]. Raises UserError for another shape, or an export without statistics.
+        """
+        if z.shape[1:] != self.latent_shape:
+            raise UserError(
+                f"Latents to denormalise have the shape {list(z.shape)}, but those of {self.root} "
+                f"have [n, {', '.join(map(str, self.latent_shape))}]."
+            )
+        return self._scale.invert(z)
 
     @overload
     def __getitem__(self, rows: int) -> LatentRow: ...
@@ -234,7 +247,8 @@ class LatentDataset:
             raise damaged(where, "is missing") from None
         return KeyIndex(file, where, self.manifest.task_names)
 
-    def _make_scale(self) -> Scale:
+    @cached_property
+    def _scale(self) -> Scale:
         return make_scale(self.statistics, len(self.manifest.latent_shape), self.root)
 
     def _checked(self, rows: Ints) -> Ints:

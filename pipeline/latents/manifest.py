@@ -131,6 +131,10 @@ class Scale:
         scaled[~valid] = 0
         return scaled
 
+    def invert(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        """Undo `apply` for `values` [n, C, ...] of mu or z: as float32, as the model has them."""
+        return np.asarray(values, np.float32) * self.std + self.mean
+
 
 def make_scale(statistics: Mapping[str, Any], num_axes: int, root: str) -> Scale:
     """Return the scale from latents_mean and latents_std; raise UserError where there is none."""

@@ -98,6 +98,16 @@ class AutoEncoder(nn.Module):
         z = posterior.sample(keys)
         return Output(posterior, z, widen(self._run(self.decoder, z)), learned)
 
+    def reconstruct(self, z: Tensor) -> Tensor:
+        """Return the pictures [B, *event] in [0, 1] that latents z [B, *latent] stand for.
+
+        The mean of p(x | z). For a model as `from_pretrained` gives it; one that is wrapped for a
+        training must be called itself, which is `forward`.
+        """
+        output: Output = self(z, mode="decode")
+        assert output.decoded is not None
+        return self.config.likelihood.mean(output.decoded).clamp(0, 1)
+
     def _run(self, network: nn.Module, x: Tensor) -> Tensor:
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
             return run_in_stages(network, x)

@@ -189,12 +189,41 @@ def test_normalised(kind: str, tmp_path: Path):
     assert not found.sample()[~valid].any()
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 2, 4)])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_denormalised(shape: tuple[int, ...], normalized: bool, tmp_path: Path):
+    small(tmp_path, ["parquet"], shape)
+    ds = LatentDataset(tmp_path, normalized=normalized)
+    raw, normal = LatentDataset(tmp_path)[:], LatentDataset(tmp_path, normalized=True)[:]
+    for of_normal, of_raw in ((normal.mu, raw.mu), (normal.sample(seed=3), raw.sample(seed=3))):
+        found = ds.denormalize(of_normal)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found[raw.valid], of_raw[raw.valid], atol=1e-5)
+    assert ds.denormalize(np.zeros((2, *shape))).dtype == np.float32
+    mean = np.array(ds.statistics["latents_mean"]).reshape(3, *(1 for _ in shape[1:]))
+    found = ds.denormalize(np.zeros((2, *shape)))
+    np.testing.assert_allclose(found, np.broadcast_to(mean, (2, *shape)), rtol=1e-6)
+
+
+def test_only_latents_of_the_export_are_denormalised(tmp_path: Path):
+    small(tmp_path / "maps", ["parquet"], (3, 2, 4))
+    ds = LatentDataset(tmp_path / "maps", normalized=True)
+    with pytest.raises(UserError, match=r"have the shape \[3, 2, 4\], but .* have \[n, 3, 2, 4\]"):
+        ds.denormalize(ds[0].mu)
+    rows = make_rows(0, 7, notes=False)
+    rows.valid[:] = False
+    write_export(tmp_path / "void", [rows], ["parquet"])
+    with pytest.raises(UserError, match="no valid row, so there is nothing to normalise by"):
+        LatentDataset(tmp_path / "void").denormalize(np.zeros((1, 3), np.float32))
+
+
 def test_a_channel_that_never_varies_is_normalised_to_zero(tmp_path: Path):
     rows = make_rows(0, 20, fields=("mu",), notes=False)
     rows.latents["mu"][:, 1] = 7
     write_export(tmp_path, [rows], ["parquet"])
     mu = LatentDataset(tmp_path, normalized=True).column("mu")
     assert not mu[:, 1].any()
+    np.testing.assert_allclose(LatentDataset(tmp_path).denormalize(mu)[:, 1], 7)
     np.testing.assert_allclose(mu[:, [0, 2]].std(0), 1, rtol=1e-5)
 
 

@@ -61,6 +61,26 @@ def test_contract(
     assert torch.equal(decoded.decoded, output.decoded)
 
 
+@pytest.mark.parametrize("likelihood", ["squared_error", "gaussian", "bernoulli"])
+@pytest.mark.parametrize("backbone", ["mlp", "burgess"])
+def test_latents_become_pictures(backbone: str, likelihood: str) -> None:
+    model = build(
+        (3, 32, 32), backbone={"kind": backbone}, likelihood={"kind": likelihood}
+    ).requires_grad_(False)
+    posterior = model(torch.rand(4, 3, 32, 32), mode="encode").posterior
+    for z in (posterior.mu, posterior.sample(keys(4)), 1e3 * torch.randn(4, *model.latent_shape)):
+        x = model.reconstruct(z)
+        assert x.shape == (4, 3, 32, 32)
+        assert x.min() >= 0
+        assert x.max() <= 1
+        mean = model.config.likelihood.mean(model(z, mode="decode").decoded)
+        inside = (mean >= 0) & (mean <= 1)
+        assert torch.equal(x[inside], mean[inside])
+        assert torch.equal(x[~inside], (mean[~inside] > 1).float())
+    if likelihood == "squared_error":
+        assert not inside.all()  # an identity link leaves [0, 1], and the picture does not
+
+
 @pytest.mark.parametrize(("channels", "expected"), [(1, 502_005), (3, 504_055)])
 def test_burgess_has_the_published_number_of_parameters(channels: int, expected: int) -> None:
     model = build((channels, 64, 64), likelihood={"kind": "bernoulli"})
