@@ -81,7 +81,7 @@ def make_run(run_dir: Path, data: Path, model: Mapping[str, Any], *, scale: floa
     return run_dir
 
 
-def make_config(run_dir: Path, out: Path, **settings: Any) -> ExportConfig:
+def make_config(run_dir: Path, out: Path | str, **settings: Any) -> ExportConfig:
     """A config that writes both formats; keyword arguments replace settings."""
     defaults = {
         "run": str(run_dir),
