@@ -93,11 +93,20 @@ def create_exclusive(path: Path, data: bytes) -> bool:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        return False
+        # NFS asks again when an answer is lost, and is refused what it has done itself.
+        if not _is_link(temporary, path):
+            return False
     finally:
         temporary.unlink()
     sync_directory(path.parent)
     return True
+
+
+def _is_link(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except FileNotFoundError:  # deleted meanwhile
+        return False
 
 
 def publish(staged: Path, final: Path) -> None:

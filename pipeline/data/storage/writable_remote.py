@@ -83,7 +83,14 @@ class RemoteWritable(WritableStore):
     def exists(self, name: str) -> bool:
         """Tell whether there is a file of this name."""
         self._files.invalidate_cache()
-        return self._do(name, "read", lambda: bool(self._files.isfile(self._full(name))))
+
+        def look() -> bool:  # `isfile` would take an error for an answer
+            try:
+                return self._files.info(self._full(name))["type"] == "file"
+            except FileNotFoundError:
+                return False
+
+        return self._do(name, "read", look)
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Return name -> bytes of all files below a folder, by one listing."""
@@ -98,6 +105,7 @@ class RemoteWritable(WritableStore):
         """Copy a file within the store and remove the old one."""
 
         def copy() -> bool:
+            self._files.invalidate_cache()
             try:
                 self._files.cp_file(self._full(old), self._full(new))
             except FileNotFoundError:  # another process was faster, or it never was

@@ -1,0 +1,168 @@
+"""Answers that are lost, listings that lie, and everybody who may work on an export at once."""
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import boto3
+import fsspec
+import pytest
+from botocore.exceptions import ConnectionClosedError
+from s3fs import S3FileSystem
+
+from pipeline.data.storage.opening import open_writable
+from pipeline.data.storage.writable_local import LocalWritable
+from pipeline.errors import DONE, StoreError, UserError
+from pipeline.export.__main__ import begin, work_through
+from pipeline.export.layout import COMMITS, ExportDir
+from pipeline.export.status import collect_garbage, export_status, finalize_export
+from pipeline.export.verify import verify_export
+from pipeline.export.workers import Worker
+from pipeline.files import create_exclusive
+from tests.data.storage.conftest import BUCKET, s3_endpoint
+from tests.export.world import make_config, run_export, tree
+
+__all__ = ["s3_endpoint"]  # a fixture
+
+
+class LostAnswers(LocalWritable):
+    """A store that does what it is asked, and then says that it could not."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.lost: list[str] = []
+
+    def create(self, name: str, content: bytes) -> bool:
+        done = super().create(name, content)
+        if done and name.startswith(COMMITS):
+            self.lost.append(name)
+            raise StoreError(f"{name}: the connection broke")
+        return done
+
+
+def test_a_commit_whose_answer_is_lost_is_a_commit(run_dir: Path, finished: Path, tmp_path: Path):
+    """Its stage is kept, nobody does the task again, and `finalize` publishes it."""
+    prepared, _ = begin(make_config(run_dir, tmp_path), Worker())
+    store = LostAnswers(str(tmp_path))
+    prepared = replace(prepared, export=ExportDir(store))
+    codes = []
+    for _ in range(4):  # three failures in a row end a worker
+        try:
+            codes.append(work_through(prepared, Worker(), lambda: False))
+        except OSError as error:
+            assert "the connection broke" in str(error)  # noqa: PT017
+    assert codes[-1:] == [DONE]
+    assert len(store.lost) == len(prepared.plan.tasks)
+    assert tree(tmp_path) == tree(finished)
+
+
+def test_s3_creates_once_though_its_first_answer_is_lost(s3_endpoint: str):
+    """The library asks again, and is refused what it has done itself."""
+    S3FileSystem.clear_instance_cache()
+    store = open_writable(f"s3://{BUCKET}/lost")
+    answers = []
+
+    def lose_the_first(**_):
+        answers.append(1)
+        if len(answers) == 1:
+            raise ConnectionClosedError(endpoint_url=store.root)
+
+    store._files.call_s3("list_buckets")  # connects
+    store._files.s3.meta.events.register("after-call.s3.PutObject", lose_the_first)
+    assert store.create("a.json", b"mine")
+    assert len(answers) == 2
+    assert not store.create("a.json", b"another's")
+    assert store.read("a.json") == b"mine"
+    S3FileSystem.clear_instance_cache()
+
+
+def test_a_link_whose_answer_is_lost_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """NFS asks again when no answer comes, and is told that the name exists."""
+    link = os.link
+
+    def link_twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    assert create_exclusive(tmp_path / "a", b"mine")
+    assert not create_exclusive(tmp_path / "a", b"mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_store_that_does_not_answer_is_not_a_missing_file(monkeypatch: pytest.MonkeyPatch):
+    """Or a committed file would count as gone."""
+    store = open_writable("memory://unreachable")
+    store.put("a", b"x")
+    assert [store.exists(name) for name in ("a", "b")] == [True, False]
+
+    def broken(self: object, path: str, **_: object) -> None:
+        raise ConnectionError(path)
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", broken)
+    with pytest.raises(StoreError, match="unreachable/a cannot be read"):
+        store.exists("a")
+
+
+def many_hands(out: str, run: Callable[[], int]) -> None:
+    """Three workers, while others clean up, finish and look as often as they can."""
+    errors: list[BaseException] = []
+    at_work = threading.Event()
+
+    def watched(do: Callable[[], None]) -> Callable[[], None]:
+        def loop() -> None:
+            try:
+                do()
+            except BaseException as error:  # noqa: BLE001 - raised below
+                errors.append(error)
+
+        return loop
+
+    def work() -> None:
+        assert run() == DONE
+
+    def meddle() -> None:
+        while not at_work.is_set():
+            collect_garbage(out)
+            export_status(out)
+            try:
+                finalize_export(out)
+            except UserError as error:
+                assert "are not committed" in str(error)  # noqa: PT017
+
+    workers = [threading.Thread(target=watched(work)) for _ in range(3)]
+    meddlers = [threading.Thread(target=watched(meddle)) for _ in range(2)]
+    for thread in [*workers, *meddlers]:
+        thread.start()
+    for thread in workers:
+        thread.join()
+    at_work.set()
+    for thread in meddlers:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_gc_status_and_finalize_while_others_work(run_dir: Path, finished: Path, tmp_path: Path):
+    for turn in range(4):
+        out = tmp_path / str(turn)
+        config = make_config(run_dir, out)
+        begin(config, Worker())
+        many_hands(str(out), lambda config=config: run_export(config))
+        assert tree(out) == tree(finished)
+
+
+@pytest.mark.slow
+def test_gc_status_and_finalize_on_s3_while_others_work(
+    s3_endpoint: str, run_dir: Path, finished: Path
+):
+    url = f"s3://{BUCKET}/hands"
+    config = make_config(run_dir, Path("none")).model_copy(update={"out": url})
+    begin(config, Worker())
+    many_hands(url, lambda: run_export(config))
+    assert verify_export(url).problems == []
+    keys = boto3.resource("s3").Bucket(BUCKET).objects.filter(Prefix="hands/")
+    names = {item.key.removeprefix("hands/") for item in keys}
+    assert {name for name in names if not name.startswith("_run/")} == set(tree(finished))
