@@ -1,7 +1,9 @@
 """What cannot be done: counted where the task is at fault, told, and never half written."""
 
+import errno
 import itertools
 import json
+import os
 import random
 import re
 import threading
@@ -16,6 +18,7 @@ from pipeline.data.index import build_index
 from pipeline.data.storage import ShardReadError
 from pipeline.errors import DONE, FAILED, WRONG_USE, UserError
 from pipeline.export.__main__ import begin, main, work_through
+from pipeline.export.finalize import finalize
 from pipeline.export.prepare import Prepared
 from pipeline.export.run import Shards
 from pipeline.export.status import export_status
@@ -227,3 +230,40 @@ def test_a_reader_that_dies_leaves_no_thread_and_no_stage(
         go(failing(prepared, lambda _: reading("x")))
     assert not list(tmp_path.glob("_stage/*"))
     assert not [t.name for t in threading.enumerate() if t.name.startswith(("rows-", "export-"))]
+
+
+@pytest.mark.fault
+def test_a_disk_that_fills_up_at_any_file_of_the_end_leaves_no_mark(
+    run_dir: Path, finished: Path, tmp_path: Path, small_disk: Callable
+):
+    """One page more each time: statistics fit, then the index, then the manifest, then the mark."""
+    disk = small_disk("16m")
+    out = disk / "out"
+    prepared, _ = begin(make_config(run_dir, out), Worker())
+    assert go(prepared) == DONE
+    ends = ("_SUCCESS", "manifest.json", "keys.parquet", "latent_stats.json")
+    left: list[int] = []  # files of the end that were there at each refusal
+    for pages in itertools.count():
+        for name in ends:
+            (out / name).unlink(missing_ok=True)
+        fill_up(disk, pages)
+        try:
+            finalize(prepared.export, prepared.plan)
+            break
+        except OSError as error:
+            assert error.errno == errno.ENOSPC  # noqa: PT017
+        assert not (out / "_SUCCESS").exists()
+        assert not [path for path in out.rglob("*.tmp-*") if path.is_file()]
+        left.append(sum((out / name).exists() for name in ends))
+    assert left == sorted(left)
+    assert set(left) == {0, 1, 2, 3}
+    assert tree(out) == tree(finished)
+
+
+def fill_up(disk: Path, pages: int) -> None:
+    """Leave so many pages of a disk free."""
+    filler = disk / "filler"
+    filler.unlink(missing_ok=True)
+    status = os.statvfs(disk)
+    free = status.f_bavail * status.f_frsize - pages * os.sysconf("SC_PAGE_SIZE")
+    filler.write_bytes(bytes(free))
