@@ -73,4 +73,4 @@ if __name__ == "__main__":
         "datasets parquet": with_datasets_parquet(parquet),
         "pyarrow": with_pyarrow(parquet),
     }
-    print(json.dumps(found))
+    print(json.dumps(found, default=repr))  # webdataset leaves an empty member as b""

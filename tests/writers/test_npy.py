@@ -1,7 +1,7 @@
 """npy: what others read in the matrix and its twin, and that the two belong together."""
 
-import importlib.util
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +13,10 @@ import pytest
 
 from pipeline.writers import COLUMNS, NpyWriter, Rows
 from tests.processes import ROOT
+from tests.writers.embedding import embedding_reader
 from tests.writers.test_contract import make_rows
+
+__all__ = ["embedding_reader"]  # a fixture
 
 STEMS = ["cats/shard-0", "cats/shard-00", "shard-7"]  # in the order of embedding-reader
 
@@ -31,11 +34,11 @@ def write_folder(folder: Path, shape: tuple[int, ...] = (2, 3), dtype: str = "fl
     return rows
 
 
-def read_with(reader: str, folder: Path) -> list[dict]:
-    if importlib.util.find_spec(reader) is None:
-        pytest.skip(f"{reader} is not installed")
+def read_with(reader: str, folder: Path, *path: Path) -> list[dict]:
+    """What a reader sees below `folder`; `path`: where else it is imported from."""
     result = subprocess.run(
         [sys.executable, ROOT / "tests" / "writers" / "indexers.py", reader, folder],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))},
         capture_output=True,
         text=True,
         check=False,
@@ -89,12 +92,13 @@ def test_matrix_and_twin_that_do_not_fit(tmp_path: Path):
         NpyWriter().read(tmp_path / "long.npy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape, dtype", [((3,), "float16"), ((2, 3), "float32")])
 def test_embedding_reader_joins_rows_across_files(
-    shape: tuple[int, ...], dtype: str, tmp_path: Path
+    embedding_reader: Path, shape: tuple[int, ...], dtype: str, tmp_path: Path
 ):
     rows = write_folder(tmp_path, shape, dtype)
-    found = read_with("embedding_reader", tmp_path)
+    found = read_with("embedding_reader", tmp_path, embedding_reader)
     assert [sample["key"] for sample in found] == list(rows.keys)
     assert [sample["row"] for sample in found] == rows.rows.tolist()
     assert [sample["valid"] for sample in found] == rows.valid.tolist()
