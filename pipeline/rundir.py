@@ -13,11 +13,13 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
+
+from torch import Tensor
 
 from pipeline import strict
 from pipeline.checkpoint import (
@@ -201,8 +203,8 @@ def load_run(
 ) -> LoadedRun:
     """Load the model of the checkpoint that `choose_checkpoint` names.
 
-    weights: the averaged ones, or as trained. Raises UserError if there is no such checkpoint, or
-    if the run kept no average.
+    weights: the averaged ones, or as trained. Raises UserError if there is no such checkpoint, if
+    the run kept no average, or if the config describes another model.
     """
     config = load_config(run_dir)
     path = choose_checkpoint(run_dir, step)
@@ -217,9 +219,24 @@ def load_run(
     dtype = parameter_dtype(config.precision)
     shape = config.data.decode.event_shape
     model = build_autoencoder(config.model, shape, seed=config.seed, dtype=dtype)
+    _check_shapes(model, state, f"{path} holds weights of another model than {run_dir}/config.yaml")
     model.load_state_dict(state)
     model.eval()
     return LoadedRun(model, config, read_state(path), tensors_sha256(state))
+
+
+def _check_shapes(model: AutoEncoder, state: Mapping[str, Tensor], what: str) -> None:
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in state.items()}
+    differing = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
+    if differing:
+        first = differing[0]
+        raise UserError(
+            f"{what} describes: {len(differing)} tensors differ, the first is {first}: "
+            f"{found.get(first, 'none')} there, {expected.get(first, 'none')} by the config. Give "
+            "the config back the settings of `model` and `data.decode` that the run was trained "
+            "with."
+        )
 
 
 def check_ranks(config: TrainConfig, runtime: Runtime) -> None:

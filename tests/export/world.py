@@ -59,7 +59,14 @@ def make_data(path: Path, *, shards: int = NUM_SHARDS) -> Path:
     return path
 
 
-def make_run(run_dir: Path, data: Path, model: Mapping[str, Any], *, scale: float = 1.0) -> Path:
+def make_run(
+    run_dir: Path,
+    data: Path,
+    model: Mapping[str, Any],
+    *,
+    scale: float = 1.0,
+    has_average: bool = True,
+) -> Path:
     """Leave a run directory as training does: config and checkpoints; all weights times `scale`."""
     config = TrainConfig.model_validate(
         {
@@ -73,7 +80,7 @@ def make_run(run_dir: Path, data: Path, model: Mapping[str, Any], *, scale: floa
     for step in (1, 2):
         module = build_autoencoder(config.model, shape, seed=step, dtype=torch.float32)
         weights = {name: scale * value.detach() for name, value in module.state_dict().items()}
-        ema = {name: value + 0.01 for name, value in weights.items()}
+        ema = {name: value + 0.01 for name, value in weights.items()} if has_average else None
         tensors = FullState(model=weights, ema=ema, exp_avg={}, exp_avg_sq={}, num_updates=step)
         state = RunState(step, step, step, "order", "data", 1, {})
         save_checkpoint(run_dir / "checkpoints", state, tensors)
