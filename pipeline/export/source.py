@@ -1,15 +1,17 @@
 """The source side of `verify`: the keys as they stand in the shards themselves."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.data.index import Index
+from pipeline.data.index.one_pass import OnePass
 from pipeline.data.index.splits import ALL
-from pipeline.data.index.tar import TarScan, group_samples
-from pipeline.data.storage import open_storage
+from pipeline.data.index.tar import ReadBytes, TarScan, group_samples
+from pipeline.data.storage import is_url, open_storage
 from pipeline.writers import Rows
 
 
@@ -22,6 +24,8 @@ class SourceKeys:
         self._storage = open_storage(shards or path)
         self._number = {shard.name: i for i, shard in enumerate(self._index.shards)}
         self._split = ALL
+        # Every format's file of a task is checked after the other: the shard is read once.
+        self._keys = lru_cache(maxsize=1)(self._keys_in)
 
     def differences(self, fingerprint: Mapping[str, Any]) -> Iterator[str]:
         """Yield how the data set is not the one of the export's fingerprint."""
@@ -47,8 +51,8 @@ class SourceKeys:
     def check(self, task: Mapping[str, Any], rows: Rows) -> Iterator[str]:
         """Yield how the rows of a file are not those of its source shard, in its order."""
         number, name = self._number.get(task["source"]), str(task["source"])
-        state = self._storage.states([name])[name]
-        if number is None or state is None:
+        keys = self._keys(name)
+        if number is None or keys is None:
             yield f"its source shard {self._storage.where(name)} is missing"
             return
         if not self._has_split():
@@ -57,13 +61,28 @@ class SourceKeys:
         expected = table.rows_of(self._index.split_number(self._split))
         if rows.rows.tolist() != expected.tolist():
             yield f"not the rows of split {self._split} of {task['source']}, in order"
+        if list(rows.keys) != [keys[row] for row in rows.rows if row < len(keys)]:
+            yield f"other keys, or in another order, than {self._storage.where(name)}"
+
+    def _keys_in(self, name: str) -> list[str] | None:
+        """Return the keys of all samples in a shard; None if it is missing.
+
+        From a remote store it comes in large pieces, from a disk the headers alone.
+        """
+        state = self._storage.states([name])[name]
+        if state is None:
+            return None
 
         def read(offset: int, num_bytes: int) -> bytes:
             return self._storage.read(name, offset, min(num_bytes, state.num_bytes - offset))
 
-        keys = [sample.key for sample in group_samples(TarScan(read, state.num_bytes))]
-        if list(rows.keys) != [keys[row] for row in rows.rows if row < len(keys)]:
-            yield f"other keys, or in another order, than {self._storage.where(name)}"
+        def scan(read: ReadBytes) -> list[str]:
+            return [sample.key for sample in group_samples(TarScan(read, state.num_bytes))]
+
+        if not is_url(self._storage.root):
+            return scan(read)
+        with OnePass(self._storage, name, state.num_bytes) as bytes_of:
+            return scan(bytes_of.read)
 
     def _has_split(self) -> bool:
         return self._split == ALL or self._split in self._index.split_spec.names

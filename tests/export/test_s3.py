@@ -1,30 +1,35 @@
 """Exports in an object store: the bytes of a local one, whoever dies; what verify finds there."""
 
 import hashlib
+import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
 import fsspec
 import numpy as np
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from s3fs import S3FileSystem
 
 from pipeline.__main__ import main
-from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
+from pipeline.data.storage.opening import open_writable
+from pipeline.data.storage.s3 import S3Storage
+from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE, StoreError, UserError
 from pipeline.export.__main__ import begin, work_through
 from pipeline.export.commit import commit
+from pipeline.export.reencode import verify_with_run
 from pipeline.export.status import collect_garbage, export_status, finalize_export
 from pipeline.export.verify import verify_export
 from pipeline.export.workers import Worker
 from pipeline.latents import LatentDataset
 from pipeline.latents.formats import READERS
-from tests.data.storage.conftest import BUCKET, free_port, no_proxy, s3_endpoint
+from tests.data.storage.conftest import BUCKET, free_port, no_proxy, s3, s3_endpoint
 from tests.export.test_commit import stage_task
 from tests.export.world import NUM_SHARDS, SHARD_ROWS, make_config, run_export, tree
 
-__all__ = ["no_proxy", "s3_endpoint"]  # fixtures
+__all__ = ["no_proxy", "s3", "s3_endpoint"]  # fixtures
 
 ALL_FORMATS = [{"kind": kind} for kind in READERS]
 URL = f"s3://{BUCKET}"
@@ -127,6 +132,74 @@ def test_every_state_that_a_death_leaves_is_taken_up(
     assert run_export(config) == DONE
     assert tree_of(url) == tree(finished)
     assert stages() == set()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_requests_that_fail_now_and_then_cost_starts_and_nothing_else(
+    s3_endpoint: str,
+    run_dir: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+):
+    """Before the server has seen them, or after it has done them: nobody tries twice here."""
+    rng, counts = random.Random(seed), dict.fromkeys(("before-send.s3", "after-call.s3"), 0)
+
+    def breaking(event: str) -> Callable[..., None]:
+        def break_off(**_: object) -> None:
+            if rng.random() < 0.01:
+                counts[event] += 1
+                raise EndpointConnectionError(endpoint_url=event)
+
+        return break_off
+
+    monkeypatch.setattr(S3FileSystem, "retries", 1)
+    S3FileSystem.clear_instance_cache()
+    url = f"{URL}/broken-{seed}/out"
+    files = open_writable(url)._files
+    files.call_s3("list_buckets")  # connects
+    for event in counts:
+        files.s3.meta.events.register(event, breaking(event))
+    codes = []
+    while DONE not in codes:
+        assert len(codes) < 60
+        try:
+            codes.append(run_export(make_config(run_dir, url)))
+        except (StoreError, UserError) as error:
+            codes.append(FAILED)
+            if "EndpointConnectionError" not in str(error):
+                raise
+    S3FileSystem.clear_instance_cache()
+    assert min(counts.values()) > 0
+    assert tree_of(url) == tree(finished)
+    assert export_status(url).failed_attempts == 0
+
+
+def test_the_model_is_checked_there_too(
+    remote: str,
+    run_dir: Path,
+    data: Path,
+    s3: Callable[[Path, str], str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The export, and the index with its shards, which are read in few pieces."""
+    source = s3(data, "source")
+    asked: list[tuple[str, int]] = []
+    read = S3Storage.read
+
+    def counted(self: S3Storage, name: str, offset: int, num_bytes: int) -> bytes:
+        if name.endswith(".tar"):
+            asked.append((name, offset))
+        return read(self, name, offset, num_bytes)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(S3Storage, "read", counted)
+        assert verify_export(remote, source=source).problems == []
+    assert sorted(asked) == [(f"shard-{number:06d}.tar", 0) for number in range(NUM_SHARDS)]
+    report = verify_with_run(remote, str(run_dir), source=source, shards=None, num_tasks=1)
+    assert report.problems == []
+    assert report.notes == [f"{SHARD_ROWS} rows encoded anew, {SHARD_ROWS} of them bit for bit"]
 
 
 @pytest.mark.parametrize("kind", READERS)
