@@ -1,6 +1,7 @@
 """Real processes: under accelerate launch, one of them killed, stopped; kills: test_kills.py."""
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,17 +38,13 @@ def test_one_of_two_launched_processes_is_killed(
 ):
     """The launcher ends the other one; the same command, now alone, finishes."""
     launched = start_processes("pipeline.export", 2, config)
-    launched.wait_for("", timeout=1)
     while len(launched.ranks()) < 2:
-        pass
+        time.sleep(0.01)
     victim = launched.ranks()[1]
     while not (tmp_path / "out/_run/plan.json").exists() and launched.running:
-        pass
-    try:
-        victim.kill()
-    except psutil.NoSuchProcess:
-        pass
-    launched.wait()
+        time.sleep(0.001)
+    victim.kill()  # the same moment it begins its work
+    assert launched.wait().code != 0
     alone = start_processes("pipeline.export", None, config).wait()
     assert alone.code == 0, alone.output
     assert tree(tmp_path / "out") == tree(finished)
@@ -65,7 +62,7 @@ def test_sigterm_stops_between_tasks_and_the_same_command_goes_on(
     commits = tmp_path / "out/_run/commits"
     running = start_processes("pipeline.export", None, config)
     while running.running and not (commits.exists() and any(commits.glob("*.json"))):
-        pass
+        time.sleep(0.001)
     psutil.Process(running.pid).terminate()
     stopped = running.wait()
     assert stopped.code == 3, stopped.output

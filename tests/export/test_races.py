@@ -2,19 +2,22 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import boto3
 import fsspec
+import psutil
 import pytest
 from botocore.exceptions import ConnectionClosedError
 from s3fs import S3FileSystem
 
+from pipeline import strict
 from pipeline.data.storage.opening import open_writable
 from pipeline.data.storage.writable_local import LocalWritable
-from pipeline.errors import DONE, StoreError, UserError
+from pipeline.errors import DONE, PREEMPTED, StoreError, UserError
 from pipeline.export.__main__ import begin, work_through
 from pipeline.export.layout import COMMITS, ExportDir
 from pipeline.export.status import collect_garbage, export_status, finalize_export
@@ -22,7 +25,8 @@ from pipeline.export.verify import verify_export
 from pipeline.export.workers import Worker
 from pipeline.files import create_exclusive
 from tests.data.storage.conftest import BUCKET, s3_endpoint
-from tests.export.world import make_config, run_export, tree
+from tests.export.world import NUM_SHARDS, make_config, run_export, tree
+from tests.processes import Processes
 
 __all__ = ["s3_endpoint"]  # a fixture
 
@@ -154,6 +158,11 @@ def test_gc_status_and_finalize_while_others_work(run_dir: Path, finished: Path,
         assert tree(out) == tree(finished)
 
 
+def names_in(prefix: str) -> list[str]:
+    """The keys of the bucket below a prefix."""
+    return [item.key for item in boto3.resource("s3").Bucket(BUCKET).objects.filter(Prefix=prefix)]
+
+
 @pytest.mark.slow
 def test_gc_status_and_finalize_on_s3_while_others_work(
     s3_endpoint: str, run_dir: Path, finished: Path
@@ -163,6 +172,34 @@ def test_gc_status_and_finalize_on_s3_while_others_work(
     begin(config, Worker())
     many_hands(url, lambda: run_export(config))
     assert verify_export(url).problems == []
-    keys = boto3.resource("s3").Bucket(BUCKET).objects.filter(Prefix="hands/")
-    names = {item.key.removeprefix("hands/") for item in keys}
+    names = {name.removeprefix("hands/") for name in names_in("hands/")}
+    assert {name for name in names if not name.startswith("_run/")} == set(tree(finished))
+
+
+@pytest.mark.fault
+def test_sigterm_amid_uploads_ends_with_them(
+    s3_endpoint: str,
+    run_dir: Path,
+    finished: Path,
+    tmp_path: Path,
+    start_processes: Callable[..., Processes],
+):
+    """What is on its way is uploaded, committed and published; the same command goes on."""
+    url = f"s3://{BUCKET}/term"
+    config = tmp_path / "export.yaml"
+    config.write_text(strict.dump(make_config(run_dir, tmp_path).model_copy(update={"out": url})))
+    running = start_processes("pipeline.export", None, config)
+    while running.running and not names_in("term/_stage/"):
+        time.sleep(0.001)
+    psutil.Process(running.pid).terminate()
+    stopped = running.wait()
+    assert stopped.code == PREEMPTED, stopped.output
+    assert not names_in("term/_stage/")
+    assert not names_in("term/_SUCCESS")
+    commits, tars = names_in(f"term/{COMMITS}/"), names_in("term/data/tar/")
+    assert 0 < len(commits) == len(tars) < NUM_SHARDS
+    resumed = start_processes("pipeline.export", None, config).wait()
+    assert resumed.code == DONE, resumed.output
+    assert verify_export(url).problems == []
+    names = {name.removeprefix("term/") for name in names_in("term/")}
     assert {name for name in names if not name.startswith("_run/")} == set(tree(finished))

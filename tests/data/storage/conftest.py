@@ -84,7 +84,7 @@ def nginx(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
 def s3_endpoint() -> Iterator[str]:
     """A server that speaks S3; credentials and endpoint stand in the environment, as AWS has it."""
     port = free_port()
-    argv = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    argv = [sys.executable, str(Path(__file__).with_name("s3_server.py")), str(port)]
     process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
     endpoint = f"http://127.0.0.1:{port}"
     with pytest.MonkeyPatch.context() as environment:
