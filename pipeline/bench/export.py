@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from multiprocessing.connection import Connection
 
@@ -181,13 +181,15 @@ class _Share:
         out = f"{self._out}.bench-{new_id()}"
         export = ExportDir(open_writable(out))
         plan = Plan(self._plan.fingerprint, self._tasks)
-        outcome = run_worker(
-            export,
-            plan,
-            replace(self._prepared.work, max_attempts=1),
-            worker=Worker(),
-            should_stop=lambda: False,
-            progress=Progress(export, plan, enabled=False),
-        )
-        export.store.delete_folder("")
+        try:
+            outcome = run_worker(
+                export,
+                plan,
+                self._prepared.work,
+                worker=Worker(),
+                should_stop=lambda: False,
+                progress=Progress(export, plan, enabled=False),
+            )
+        finally:
+            export.store.delete_folder("")
         assert outcome == Outcome(), outcome.errors

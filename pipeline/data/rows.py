@@ -23,6 +23,7 @@ from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import ShardReadError, Storage, open_storage
 from pipeline.data.stream.fetch import read_members
+from pipeline.errors import UserError
 
 METADATA_SUFFIXES = ("json",)
 TEXT_SUFFIXES = ("txt",)
@@ -141,7 +142,10 @@ class _Ahead:
 
     def _open(self, shard: int) -> "ShardReader":
         entry = self._index.shards[shard]
-        state = self._storage.states([entry.name])[entry.name]
+        try:
+            state = self._storage.states([entry.name])[entry.name]
+        except UserError as error:  # it could be listed when we started
+            raise ShardReadError(f"{error}") from error
         if state is None or state.num_bytes != entry.bytes:
             raise ShardReadError(
                 f"{self._storage.where(entry.name)} is missing or has changed since it was "

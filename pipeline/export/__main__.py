@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,11 +30,13 @@ from pipeline.export.layout import FAILURES, ExportDir
 from pipeline.export.plan import Plan, adopt_plan
 from pipeline.export.prepare import Prepared, prepare
 from pipeline.export.progress import Progress
-from pipeline.export.run import run_worker
+from pipeline.export.run import MAX_FAILURES_IN_A_ROW, Outcome, run_worker
 from pipeline.export.settings import ExportConfig
 from pipeline.export.status import export_status
 from pipeline.export.workers import Worker, find_worker
 from pipeline.verbs import add_export_arguments
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # end it between two batches
 
 
 def begin(config: ExportConfig, worker: Worker) -> tuple[Prepared, str]:
@@ -63,39 +65,40 @@ def work_through(prepared: Prepared, worker: Worker, should_stop: Callable[[], b
         if outcome.stopped:
             return PREEMPTED
         progress.report()
-        check_complete(export, plan, prepared.work.max_attempts, outcome.errors)
+        check_complete(export, plan, outcome)
     finalize(export, plan)
     if worker.rank == 0:
         print(f"export: {plan.rows:,} rows in {export.root}", file=sys.stderr)
     return DONE
 
 
-def check_complete(
-    export: ExportDir, plan: Plan, max_attempts: int, errors: Mapping[str, Exception]
-) -> None:
-    """Raise what keeps the export from being finished: UserError, StoreError or the task's own.
-
-    errors: of this worker, by task.
-    """
+def check_complete(export: ExportDir, plan: Plan, outcome: Outcome) -> None:
+    """Raise what keeps the export from being finished: UserError, StoreError or a task's own."""
     names = [task.name for task in plan.tasks]
     committed = export.committed(names)
     missing = [name for name in names if name not in committed]
     if not missing:
         return
-    resting = quarantined(export, missing, max_attempts)
+    resting = quarantined(export, missing)
+    untried = len(missing) - len(outcome.errors.keys() | resting)
+    given_up = (
+        f" {MAX_FAILURES_IN_A_ROW} failures in a row ended this worker, which left {untried} tasks."
+        if outcome.gave_up
+        else ""
+    )
     if resting:
         task, records = next(iter(resting.items()))
         raise UserError(
             f"{len(resting)} of {len(names)} tasks are in quarantine, so the export is not "
-            f"finished ({len(committed)} are committed). The first, {task}: "
+            f"finished ({len(committed)} are committed).{given_up} The first, {task}: "
             f"{reason_of(export, records[-1])} Its records lie in {export.store.where(FAILURES)}; "
             "when the cause is mended give the same command with --retry-failed."
         )
-    error = errors.get(missing[0]) or next(iter(errors.values()))
+    task, error = next(iter(outcome.errors.items()), (missing[0], OSError("nobody has done it")))
     if not isinstance(error, OSError):
         raise error
     raise StoreError(
-        f"{len(missing)} of {len(names)} tasks could not be done. The first, {missing[0]}: {error} "
+        f"{len(missing)} of {len(names)} tasks are not done.{given_up} The first, {task}: {error} "
         "The same command goes on where it stopped."
     ) from error
 
@@ -153,8 +156,9 @@ def run(arguments: argparse.Namespace) -> int:
         del number, frame
         asked_to_stop = True
 
-    previous = signal.signal(signal.SIGTERM, remember)
-    is_heard = os.environ.get("RANK", "0") == "0"  # mistakes common to all processes are told once
+    previous = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
+    # Mistakes that all processes of a machine share are told once.
+    is_heard = os.environ.get("LOCAL_RANK", "0") == "0"
     out = ""
     try:
         config = strict.load(ExportConfig, arguments.config, arguments.overrides)
@@ -163,7 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
         if worker.rank == 0:
             print(f"export: {out}: each task once, by {guarantee}", file=sys.stderr)
         is_heard = True  # from here on an error is this process's own
-        if arguments.retry_failed:
+        if arguments.retry_failed and worker.rank == 0:  # the others' failures may be new ones
             forget_failures(prepared.export)
         code = work_through(prepared, worker, lambda: asked_to_stop)
         if arguments.json:
@@ -175,7 +179,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"error: {text}", file=sys.stderr)
         return code
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def explain(error: UserError | OSError, out: str) -> tuple[int, str]:

@@ -12,12 +12,13 @@ the next process publishes. There are no locks to go stale, no claims to time ou
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline.data.storage.threads import map_in_threads
+from pipeline.errors import UserError
 from pipeline.export.layout import (
     DATA,
     STAGE,
@@ -122,22 +123,22 @@ def read_commits(export: ExportDir, tasks: Sequence[str]) -> list[Commit]:
 
 
 def publish_commit(
-    export: ExportDir, record: Commit, published: Collection[str] | None = None
+    export: ExportDir, record: Commit, published: Mapping[str, int] | None = None
 ) -> None:
     """Move the committed files to their final names, as far as nobody has done so.
 
-    published: names of final files known to be there; None = ask for each. Raises RuntimeError when
-    a committed file is neither staged nor published: somebody deleted it.
+    published: name -> bytes of the final files that are there; None = nobody has asked. Raises
+    UserError when a committed file is neither staged nor published: somebody deleted it.
     """
     store, stage = export.store, f"{STAGE}/{record.attempt}"
     for file in record.files:
-        if store.exists(file.path) if published is None else file.path in published:
+        if published is not None and published.get(file.path) == file.bytes:
             continue
         try:
             store.move(f"{stage}/{_staged_name(file.path)}", file.path)
         except FileNotFoundError:
             if not store.exists(file.path):  # else another process was faster
-                raise RuntimeError(
+                raise UserError(
                     f"{store.where(file.path)} was committed but is gone: remove "
                     f"{store.where(commit_path(record.task))} to have the task done again."
                 ) from None

@@ -1,7 +1,7 @@
 """Attempts that failed by the task's own fault, and when that is enough: `_run/failures/`.
 
     a verdict on the data (RejectedError: too many bad rows)                 -> at once
-    an unexpected error of the code                                           -> `max_attempts`
+    an unexpected error of the code                                           -> MAX_ATTEMPTS
     the disk, the network, memory, the device (run.is_infrastructure)         -> never counted
 
 A task that had enough is in quarantine: workers pass it over until `--retry-failed`. Attempts of
@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.export.layout import FAILURES, ExportDir, flat_name, new_id
 
 Kind = Literal["verdict", "attempt"]
+MAX_ATTEMPTS = 3  # that a task may fail by unexpected errors, over all processes and starts
 READERS = 16
 # What keeps everybody from writing, until a person does something.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -52,7 +53,7 @@ def record_failure(export: ExportDir, task: str, error: Exception) -> None:
     export.store.put(name, json.dumps(record, indent=1).encode())
 
 
-def quarantined(export: ExportDir, tasks: Iterable[str], max_attempts: int) -> dict[str, list[str]]:
+def quarantined(export: ExportDir, tasks: Iterable[str]) -> dict[str, list[str]]:
     """Return task -> names of its failures, for those of the tasks that had enough; one listing."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in export.store.sizes(FAILURES):
@@ -61,7 +62,7 @@ def quarantined(export: ExportDir, tasks: Iterable[str], max_attempts: int) -> d
         task: names
         for task in tasks
         if (names := found.get(flat_name(task), []))
-        and (len(names) >= max_attempts or any(".verdict." in name for name in names))
+        and (len(names) >= MAX_ATTEMPTS or any(".verdict." in name for name in names))
     }
 
 

@@ -11,8 +11,8 @@ from hashlib import sha256
 from typing import Any
 
 from pipeline import strict
-from pipeline.errors import UserError
-from pipeline.export.layout import PLAN, RUN, ExportDir
+from pipeline.errors import StoreError, UserError
+from pipeline.export.layout import DATA, PLAN, RUN, ExportDir
 from pipeline.files import canonical_json
 from pipeline.latents.manifest import FORMAT
 
@@ -85,13 +85,20 @@ def adopt_plan(export: ExportDir, plan: Plan) -> str:
     be written, or if the stored plan is another.
     """
     text = canonical_json(plan.to_json())
+    left_over = next(iter(export.store.sizes(DATA)), None)  # before the plan, which comes first
     try:
         guarantee = export.store.check_exclusive(RUN)
+        if left_over is not None and find_plan(export) is None:
+            raise UserError(
+                f"{export.root} holds {left_over}, but no {PLAN} that says what it is of: remove "
+                "it all, or set another out."
+            )
         if export.store.create(PLAN, text):
             return guarantee
+    except StoreError:
+        raise
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{export.root} cannot be written: {reason}. Set out.") from error
+        raise UserError(f"{export.root} cannot be written: {error.strerror}. Set out.") from error
     # By way of JSON, as stored: tuples are lists there.
     asked = json.loads(text)
     stored = read_plan(export).to_json()

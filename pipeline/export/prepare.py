@@ -35,7 +35,16 @@ from pipeline.rundir import LoadedRun, load_run
 
 CPU_THREADS = 1  # more would split sums differently; use more processes
 # Whatever turns bytes into pixels, pixels into latents, or latents into files.
-VERSIONED = ("torch", "numpy", "pyarrow", "pillow", "simplejpeg", "opencv-python-headless")
+VERSIONED = (
+    "torch",
+    "numpy",
+    "pyarrow",
+    "pillow",
+    "simplejpeg",
+    "opencv-python-headless",
+    "webdataset",
+)
+CODE = 1  # of ours: raised when other bytes, or other statistics of a task, come out
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,6 @@ def prepare(config: ExportConfig, worker: Worker) -> Prepared:
         encoder=encoder,
         writers=config.formats,
         max_bad_fraction=config.max_bad_fraction,
-        max_attempts=config.max_attempts,
     )
     return Prepared(ExportDir(open_writable(config.out)), plan, work, data, index)
 
@@ -195,10 +203,17 @@ def make_fingerprint(
         "encode": {
             "batch_size": config.batch_size,
             "precision": config.precision,
-            "device": torch.cuda.get_device_name(encoder.device) if on_gpu else "cpu",
+            # Kernels, and with them the last bits, depend on it.
+            "device": (
+                torch.cuda.get_device_name(encoder.device)
+                if on_gpu
+                else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+            ),
             "threads": CPU_THREADS,
         },
         "output": {
+            "store": config.store,
+            "views": list(config.views),
             "fields": list(encoder.fields),
             "seed": None if encoder.noise is None else encoder.noise.seed,
             "columns": config.columns,
@@ -206,5 +221,5 @@ def make_fingerprint(
             "dtype": config.dtype,
             "formats": [writer.model_dump(mode="json") for writer in config.formats],
         },
-        "versions": {name: version(name) for name in VERSIONED},
+        "versions": {"code": CODE} | {name: version(name) for name in VERSIONED},
     }

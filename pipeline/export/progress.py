@@ -32,15 +32,20 @@ class Progress:
         self._enabled = enabled
         self._write = write
         self._start = self._last = time.monotonic()
-        self._own_rows = 0
+        self._own_rows = self._last_done = 0
         self._period = PERIOD_SECONDS
         self._done_at_start = self._done() if enabled else 0
 
     def _done(self) -> int:
         start = time.monotonic()
-        committed = self._export.committed(task.name for task in self._tasks)
+        try:
+            committed = self._export.committed(task.name for task in self._tasks)
+        except OSError as error:  # who works will meet it, too; a line of progress is no reason
+            self._write(f"export: the commit records cannot be listed now ({error})\n")
+            return self._last_done
         self._period = max(PERIOD_SECONDS, (time.monotonic() - start) / LISTING_SHARE)
-        return sum(task.rows for task in self._tasks if task.name in committed)
+        self._last_done = sum(task.rows for task in self._tasks if task.name in committed)
+        return self._last_done
 
     def advance(self, rows: int) -> None:
         """Count rows encoded here; print a line if the last one is old enough."""

@@ -83,7 +83,6 @@ def config_of(
     model, data, encode, output = (
         fingerprint[name] for name in ("model", "data", "encode", "output")
     )
-    fields = output["fields"]
     values = {
         "run": run,
         "out": out,
@@ -93,14 +92,14 @@ def config_of(
             "path": source,
             "shards": shards,
             "split": str(data["split"]).partition("/")[0],
-            "label_field": data["label_field"],
+            "label_field": data.get("label_field"),
         },
         "batch_size": encode["batch_size"],
         "precision": encode["precision"],
-        "store": "sample" if "z" in fields else "moments" if "logvar" in fields else "mean",
-        "seed": output["seed"] or 0,
-        "views": ["identity", "hflip"] if any("_hflip" in f for f in fields) else ["identity"],
-        "columns": output["columns"],
+        "store": output.get("store", "moments" if "logvar" in output["fields"] else "mean"),
+        "seed": output.get("seed") or 0,
+        "views": output.get("views", ["identity"]),
+        "columns": output.get("columns", {}),
         "dtype": output["dtype"],
         "formats": output["formats"],
     }

@@ -23,6 +23,7 @@ from pipeline.data.rows import RowBatch
 from pipeline.errors import UserError
 from pipeline.export.commit import Commit, commit, drop, publish_commit, stage_rows
 from pipeline.export.failures import (
+    MAX_ATTEMPTS,
     RejectedError,
     is_unwritable,
     quarantined,
@@ -50,7 +51,6 @@ class Work:
     encoder: Encoder
     writers: Sequence[BaseWriter]
     max_bad_fraction: float
-    max_attempts: int
 
 
 class StoppedError(Exception):
@@ -62,6 +62,7 @@ class Outcome:
     """What a worker leaves: `errors` of tasks that it could not do and nobody has committed."""
 
     stopped: bool = False
+    gave_up: bool = False  # after MAX_FAILURES_IN_A_ROW
     errors: dict[str, Exception] = field(default_factory=dict[str, Exception])
 
 
@@ -77,16 +78,12 @@ def run_worker(
     """Do tasks until all are committed, by whomever, or in quarantine, or a stop is asked for."""
     run = _Run(export, work, should_stop, progress)
     tasks = worker.order(plan.tasks)
-    for _ in range(work.max_attempts):
-        run.errors.clear()
-        try:
-            run.work_through(tasks)
-        except StoppedError:
-            return Outcome(stopped=True)
-        tasks = [task for task in tasks if task.name in run.errors]
-        if not tasks or run.num_in_a_row >= MAX_FAILURES_IN_A_ROW:
+    for _ in range(MAX_ATTEMPTS):
+        run.outcome.errors.clear()
+        run.work_through(tasks)
+        if run.outcome.stopped or run.outcome.gave_up or not run.outcome.errors:
             break
-    return Outcome(errors=run.errors)
+    return run.outcome
 
 
 class _Run:
@@ -95,23 +92,27 @@ class _Run:
     def __init__(
         self, export: ExportDir, work: Work, should_stop: Callable[[], bool], progress: Progress
     ) -> None:
-        self.errors: dict[str, Exception] = {}  # by task, of the current pass
-        self.num_in_a_row = 0
+        self.outcome = Outcome()
+        self._num_in_a_row = 0
+        self._broken: Exception | None = None  # what kept the next task from being chosen
         self._export, self._work, self._progress = export, work, progress
         self._should_stop = should_stop
 
     def work_through(self, tasks: Sequence[Task]) -> None:
-        """Do those of the tasks that nobody has done, each once; raise StoppedError on a stop."""
+        """Do those of the tasks that nobody has done, each once."""
         by_shard = {task.shard: task for task in tasks}
         with (
             ThreadPoolExecutor(1, thread_name_prefix="export-write") as writer,
-            closing(self._work.read(self._open(tasks))) as shards,
+            closing(self._work.read(self._to_do(tasks))) as shards,
         ):
             writing: deque[tuple[Task, Future[bool]]] = deque()
             for shard, batches in shards:
                 task, start = by_shard[shard], time.monotonic()
                 try:
                     rows, faults = self._encode(task, batches)
+                except StoppedError:
+                    self.outcome.stopped = True
+                    break
                 except Exception as error:  # noqa: BLE001 - sorted out by `_note`
                     self._note(task, error)
                     continue
@@ -121,19 +122,25 @@ class _Run:
                 writing.append((task, writer.submit(commit_rows, *job)))
             while writing:
                 self._settle(*writing.popleft())
+        if self._broken is not None:
+            raise self._broken
 
-    def _open(self, tasks: Sequence[Task]) -> Iterator[int]:
-        """Yield the shards of tasks that are still to be done, when each is about to be read."""
-        names = [task.name for task in tasks]
-        resting = quarantined(self._export, names, self._work.max_attempts)
-        done = self._export.committed(names)
-        for task in tasks:
-            if self.num_in_a_row >= MAX_FAILURES_IN_A_ROW:
-                return
-            if task.name in resting or task.name in done:
-                continue
-            if not self._export.is_committed(task.name):  # meanwhile
+    def _to_do(self, tasks: Sequence[Task]) -> Iterator[int]:
+        """Yield the shards of tasks that are still to be done, when each is about to be read.
+
+        It runs inside the reader, whose errors are those of a task: its own are kept for later.
+        """
+        try:
+            names = [task.name for task in tasks]
+            passed_over = self._export.committed(names) | set(quarantined(self._export, names))
+            for task in tasks:
+                if self.outcome.gave_up:
+                    return
+                if task.name in passed_over or self._export.is_committed(task.name):
+                    continue
                 yield task.shard
+        except Exception as error:  # noqa: BLE001 - raised at the end of `work_through`
+            self._broken = error
 
     def _encode(self, task: Task, batches: Iterable[RowBatch]) -> tuple[Rows, list[Fault]]:
         def unless_stopped() -> Iterator[RowBatch]:
@@ -159,17 +166,19 @@ class _Run:
         except Exception as error:  # noqa: BLE001 - as above
             self._note(task, error)
         else:
-            self.num_in_a_row = 0
+            self._num_in_a_row = 0
 
     def _note(self, task: Task, error: Exception) -> None:
         """Keep a task's error for later, unless it ends the worker."""
-        is_mistake = isinstance(error, UserError) and not isinstance(error, RejectedError)
-        if isinstance(error, StoppedError) or is_mistake or is_unwritable(error):
+        is_verdict = isinstance(error, RejectedError)
+        if is_unwritable(error) or (isinstance(error, UserError) and not is_verdict):
             raise error
-        self.errors[task.name] = error
-        self.num_in_a_row += 1
+        self.outcome.errors[task.name] = error
         if not is_infrastructure(error):
             record_failure(self._export, task.name, error)
+        if not is_verdict:  # which is the data's fault, and says nothing of this worker
+            self._num_in_a_row += 1
+            self.outcome.gave_up |= self._num_in_a_row >= MAX_FAILURES_IN_A_ROW
 
 
 def is_infrastructure(error: BaseException) -> bool:

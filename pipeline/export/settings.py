@@ -45,8 +45,6 @@ class ExportConfig(Component):
     formats: Annotated[tuple[Writer, ...], Field(min_length=1)] = (ParquetWriter(),)
     # A task with more failed rows than this is not committed: something else is wrong.
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
-    # So many unexpected errors, over all processes and starts, put a task into quarantine.
-    max_attempts: int = Field(default=3, ge=1)
 
     @model_validator(mode="after")
     def _seed_is_used(self) -> Self:

@@ -34,7 +34,7 @@ class StatusReport:
     rows_per_process_second: float | None  # over the committed tasks
 
 
-def export_status(out: str, max_attempts: int = 3) -> StatusReport:
+def export_status(out: str) -> StatusReport:
     """Look at an export; raises UserError when there is none."""
     export = ExportDir(open_writable(out))
     plan = read_plan(export)
@@ -42,7 +42,7 @@ def export_status(out: str, max_attempts: int = 3) -> StatusReport:
     committed = export.committed(names)
     records = read_commits(export, [name for name in names if name in committed])
     waiting = [name for name in names if name not in committed]
-    failures = quarantined(export, waiting, max_attempts)
+    failures = quarantined(export, waiting)
     return StatusReport(
         out=export.root,
         finished=export.is_finished(),

@@ -1,7 +1,7 @@
 """Is an export what it says it is? Levels, each with all before it; every problem is listed.
 
 listing     finished; exactly the files of the manifest are there, with their sizes
-counts      manifest, plan, commit records and source index agree on rows and files
+counts      manifest, plan and commit records agree on rows and files
 hashes      every file has the content that was committed
 keys        every file's keys, in order, are those of the source shard; formats agree; key index
 statistics  recomputed from the stored values, they have the same bits
@@ -291,7 +291,8 @@ class _Contents:
             merged = statistics.merge(self._partials)
             if statistics.to_text(merged) != stored:
                 yield f"{STATISTICS} differs from the statistics of the stored values"
-            if self._manifest["statistics"]["scaling"] != statistics.scaling(merged):
+            scaling = statistics.scaling(merged)  # which older manifests do not hold
+            if self._manifest["statistics"].get("scaling", scaling) != scaling:
                 yield f"{MANIFEST} holds another scaling than that of the stored values"
 
 

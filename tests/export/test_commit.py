@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import UserError
 from pipeline.export.__main__ import begin
 from pipeline.export.commit import Commit, commit, publish_commit, stage_rows
 from pipeline.export.finalize import finalize
@@ -245,8 +246,20 @@ def test_published_file_that_vanished_is_an_error(prepared: Prepared):
     publish_commit(prepared.export, record)
     publish_commit(prepared.export, record)  # harmless
     (root(prepared) / record.files[0].path).unlink()
-    with pytest.raises(RuntimeError, match="was committed but is gone"):
+    with pytest.raises(UserError, match="was committed but is gone"):
         publish_commit(prepared.export, record)
+
+
+def test_a_damaged_file_is_replaced_when_its_commit_record_is_removed(
+    prepared: Prepared, finished: Path
+):
+    do_all(prepared)
+    finalize(prepared.export, prepared.plan)
+    record = read_commit(prepared, prepared.plan.tasks[3].name)
+    (root(prepared) / record.files[0].path).write_bytes(b"rotten")
+    (root(prepared) / commit_path(record.task)).unlink()
+    do_all(prepared)
+    assert tree(root(prepared)) == tree(finished)
 
 
 def test_shards_in_folders_keep_their_folders(prepared: Prepared):

@@ -259,7 +259,7 @@ def test_a_field_that_samples_lack_is_a_mistake(
     settings = settings.replace("PATH", str(data))
     out = tmp_path / "out"
     config.write_text(f"run: {model_run}\nout: {out}\nmax_bad_fraction: 0.2\n{settings}\n")
-    assert main([str(config)]) == WRONG_USE
+    assert main([str(config), "--worker", "0/1"]) == WRONG_USE
     printed = capsys.readouterr().err
     for part in expected:
         assert part in printed

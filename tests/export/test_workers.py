@@ -1,5 +1,7 @@
 """Who a process is, from the environments of accelerate launch, torchrun and Slurm arrays."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.errors import UserError
@@ -37,11 +39,12 @@ TASKS = [Task(str(number), number, 1, f"{number}.tar", "") for number in range(1
     ],
 )
 def test_environment(environment: dict[str, str], expected: Worker):
-    assert find_worker(environment) == expected
+    worker = find_worker(environment)
+    assert replace(worker, start=0) == expected
 
 
 def test_option_comes_first():
-    assert find_worker({"RANK": "1", "WORLD_SIZE": "2"}, "3/8") == Worker(3, 8)
+    assert find_worker({"RANK": "1", "WORLD_SIZE": "2"}, "3/8") == Worker(3, 8, local_rank=3)
 
 
 @pytest.mark.parametrize("text", ["8/8", "1", "a/b", "-1/2", "1/0", "0/4/2"])
@@ -68,6 +71,33 @@ def test_shares_are_disjoint_and_every_order_is_complete(world: int):
     assert sorted(own) == sorted(task.name for task in TASKS)
 
 
-def test_others_are_taken_from_the_end():
-    names = [task.name for task in Worker(1, 3).order(TASKS)]
-    assert names == ["1", "4", "7", "9", "8", "6", "5", "3", "2", "0"]
+def test_others_are_taken_from_the_end_each_from_a_place_of_its_own():
+    names = [[task.name for task in Worker(rank, 3).order(TASKS)] for rank in range(3)]
+    assert names[0] == ["0", "3", "6", "9", "8", "7", "5", "4", "2", "1"]
+    assert names[1] == ["1", "4", "7", "6", "5", "3", "2", "0", "9", "8"]
+    assert names[2] == ["2", "5", "8", "3", "1", "0", "9", "7", "6", "4"]
+
+
+def test_processes_without_numbers_begin_anywhere():
+    starts = {find_worker({}).start for _ in range(20)}
+    assert len(starts) == 20
+    assert all(0 <= start < 1 for start in starts)
+    orders = {Worker(start=start).order(TASKS)[0].name for start in (0, 0.35, 0.99)}
+    assert orders == {"0", "3", "9"}
+
+
+def test_when_a_worker_dies_the_others_do_its_tasks_once_not_all_of_them_each():
+    """Simulated: all work in step, a task a turn; what two begin in one turn is done twice."""
+    world, tasks = 16, [replace(TASKS[0], name=f"{i}") for i in range(1600)]
+    orders = {rank: iter(Worker(rank, world).order(tasks)) for rank in range(1, world)}
+    done, runs, turns = set[str](), 0, 0
+    while len(done) < len(tasks):
+        turn = [
+            next((t.name for t in order if t.name not in done), None) for order in orders.values()
+        ]
+        begun = [name for name in turn if name is not None]
+        done |= set(begun)
+        runs += len(begun)
+        turns += 1
+    assert turns < 1.15 * len(tasks) / (world - 1)
+    assert runs < 1.1 * len(tasks)

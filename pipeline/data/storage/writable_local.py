@@ -66,7 +66,7 @@ class LocalWritable(WritableStore):
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Return name -> bytes of all files below a folder; those that vanish meanwhile are not."""
         found: dict[str, int] = {}
-        for path, _, names in os.walk(self._path(folder)):
+        for path, _, names in os.walk(self._path(folder), onerror=_unless_missing):
             for name in names:
                 file = Path(path, name)
                 try:
@@ -87,7 +87,7 @@ class LocalWritable(WritableStore):
 
     def delete_folder(self, folder: str) -> None:
         """Remove a folder with all in it, which others may be removing at the same time."""
-        shutil.rmtree(self._path(folder), ignore_errors=True)
+        shutil.rmtree(self._path(folder), onerror=lambda _, __, error: _unless_missing(error[1]))
 
     @contextmanager
     def new_folder(self, folder: str) -> Generator[Path]:
@@ -115,3 +115,10 @@ class LocalWritable(WritableStore):
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+def _unless_missing(error: BaseException) -> None:
+    """Raise an error of a walk through folders, unless somebody was faster in removing."""
+    is_new = isinstance(error, OSError) and error.errno == errno.ENOTEMPTY  # put in meanwhile
+    if not is_new and not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error

@@ -36,7 +36,8 @@ class RemoteWritable(WritableStore):
         if not has_create:
             self.exclusive_by = ""
         self._appears_whole = appears_whole
-        self._files, self._path = open_filesystem(root)
+        # What others write must be seen: no listing is kept.
+        self._files, self._path = open_filesystem(root, use_listings_cache=False)
 
     def put(self, name: str, content: bytes | Path) -> None:
         """Create or replace a file."""
@@ -82,7 +83,6 @@ class RemoteWritable(WritableStore):
 
     def exists(self, name: str) -> bool:
         """Tell whether there is a file of this name."""
-        self._files.invalidate_cache()
 
         def look() -> bool:  # `isfile` would take an error for an answer
             try:
@@ -94,7 +94,6 @@ class RemoteWritable(WritableStore):
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Return name -> bytes of all files below a folder, by one listing."""
-        self._files.invalidate_cache()
         place = self._full(folder) if folder else self._path
         found = self._do(folder, "listed", lambda: self._files.find(place, detail=True))
         start = len(self._path) + 1
@@ -105,7 +104,6 @@ class RemoteWritable(WritableStore):
         """Copy a file within the store and remove the old one."""
 
         def copy() -> bool:
-            self._files.invalidate_cache()
             try:
                 self._files.cp_file(self._full(old), self._full(new))
             except FileNotFoundError:  # another process was faster, or it never was
