@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import strict
+from pipeline.config import TrainConfig
+from pipeline.data.decode import ArrayDecode
 from pipeline.errors import DONE, WRONG_USE
 from pipeline.export.__main__ import main
 from tests.export.world import make_run, tree
@@ -166,6 +169,15 @@ def test_settings(refused: Refused, overrides: list[str], messages: list[str]):
     text = refused(*overrides)
     for message in messages:
         assert message in text
+
+
+def test_arrays_are_not_mirrored(refused: Refused, own_run: Path):
+    run = strict.load(TrainConfig, own_run / "config.yaml", [])
+    arrays = ArrayDecode(shape=(1, 32, 32), range=(0.0, 1.0))
+    data = run.data.model_copy(update={"decode": arrays})
+    (own_run / "config.yaml").write_text(strict.dump(run.model_copy(update={"data": data})))
+    text = refused(f"run={own_run}", "views=[identity, hflip]")
+    assert "data.decode.kind is 'array': only images are mirrored. Set views to" in text
 
 
 def test_a_worker_that_is_not_among_them(refused: Refused):
