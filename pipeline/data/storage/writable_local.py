@@ -119,6 +119,7 @@ class LocalWritable(WritableStore):
 
 def _unless_missing(error: BaseException) -> None:
     """Raise an error of a walk through folders, unless somebody was faster in removing."""
-    is_new = isinstance(error, OSError) and error.errno == errno.ENOTEMPTY  # put in meanwhile
-    if not is_new and not isinstance(error, FileNotFoundError | NotADirectoryError):
+    # Put in meanwhile; on NFS, a removed file that another process of this machine still writes.
+    in_use = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EBUSY)
+    if not in_use and not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error

@@ -205,6 +205,18 @@ def test_folders_are_written_listed_copied_and_removed(root):
     assert set(store.sizes()) >= {"data/x/a.bin"}
 
 
+@pytest.mark.fault
+def test_what_is_in_use_stays_when_its_folder_is_removed(small_disk, tmp_path):
+    """A mounted disk is as busy as a removed file of NFS that somebody still writes."""
+    disk = small_disk("1m")
+    (tmp_path / "a").write_bytes(b"a")
+    store = open_writable(tmp_path)
+    store.put("disk/b", b"b")
+    store.delete_folder("disk")
+    assert disk.is_mount()
+    assert store.sizes() == {"a": 1}
+
+
 def test_an_s3_that_ignores_the_condition_is_found_out(s3, folder):
     """On the way to the server `If-None-Match` is taken off: every create succeeds."""
     S3FileSystem.clear_instance_cache()
