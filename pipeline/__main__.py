@@ -112,7 +112,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def export_plan(arguments: argparse.Namespace) -> int:
     """Write the plan of an export."""
-    from pipeline.export.__main__ import make_plan
+    from pipeline.export.command import make_plan
 
     print_report(asdict(make_plan(arguments.config, arguments.overrides)), arguments.json)
     return DONE

@@ -1,6 +1,6 @@
 """A trained model and a dataset -> the latents of every sample, exactly once.
 
-__main__.py    the command, for any number of processes
+__main__.py    the command line, for any number of processes; command.py: what it does
 prepare.py     config -> model, data, device -> encoder and plan
 plan.py        what will be written: one task per source shard, and the fingerprint of the work
 workers.py     which worker this process is, and which tasks it takes in which order

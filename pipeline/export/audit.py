@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.export.commit import keys_digest
-from pipeline.export.finalize import key_index
+from pipeline.export.finalize import Keys
 from pipeline.export.layout import KEYS
 from pipeline.export.source import SourceKeys
 from pipeline.latents.fields import field_values
@@ -154,9 +154,7 @@ def _equal(one: Rows, other: Rows) -> bool:
     )
 
 
-def check_key_index(
-    data: bytes, names: Sequence[str], keys: Sequence[Sequence[str]]
-) -> Iterator[str]:
+def check_key_index(data: bytes, names: Sequence[str], keys: Keys) -> Iterator[str]:
     """Yield a problem unless `data`, of `keys.parquet`, leads from every key to its row."""
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
@@ -164,5 +162,5 @@ def check_key_index(
     except (pa.ArrowException, OSError) as error:
         yield f"{KEYS} cannot be read: {error}"
         return
-    if stored.to_pydict() != key_index(names, keys).to_pydict():
+    if stored.to_pydict() != keys.index(names).to_pydict():
         yield f"{KEYS} differs from the keys of the files"

@@ -20,7 +20,6 @@ from typing import Any
 from pipeline.data.storage.threads import map_in_threads
 from pipeline.errors import UserError
 from pipeline.export.layout import (
-    DATA,
     STAGE,
     ExportDir,
     commit_path,
@@ -146,9 +145,8 @@ def publish_commit(
         store.delete_folder(stage)  # empty, unless two processes publish at once
 
 
-def publish_all(export: ExportDir, records: Sequence[Commit]) -> None:
-    """Publish what is committed and not published."""
-    published = export.store.sizes(DATA)
+def publish_all(export: ExportDir, records: Sequence[Commit], published: Mapping[str, int]) -> None:
+    """Publish what is committed and not published; `published` as `publish_commit` has it."""
 
     def publish(record: Commit) -> None:
         publish_commit(export, record, published)

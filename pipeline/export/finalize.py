@@ -14,115 +14,145 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.export import statistics
 from pipeline.export.commit import Commit, keys_digest, publish_all, read_commits
-from pipeline.export.layout import KEYS, MANIFEST, STAGE, STATISTICS, SUCCESS, ExportDir
-from pipeline.export.plan import Plan
+from pipeline.export.layout import DATA, KEYS, MANIFEST, STAGE, STATISTICS, SUCCESS, ExportDir
+from pipeline.export.plan import Plan, Task
 from pipeline.latents.keys import key_hash
 from pipeline.latents.manifest import FORMAT
 
+TASKS_AT_ONCE = 256  # whose commit records are in memory
 KEY_ROW_GROUP = 1 << 16  # rows; a look-up by key reads one group, found by its statistics
 
 
 def finalize(export: ExportDir, plan: Plan) -> None:
-    """Publish, merge, and mark the export as finished; harmless if it is."""
+    """Publish, merge, and mark the export as finished; harmless if it is.
+
+    Of every row the key is held in memory, about 60 bytes at its end.
+    """
     if not export.is_finished():
-        commits = read_commits(export, [task.name for task in plan.tasks])
-        publish_all(export, commits)
-        keys = [record.keys for record in commits]
-        merged = merge_statistics(commits)
-        sidecars = {
-            STATISTICS: statistics.to_text(merged),
-            KEYS: key_index_file([task.name for task in plan.tasks], keys),
-        }
-        manifest = build_manifest(plan, commits, sidecars, statistics.scaling(merged))
-        for name, data in (*sidecars.items(), (MANIFEST, manifest)):
-            export.place(name, data)
-        export.store.delete_folder(STAGE)
-        digest = hashlib.sha256(manifest).hexdigest()
-        export.place(SUCCESS, f"{digest}\n".encode())
+        keys, entries, partials = Keys(), list[dict[str, Any]](), list[statistics.Partial]()
+        published = export.store.sizes(DATA)
+        for first in range(0, len(plan.tasks), TASKS_AT_ONCE):
+            tasks = plan.tasks[first : first + TASKS_AT_ONCE]
+            records = read_commits(export, [task.name for task in tasks])
+            publish_all(export, records, published)
+            for task, record in zip(tasks, records, strict=True):
+                keys.add(record.keys)
+                entries.append(_entry(task, record))
+                partials.append(statistics.Partial(**record.statistics))
+        _place_all(export, plan, keys, entries, statistics.merge(partials))
     export.store.delete_folder(STAGE)  # what a process left that did a task a second time
 
 
-def merge_statistics(commits: Iterable[Commit]) -> dict[str, Any]:
-    """Return the statistics over all tasks."""
-    return statistics.merge([statistics.Partial(**record.statistics) for record in commits])
-
-
-def key_index(names: Sequence[str], keys: Sequence[Sequence[str]]) -> Any:
-    """Return the key index of the tasks as a pyarrow.Table.
-
-    Columns: key_hash (sorted), key, shard, position (of the row in the shard's files).
-    """
-    flat = [key for of_task in keys for key in of_task]
-    hashes = np.fromiter((key_hash(key) for key in flat), np.uint64, len(flat))
-    task = np.repeat(np.arange(len(keys), dtype=np.int32), [len(of_task) for of_task in keys])
-    position = _concatenate([np.arange(len(of_task)) for of_task in keys])
-    order = np.lexsort((position, task, hashes))
-    shard = pa.DictionaryArray.from_arrays(pa.array(task[order]), pa.array(names, pa.string()))
-    columns = {
-        "key_hash": pa.array(hashes[order]),
-        "key": pa.array(flat, pa.string()).take(pa.array(order)),
-        "shard": shard,
-        "position": pa.array(position[order]),
+def _place_all(
+    export: ExportDir,
+    plan: Plan,
+    keys: "Keys",
+    entries: Sequence[Mapping[str, Any]],
+    merged: Mapping[str, Any],
+) -> None:
+    sidecars = {
+        STATISTICS: statistics.to_text(merged),
+        KEYS: keys.file([task.name for task in plan.tasks]),
     }
-    return pa.table(columns)
+    manifest = build_manifest(plan, entries, sidecars, statistics.scaling(merged))
+    manifest |= {"duplicate_keys": keys.num_duplicates()}
+    text = (json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    for name, data in (*sidecars.items(), (MANIFEST, text)):
+        export.place(name, data)
+    export.store.delete_folder(STAGE)
+    digest = hashlib.sha256(text).hexdigest()
+    export.place(SUCCESS, f"{digest}\n".encode())
 
 
-def key_index_file(names: Sequence[str], keys: Sequence[Sequence[str]]) -> bytes:
-    """Return `keys.parquet`."""
-    sink = pa.BufferOutputStream()
-    options: dict[str, Any] = {"compression": "ZSTD", "use_dictionary": ["shard"]}
-    pq.write_table(key_index(names, keys), sink, row_group_size=KEY_ROW_GROUP, **options)
-    return sink.getvalue().to_pybytes()
+class Keys:
+    """The keys of all tasks, added in the tasks' order."""
+
+    def __init__(self, keys: Iterable[Sequence[str]] = ()) -> None:
+        self._keys: list[Any] = []  # of pyarrow arrays, which take a third of Python's strings
+        self._hashes: list[NDArray[np.uint64]] = []
+        for of_task in keys:
+            self.add(of_task)
+
+    def add(self, keys: Sequence[str]) -> None:
+        """Add a task's keys in the order of its rows."""
+        self._keys.append(pa.array(keys, pa.string()))
+        self._hashes.append(np.fromiter(map(key_hash, keys), np.uint64, len(keys)))
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks' keys were added."""
+        return len(self._keys)
+
+    def num_duplicates(self) -> int:
+        """Count keys that occur again; the source is at fault, and the export keeps them all."""
+        keys = pa.chunked_array(self._keys, pa.string())
+        return len(keys) - pc.call_function("count_distinct", [keys]).as_py()
+
+    def index(self, names: Sequence[str]) -> Any:
+        """Return the key index of the tasks of these names as a pyarrow.Table.
+
+        Columns: key_hash (sorted), key, shard, position (of the row in the shard's files).
+        """
+        counts = [len(hashes) for hashes in self._hashes]
+        hashes = np.concatenate([np.zeros(0, np.uint64), *self._hashes])
+        task = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        position = np.arange(len(hashes)) - np.repeat(np.cumsum([0, *counts])[:-1], counts)
+        order = np.lexsort((position, task, hashes))
+        shard = pa.DictionaryArray.from_arrays(pa.array(task[order]), pa.array(names, pa.string()))
+        columns = {
+            "key_hash": pa.array(hashes[order]),
+            "key": pa.chunked_array(self._keys, pa.string()).take(pa.array(order)),
+            "shard": shard,
+            "position": pa.array(position[order]),
+        }
+        return pa.table(columns)
+
+    def file(self, names: Sequence[str]) -> bytes:
+        """Return `keys.parquet`."""
+        sink = pa.BufferOutputStream()
+        options: dict[str, Any] = {"compression": "ZSTD", "use_dictionary": ["shard"]}
+        pq.write_table(self.index(names), sink, row_group_size=KEY_ROW_GROUP, **options)
+        return sink.getvalue().to_pybytes()
 
 
-def num_duplicates(keys: Sequence[Sequence[str]]) -> int:
-    """Count the keys that occur again; the source is at fault, and the export keeps them all."""
-    return sum(map(len, keys)) - len({key for of_task in keys for key in of_task})
-
-
-def _concatenate(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.concatenate([np.zeros(0, np.int64), *parts])
+def _entry(task: Task, record: Commit) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "source": task.source,
+        "source_sha256": task.source_sha256,
+        "rows": record.rows,
+        "faults": record.faults,
+        "keys_sha256": keys_digest(record.keys),
+        "files": [asdict(file) for file in record.files],
+    }
 
 
 def build_manifest(
     plan: Plan,
-    commits: Sequence[Commit],
+    entries: Sequence[Mapping[str, Any]],
     sidecars: Mapping[str, bytes],
     scaling: Mapping[str, Any],
-) -> bytes:
-    """Return `manifest.json`: every file with its hash, every failed row, the latents' scaling.
+) -> dict[str, Any]:
+    """Return the manifest: every file with its hash, every failed row, the latents' scaling.
 
-    sidecars: contents of the files beside it, by name.
+    entries: one per task. sidecars: contents of the files beside it, by name.
     """
-    tasks = [
-        {
-            "name": task.name,
-            "source": task.source,
-            "source_sha256": task.source_sha256,
-            "rows": record.rows,
-            "faults": record.faults,
-            "keys_sha256": keys_digest(record.keys),
-            "files": [asdict(file) for file in record.files],
-        }
-        for task, record in zip(plan.tasks, commits, strict=True)
-    ]
 
-    def named(name: str) -> dict[str, str]:
+    def named(name: str) -> dict[str, Any]:
         return {"path": name, "sha256": hashlib.sha256(sidecars[name]).hexdigest()}
 
-    manifest = {
+    return {
         "format": FORMAT,
         "fingerprint": plan.fingerprint,
-        "rows": sum(record.rows for record in commits),
-        "failed_rows": sum(len(record.faults) for record in commits),
-        "duplicate_keys": num_duplicates([record.keys for record in commits]),
-        "tasks": tasks,
+        "rows": sum(entry["rows"] for entry in entries),
+        "failed_rows": sum(len(entry["faults"]) for entry in entries),
+        "tasks": entries,
         "statistics": named(STATISTICS) | {"scaling": scaling},
         "keys": named(KEYS),
     }
-    return (json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

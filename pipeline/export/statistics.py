@@ -216,7 +216,7 @@ def scaling(statistics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: statistics.get(name) for name in SCALING}
 
 
-def to_text(statistics: dict[str, Any]) -> bytes:
+def to_text(statistics: Mapping[str, Any]) -> bytes:
     """Return `latent_stats.json`: readable, one channel list per line."""
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in statistics.items()]
     return ("{\n  " + ",\n  ".join(lines) + "\n}\n").encode()

@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.export.commit import Commit, publish_all, read_commits, remove_litter
 from pipeline.export.failures import quarantined, reason_of
 from pipeline.export.finalize import finalize
-from pipeline.export.layout import FAILURES, STAGE, ExportDir, flat_name
+from pipeline.export.layout import DATA, FAILURES, STAGE, ExportDir, flat_name
 from pipeline.export.plan import read_plan
 
 
@@ -112,5 +112,5 @@ def collect_garbage(out: str) -> GarbageReport:
     committed = export.committed(names)
     records = read_commits(export, [name for name in names if name in committed])
     if not export.is_finished():
-        publish_all(export, records)
+        publish_all(export, records, export.store.sizes(DATA))
     return GarbageReport(export.root, *remove_litter(export, committed))

@@ -8,7 +8,7 @@ statistics  recomputed from the stored values, they have the same bits
 encode      the run named encodes some batches anew, and gets what is stored (`reencode`)
 
 The source is only read from the level `keys` on, and only if it is given. Files of a store behind a
-URL are fetched task by task; no level but the last needs torch.
+URL are fetched task by task; no level but the last needs a model.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.export import statistics
 from pipeline.export.audit import audit_task, check_key_index, malformed, unfit
 from pipeline.export.commit import Commit, keys_digest
-from pipeline.export.finalize import num_duplicates
+from pipeline.export.finalize import Keys
 from pipeline.export.layout import (
     KEYS,
     MANIFEST,
@@ -234,7 +234,7 @@ class _Contents:
         self._with_statistics = depth >= LEVELS.index("statistics")
         formats = manifest["fingerprint"]["output"]["formats"]
         self._writers: Sequence[BaseWriter] = TypeAdapter(list[Writer]).validate_python(formats)
-        self._keys: list[Sequence[str]] = []
+        self._keys = Keys()
         self._partials: list[statistics.Partial] = []
 
     def check(self) -> Iterator[str]:
@@ -272,17 +272,17 @@ class _Contents:
         yield from problems
         if rows is None:
             return
-        self._keys.append(rows.keys)
+        self._keys.add(rows.keys)
         if self._with_statistics and not any(unfit(rows, output)):
             partial = statistics.partial_of(rows.latents, rows.valid, task["faults"])
             self._partials.append(partial)
 
     def _check_sidecars(self, stored: bytes | None, index: bytes | None) -> Iterator[str]:
         names = [task["name"] for task in self._manifest["tasks"]]
-        if len(self._keys) < len(names):
+        if self._keys.num_tasks < len(names):
             yield "key index and statistics cannot be recomputed, as files cannot be read"
             return
-        duplicates, counted = num_duplicates(self._keys), self._manifest["duplicate_keys"]
+        duplicates, counted = self._keys.num_duplicates(), self._manifest["duplicate_keys"]
         if duplicates != counted:
             yield f"manifest.json counts {counted} duplicate keys, but the files hold {duplicates}"
         if index is not None:

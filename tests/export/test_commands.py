@@ -13,7 +13,7 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.data.storage.opening import open_writable
 from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE
-from pipeline.export.__main__ import begin, work_through
+from pipeline.export.command import begin, work_through
 from pipeline.export.workers import Worker
 from tests.data.storage.conftest import BUCKET, no_proxy, s3_endpoint
 from tests.export.test_commit import stage_task

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.export.__main__ import begin
+from pipeline.export.command import begin
 from pipeline.export.commit import Commit, commit, publish_commit, stage_rows
 from pipeline.export.finalize import finalize
 from pipeline.export.layout import PLAN, STATISTICS, SUCCESS, commit_path

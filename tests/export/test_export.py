@@ -16,7 +16,8 @@ from PIL import Image
 
 from pipeline.data.index import build_index
 from pipeline.errors import DONE, PREEMPTED, UserError
-from pipeline.export.__main__ import begin, main, work_through
+from pipeline.export.__main__ import main
+from pipeline.export.command import begin, work_through
 from pipeline.export.workers import Worker
 from pipeline.rundir import load_run
 from pipeline.writers import ParquetWriter, TarWriter

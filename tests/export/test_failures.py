@@ -18,7 +18,8 @@ from pipeline import strict
 from pipeline.data.index import build_index
 from pipeline.data.storage import ShardReadError
 from pipeline.errors import DONE, FAILED, WRONG_USE, StoreError, UserError
-from pipeline.export.__main__ import begin, main, work_through
+from pipeline.export.__main__ import main
+from pipeline.export.command import begin, work_through
 from pipeline.export.finalize import finalize
 from pipeline.export.prepare import Prepared
 from pipeline.export.run import Shards

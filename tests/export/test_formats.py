@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from pipeline import strict
 from pipeline.errors import DONE, PREEMPTED, WRONG_USE
-from pipeline.export.__main__ import begin, main, work_through
+from pipeline.export.__main__ import main
+from pipeline.export.command import begin, work_through
 from pipeline.export.statistics import merge, partial_of, to_text
 from pipeline.export.verify import verify_export
 from pipeline.export.workers import Worker

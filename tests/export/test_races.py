@@ -18,7 +18,7 @@ from pipeline import strict
 from pipeline.data.storage.opening import open_writable
 from pipeline.data.storage.writable_local import LocalWritable
 from pipeline.errors import DONE, PREEMPTED, StoreError, UserError
-from pipeline.export.__main__ import begin, work_through
+from pipeline.export.command import begin, work_through
 from pipeline.export.layout import COMMITS, ExportDir
 from pipeline.export.status import collect_garbage, export_status, finalize_export
 from pipeline.export.verify import verify_export

@@ -17,7 +17,7 @@ from pipeline.__main__ import main
 from pipeline.data.storage.opening import open_writable
 from pipeline.data.storage.s3 import S3Storage
 from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE, StoreError, UserError
-from pipeline.export.__main__ import begin, work_through
+from pipeline.export.command import begin, work_through
 from pipeline.export.commit import commit
 from pipeline.export.reencode import verify_with_run
 from pipeline.export.status import collect_garbage, export_status, finalize_export

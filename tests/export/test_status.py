@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.data.index import build_index
 from pipeline.errors import UserError
-from pipeline.export.__main__ import begin
+from pipeline.export.command import begin
 from pipeline.export.commit import commit, publish_commit
 from pipeline.export.prepare import Prepared
 from pipeline.export.status import collect_garbage, export_status, finalize_export

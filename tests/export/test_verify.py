@@ -13,9 +13,9 @@ from pipeline.data.index import build_index
 from pipeline.data.pack import pack_sprites
 from pipeline.errors import UserError
 from pipeline.export import statistics
-from pipeline.export.__main__ import begin, work_through
+from pipeline.export.command import begin, work_through
 from pipeline.export.commit import keys_digest
-from pipeline.export.finalize import key_index_file
+from pipeline.export.finalize import Keys
 from pipeline.export.statistics import partial_of
 from pipeline.export.verify import LEVELS, verify_export
 from pipeline.export.workers import Worker
@@ -286,7 +286,7 @@ def test_a_key_that_took_the_place_of_another(out: Path, data: Path):
     manifest["tasks"][2]["keys_sha256"] = keys_digest(keys[2])
     (out / "manifest.json").write_text(json.dumps(manifest))
     names = [task["name"] for task in manifest["tasks"]]
-    (out / "keys.parquet").write_bytes(key_index_file(names, keys))
+    (out / "keys.parquet").write_bytes(Keys(keys).file(names))
     seal(out)
     assert verify_export(out).problems == [
         "manifest.json counts 0 duplicate keys, but the files hold 1"

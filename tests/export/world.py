@@ -14,7 +14,7 @@ from pipeline.checkpoint import RunState, save_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.pack import pack_sprites
-from pipeline.export.__main__ import begin, work_through
+from pipeline.export.command import begin, work_through
 from pipeline.export.failures import forget_failures
 from pipeline.export.settings import ExportConfig
 from pipeline.export.workers import Worker

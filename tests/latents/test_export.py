@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.data.index import build_index
 from pipeline.errors import UserError
-from pipeline.export.__main__ import begin, work_through
+from pipeline.export.command import begin, work_through
 from pipeline.export.workers import Worker
 from pipeline.latents import LatentDataset
 from pipeline.latents.formats import READERS
