@@ -94,7 +94,8 @@ def verify(arguments: argparse.Namespace) -> int:
     from pipeline.data.index.verify import has_index, verify_shards
     from pipeline.export.verify import LEVELS, verify_export
 
-    path, shards, level = arguments.path, arguments.shards, arguments.level
+    path, shards = arguments.path, arguments.shards
+    level = arguments.level or (LEVELS[-1] if arguments.run else LEVELS[-2])
     if has_index(path):
         how = {"decode": arguments.decode, "threads": arguments.threads}
         report = verify_shards(path, shards=shards, progress=_progress, **how)
@@ -104,7 +105,6 @@ def verify(arguments: argparse.Namespace) -> int:
         places = {"source": arguments.source, "shards": shards}
         report = verify_with_run(path, arguments.run, **places, num_tasks=arguments.tasks)
     else:
-        level = level or LEVELS[-2]
         report = verify_export(path, source=arguments.source, shards=shards, level=level)
     print_report(asdict(report), arguments.json)
     return FAILED if report.problems else DONE

@@ -96,7 +96,7 @@ def _add_verify(add: AddParser, runs: Runs) -> None:
     cores = os.cpu_count() or 1
     parser.add_argument("--threads", type=int, default=cores, help="that decode (%(default)s)")
     parser.add_argument("--level", choices=LEVELS, help="how deep, for an export (statistics)")
-    parser.add_argument("--run", help="run directory of an export's model, for the level encode")
+    parser.add_argument("--run", help="run directory of an export's model: level encode")
     parser.add_argument("--tasks", type=int, default=2, help="encoded anew there (%(default)s)")
 
 

@@ -69,7 +69,9 @@ def _verify_encoding(
         if not path.startswith(MAY_DIFFER)
     ]
     if problems:
-        return problems, []
+        is_elsewhere = source is None and any("dataset_id" in problem for problem in problems)
+        hint = "encoded from another data set than the run's: name its index by --source"
+        return problems, [hint] if is_elsewhere else []
     tasks = random.Random().sample(manifest["tasks"], min(num_tasks, len(manifest["tasks"])))
     check = _Check(export, prepared.work, config, {t.name: t.shard for t in prepared.plan.tasks})
     problems += check.tasks(tasks)

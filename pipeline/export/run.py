@@ -116,9 +116,10 @@ class _Run:
                 except Exception as error:  # noqa: BLE001 - sorted out by `_note`
                     self._note(task, error)
                     continue
+                seconds = time.monotonic() - start
                 if len(writing) > WRITE_BEHIND:
                     self._settle(*writing.popleft())
-                job = (self._export, task.name, rows, faults, self._work.writers, start)
+                job = (self._export, task.name, rows, faults, self._work.writers, seconds)
                 writing.append((task, writer.submit(commit_rows, *job)))
             while writing:
                 self._settle(*writing.popleft())
@@ -194,11 +195,11 @@ def commit_rows(
     rows: Rows,
     faults: Sequence[Fault],
     writers: Sequence[BaseWriter],
-    start: float,
+    seconds: float,
 ) -> bool:
     """Write a task's rows and commit them; tell whether this process's commit won.
 
-    start: time.monotonic() when the work on the task began.
+    seconds: that it took to read, decode and encode them, for the record.
     """
     statistics = to_json(partial_of(rows.latents, rows.valid, faults))
     try:
@@ -218,7 +219,7 @@ def commit_rows(
         process={
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "seconds": round(time.monotonic() - start, 3),
+            "seconds": round(seconds, 3),
         },
     )
     try:

@@ -4,6 +4,7 @@ Retries and waits are those of its library (s3fs: 5 attempts, backing off), cred
 come from where it looks for them.
 """
 
+import errno
 import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -134,7 +135,15 @@ class RemoteWritable(WritableStore):
         """Give a temporary directory, and upload its files at the end."""
         with TemporaryDirectory(prefix="latentmill-") as scratch:
             root = Path(scratch)
-            yield root
+            try:
+                yield root
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise UserError(
+                    f"{scratch} is full, where files for {self.root} are made before they travel: "
+                    "set the environment variable TMPDIR to a place with more room."
+                ) from error
             files = sorted(path for path in root.rglob("*") if path.is_file())
 
             def upload(path: Path) -> None:
