@@ -25,7 +25,7 @@ from pipeline.export.plan import Plan, Task
 from pipeline.latents.keys import key_hash
 from pipeline.latents.manifest import FORMAT
 
-TASKS_AT_ONCE = 256  # whose commit records are in memory
+TASKS_AT_ONCE = 32  # whose commit records are in memory
 KEY_ROW_GROUP = 1 << 16  # rows; a look-up by key reads one group, found by its statistics
 
 
