@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline import strict
 from pipeline.errors import StoreError, UserError
-from pipeline.export.layout import DATA, PLAN, RUN, ExportDir
+from pipeline.export.layout import COMMITS, DATA, PLAN, RUN, ExportDir
 from pipeline.files import canonical_json
 from pipeline.latents.manifest import FORMAT
 
@@ -106,9 +106,11 @@ def adopt_plan(export: ExportDir, plan: Plan) -> str:
     if differences:
         lines = [f"  {path}: there {left!r}, now {right!r}" for path, left, right in differences]
         shown = lines[:20] + ([f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else [])
+        begun = export.store.sizes(COMMITS)
+        hint = "" if begun else " Nothing is done there yet: remove it to begin anew."
         raise UserError(
             f"{export.root} holds an export of something else:\n"
             + "\n".join(shown)
-            + "\nSet another out, or give the former settings."
+            + f"\nSet another out, or give the former settings.{hint}"
         )
     return guarantee
