@@ -143,7 +143,7 @@ def test_readme_flow(tmp_path: Path):
     for folder in ("configs", "examples"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "docs").mkdir()
-    short = typed(shells()[-1]).replace("--count 20000", "--count 600")
+    short = typed(shells()[-1]).replace("--count 50000", "--count 600")
     short = re.sub(r"num_steps=\d+", "num_steps=60", short)
     short = re.sub(r"latent_flow.png \d+", "latent_flow.png 2", short)
     assert short.count("600") == short.count("num_steps=60") == short.count(".png 2\n") == 1
