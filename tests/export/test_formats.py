@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -13,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import strict
 from pipeline.errors import DONE, PREEMPTED, WRONG_USE
 from pipeline.export.__main__ import main
 from pipeline.export.command import begin, work_through
@@ -24,7 +21,6 @@ from pipeline.probe import probe_export
 from pipeline.writers import BaseWriter, NpyWriter, Rows, SafetensorsWriter, Writer
 from tests.export.test_verify import flip_bit, rewrite_with, seal
 from tests.export.world import NUM_SHARDS, make_config, run_export, tree
-from tests.processes import CPU_ENV, ROOT
 
 WRITERS: list[BaseWriter] = [kind() for kind in get_args(get_args(Writer)[0])]
 FORMATS = [{"kind": writer.kind} for writer in WRITERS]
@@ -83,28 +79,6 @@ def test_stopped_and_shared_out_it_has_the_same_bytes(
     assert work_through(begin(config, last)[0], last, lambda: next(stops)) == PREEMPTED
     assert run_export(config, Worker(0, 2)) == DONE
     assert tree(tmp_path) == tree(everything)
-
-
-@pytest.mark.fault
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_ten_times_it_has_the_same_bytes(
-    everything: Path, run_dir: Path, data: Path, tmp_path: Path, seed: int
-):
-    config = tmp_path / "export.yaml"
-    config.write_text(strict.dump(make_config(run_dir, tmp_path / "out", formats=FORMATS)))
-    result = subprocess.run(
-        [sys.executable, ROOT / "tests/export/killer.py", config, str(seed), "10"],
-        env=CPU_ENV | {"PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    *killed, last = json.loads(result.stdout)
-    assert set(last["codes"]) == {0}
-    assert -9 in [code for start in killed for code in start["codes"]]
-    assert tree(tmp_path / "out") == tree(everything)
-    assert verify_export(tmp_path / "out", source=data).problems == []
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -66,7 +66,9 @@ def open_writable(root: str | Path) -> WritableStore:
     if scheme in LOCAL:
         return LocalWritable(local_path(text))
     if scheme in HTTP:
-        raise UserError(f"{text} is read only: HTTP has no way to write files; name another place.")
+        raise UserError(
+            f"{text} is read only: HTTP has no way to write files; set out or --out to another."
+        )
     check_scheme(text)
     return RemoteWritable(text, appears_whole=scheme in OBJECT_STORES, has_create=scheme in S3)
 
