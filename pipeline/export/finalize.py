@@ -32,7 +32,7 @@ KEY_ROW_GROUP = 1 << 16  # rows; a look-up by key reads one group, found by its 
 def finalize(export: ExportDir, plan: Plan) -> None:
     """Publish, merge, and mark the export as finished; harmless if it is.
 
-    Of every row the key is held in memory, about 60 bytes at its end.
+    Of every row the key is held in memory, as Arrow has it.
     """
     if not export.is_finished():
         keys, entries, partials = Keys(), list[dict[str, Any]](), list[statistics.Partial]()
