@@ -44,6 +44,8 @@ def embed(model: Path, files: Sequence[str]) -> np.ndarray:
     decode = json.loads((model / "config.json").read_text())["decode"]
     if decode["kind"] != "image":
         sys.exit(f"{model} takes arrays, not image files: give encoder.onnx its x by yourself")
+    if not (model / "encoder.onnx").exists():
+        sys.exit(f"{model} holds no encoder.onnx: `latentmill export-model RUN {model} --onnx`")
     session = onnxruntime.InferenceSession(model / "encoder.onnx")
     latents: list[np.ndarray] = []
     for start in range(0, len(files), BATCH_SIZE):

@@ -25,6 +25,8 @@ def read_matrices(export: str) -> tuple[NDArray[np.float32], NDArray[np.object_]
         valid = twin["valid"].to_numpy()
         vectors.append(np.load(path, mmap_mode="r")[valid].astype(np.float32))
         keys.append(twin["key"].to_numpy()[valid])
+    if not vectors:
+        sys.exit(f"{export} holds no .npy files: export with configs/export/npy.yaml, as above")
     return np.concatenate(vectors), np.concatenate(keys)
 
 

@@ -163,6 +163,7 @@ class TrainConfig(Component):
         if rate.warmup_samples > self.total_samples:
             raise ValueError(
                 f"optimizer.learning_rate.warmup_samples {rate.warmup_samples} is more than the "
-                f"run's num_steps * batch_size = {self.total_samples} samples"
+                f"run's num_steps * batch_size = {self.total_samples} samples: lower it, or train "
+                "for longer"
             )
         return self

@@ -93,6 +93,13 @@ class LatentDataset:
         """Close the connections to a remote store; reading again opens new ones."""
         self._files.close()
 
+    def __repr__(self) -> str:
+        kind = "normalised " * self.normalized + " + ".join(self.fields)
+        return (
+            f"LatentDataset({self.root!r}: {len(self):,} rows, {kind} {list(self.latent_shape)} "
+            f"{self.manifest.dtype}, read from {self.format})"
+        )
+
     def __len__(self) -> int:
         return int(self._shards.first_row[-1])
 

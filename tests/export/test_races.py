@@ -189,9 +189,17 @@ def test_sigterm_amid_uploads_ends_with_them(
     config = tmp_path / "export.yaml"
     config.write_text(strict.dump(make_config(run_dir, tmp_path).model_copy(update={"out": url})))
     running = start_processes("pipeline.export", None, config)
-    while running.running and not names_in("term/_stage/"):
-        time.sleep(0.001)
-    psutil.Process(running.pid).terminate()
+    process = psutil.Process(running.pid)
+    # It stands still while the bucket is looked at, however slow that is here.
+    while True:
+        process.suspend()
+        if names_in("term/_stage/") or names_in(f"term/{COMMITS}/"):
+            break
+        process.resume()
+        time.sleep(0.02)
+        assert running.running, running.output
+    process.terminate()
+    process.resume()
     stopped = running.wait()
     assert stopped.code == PREEMPTED, stopped.output
     assert not names_in("term/_stage/")

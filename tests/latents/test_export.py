@@ -35,6 +35,8 @@ def test_a_real_export_is_read(run_dir: Path, tmp_path: Path):
     weights = load_run(run_dir).weights_sha256
     for kind in READERS:
         ds = LatentDataset(tmp_path, format=kind, weights_sha256=weights)
+        read = f"{len(ds)} rows, mu + logvar [3] float32, read from {kind})"
+        assert repr(ds) == f"LatentDataset('{tmp_path}': {read}"
         rows = ds[:]
         assert rows.keys == [key for shard in stored for key in shard.keys]
         assert rows.metadata == [text for shard in stored for text in shard.metadata]
