@@ -1,108 +1,140 @@
-"""What files and manifest hold: well formed, and one task's files equal to each other, to what the
-manifest says, and to the source.
+"""What the files hold: hashes, then rows, equal in every format, to the manifest and to the source;
+then the key index and the statistics that follow from all rows.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter, ValidationError
 
 from pipeline.export.commit import keys_digest
 from pipeline.export.finalize import Keys
-from pipeline.export.layout import KEYS
+from pipeline.export.layout import KEYS, MANIFEST, STATISTICS, ExportDir, data_path
+from pipeline.export.manifest import Manifest, Output, TaskEntry, digest
 from pipeline.export.source import SourceKeys
+from pipeline.export.statistics import Partial, merge, partial_of, scaling, to_text
+from pipeline.files import sha256_file
 from pipeline.latents.fields import field_values
-from pipeline.writers import BaseWriter, Rows, Writer
+from pipeline.writers import BaseWriter, Rows
 
 
-@dataclass(frozen=True)
-class _Named:
-    path: str
-    sha256: str
+class Audit:
+    """Reads every file once, and holds one task in memory at a time."""
+
+    def __init__(
+        self,
+        export: ExportDir,
+        manifest: Manifest,
+        *,
+        rows: bool,
+        statistics: bool,
+        source: SourceKeys | None,
+    ) -> None:
+        """rows, statistics: whether to look at them, or at hashes alone. source: None = any."""
+        self._export, self._manifest, self._source = export, manifest, source
+        self._with_rows, self._with_statistics = rows, statistics
+        self._output = manifest.output
+        self._keys = Keys()
+        self._partials: list[Partial] = []
+
+    def problems(self) -> Iterator[str]:
+        """Yield all that is wrong."""
+        manifest = self._manifest
+        if self._source is not None and self._with_rows:
+            yield from self._source.differences(manifest.data)
+            yield from self._source.left_out(manifest.tasks)
+        for task in manifest.tasks:
+            with self._export.store.local_copy([file.path for file in task.files]) as root:
+                yield from _check_hashes(root, task)
+                if self._with_rows:
+                    yield from self._check_rows(root, task)
+        sidecars = {name: self._export.store.read(name) for name in (STATISTICS, KEYS)}
+        for entry in (manifest.statistics, manifest.keys):
+            data = sidecars.get(entry.path)
+            if data is not None and digest(data) != entry.sha256:
+                yield _other_content(entry.path)
+        if self._with_rows:
+            yield from self._check_sidecars(sidecars[STATISTICS], sidecars[KEYS])
+
+    def _check_rows(self, root: Path, task: TaskEntry) -> Iterator[str]:
+        paths = _main_paths(task, self._output.formats)
+        if not paths:
+            yield f"{task.name}: manifest.json lists other files than its formats have"
+            return
+        rows, problems = _read_rows(root, task, paths, self._output, self._source)
+        yield from problems
+        if rows is None:
+            return
+        self._keys.add(rows.keys)
+        if self._with_statistics and not any(_unfit(rows, self._output)):
+            self._partials.append(partial_of(rows.latents, rows.valid, task.faults))
+
+    def _check_sidecars(self, stored: bytes | None, index: bytes | None) -> Iterator[str]:
+        names = [task.name for task in self._manifest.tasks]
+        if self._keys.num_tasks < len(names):
+            yield "key index and statistics cannot be recomputed, as files cannot be read"
+            return
+        duplicates, counted = self._keys.num_duplicates(), self._manifest.duplicate_keys
+        if duplicates != counted:
+            yield f"manifest.json counts {counted} duplicate keys, but the files hold {duplicates}"
+        if index is not None:
+            yield from _check_key_index(index, names, self._keys)
+        if self._with_statistics and stored is not None:
+            merged = merge(self._partials)
+            if to_text(merged) != stored:
+                yield f"{STATISTICS} differs from the statistics of the stored values"
+            if self._manifest.statistics.scaling not in (None, scaling(merged)):
+                yield f"{MANIFEST} holds another scaling than that of the stored values"
 
 
-@dataclass(frozen=True)
-class _File(_Named):
-    bytes: int
+def _check_hashes(root: Path, task: TaskEntry) -> Iterator[str]:
+    for file in task.files:
+        path = root / file.path
+        if path.exists() and sha256_file(path) != file.sha256:
+            yield _other_content(file.path)
 
 
-@dataclass(frozen=True)
-class _Task:
-    name: str
-    source: str
-    rows: int
-    faults: list[tuple[int, str, str, str]]
-    keys_sha256: str
-    files: list[_File]
+def _other_content(path: str) -> str:
+    return f"{path} has other content than was committed (sha256)"
 
 
-@dataclass(frozen=True)
-class _Data:
-    dataset_id: str
-    split: str
+def _main_paths(task: TaskEntry, writers: Sequence[BaseWriter]) -> list[str]:
+    """Return the file that each writer reads, together with those beside it.
+
+    None at all, if not exactly their files are listed.
+    """
+    expected = {
+        data_path(writer.kind, task.name, suffix)
+        for writer in writers
+        for suffix in writer.suffixes
+    }
+    if {file.path for file in task.files} != expected:
+        return []
+    return [data_path(writer.kind, task.name, writer.suffix) for writer in writers]
 
 
-@dataclass(frozen=True)
-class _Output:
-    fields: list[str]
-    latent_shape: list[int]
-    formats: list[Writer]
-
-
-@dataclass(frozen=True)
-class _Fingerprint:
-    data: _Data
-    output: _Output
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    fingerprint: _Fingerprint
-    rows: int
-    failed_rows: int
-    duplicate_keys: int
-    tasks: list[_Task]
-    statistics: _Named
-    keys: _Named
-
-
-def malformed(manifest: Mapping[str, Any]) -> str | None:
-    """Say what `verify` needs of a manifest and does not find; None if nothing is wrong."""
-    try:
-        TypeAdapter(_Manifest).validate_json(json.dumps(manifest))
-    except ValidationError as error:
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return None
-
-
-def audit_task(
+def _read_rows(
     root: Path,
-    task: Mapping[str, Any],
-    output: Mapping[str, Any],
-    writers: Sequence[BaseWriter],
+    task: TaskEntry,
+    paths: Sequence[str],
+    output: Output,
     source: SourceKeys | None,
 ) -> tuple[Rows | None, list[str]]:
     """Return the rows of the task's first readable file, and all that is wrong with its files.
 
-    root: a directory with the task's files, named as in the export; one per writer is listed.
-    output: of the manifest's fingerprint.
+    root: a directory with the task's files, named as in the export. paths: one per format.
     """
     problems: list[str] = []
     found: dict[str, Rows] = {}
-    for writer, file in zip(writers, task["files"], strict=True):
+    for writer, path in zip(output.formats, paths, strict=True):
         try:
-            found[file["path"]] = writer.read(root / file["path"])
+            found[path] = writer.read(root / path)
         except ValueError as error:
-            problems.append(f"{file['path']} cannot be read: {error}")
+            problems.append(f"{path} cannot be read: {error}")
     for path, rows in found.items():
-        problems += (f"{path}: {problem}" for problem in _check_rows(rows, task, output))
+        problems += (f"{path}: {problem}" for problem in _check_against(rows, task, output))
         if source is not None:
             problems += (f"{path}: {problem}" for problem in source.check(task, rows))
     if not found:
@@ -116,23 +148,23 @@ def audit_task(
     return first, problems
 
 
-def unfit(rows: Rows, output: Mapping[str, Any]) -> Iterator[str]:
+def _unfit(rows: Rows, output: Output) -> Iterator[str]:
     """Yield how latents are not those of an export with such an output."""
-    shape = tuple(output["latent_shape"])
-    for field in output["fields"]:
+    shape = output.latent_shape
+    for field in output.fields:
         if field not in rows.latents or rows.latents[field].shape[1:] != shape:
             yield f"no {field} of the shape {shape}"
     if not all(np.isfinite(values).all() for values in rows.latents.values()):
         yield "latents that are not finite"
 
 
-def _check_rows(rows: Rows, task: Mapping[str, Any], output: Mapping[str, Any]) -> Iterator[str]:
-    yield from unfit(rows, output)
-    if len(rows) != task["rows"]:
-        yield f"{len(rows)} rows instead of {task['rows']}"
-    if keys_digest(rows.keys) != task["keys_sha256"]:
+def _check_against(rows: Rows, task: TaskEntry, output: Output) -> Iterator[str]:
+    yield from _unfit(rows, output)
+    if len(rows) != task.rows:
+        yield f"{len(rows)} rows instead of {task.rows}"
+    if keys_digest(rows.keys) != task.keys_sha256:
         yield "other keys, or in another order, than was committed"
-    failed = [row for row, *_ in task["faults"]]
+    failed = [row for row, *_ in task.faults]
     if rows.rows[~rows.valid].tolist() != sorted(failed):
         yield "the rows marked as not valid are not the failed rows of the manifest"
 
@@ -154,7 +186,7 @@ def _equal(one: Rows, other: Rows) -> bool:
     )
 
 
-def check_key_index(data: bytes, names: Sequence[str], keys: Keys) -> Iterator[str]:
+def _check_key_index(data: bytes, names: Sequence[str], keys: Keys) -> Iterator[str]:
     """Yield a problem unless `data`, of `keys.parquet`, leads from every key to its row."""
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as file:

@@ -30,6 +30,8 @@ from pipeline.export.layout import (
 from pipeline.files import sha256_file
 from pipeline.writers import BaseWriter, Rows
 
+Fault = tuple[int, str, str, str]  # row in the source shard, key, stage, reason
+
 READERS = 16  # commit records read at a time
 
 
@@ -57,7 +59,7 @@ class Commit:
     task: str
     attempt: str  # the winner's
     keys: list[str]  # of all rows, in their order
-    faults: list[list[Any]]  # [row in the source shard, key, stage, reason]
+    faults: list[Fault]
     files: list[FileRecord]
     statistics: dict[str, Any]
     process: dict[str, Any]  # host, pid, seconds: for people
@@ -71,7 +73,8 @@ class Commit:
     def parse(cls, data: bytes) -> "Commit":
         """Return the record in a file's content; raise ValueError or TypeError if there is none."""
         values = json.loads(data)
-        return cls(**values | {"files": [FileRecord(**file) for file in values["files"]]})
+        files = [FileRecord(**file) for file in values["files"]]
+        return cls(**values | {"files": files, "faults": [tuple(one) for one in values["faults"]]})
 
 
 def keys_digest(keys: Sequence[str]) -> str:

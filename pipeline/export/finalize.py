@@ -6,10 +6,7 @@ commit records -> publish what is not -> latent_stats.json, keys.parquet -> mani
 The plan and the commit records say all: neither the model nor the data is needed.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,9 +18,9 @@ from numpy.typing import NDArray
 from pipeline.export import statistics
 from pipeline.export.commit import Commit, keys_digest, publish_all, read_commits
 from pipeline.export.layout import DATA, KEYS, MANIFEST, STAGE, STATISTICS, SUCCESS, ExportDir
+from pipeline.export.manifest import Manifest, Sidecar, Statistics, TaskEntry, digest
 from pipeline.export.plan import Plan, Task
 from pipeline.latents.keys import key_hash
-from pipeline.latents.manifest import FORMAT
 
 TASKS_AT_ONCE = 32  # whose commit records are in memory
 KEY_ROW_GROUP = 1 << 16  # rows; a look-up by key reads one group, found by its statistics
@@ -35,7 +32,7 @@ def finalize(export: ExportDir, plan: Plan) -> None:
     Of every row the key is held in memory, as Arrow has it.
     """
     if not export.is_finished():
-        keys, entries, partials = Keys(), list[dict[str, Any]](), list[statistics.Partial]()
+        keys, entries, partials = Keys(), list[TaskEntry](), list[statistics.Partial]()
         published = export.store.sizes(DATA)
         for first in range(0, len(plan.tasks), TASKS_AT_ONCE):
             tasks = plan.tasks[first : first + TASKS_AT_ONCE]
@@ -53,21 +50,28 @@ def _place_all(
     export: ExportDir,
     plan: Plan,
     keys: "Keys",
-    entries: Sequence[Mapping[str, Any]],
+    entries: list[TaskEntry],
     merged: Mapping[str, Any],
 ) -> None:
     sidecars = {
         STATISTICS: statistics.to_text(merged),
         KEYS: keys.file([task.name for task in plan.tasks]),
     }
-    manifest = build_manifest(plan, entries, sidecars, statistics.scaling(merged))
-    manifest |= {"duplicate_keys": keys.num_duplicates()}
-    text = (json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    digests = {name: digest(data) for name, data in sidecars.items()}
+    manifest = Manifest(
+        fingerprint=plan.fingerprint,
+        rows=sum(entry.rows for entry in entries),
+        failed_rows=sum(len(entry.faults) for entry in entries),
+        duplicate_keys=keys.num_duplicates(),
+        tasks=entries,
+        statistics=Statistics(STATISTICS, digests[STATISTICS], statistics.scaling(merged)),
+        keys=Sidecar(KEYS, digests[KEYS]),
+    )
+    text = manifest.to_text()
     for name, data in (*sidecars.items(), (MANIFEST, text)):
         export.place(name, data)
     export.store.delete_folder(STAGE)
-    digest = hashlib.sha256(text).hexdigest()
-    export.place(SUCCESS, f"{digest}\n".encode())
+    export.place(SUCCESS, f"{digest(text)}\n".encode())
 
 
 class Keys:
@@ -121,38 +125,13 @@ class Keys:
         return sink.getvalue().to_pybytes()
 
 
-def _entry(task: Task, record: Commit) -> dict[str, Any]:
-    return {
-        "name": task.name,
-        "source": task.source,
-        "source_sha256": task.source_sha256,
-        "rows": record.rows,
-        "faults": record.faults,
-        "keys_sha256": keys_digest(record.keys),
-        "files": [asdict(file) for file in record.files],
-    }
-
-
-def build_manifest(
-    plan: Plan,
-    entries: Sequence[Mapping[str, Any]],
-    sidecars: Mapping[str, bytes],
-    scaling: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the manifest: every file with its hash, every failed row, the latents' scaling.
-
-    entries: one per task. sidecars: contents of the files beside it, by name.
-    """
-
-    def named(name: str) -> dict[str, Any]:
-        return {"path": name, "sha256": hashlib.sha256(sidecars[name]).hexdigest()}
-
-    return {
-        "format": FORMAT,
-        "fingerprint": plan.fingerprint,
-        "rows": sum(entry["rows"] for entry in entries),
-        "failed_rows": sum(len(entry["faults"]) for entry in entries),
-        "tasks": entries,
-        "statistics": named(STATISTICS) | {"scaling": scaling},
-        "keys": named(KEYS),
-    }
+def _entry(task: Task, record: Commit) -> TaskEntry:
+    return TaskEntry(
+        name=task.name,
+        source=task.source,
+        source_sha256=task.source_sha256,
+        rows=record.rows,
+        faults=record.faults,
+        keys_sha256=keys_digest(record.keys),
+        files=record.files,
+    )

@@ -20,6 +20,7 @@ from pipeline import strict
 from pipeline.data.storage.opening import open_writable
 from pipeline.errors import UserError
 from pipeline.export.layout import MANIFEST, ExportDir, data_path
+from pipeline.export.manifest import Manifest, TaskEntry
 from pipeline.export.prepare import prepare
 from pipeline.export.run import Work
 from pipeline.export.settings import ExportConfig
@@ -58,11 +59,11 @@ def _verify_encoding(
     out: str, run: str, source: str | None, shards: str | None, num_tasks: int
 ) -> tuple[list[str], list[str]]:
     export = ExportDir(open_writable(out))
-    manifest = json.loads(export.store.read(MANIFEST) or b"")
-    config = config_of(manifest["fingerprint"], run, out, source, shards)
+    manifest = Manifest.parse(export.store.read(MANIFEST) or b"")
+    config = config_of(manifest.fingerprint, run, out, source, shards)
     prepared = prepare(config, Worker())
     asked = json.loads(json.dumps(prepared.plan.fingerprint))
-    differences = strict.difference(manifest["fingerprint"], asked)
+    differences = strict.difference(manifest.fingerprint, asked)
     problems = [
         f"{path}: the export has {there!r}, {run} {here!r}"
         for path, there, here in differences
@@ -72,7 +73,7 @@ def _verify_encoding(
         is_elsewhere = source is None and any("dataset_id" in problem for problem in problems)
         hint = "encoded from another data set than the run's: name its index by --source"
         return problems, [hint] if is_elsewhere else []
-    tasks = random.Random().sample(manifest["tasks"], min(num_tasks, len(manifest["tasks"])))
+    tasks = random.Random().sample(manifest.tasks, min(num_tasks, len(manifest.tasks)))
     check = _Check(export, prepared.work, config, {t.name: t.shard for t in prepared.plan.tasks})
     problems += check.tasks(tasks)
     return problems, [f"{check.num_rows} rows encoded anew, {check.num_same} of them bit for bit"]
@@ -121,12 +122,12 @@ class _Check:
             config.formats[0].model_dump()
         )
 
-    def tasks(self, tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    def tasks(self, tasks: Sequence[TaskEntry]) -> Iterator[str]:
         """Yield what is wrong with the stored rows of tasks."""
-        with closing(self._work.read(self._shards[task["name"]] for task in tasks)) as shards:
+        with closing(self._work.read(self._shards[task.name] for task in tasks)) as shards:
             for task, (_, batches) in zip(tasks, shards, strict=True):
                 rows, _ = encode_task(
-                    task["name"],
+                    task.name,
                     batches,
                     self._work.encoder,
                     max_bad_fraction=1,
@@ -134,11 +135,10 @@ class _Check:
                 )
                 yield from self._compare(task, rows)
 
-    def _compare(self, task: Mapping[str, Any], rows: Rows) -> Iterator[str]:
-        name = task["name"]
-        files = [file["path"] for file in task["files"]]
+    def _compare(self, task: TaskEntry, rows: Rows) -> Iterator[str]:
+        name = task.name
         main = data_path(self._writer.kind, name, self._writer.suffix)
-        with self._export.store.local_copy(files) as root:
+        with self._export.store.local_copy([file.path for file in task.files]) as root:
             try:
                 stored = self._writer.read(root / main)
             except ValueError as error:

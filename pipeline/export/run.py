@@ -21,7 +21,7 @@ import torch
 
 from pipeline.data.rows import RowBatch
 from pipeline.errors import UserError
-from pipeline.export.commit import Commit, commit, drop, publish_commit, stage_rows
+from pipeline.export.commit import Commit, Fault, commit, drop, publish_commit, stage_rows
 from pipeline.export.failures import (
     MAX_ATTEMPTS,
     RejectedError,
@@ -33,7 +33,7 @@ from pipeline.export.layout import ExportDir
 from pipeline.export.plan import Plan, Task
 from pipeline.export.progress import Progress
 from pipeline.export.statistics import partial_of, to_json
-from pipeline.export.work import Encoder, Fault, encode_task
+from pipeline.export.work import Encoder, encode_task
 from pipeline.export.workers import Worker
 from pipeline.writers import BaseWriter, Rows
 
@@ -213,7 +213,7 @@ def commit_rows(
         task=task,
         attempt=staged.attempt,
         keys=list(rows.keys),
-        faults=[list(fault) for fault in faults],
+        faults=list(faults),
         files=list(staged.files),
         statistics=statistics,
         process={

@@ -1,9 +1,8 @@
 """The source side of `verify`: the keys as they stand in the shards themselves."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from pipeline.data.index.one_pass import OnePass
 from pipeline.data.index.splits import ALL
 from pipeline.data.index.tar import ReadBytes, TarScan, group_samples
 from pipeline.data.storage import is_url, open_storage
+from pipeline.export.manifest import Data, TaskEntry
 from pipeline.writers import Rows
 
 
@@ -27,42 +27,41 @@ class SourceKeys:
         # Every format's file of a task is checked after the other: the shard is read once.
         self._keys = lru_cache(maxsize=1)(self._keys_in)
 
-    def differences(self, fingerprint: Mapping[str, Any]) -> Iterator[str]:
-        """Yield how the data set is not the one of the export's fingerprint."""
-        self._split = str(fingerprint["split"]).partition("/")[0]
-        if self._index.dataset_id != fingerprint["dataset_id"]:
+    def differences(self, data: Data) -> Iterator[str]:
+        """Yield how the data set is not the one that was exported."""
+        self._split = data.split.partition("/")[0]
+        if self._index.dataset_id != data.dataset_id:
             yield f"the source {self._index.path} is another data set (dataset_id)"
         elif not self._has_split():
             yield f"the source {self._index.path} has no split {self._split}"
-        elif self._index.split_identity(self._split) != fingerprint["split"]:
+        elif self._index.split_identity(self._split) != data.split:
             yield f"the source {self._index.path} is split by another rule now"
 
-    def left_out(self, tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    def left_out(self, tasks: Sequence[TaskEntry]) -> Iterator[str]:
         """Yield the shards that have rows and no task."""
         if not self._has_split():
             return  # which `differences` says
-        sources = {task["source"] for task in tasks}
+        sources = {task.source for task in tasks}
         counts = np.asarray(self._index.counts(self._split)).tolist()
         for shard, rows in zip(self._index.shards, counts, strict=True):
             if rows and shard.name not in sources:
                 where = self._storage.where(shard.name)
                 yield f"{where} has {rows} rows of split {self._split}, but no task"
 
-    def check(self, task: Mapping[str, Any], rows: Rows) -> Iterator[str]:
+    def check(self, task: TaskEntry, rows: Rows) -> Iterator[str]:
         """Yield how the rows of a file are not those of its source shard, in its order."""
-        number, name = self._number.get(task["source"]), str(task["source"])
-        keys = self._keys(name)
+        number, keys = self._number.get(task.source), self._keys(task.source)
         if number is None or keys is None:
-            yield f"its source shard {self._storage.where(name)} is missing"
+            yield f"its source shard {self._storage.where(task.source)} is missing"
             return
         if not self._has_split():
             return
         table = self._index.table(number)
         expected = table.rows_of(self._index.split_number(self._split))
         if rows.rows.tolist() != expected.tolist():
-            yield f"not the rows of split {self._split} of {task['source']}, in order"
+            yield f"not the rows of split {self._split} of {task.source}, in order"
         if list(rows.keys) != [keys[row] for row in rows.rows if row < len(keys)]:
-            yield f"other keys, or in another order, than {self._storage.where(name)}"
+            yield f"other keys, or in another order, than {self._storage.where(task.source)}"
 
     def _keys_in(self, name: str) -> list[str] | None:
         """Return the keys of all samples in a shard; None if it is missing.

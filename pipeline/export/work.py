@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.data.reasons import stable_reason
 from pipeline.data.rows import RowBatch
+from pipeline.export.commit import Fault
 from pipeline.export.failures import RejectedError
 from pipeline.export.passthrough import JsonFields
 from pipeline.export.statistics import NOT_FINITE
@@ -26,8 +27,6 @@ from pipeline.latents.rows import field_of
 from pipeline.models.bottleneck import Posterior
 from pipeline.precision import autocast
 from pipeline.writers import Dtype, Rows
-
-Fault = tuple[int, str, str, str]  # row in the source shard, key, stage, reason
 
 
 @dataclass(frozen=True)

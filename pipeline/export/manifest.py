@@ -1,0 +1,132 @@
+"""manifest.json: every file of an export with its hash, every failed row; written by `finalize`.
+
+What reads latents takes the few values that it needs from `pipeline.latents.manifest`, which needs
+neither this nor its checks.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.export.commit import Fault, FileRecord
+from pipeline.latents.manifest import FORMAT
+from pipeline.writers import Writer
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """One task: a source shard, and the files made from it."""
+
+    name: str
+    source: str  # file name of the shard
+    source_sha256: str
+    rows: int
+    faults: list[Fault]
+    keys_sha256: str
+    files: list[FileRecord]
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """A file beside the manifest."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Statistics(Sidecar):
+    """The statistics' file, with the scaling for who wants no more; None in older exports."""
+
+    scaling: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An export, described by itself."""
+
+    fingerprint: Mapping[str, Any]  # of the plan: whoever exports anew must come to the same
+    rows: int
+    failed_rows: int
+    duplicate_keys: int
+    tasks: list[TaskEntry]
+    statistics: Statistics
+    keys: Sidecar
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Return the manifest in a file's content; raise ValueError, which says what is wrong."""
+        try:
+            values = json.loads(data)
+        except ValueError as error:
+            raise ValueError(f"is no JSON: {error}") from None
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise ValueError(f"is not of the format {FORMAT!r}")
+        try:
+            _FINGERPRINT.validate_python(values)
+            return TypeAdapter(cls).validate_json(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"is not what an export writes: {where}: {first['msg']}") from None
+
+    def to_text(self) -> bytes:
+        """Return the file's content."""
+        values = asdict(self) | {"format": FORMAT}
+        return (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+    @property
+    def data(self) -> "Data":
+        """The data set that was encoded."""
+        return TypeAdapter(Data).validate_python(self.fingerprint["data"])
+
+    @property
+    def output(self) -> "Output":
+        """What every file of the export holds."""
+        return TypeAdapter(Output).validate_python(self.fingerprint["output"])
+
+    def files(self) -> Iterator[FileRecord | Sidecar]:
+        """Yield every file but the manifest and _SUCCESS."""
+        for task in self.tasks:
+            yield from task.files
+        yield from (self.statistics, self.keys)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What `verify` asks of the fingerprint's part `data`."""
+
+    dataset_id: str
+    split: str  # as pipeline.data.index.Index.split_identity has it
+
+
+@dataclass(frozen=True)
+class Output:
+    """What `verify` asks of the fingerprint's part `output`."""
+
+    fields: list[str]
+    latent_shape: tuple[int, ...]
+    formats: list[Writer]
+
+
+@dataclass(frozen=True)
+class _Fingerprint:
+    data: Data
+    output: Output
+
+
+@dataclass(frozen=True)
+class _Whole:
+    fingerprint: _Fingerprint
+
+
+_FINGERPRINT = TypeAdapter(_Whole)
+
+
+def digest(data: bytes) -> str:
+    """Return the hash by which _SUCCESS and the manifest name a file's content."""
+    return hashlib.sha256(data).hexdigest()
