@@ -10,7 +10,7 @@ statistics.py  exact sums, mergeable in any order
 commit.py      the protocol: stage -> commit record (the only truth) -> publish
 failures.py    attempts that failed by a task's own fault, and when that is enough
 layout.py      where everything lies; progress.py: the line on stderr
-finalize.py    all committed -> statistics, key index, manifest, _SUCCESS
+finalize.py    all committed -> statistics, key index, manifest (manifest.py), _SUCCESS
 status.py      how far an export is, finishing and cleaning up, from the files alone
 verify.py      whether an export is what it says it is; audit.py, source.py and reencode.py: the
                files' content, the source shards, the model
