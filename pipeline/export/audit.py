@@ -43,8 +43,10 @@ class Audit:
         """Yield all that is wrong."""
         manifest = self._manifest
         if self._source is not None and self._with_rows:
-            yield from self._source.differences(manifest.data)
-            yield from self._source.left_out(manifest.tasks)
+            differences = list(self._source.differences(manifest.data))
+            yield from differences or self._source.left_out(manifest.tasks)
+            if differences:
+                self._source = None  # each of its keys would be another problem
         for task in manifest.tasks:
             with self._export.store.local_copy([file.path for file in task.files]) as root:
                 yield from _check_hashes(root, task)

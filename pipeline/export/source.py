@@ -28,19 +28,17 @@ class SourceKeys:
         self._keys = lru_cache(maxsize=1)(self._keys_in)
 
     def differences(self, data: Data) -> Iterator[str]:
-        """Yield how the data set is not the one that was exported."""
+        """Yield how the data set is not the one that was exported: nothing else fits then."""
         self._split = data.split.partition("/")[0]
         if self._index.dataset_id != data.dataset_id:
             yield f"the source {self._index.path} is another data set (dataset_id)"
-        elif not self._has_split():
+        elif self._split != ALL and self._split not in self._index.split_spec.names:
             yield f"the source {self._index.path} has no split {self._split}"
         elif self._index.split_identity(self._split) != data.split:
             yield f"the source {self._index.path} is split by another rule now"
 
     def left_out(self, tasks: Sequence[TaskEntry]) -> Iterator[str]:
         """Yield the shards that have rows and no task."""
-        if not self._has_split():
-            return  # which `differences` says
         sources = {task.source for task in tasks}
         counts = np.asarray(self._index.counts(self._split)).tolist()
         for shard, rows in zip(self._index.shards, counts, strict=True):
@@ -53,8 +51,6 @@ class SourceKeys:
         number, keys = self._number.get(task.source), self._keys(task.source)
         if number is None or keys is None:
             yield f"its source shard {self._storage.where(task.source)} is missing"
-            return
-        if not self._has_split():
             return
         table = self._index.table(number)
         expected = table.rows_of(self._index.split_number(self._split))
@@ -82,9 +78,6 @@ class SourceKeys:
             return scan(read)
         with OnePass(self._storage, name, state.num_bytes) as bytes_of:
             return scan(bytes_of.read)
-
-    def _has_split(self) -> bool:
-        return self._split == ALL or self._split in self._index.split_spec.names
 
     def close(self) -> None:
         """Give back what the shards were read by."""

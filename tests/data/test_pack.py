@@ -105,6 +105,8 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path):
     assert tree(tmp_path / "1") == tree(tmp_path / "3")
     assert one.dataset_id == three.dataset_id
     assert (three.num_samples, three.num_shards) == (50, 7)
+    assert sum(three.num_samples_per_split.values()) == 50
+    assert three.num_samples_per_split.keys() == {"train", "held_out"}
 
 
 @pytest.mark.slow

@@ -95,13 +95,12 @@ def _scanned(tasks: Sequence[ShardTask], workers: int) -> Iterator[ScannedShard]
 
 def summary(index: Index) -> dict[str, Any]:
     """Return what a person wants to know of an index that was just built."""
-    splits = {name: int(index.counts(name).sum()) for name in index.split_spec.names}
     return {
         "index": index.path,
         "dataset_id": index.dataset_id,
         "num_shards": len(index.shards),
         "num_samples": index.num_samples,
-        "num_samples_per_split": splits,
+        "num_samples_per_split": index.samples_per_split(),
         "num_bytes": sum(shard.bytes for shard in index.shards),
         "num_duplicate_keys": index.num_duplicate_keys,
         "duplicate_keys": index.duplicate_keys,

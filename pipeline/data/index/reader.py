@@ -124,6 +124,10 @@ class Index:
             return np.array([shard.samples for shard in self.shards], np.int64)
         return np.array([shard.splits[split] for shard in self.shards], np.int64)
 
+    def samples_per_split(self) -> dict[str, int]:
+        """Rows of every split in all shards together."""
+        return {name: int(self.counts(name).sum()) for name in self.split_spec.names}
+
     @property
     def has_checksums(self) -> bool:
         """Whether the CRC-32 of every member of every shard is known (`index --deep`, `pack`)."""

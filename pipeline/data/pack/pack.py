@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.index import build_index
+from pipeline.data.index import Index, build_index
 from pipeline.data.index.manifest import IndexFiles
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.pace import Progress
@@ -36,6 +36,7 @@ class PackReport:
 
     out: Path | str
     num_samples: int
+    num_samples_per_split: dict[str, int]
     num_shards: int
     num_bytes: int  # of all shards
     classes: tuple[str, ...]
@@ -115,10 +116,10 @@ def _pack(
         out = Path(local_path(out))
         pack_locally(source, out, identity, ranges, workers, progress)
     index = build_index(out, out=out, split=split, deep=True, workers=workers, progress=progress)
-    return _report(out, ignored, index.dataset_id)
+    return _report(out, ignored, index)
 
 
-def _report(out: Path | str, ignored: dict[str, int], dataset_id: str) -> PackReport:
+def _report(out: Path | str, ignored: dict[str, int], index: Index) -> PackReport:
     files = IndexFiles(out)
     summary = json.loads(files.read(SUMMARY))
     broken: list[tuple[str, str]] = []
@@ -133,11 +134,12 @@ def _report(out: Path | str, ignored: dict[str, int], dataset_id: str) -> PackRe
     return PackReport(
         out=files.path,
         num_samples=sum(shard["samples"] for shard in summary["shards"]),
+        num_samples_per_split=index.samples_per_split(),
         num_shards=len(summary["shards"]),
         num_bytes=sum(shard["bytes"] for shard in summary["shards"]),
         classes=tuple(classes),
         num_broken=summary["num_broken"],
         broken=tuple(broken),
         ignored=ignored,
-        dataset_id=dataset_id,
+        dataset_id=index.dataset_id,
     )
