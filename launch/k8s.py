@@ -24,6 +24,7 @@ from launch.cluster import EXPORT, Allocation
 from launch.job import Job, JobError
 
 PORT = 29500
+USER = 10001  # in the image, see docker/Dockerfile
 CONFIGS = PurePosixPath("/etc/latentmill")
 # Before the command of a training, and after it. Launchers flatten exit codes to 1; the run's own
 # stands in outcome.json, which index 0 writes at its end, and others may see a little later.
@@ -195,6 +196,7 @@ class Kubernetes:
         shm = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": self.shm}}
         return {
             "restartPolicy": "Never",
+            "securityContext": {"fsGroup": USER},  # who owns a fresh claim otherwise is root
             "terminationGracePeriodSeconds": self.allocation.grace_seconds,
             **({"subdomain": name} if several else {}),
             "containers": [self._container(job)],

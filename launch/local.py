@@ -8,6 +8,7 @@ code that the run wrote to its outcome.json.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import shlex
@@ -112,6 +113,8 @@ def launcher(topology: Path, num_processes: int) -> tuple[str, ...]:
 def environment(job: Job) -> dict[str, str]:
     """What the processes need: the device, threads per process, and the job's own variables."""
     env = {"OMP_NUM_THREADS": str(job.num_threads)}
+    if job.device == "gpu":
+        env["LATENTMILL_DEVICE"] = "gpu"  # no GPU there is a mistake then, not a reason to be slow
     if job.device == "cpu" and uses_deepspeed(topology(job)):
         # Told to stay on the CPU, accelerate leaves DeepSpeed out, silently: we hide the GPUs.
         env |= {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -142,13 +145,21 @@ def run(job: Job) -> int:
     before = _outcome_stamp(run_dir)
     what = command(job)
     # A session of its own: Ctrl-C in the terminal reaches the trainers through us, once.
-    process = subprocess.Popen(what.argv, env=os.environ | what.env, start_new_session=True)
+    process = subprocess.Popen(
+        what.argv, env=os.environ | what.env, start_new_session=True, preexec_fn=_end_with_us
+    )
     with _forwarding(process):
         launcher_code = process.wait()
     if run_dir is None or _outcome_stamp(run_dir) == before:
         return 1 if launcher_code < 0 else launcher_code
     code = json.loads((run_dir / "outcome.json").read_bytes())["exit_code"]
     return 1 if code is None else int(code)  # None: it was killed while it ran
+
+
+def _end_with_us() -> None:
+    """Ask Linux, in the child, for a SIGTERM when this process dies, even by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def _outcome_stamp(run_dir: Path | None) -> tuple[int, int] | None:

@@ -205,18 +205,24 @@ def _time(seconds: int) -> str:
 
 
 def _srun(job: Job, allocation: Allocation) -> str:
-    """The command that starts accelerate once on every node, in the background."""
+    """The command that starts accelerate once on every node, in the background.
+
+    scancel's SIGTERM reaches every process of a node. The trainers save; accelerate, which would
+    die of it at once, and with it the task and all that Slurm finds in it, does not hear it.
+    """
     cpus = job.processes_per_node * allocation.cpus_per_process  # srun does not take it from sbatch
     srun = ["srun", "--kill-on-bad-exit=1", "--wait=60", f"--cpus-per-task={cpus}"]
     python, module = shlex.quote(sys.executable), "accelerate.commands.launch"
     options = [shlex.join(cluster.launcher(job, local.topology(job)))]
-    if job.num_nodes > 1:
-        # The task's own shell knows which node it is on.
-        inner = f'exec "$0" -m {module} --machine_rank "$SLURM_NODEID" "$@"'
-        start = f"bash -c {shlex.quote(inner)} {python}"
-        options += ['--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT"']
-    else:
+    if job.module == EXPORT:
         start = f"{python} -m {module}"
+    else:
+        # The task's own shell knows which node it is on.
+        node = ' --machine_rank "$SLURM_NODEID"' if job.num_nodes > 1 else ""
+        inner = f"""trap "" TERM; exec "$0" -m {module}{node} "$@\""""
+        start = f"bash -c {shlex.quote(inner)} {python}"
+    if job.num_nodes > 1:
+        options += ['--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT"']
     lines = [
         shlex.join(srun),
         start,

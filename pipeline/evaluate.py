@@ -15,6 +15,7 @@ from pipeline.data.index import Index
 from pipeline.data.stream import open_stream
 from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.datasets import open_indexes
+from pipeline.data.stream.device import DeviceBatches
 from pipeline.evaluation.reconstruction import Evaluation, evaluate
 from pipeline.forward import Forward
 from pipeline.monitor import Monitor
@@ -58,9 +59,9 @@ def evaluate_split(
                 rank=runtime.rank,
                 world=runtime.world,
                 tail="mask",
-                pin=runtime.device.type == "cuda",
+                device=runtime.device,
             ) as stream:
-                for batch in stream:
+                for batch in DeviceBatches(stream, runtime.device):
                     before_batch()
                     yield batch
                 num_tombstones += quarantine.collect(stream)["data/tombstones"]

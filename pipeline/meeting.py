@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 
 from pipeline.errors import WRONG_USE, UserError
 
+DEVICE = "LATENTMILL_DEVICE"  # `launch` sets it
 HOW_TO_LAUNCH = (
     "Launch with a topology file that starts them together, for example "
     "`accelerate launch --config_file configs/accelerate/cpu-ddp.yaml`."
@@ -58,6 +60,16 @@ def check_announced(environment: Mapping[str, str]) -> None:
             f"{HOW_TO_LAUNCH} For one process, take --num_processes 1 and unset MASTER_ADDR."
         )
     _check_precision(environment)
+
+
+def check_device(environment: Mapping[str, str], *, has_gpu: bool) -> None:
+    """Raise UserError if `python -m launch` was asked for GPUs, and this process sees none."""
+    if environment.get(DEVICE) == "gpu" and not has_gpu:
+        raise UserError(
+            f"--device gpu ({DEVICE}), but PyTorch {torch.__version__} sees no GPU on "
+            f"{socket.gethostname()}: check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, and "
+            "that PyTorch is no CPU build; or launch with --device cpu."
+        )
 
 
 def check_launcher(environment: Mapping[str, str]) -> None:

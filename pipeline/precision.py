@@ -1,9 +1,9 @@
 """Which arithmetic a run uses, in one place for training, evaluation and export.
 
-fp32: everything in float32. bf16: parameters, losses and optimizer in float32, matrix products and
-convolutions in bfloat16 by autocast. fp64: everything in float64, for proofs of equality between
-topologies. fp16 is refused: with DeepSpeed's autocast every step is skipped without the scaler
-noticing (LOG.md), and bf16 needs no scaler.
+fp32: everything in float32, on GPUs, too (no TF32). bf16: parameters, losses and optimizer in
+float32, matrix products and convolutions in bfloat16 by autocast. fp64: everything in float64, for
+proofs of equality between topologies. fp16 is refused: with DeepSpeed's autocast every step is
+skipped without the scaler noticing (LOG.md), and bf16 needs no scaler.
 """
 
 from typing import Annotated, Any, Literal
@@ -20,6 +20,14 @@ def _refuse_fp16(value: Any) -> Any:
 
 
 Precision = Annotated[Literal["fp32", "bf16", "fp64"], BeforeValidator(_refuse_fp16)]
+
+
+def fix_arithmetic() -> None:
+    """Fix, for this process, what would let equal inputs give different bits on a GPU."""
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def parameter_dtype(precision: str) -> torch.dtype:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+import torch
 from torch import Tensor
 
 from pipeline import strict
@@ -100,6 +101,8 @@ def _take_over_config(
         recorded = [change for change in changes if not _covered(change.path, MAY_CHANGE)]
         if recorded:
             newest = next(iter(list_checkpoints(run_dir / "checkpoints")), None)
+            if newest is not None:
+                _check_weights(run_dir, config)
             with (run_dir / "changes.jsonl").open("a", encoding="utf-8") as file:
                 for change in recorded:
                     entry = {"checkpoint": newest.name if newest else None, **change._asdict()}
@@ -108,13 +111,22 @@ def _take_over_config(
     write_atomic(path, strict.dump(config).encode())
 
 
+def _check_weights(run_dir: Path, config: TrainConfig) -> None:
+    """Raise UserError unless the newest good checkpoint's weights are of the config's model."""
+    path = find_checkpoint(run_dir / "checkpoints", None)
+    shape = config.data.decode.event_shape
+    model = build_autoencoder(config.model, shape, seed=config.seed, dtype=torch.float32)
+    what = f"{path} holds weights of another model than the changed config"
+    _check_shapes(model, read_tensors(path).model, what)
+
+
 def _check_changes(
     run_dir: Path, changes: Sequence[strict.Difference], accepted: Sequence[str]
 ) -> None:
     refused = [c for c in changes if not _covered(c.path, (*MAY_CHANGE, *accepted))]
     if refused:
         lines = [f"  {c.path}: there {c.left!r}, now {c.right!r}" for c in refused]
-        flags = " ".join(f"--accept-change {c.path}" for c in refused)
+        flags = " ".join(f"--accept-change={c.path}" for c in refused)
         raise UserError(
             f"{run_dir} holds a run with another config; a resumed run may change only "
             f"{', '.join(MAY_CHANGE)}:\n"

@@ -29,7 +29,14 @@ from torch import Tensor
 
 from pipeline import PARENT_AT_START
 from pipeline.errors import UserError
-from pipeline.meeting import HOW_TO_LAUNCH, check_announced, check_launcher, meeting
+from pipeline.meeting import (
+    HOW_TO_LAUNCH,
+    check_announced,
+    check_device,
+    check_launcher,
+    meeting,
+)
+from pipeline.precision import fix_arithmetic
 
 STOP_FILE_POLL_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -59,6 +66,8 @@ class Runtime:
         _die_with_parent()
         check_launcher(os.environ)
         on_cpu = not torch.accelerator.is_available()
+        check_device(os.environ, has_gpu=not on_cpu)
+        fix_arithmetic()
         timeout = None if patience is None else timedelta(seconds=patience)
         handlers: list[Any] = [
             InitProcessGroupKwargs(timeout=timeout),
@@ -87,6 +96,14 @@ class Runtime:
                 "the launcher."
             )
         return runtime
+
+    @property
+    def place(self) -> str:
+        """In words: how many processes, and on what."""
+        kind = "CPU"
+        if self.device.type != "cpu":
+            kind = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
+        return f"{self.world} {'process' if self.world == 1 else 'processes'} on {kind}"
 
     @property
     def uses_deepspeed(self) -> bool:
@@ -205,7 +222,10 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 or a file named STOP in the run directory; seen between steps."""
+    """SIGTERM, SIGUSR1, Ctrl-C or a file named STOP in the run directory; seen between steps.
+
+    A second Ctrl-C interrupts at once.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / "STOP"
@@ -217,10 +237,11 @@ class StopRequest:
 
     @staticmethod
     def _numbers() -> tuple[signal.Signals, ...]:
-        return (signal.SIGTERM, signal.SIGUSR1)
+        return (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        del frame
+        if number == self._signal == signal.SIGINT:
+            signal.default_int_handler(number, frame)
         self._signal = number
 
     def reason(self) -> str | None:

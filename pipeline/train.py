@@ -95,7 +95,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
                 rank=runtime.rank,
                 world=runtime.world,
                 tail="carry",
-                pin=runtime.device.type == "cuda",
+                device=runtime.device,
             )
         )
         monitor = stack.enter_context(
@@ -157,7 +157,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
                 evaluate()
             last = config.is_over(step, checkpoints.evaluations_since_best)
             if not last:
-                monitor.say(reading_plan(order, runtime.world))
+                monitor.say(f"{runtime.place}; {reading_plan(order, runtime.world)}")
             while not last:
                 watchdog.enter("data", step + 1)
                 batch = next(batches)

@@ -8,6 +8,7 @@ it lives on the same machine. Then all end, and the launcher with them.
 """
 
 import faulthandler
+import importlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
@@ -85,6 +86,15 @@ class Report:
             f"rank {self.rank} (process {self.pid} on {self.host}) has been in phase "
             f"{self.phase} of step {self.step:,} for {self.seconds:.0f} s"
         )
+
+
+def _flight_record() -> bytes:
+    """Return what PyTorch's flight recorder holds: the last collectives of this process, pickled.
+
+    NCCL has a recorder of its own, in a build that has NCCL.
+    """
+    bindings: Any = importlib.import_module("torch._C._distributed_c10d")
+    return getattr(bindings, "_dump_nccl_trace", bindings._dump_fr_trace)()
 
 
 class Watchdog:
@@ -160,6 +170,8 @@ class Watchdog:
         with (folder / f"rank-{mine.rank}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         write_json(folder / f"rank-{mine.rank}.json", asdict(mine))
+        # Before NCCL's own timeout, at which PyTorch would write it: `torchfrtrace` reads it.
+        (folder / f"collectives-rank-{mine.rank}").write_bytes(_flight_record())
 
     def _collect(self) -> dict[int, Report]:
         """Wait for the others' reports; empty if a lower rank will conclude, and has."""

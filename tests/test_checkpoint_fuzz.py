@@ -109,7 +109,8 @@ sys.exit(main(sys.argv[2:]))
 
 @pytest.mark.fault
 @pytest.mark.distributed
-@pytest.mark.parametrize("damaged_on", [pytest.param(0, marks=pytest.mark.soak), 1])
+@pytest.mark.soak
+@pytest.mark.parametrize("damaged_on", [0, 1])
 def test_damage_that_one_of_two_processes_sees_makes_both_fall_back(
     tmp_path: Path, tiny_shards: Path, run_processes: Callable, damaged_on: int
 ):

@@ -34,7 +34,7 @@ LEGS = {
 @pytest.mark.parametrize(
     "legs",
     [
-        pytest.param("sizes", marks=pytest.mark.distributed),
+        pytest.param("sizes", marks=[pytest.mark.distributed, pytest.mark.soak]),
         pytest.param("strategies", marks=pytest.mark.deepspeed),
     ],
 )

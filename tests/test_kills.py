@@ -75,7 +75,7 @@ def strike(running: Processes, victim: str, chance: random.Random) -> float:
 @pytest.mark.parametrize(
     ("strategy", "number"),
     [
-        *kills("ddp", 3, 20),
+        *kills("ddp", 2, 20),
         *kills("zero1", 0, 10),
         *kills("zero2", 0, 10),
         *kills("zero3", 0, 10),

@@ -8,6 +8,7 @@ from pipeline.data.index import build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import open_stream
+from pipeline.data.stream.account import Account
 from pipeline.data.stream.datasets import open_indexes
 from pipeline.ledger import Ledger
 from pipeline.runtime import Runtime
@@ -66,6 +67,19 @@ def test_the_digest_of_steps_does_not_depend_on_where_a_run_was_cut(data):
     assert len(set(whole)) == 8
     other = data.model_copy(update={"window": 2})
     assert [v["data/order_digest"] for v in ledgers_of(other, first_step=0, num_steps=8)] != whole
+
+
+def test_of_batches_taken_ahead_only_the_used_are_in_the_books(data):
+    """As a GPU takes them: one more is on its way there when a step is logged."""
+    options = {"index": open_indexes(data), "seed": SEED, "batch_size": 8, "num_steps": 5}
+    with open_stream(data, **options) as plain, open_stream(data, **options) as early:
+        early.account = Account(0, 0, ahead=1)
+        next(early)
+        for _ in plain:
+            next(early, None)
+            for name in ("next_step", "digest", "last_digest", "epochs"):
+                assert getattr(early.account, name) == getattr(plain.account, name)
+        assert plain.account.next_step == 5
 
 
 def test_a_process_that_reads_another_split_is_found(data):

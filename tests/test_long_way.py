@@ -89,7 +89,7 @@ def run(command: str, cwd: Path) -> str:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_readme_on_real_pictures(num_processes: int, tmp_path: Path):
     write_digits(tmp_path / "PHOTOS")
     (tmp_path / "configs").symlink_to(ROOT / "configs")  # as in the project's root

@@ -23,9 +23,8 @@ NUM_TRIALS = 6
 # Strategy, processes, accumulation.
 WAYS = [("ddp", number, parts) for number in (1, 2, 3) for parts in (1, 2)]
 WAYS += [(f"zero{n}", number, parts) for n in (1, 2, 3) for number in (2, 3) for parts in (1, 2)]
-# Each strategy, size and accumulation; all others, and more trials, are soak.
-IN_TEST_ALL = {("ddp", 1, 1), ("ddp", 2, 1), ("ddp", 3, 2)}
-IN_TEST_ALL |= {("zero1", 2, 2), ("zero2", 3, 1), ("zero3", 2, 1), ("zero3", 3, 2)}
+# Sizes, accumulations, and the stage that shards most; all others, and more trials, are soak.
+IN_TEST_ALL = {("ddp", 1, 1), ("ddp", 3, 2), ("zero3", 2, 1)}
 
 
 def write_config(folder: Path, data: Path, accumulation: int = 1) -> Path:
@@ -182,7 +181,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_costs_steps_only(
 
 
 @pytest.mark.fault
-def test_stop_file_sigterm_and_sigusr1_stop_between_steps_and_lose_nothing(
+def test_stop_file_sigterm_and_ctrl_c_stop_between_steps_and_lose_nothing(
     tmp_path: Path, tiny_shards: Path, start_processes: Callable, uninterrupted: Callable
 ):
     """Each of them in turn stops the same run; one process without launcher shows exit codes."""
@@ -201,7 +200,7 @@ def test_stop_file_sigterm_and_sigusr1_stop_between_steps_and_lose_nothing(
     for stop, reason in (
         (touch_stop, f"the file {run / 'STOP'}"),
         (functools.partial(send, signal.SIGTERM), "signal SIGTERM"),
-        (functools.partial(send, signal.SIGUSR1), "signal SIGUSR1"),
+        (functools.partial(send, signal.SIGINT), "signal SIGINT"),
     ):
         running = start_processes("pipeline.train", None, config)
         stop(running)

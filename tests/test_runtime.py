@@ -86,11 +86,18 @@ def test_nothing_asks_to_stop_by_itself(stop: StopRequest):
     assert stop.reason() is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_asks_to_stop_and_kills_nobody(stop: StopRequest, number: signal.Signals):
     os.kill(os.getpid(), number)
     assert stop.reason() == f"signal {number.name}"
     assert stop.reason() == f"signal {number.name}"  # and it stays
+
+
+def test_a_second_ctrl_c_interrupts(stop: StopRequest):
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.reason() == "signal SIGINT"
 
 
 def test_a_stop_file_asks_to_stop(stop: StopRequest, tmp_path: Path):
@@ -112,9 +119,10 @@ def test_the_stop_file_is_looked_for_once_a_second(
 
 
 def test_afterwards_signals_do_what_they_did_before(tmp_path: Path):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
     with closing(StopRequest(tmp_path)):
-        during = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+        during = [signal.getsignal(number) for number in numbers]
+    after = [signal.getsignal(number) for number in numbers]
     assert after == before
     assert not set(map(id, during)) & set(map(id, before))

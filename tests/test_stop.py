@@ -83,9 +83,13 @@ def evaluations(run: Path) -> dict[int, float]:
     return dict(found)
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
 @pytest.mark.parametrize(
-    "trial", [0, *(pytest.param(trial, marks=pytest.mark.soak) for trial in range(1, 6))]
+    ("trial", "num_processes"),
+    [
+        (0, 2),
+        pytest.param(0, 1, marks=pytest.mark.soak),
+        *(pytest.param(t, n, marks=pytest.mark.soak) for t in range(1, 6) for n in (1, 2)),
+    ],
 )
 def test_stopped_at_any_moment_it_is_gone_soon_and_loses_nothing(
     tmp_path: Path,

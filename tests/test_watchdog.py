@@ -1,6 +1,7 @@
 """A process that makes no progress ends the job, and is named with the phase it hangs in."""
 
 import json
+import pickle
 import re
 import signal
 import time
@@ -61,6 +62,8 @@ def test_a_stopped_process_is_named_and_the_job_ends(
     report = json.loads(next(run.glob(f"failure/*/rank-{other}.json")).read_bytes())
     assert report["phase"] in ("update", "log")
     assert "train_step" in next(run.glob(f"failure/*/rank-{other}.txt")).read_text()
+    record = pickle.loads(next(run.glob(f"failure/*/collectives-rank-{other}")).read_bytes())
+    assert any(one["profiling_name"].startswith("gloo:") for one in record["entries"])
 
 
 def test_a_job_that_stood_still_as_a_whole_goes_on(

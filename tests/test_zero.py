@@ -33,10 +33,12 @@ __all__ = ["config"]  # a fixture
 pytestmark = [pytest.mark.deepspeed, pytest.mark.timeout(300)]
 ZERO = ("zero1", "zero2", "zero3")
 STRATEGIES = ("ddp", *ZERO)
+# In test-all stage 1 stands behind: it differs from 2 by what is sharded only.
+FEW = ("ddp", pytest.param("zero1", marks=pytest.mark.soak), "zero2", "zero3")
 # A low rate: training amplifies rounding less.
 SETTINGS = ("num_steps=20", "optimizer.learning_rate.peak=0.002")
-# In test-all two pairs; the others are soak.
-RING = {("zero1", "zero3"), ("zero3", "ddp")}
+# In test-all one pair; the others are soak.
+PAIRS = {("zero1", "zero3")}
 
 
 @pytest.fixture
@@ -105,7 +107,7 @@ def test_one_process_that_cuts_its_batch_shows_the_noise_floor(
     "accumulation",
     [2, *(pytest.param(number, marks=pytest.mark.soak) for number in (1, 4))],
 )
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", FEW)
 def test_it_takes_the_steps_of_one_process(two, reference, table, strategy: str, accumulation: int):
     expected, windows = reference()
     found = two(strategy, *SETTINGS, f"accumulation={accumulation}", windows=windows)
@@ -121,7 +123,7 @@ def test_it_takes_the_steps_of_one_process(two, reference, table, strategy: str,
 @pytest.mark.parametrize(
     ("writer", "reader"),
     [
-        pair if pair in RING else pytest.param(*pair, marks=pytest.mark.soak)
+        pair if pair in PAIRS else pytest.param(*pair, marks=pytest.mark.soak)
         for pair in permutations(STRATEGIES, 2)
     ],
 )
@@ -132,7 +134,7 @@ def test_it_goes_on_from_another_strategys_checkpoint(two, tmp_path, writer: str
     check_close(difference(two(reader, *SETTINGS, windows=windows), expected))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", FEW)
 def test_bf16_keeps_parameters_in_float32_and_stays_near(two, reference, table, strategy: str):
     expected, windows = reference()
     found = two(strategy, *SETTINGS, "precision=bf16", windows=windows)

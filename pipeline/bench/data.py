@@ -25,6 +25,7 @@ from pipeline.data.storage import Storage
 from pipeline.data.stream import open_stream
 from pipeline.data.stream.batch import new_buffer
 from pipeline.data.stream.datasets import DataSets, open_indexes
+from pipeline.data.stream.device import DeviceBatches
 from pipeline.data.stream.fetch import Samples
 
 # A stream at this share of its ceiling is as fast as decoding lets it be.
@@ -195,12 +196,13 @@ class _Work:
             index=self._sets.indexes,
             seed=config.seed,
             batch_size=config.batch_size,
-            pin=device.type == "cuda",
+            device=device,
         ) as stream:
+            batches = DeviceBatches(stream, device)
 
             def take(num_steps: int) -> None:
                 for _ in range(num_steps):
-                    batch = next(stream)
+                    batch = next(batches)
                     if corrupt:
                         forward.inputs(batch, "train")
                 if device.type == "cuda":

@@ -97,7 +97,7 @@ class OurLoop:
             index=indexes,
             seed=config.seed,
             batch_size=config.batch_size,
-            pin=runtime.device.type == "cuda",
+            device=runtime.device,
         )
         self._batches = DeviceBatches(self.stream, runtime.device)
         self._meter = TrainingMeter(runtime, self.stream)

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         asked_to_stop = True
 
     previous = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
-    # Mistakes that all processes of a machine share are told once.
+    # Mistakes at the start, which all processes of a machine share, are told once.
     is_heard = os.environ.get("LOCAL_RANK", "0") == "0"
     out = ""
     try:
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         if worker.rank == 0:
             print(f"export: {out}: each task once, by {guarantee}", file=sys.stderr)
         is_heard = True  # from here on an error is this process's own
-        if arguments.retry_failed and worker.rank == 0:  # the others' failures may be new ones
+        if arguments.retry_failed:  # who starts late may forget a new failure: that is tried again
             forget_failures(prepared.export)
         code = work_through(prepared, worker, lambda: asked_to_stop)
         if arguments.json:
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         return code
     except (UserError, OSError) as error:
         code, text = explain(error, out)
-        if is_heard:
+        if is_heard or not isinstance(error, UserError):
             print(f"error: {text}", file=sys.stderr)
         return code
     finally:

@@ -114,12 +114,22 @@ def commit(export: ExportDir, record: Commit) -> bool:
 
 
 def read_commits(export: ExportDir, tasks: Sequence[str]) -> list[Commit]:
-    """Return the commit records of tasks, all of which are committed."""
+    """Return the commit records of tasks, all of which are committed.
+
+    Raises UserError for one that is damaged.
+    """
 
     def read(task: str) -> Commit:
-        data = export.store.read(commit_path(task))
+        name = commit_path(task)
+        data = export.store.read(name)
         assert data is not None, f"{task} is not committed"
-        return Commit.parse(data)
+        try:
+            return Commit.parse(data)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{export.store.where(name)} is damaged ({error!r}): remove it to have the task "
+                "done again."
+            ) from error
 
     return map_in_threads(read, tasks, READERS)
 

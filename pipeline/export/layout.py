@@ -13,6 +13,7 @@
 All but `_run/` and `_stage/` is the same, byte for byte, however the work was divided.
 """
 
+import hashlib
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ __all__ = ["MANIFEST", "PLAN", "SUCCESS"]
 
 RUN, STAGE, DATA = "_run", "_stage", "data"
 COMMITS, FAILURES = f"{RUN}/commits", f"{RUN}/failures"
+MAX_NAME = 190  # bytes of a task's part in a file name, which may have 255
 STATISTICS, KEYS = "latent_stats.json", "keys.parquet"
 
 
@@ -65,8 +67,15 @@ def new_id() -> str:
 
 
 def flat_name(task: str) -> str:
-    """Return a file name for a task, whose shard may lie in a sub-folder."""
-    return quote(task, safe=" ")
+    """Return a file name for a task, whose shard may lie in a sub-folder.
+
+    What is too long, as an id and suffixes come after it, is cut and told apart by a hash.
+    """
+    name = quote(task, safe=" ")
+    if len(name) <= MAX_NAME:
+        return name
+    digest = hashlib.sha256(task.encode()).hexdigest()[:16]
+    return f"{name[: MAX_NAME - 17]}-{digest}"
 
 
 def commit_path(task: str) -> str:

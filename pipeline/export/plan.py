@@ -54,17 +54,20 @@ class Plan:
 
 
 def find_plan(export: ExportDir) -> Plan | None:
-    """Return the stored plan, if there is one; raises UserError when it is of another format."""
-    data = export.store.read(PLAN)
+    """Return the stored plan, if there is one.
+
+    Raises UserError when it is of another format, or damaged.
+    """
+    data, where = export.store.read(PLAN), export.store.where(PLAN)
     if data is None:
         return None
-    stored = json.loads(data)
-    if stored.get("format") != FORMAT:
-        raise UserError(
-            f"{export.store.where(PLAN)} has the format {stored.get('format')!r}; this code reads "
-            f"{FORMAT!r}."
-        )
-    return Plan(stored["fingerprint"], tuple(Task(**task) for task in stored["tasks"]))
+    try:
+        stored = json.loads(data)
+        if stored["format"] == FORMAT:
+            return Plan(stored["fingerprint"], tuple(Task(**task) for task in stored["tasks"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{where} is damaged ({error!r}).") from error
+    raise UserError(f"{where} has the format {stored['format']!r}; this code reads {FORMAT!r}.")
 
 
 def read_plan(export: ExportDir) -> Plan:

@@ -3,6 +3,7 @@
 config -> trained model, index, device -> encoder and plan -> Prepared
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -29,8 +30,10 @@ from pipeline.export.run import Work
 from pipeline.export.settings import ExportConfig
 from pipeline.export.work import Encoder, Noise
 from pipeline.export.workers import Worker
+from pipeline.meeting import check_device
 from pipeline.models.autoencoder import AutoEncoder
 from pipeline.models.bottleneck import Posterior
+from pipeline.precision import fix_arithmetic
 from pipeline.rundir import LoadedRun, load_run
 
 CPU_THREADS = 1  # more would split sums differently; use more processes
@@ -61,7 +64,11 @@ class Prepared:
 def prepare(config: ExportConfig, worker: Worker) -> Prepared:
     """Load the model, open the data, and make the plan; raises UserError for what is not there."""
     device = find_device(worker.local_rank)
-    fix_arithmetic(device)
+    fix_arithmetic()
+    if device.type == "cpu":
+        torch.set_num_threads(CPU_THREADS)
+    else:
+        torch.cuda.set_device(device)
     run = load_run(Path(config.run), step=config.step, weights=config.weights)
     data = data_of(config, run.config.data)
     source = data.sources[0]
@@ -85,22 +92,14 @@ def prepare(config: ExportConfig, worker: Worker) -> Prepared:
 
 
 def find_device(local_rank: int) -> torch.device:
-    """Return this worker's accelerator, or the CPU if there is none."""
+    """Return this worker's accelerator, or the CPU if there is none.
+
+    Raises UserError if there is none where the launcher wants one.
+    """
+    check_device(os.environ, has_gpu=torch.cuda.is_available())
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank % torch.cuda.device_count())
-
-
-def fix_arithmetic(device: torch.device) -> None:
-    """Fix, for this process, what would let equal inputs give different bits."""
-    if device.type == "cpu":
-        torch.set_num_threads(CPU_THREADS)
-        return
-    torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def data_of(config: ExportConfig, trained: DataConfig) -> DataConfig:

@@ -114,6 +114,8 @@ class _Run:
                     self.outcome.stopped = True
                     break
                 except Exception as error:  # noqa: BLE001 - sorted out by `_note`
+                    while writing:  # in their order: whether it is one more in a row
+                        self._settle(*writing.popleft())
                     self._note(task, error)
                     continue
                 seconds = time.monotonic() - start
@@ -148,6 +150,8 @@ class _Run:
             for batch in batches:
                 if self._should_stop():
                     raise StoppedError
+                for writer in self._work.writers:
+                    writer.check_keys(batch.keys, self._work.encoder.fields)
                 yield batch
 
         rows, faults = encode_task(

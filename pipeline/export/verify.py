@@ -23,7 +23,7 @@ from pipeline.export.audit import Audit
 from pipeline.export.commit import Commit, keys_digest
 from pipeline.export.layout import MANIFEST, RUN, SUCCESS, ExportDir, commit_path
 from pipeline.export.manifest import Manifest, TaskEntry, digest
-from pipeline.export.plan import find_plan
+from pipeline.export.plan import Plan, find_plan
 from pipeline.export.source import SourceKeys
 
 Level = Literal["listing", "counts", "hashes", "keys", "statistics", "encode"]
@@ -63,20 +63,21 @@ def verify_export(
     if level not in LEVELS:
         raise UserError(f"level is {level!r}, but must be one of {', '.join(LEVELS)}.")
     export = ExportDir(open_writable(out))
-    data, plan = export.store.read(MANIFEST), find_plan(export)
-    if data is None and plan is None:
+    data, problems = export.store.read(MANIFEST), list[str]()
+    plan = _find_plan(export, problems)
+    if data is None and plan is None and not problems:
         raise UserError(
             f"{out} holds no export: neither manifest.json nor _run/plan.json is there."
         )
     depth = LEVELS.index(level)
-    problems = list(_unfinished(export))
+    problems += _unfinished(export, plan)
     manifest = _parse_manifest(export, data, problems)
     if manifest is None:
         return VerifyReport(export.root, level, problems=problems)
     notes: list[str] = []
     problems += _check_listing(export, manifest)
     if depth >= LEVELS.index("counts"):
-        problems += _check_counts(export, manifest)
+        problems += _check_counts(export, manifest, plan)
     with_rows = depth >= LEVELS.index("keys")
     if depth >= LEVELS.index("hashes"):
         with ExitStack() as stack:
@@ -103,10 +104,18 @@ def verify_export(
     )
 
 
-def _unfinished(export: ExportDir) -> Iterator[str]:
+def _find_plan(export: ExportDir, problems: list[str]) -> Plan | None:
+    try:
+        return find_plan(export)
+    except UserError as error:
+        problems.append(str(error))
+        return None
+
+
+def _unfinished(export: ExportDir, plan: Plan | None) -> Iterator[str]:
     if export.is_finished():
         return
-    state, plan = "", find_plan(export)
+    state = ""
     if plan is not None:
         committed = len(export.committed(task.name for task in plan.tasks))
         state = f": {committed} of {len(plan.tasks)} tasks are committed"
@@ -142,7 +151,7 @@ def _check_listing(export: ExportDir, manifest: Manifest) -> Iterator[str]:
                 yield f"{file.path} has {size} bytes instead of {file.bytes}"
 
 
-def _check_counts(export: ExportDir, manifest: Manifest) -> Iterator[str]:
+def _check_counts(export: ExportDir, manifest: Manifest, plan: Plan | None) -> Iterator[str]:
     tasks = manifest.tasks
     for name, total, parts in (
         ("rows", manifest.rows, sum(task.rows for task in tasks)),
@@ -150,7 +159,6 @@ def _check_counts(export: ExportDir, manifest: Manifest) -> Iterator[str]:
     ):
         if total != parts:
             yield f"manifest.json counts {total} {name}, its tasks {parts}"
-    plan = find_plan(export)
     if plan is None:
         return
     if [task.name for task in plan.tasks] != [entry.name for entry in tasks]:

@@ -186,6 +186,7 @@ class ZeroStrategy:
 
     def _mine(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         """This process's part of a whole value."""
+        assert value.shape == self._shape(parameter), "padding would hide another model's weights"
         value = value.to(self._device)
         if self._stage < 3:
             return value

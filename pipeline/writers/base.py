@@ -96,6 +96,9 @@ class BaseWriter(Component):
         """The types of latents that the format holds."""
         return ("float32", "float16")
 
+    def check_keys(self, keys: Sequence[str], fields: Sequence[str]) -> None:
+        """Raise UserError if no file of the format can hold such rows; most hold any."""
+
     @abstractmethod
     def write(self, path: Path, rows: Rows) -> None:
         """Create the file, or files, none of which may exist."""

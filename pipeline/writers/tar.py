@@ -11,15 +11,18 @@ sample that could not be read}.
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.tars import open_tar
+from pipeline.errors import UserError
+from pipeline.tars import check_member_name, open_tar
 from pipeline.writers.base import FIELDS, NO_LABEL, BaseWriter, Rows
+
+SHORT_NAME_BYTES = 100  # what fits in any case
 
 
 class TarWriter(BaseWriter):
@@ -31,6 +34,18 @@ class TarWriter(BaseWriter):
     def suffix(self) -> str:
         """Return ".tar"."""
         return ".tar"
+
+    def check_keys(self, keys: Sequence[str], fields: Sequence[str]) -> None:
+        """Raise UserError if a member's name would not fit into a tar header."""
+        suffix = max("row.json", *(f"{field}.npy" for field in fields), key=len)
+        for key in keys:
+            name = f"{key}.{suffix}"
+            if len(name.encode(errors="surrogateescape")) <= SHORT_NAME_BYTES:
+                continue
+            try:
+                check_member_name(name)
+            except UserError as error:
+                raise UserError(f"{error} Or leave tar out of the export's formats.") from None
 
     def write(self, path: Path, rows: Rows) -> None:
         """Create the tar; labels, metadata and texts get a member if any row has one."""
@@ -101,7 +116,8 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         for member in tar:
             folder, slash, name = member.name.rpartition("/")
             stem, _, suffix = name.partition(".")
-            if members and folder + slash + stem != key:
+            # Equal keys may follow each other, where what was between them is of another split.
+            if members and (folder + slash + stem != key or suffix in members):
                 yield key, members
                 members = {}
             key = folder + slash + stem

@@ -34,7 +34,7 @@ def test_on_a_gpu_batches_are_copies_that_stay_valid(tiny_shards):
     device = torch.device("cuda")
     with opened(tiny_shards) as plain:
         expected = [[t.clone() for t in batch.tensors()] for batch in plain]
-    with opened(tiny_shards, pin=True) as pinned:
+    with opened(tiny_shards, device=device) as pinned:
         held = list(DeviceBatches(pinned, device))
     assert len(held) == NUM_STEPS
     for batch, tensors in zip(held, expected, strict=True):

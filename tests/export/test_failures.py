@@ -1,18 +1,22 @@
 """What cannot be done: counted where the task is at fault, told, and never half written."""
 
 import errno
+import io
 import itertools
 import json
 import os
 import random
 import re
 import shutil
+import tarfile
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline import strict
 from pipeline.data.index import build_index
@@ -21,9 +25,11 @@ from pipeline.errors import DONE, FAILED, WRONG_USE, StoreError, UserError
 from pipeline.export.__main__ import main
 from pipeline.export.command import begin, work_through
 from pipeline.export.finalize import finalize
+from pipeline.export.layout import flat_name
 from pipeline.export.prepare import Prepared
 from pipeline.export.run import Shards
 from pipeline.export.status import export_status
+from pipeline.export.verify import verify_export
 from pipeline.export.workers import Worker
 from tests.export.world import (
     NUM_SHARDS,
@@ -129,6 +135,61 @@ def test_an_unexpected_error_counts_over_starts_and_ends_in_quarantine(
         go(prepared)
     assert run_export(make_config(run_dir, tmp_path / "out"), retry_failed=True) == DONE
     assert tree(tmp_path / "out") == tree(finished)
+
+
+def test_only_failures_in_a_row_end_a_worker(run_dir: Path, tmp_path: Path):
+    """Here a task that is done comes between any two, and is written while the next one fails."""
+    prepared, _ = begin(make_config(run_dir, tmp_path / "out"), Worker())
+    lost = {0, 2, 4}
+    broken = failing(prepared, lambda shard: ShardReadError("gone") if shard in lost else None)
+    with pytest.raises(StoreError, match="3 of 10 tasks are not done"):
+        go(broken)
+    assert committed(tmp_path / "out") == {
+        f"shard-{shard:06d}" for shard in range(NUM_SHARDS) if shard not in lost
+    }
+
+
+def test_any_worker_lets_tasks_out_of_quarantine(run_dir: Path, bad_data: Path, tmp_path: Path):
+    config = make_config(run_dir, tmp_path / "out", data={"path": str(bad_data)})
+    (tmp_path / "export.yaml").write_text(strict.dump(config))
+    argv = [str(tmp_path / "export.yaml"), "--worker", "1/2"]
+    assert main(argv) == WRONG_USE
+    assert main([*argv, "max_bad_fraction=0.5"]) == WRONG_USE
+    assert main([*argv, "max_bad_fraction=0.5", "--retry-failed"]) == DONE
+
+
+def test_names_that_a_file_system_only_just_holds(run_dir: Path, tmp_path: Path):
+    """Records and stages are named after a shard, with more behind it."""
+    data = make_data(tmp_path / "data", shards=2)
+    names = ["\u4e2d" * 60 + end for end in "ab"]
+    for number, name in enumerate(names):
+        (data / f"shard-{number:06d}.tar").rename(data / f"{name}.tar")
+    build_index(data, split=SPLIT)
+    assert len(set(map(flat_name, names))) == 2
+    config = make_config(run_dir, tmp_path / "out", data={"path": str(data)})
+    assert run_export(config) == DONE
+    assert verify_export(tmp_path / "out", source=data).problems == []
+    assert export_status(tmp_path / "out").committed_tasks == 2
+
+
+def test_keys_that_no_tar_header_holds_are_told_before_any_is_encoded(
+    run_dir: Path, tmp_path: Path
+):
+    (tmp_path / "data").mkdir()
+    with tarfile.open(tmp_path / "data/0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in range(4):
+            image = io.BytesIO()
+            Image.fromarray(np.zeros((32, 32), np.uint8)).save(image, "PNG")
+            member = tarfile.TarInfo(f"{number:095d}.png")
+            member.size = len(image.getvalue())
+            tar.addfile(member, io.BytesIO(image.getvalue()))
+    build_index(tmp_path / "data", split=SPLIT)
+    settings = {"data": {"path": str(tmp_path / "data")}}
+    with pytest.raises(UserError, match=r"0\.logvar\.npy' does not fit into a tar .*formats"):
+        run_export(make_config(run_dir, tmp_path / "out", **settings))
+    assert not (tmp_path / "out/_run/failures").exists()
+    formats = [{"kind": "parquet"}]
+    assert run_export(make_config(run_dir, tmp_path / "other", **settings, formats=formats)) == DONE
 
 
 def test_an_error_that_goes_away_is_tried_again_in_the_same_start(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from botocore.exceptions import EndpointConnectionError
 from s3fs import S3FileSystem
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.__main__ import main
 from pipeline.data.storage.opening import open_writable
@@ -176,6 +177,31 @@ def test_requests_that_fail_now_and_then_cost_starts_and_nothing_else(
     assert export_status(url).failed_attempts == 0
 
 
+class Latents(IterableDataset):
+    """Batches of an export, divided over the workers of a DataLoader."""
+
+    def __init__(self, ds: LatentDataset):
+        super().__init__()
+        self.ds = ds
+
+    def __iter__(self) -> Iterator[list[int]]:
+        info = get_worker_info()
+        for batch in self.ds.batches(20, worker=info.id, workers=info.num_workers):
+            yield [*batch.index.tolist(), float(batch.mu.sum())]
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forked_workers_open_connections_of_their_own(remote: str, local: Path, kind: str):
+    """s3fs refuses to go on in them with what the parent has opened, and used."""
+    ds = LatentDataset(remote, format=kind)
+    expected = LatentDataset(local, format=kind)
+    loader = DataLoader(Latents(ds), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    found = list(loader)
+    assert found == [[*b.index.tolist(), float(b.mu.sum())] for b in expected.batches(20)]
+    assert ds[3].key == expected[3].key  # the parent reads on
+
+
 def test_the_model_is_checked_there_too(
     remote: str,
     run_dir: Path,
@@ -284,4 +310,11 @@ def test_an_endpoint_that_is_dead(
         assert (printed.out, line[:7]) == ("", "error: ")
         assert url in line
         assert "connect" in line.lower()
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    assert main(["export", "run", str(config)]) == FAILED
+    assert capsys.readouterr().err.startswith("error: ")
+    config.write_text(f"run: {tmp_path}/none\nout: {url}\n")  # a mistake of all: told by the first
+    assert main(["export", "run", str(config)]) == WRONG_USE
+    assert capsys.readouterr().err == ""
     S3FileSystem.clear_instance_cache()

@@ -17,6 +17,7 @@ from pipeline.export.command import begin, work_through
 from pipeline.export.commit import keys_digest
 from pipeline.export.finalize import Keys
 from pipeline.export.statistics import partial_of
+from pipeline.export.status import export_status
 from pipeline.export.verify import LEVELS, verify_export
 from pipeline.export.workers import Worker
 from pipeline.writers import BaseWriter, ParquetWriter, Rows, TarWriter
@@ -342,6 +343,26 @@ def test_missing_commit_record(out: Path):
     (out / "_run/commits/shard-000000.json").unlink()
     (problem,) = verify_export(out).problems
     assert problem.startswith("shard-000000: its commit record cannot be read")
+
+
+@pytest.mark.parametrize("content", [b'{"format": "latentmill-expo', b"[]", b"{}"])
+def test_a_damaged_plan_is_a_problem_among_others(out: Path, content: bytes):
+    (out / "_run/plan.json").write_bytes(content)
+    (problem,) = verify_export(out).problems
+    assert problem.startswith(f"{out}/_run/plan.json ")
+    (out / "manifest.json").unlink()
+    assert len(verify_export(out).problems) == 2
+    with pytest.raises(UserError, match="plan.json"):
+        export_status(out)
+
+
+def test_a_damaged_commit_record_is_named(out: Path):
+    path = out / "_run/commits/shard-000003.json"
+    path.write_bytes(path.read_bytes()[:100])
+    (problem,) = verify_export(out).problems
+    assert problem.startswith("shard-000003: its commit record cannot be read")
+    with pytest.raises(UserError, match=r"shard-000003.json is damaged .* remove it"):
+        export_status(out)
 
 
 def test_another_source(finished: Path, tmp_path: Path):

@@ -9,11 +9,13 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch import local
 from launch.__main__ import main
 from launch.job import Job, JobError
+from tests.launch.runs import outcome, write_config
 from tests.processes import ROOT, Processes, Result
 
 # What a trainer does as far as a launcher can see: says it is ready, waits for a signal on every
@@ -200,6 +202,22 @@ def test_topologies_connect_their_processes(
     assert result.code == 0, result.output
     for rank in range(num_processes):
         assert f"sum {rank}:{2**num_processes - 1}:cpu:1" in result.output
+
+
+@pytest.mark.distributed
+def test_killed_itself_it_leaves_nobody_behind(
+    start_processes: Callable[..., Processes], tiny_shards: Path, tmp_path: Path
+):
+    """SIGKILL, of which no launcher hears; the trainer saves, as if it had been asked to stop."""
+    config = write_config(tmp_path, tiny_shards, 1_000_000)
+    running = start_processes("launch", None, "local", "--submit", "--threads", 1, config)
+    running.wait_for("step 2/", timeout=120)
+    everybody = running.everything()
+    assert len(everybody) == 3  # launch, accelerate, trainer
+    everybody[0].kill()
+    _, left = psutil.wait_procs(everybody, timeout=30)
+    assert not left, running.output
+    assert outcome(tmp_path / "run")["status"] == "preempted", running.output
 
 
 @pytest.mark.distributed

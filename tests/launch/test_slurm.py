@@ -112,6 +112,21 @@ def contents(export: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in files.items() if not name.startswith("_run/")}
 
 
+def test_scancel_of_a_job_of_one_process_saves_too(
+    slurm: SlurmCluster, submit: Callable[..., int], tiny_shards: Path, tmp_path: Path
+):
+    """accelerate starts it without torchrun, and would die of the signal before it has saved."""
+    config, run = write_config(tmp_path, tiny_shards, 1_000_000), tmp_path / "run"
+    number = submit(config, "--nodes", 1)
+    slurm.wait_until(lambda: num_logged(run) >= 2, 90)
+    slurm.ask("scancel", str(number))
+    slurm.wait_until(lambda: slurm.state(number) == "CANCELLED", 60)
+    log = (run / f"slurm-{number}.out").read_text()
+    assert outcome(run)["status"] == "preempted", log
+    assert list((run / "checkpoints").iterdir())
+    assert "sbatch resumes it" in log
+
+
 def test_a_port_in_use_is_passed_over_and_scancel_saves_and_is_the_end(
     slurm: SlurmCluster, submit: Callable[..., int], tiny_shards: Path, tmp_path: Path
 ):

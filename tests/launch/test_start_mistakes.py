@@ -84,6 +84,10 @@ MISTAKES = {
             *("--main_process_ip", "127.0.0.1", "--main_process_port", "{taken}"),
         ),
     ),
+    "no GPU where one is asked for": Start(
+        "--device gpu (LATENTMILL_DEVICE), but PyTorch",
+        env={"LATENTMILL_DEVICE": "gpu", "CUDA_VISIBLE_DEVICES": ""},
+    ),
     "fp16 in the config": Start(
         "fp16 is not supported",
         launcher=(*ACCELERATE, "--config_file", f"{TOPOLOGIES}/single-cpu.yaml"),

@@ -120,7 +120,7 @@ def test_a_network_that_is_no_chain_is_one_stage():
     assert torch.equal(gradient, network.inner.weight.grad)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own compiler
 def test_it_compiles():
     case = Case({"kind": "mlp", "hidden": [64] * 5}, (8, 8), 0.7)
@@ -153,9 +153,7 @@ STEPS = ("num_steps=3", "optimizer.learning_rate.warmup_samples=0", "accumulatio
     "strategy",
     [
         pytest.param("ddp", marks=pytest.mark.distributed),
-        # Stages 1 and 2 leave the parameters where they are, as DDP does.
-        *(pytest.param(s, marks=[pytest.mark.deepspeed, pytest.mark.soak]) for s in ZERO[:2]),
-        pytest.param(ZERO[2], marks=pytest.mark.deepspeed),
+        *(pytest.param(s, marks=[pytest.mark.deepspeed, pytest.mark.soak]) for s in ZERO),
     ],
 )
 def test_two_processes_take_the_same_steps_bit_by_bit(two: Callable[..., Any], strategy: str):

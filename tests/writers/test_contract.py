@@ -141,6 +141,20 @@ def test_columns_come_back_where_the_format_has_columns(kind: type[BaseWriter], 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_equal_keys_that_follow_each_other_stay_rows_of_their_own(
+    kind: type[BaseWriter], tmp_path: Path
+):
+    """As when a split leaves out what stands between them."""
+    rows = make_rows()
+    rows = replace(rows, keys=["a", "a", "b", "b", "b", "c", "a", "a"])
+    writer = kind()
+    writer.write(tmp_path / f"x{writer.suffix}", rows)
+    found = writer.read(tmp_path / f"x{writer.suffix}")
+    assert list(found.keys) == rows.keys
+    np.testing.assert_array_equal(found.latents["mu"], rows.latents["mu"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_files_from_before_there_were_texts_are_read(kind: type[BaseWriter]):
     (path,) = (ROOT / "tests/golden/rows-without-text" / kind().kind).glob(f"*{kind().suffix}")
     rows = make_rows((2, 3))

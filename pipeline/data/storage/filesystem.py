@@ -1,5 +1,6 @@
 """The fsspec file system behind a URL: listing, information, credentials from the usual places."""
 
+import os
 from typing import Any
 
 from fsspec.core import url_to_fs
@@ -24,6 +25,26 @@ def open_filesystem(root: str, **options: Any) -> tuple[Any, str]:
             "that fsspec names.)"
         ) from None
     return filesystem, path.rstrip("/")
+
+
+class Filesystem:
+    """A URL's file system for as long as a store needs it, in forked processes, too.
+
+    A forked process cannot use what its parent opened: it opens its own.
+    """
+
+    def __init__(self, root: str, **options: Any) -> None:
+        """Open it; raises UserError as `open_filesystem` does. `path`: in it, of the root."""
+        self._root, self._options = root, options
+        self._opened, self.path = open_filesystem(root, **options)
+        self._pid = os.getpid()
+
+    def __call__(self) -> Any:
+        """Return it, as fsspec has it."""
+        if self._pid != os.getpid():
+            self._opened, _ = open_filesystem(self._root, **self._options)
+            self._pid = os.getpid()
+        return self._opened
 
 
 def tag_in(info: dict[str, Any]) -> str | None:

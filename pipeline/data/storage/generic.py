@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from pipeline.data.storage.answers import too_short
 from pipeline.data.storage.base import ShardReadError, ShardState, Storage
-from pipeline.data.storage.filesystem import open_filesystem, tag_in
+from pipeline.data.storage.filesystem import Filesystem, tag_in
 from pipeline.data.storage.pins import Pins
 from pipeline.data.storage.policy import Patience, RemotePolicy
 from pipeline.errors import UserError
@@ -24,7 +24,8 @@ class GenericStorage(Storage):
 
     def __init__(self, root: str, policy: RemotePolicy) -> None:
         super().__init__(root.rstrip("/"), policy.connections)
-        self._files, self._path = open_filesystem(root)
+        self._files = Filesystem(root)
+        self._path = self._files.path
         self._policy = policy
         self._pins = Pins()
         self._stopped = threading.Event()
@@ -37,8 +38,8 @@ class GenericStorage(Storage):
             folders[self._place(name).rpartition("/")[0]].append(name)
         for folder, inside in folders.items():
             try:
-                self._files.invalidate_cache()
-                found = {entry["name"]: entry for entry in self._files.ls(folder, detail=True)}
+                self._files().invalidate_cache()
+                found = {entry["name"]: entry for entry in self._files().ls(folder, detail=True)}
             except FileNotFoundError:
                 continue
             except Exception as error:  # every library has errors of its own
@@ -84,7 +85,7 @@ class GenericStorage(Storage):
         pinned = self._pins.get(name)
         if pinned is None or pinned.tag is None:
             self._check(name)
-        data = self._files.cat_file(place, start=offset, end=offset + num_bytes)
+        data = self._files().cat_file(place, start=offset, end=offset + num_bytes)
         state = self._check(name)  # afterwards: so the bytes are older than this look at the file
         if state.num_bytes < offset + num_bytes:
             raise too_short(where, state.num_bytes, offset + num_bytes)
@@ -93,8 +94,8 @@ class GenericStorage(Storage):
         return data
 
     def _check(self, name: str) -> ShardState:
-        self._files.invalidate_cache()
-        info = self._files.info(self._place(name))
+        self._files().invalidate_cache()
+        info = self._files().info(self._place(name))
         state = ShardState(info["size"], tag_in(info))
         self._pins.check(name, self.where(name), state)
         return state

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from fsspec.config import conf
 
 from pipeline.data.storage.base import ShardReadError, ShardState
-from pipeline.data.storage.filesystem import open_filesystem
+from pipeline.data.storage.filesystem import Filesystem
 from pipeline.data.storage.http import HttpStorage
 from pipeline.data.storage.policy import RemotePolicy
 from pipeline.errors import UserError
@@ -30,7 +30,8 @@ class S3Storage(HttpStorage):
         # botocore still signs URLs by version 2 in some regions, which newer stores, and AWS for
         # objects under a KMS key, refuse.
         config = {"signature_version": "s3v4"} | conf.get("s3", {}).get("config_kwargs", {})
-        self._files, self._path = open_filesystem(root, config_kwargs=config)
+        self._files = Filesystem(root, config_kwargs=config)
+        self._path = self._files.path
         super().__init__(root, policy)
 
     def where(self, name: str) -> str:
@@ -58,8 +59,8 @@ class S3Storage(HttpStorage):
     def _list(self, folder: str, prefix: str) -> dict[str, ShardState]:
         """State of each object right below `folder` whose name begins with `prefix`."""
         try:
-            self._files.invalidate_cache()
-            found = self._files.find(folder, prefix=prefix, detail=True)
+            self._files().invalidate_cache()
+            found = self._files().find(folder, prefix=prefix, detail=True)
         except FileNotFoundError:
             return {}
         except Exception as error:  # botocore's own errors have no common importable base
@@ -77,7 +78,7 @@ class S3Storage(HttpStorage):
 
     def _url(self, name: str) -> str:
         try:
-            return self._files.url(f"{self._path}/{name}", expires=SIGNATURE_SECONDS)
+            return self._files().url(f"{self._path}/{name}", expires=SIGNATURE_SECONDS)
         except Exception as error:  # as above
             raise ShardReadError(
                 f"{self.where(name)}: the request cannot be signed ({type(error).__name__}: "

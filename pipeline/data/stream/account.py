@@ -3,6 +3,7 @@
 Both add up over ranks: the sum over all ranks does not depend on how many there are.
 """
 
+from collections import deque
 from typing import NamedTuple
 
 import numpy as np
@@ -39,28 +40,54 @@ class EpochCount(NamedTuple):
         return EpochCount(self.usable + other.usable, self.tombstones + other.tombstones)
 
 
+class Entry(NamedTuple):
+    """One batch, not yet in the books."""
+
+    digest: int
+    epochs: dict[tuple[int, int], EpochCount]
+
+
 class Account:
     """What one stream delivered since it was opened."""
 
-    def __init__(self, first_step: int, first_slot: int) -> None:
+    def __init__(self, first_step: int, first_slot: int, *, ahead: int = 0) -> None:
+        """ahead: how many of the batches taken last are not yet used, and so not in the books."""
         self.first_step = first_step
         self.next_step = first_step
         self.digest = 0  # of all steps together, modulo 2^64
         self.last_digest = 0  # of the newest step alone
         self.epochs: dict[tuple[int, int], EpochCount] = {}  # (data set's ordinal, epoch)
         self._first_slot = first_slot
+        self._ahead = ahead
+        self._waiting: deque[Entry] = deque()
 
     def add(self, buffer: BatchBuffer) -> None:
         """Take a delivered batch into account, its tombstones buried."""
+        self._waiting.append(self._entry(buffer))
+        if len(self._waiting) > self._ahead:
+            self._book(self._waiting.popleft())
+
+    def settle(self) -> None:
+        """Take all batches into account: there are no more."""
+        while self._waiting:
+            self._book(self._waiting.popleft())
+
+    def _entry(self, buffer: BatchBuffer) -> Entry:
+        step = self.next_step + len(self._waiting)
         slots = np.arange(self._first_slot, self._first_slot + len(buffer.uid))
-        self.last_digest = digest_of(self.next_step, slots, buffer.uid)
-        self.digest = (self.digest + self.last_digest) % 2**64
-        self.next_step += 1
+        epochs: dict[tuple[int, int], EpochCount] = {}
         # One number for data set and epoch: most batches hold only one.
         books = (buffer.uid >> ORDINAL_SHIFT << EPOCH_BITS) + buffer.epoch
         for book in np.unique(books).tolist():
             usable = buffer.weight[books == book] > 0
             num_usable = int(np.count_nonzero(usable))
             place = (book >> EPOCH_BITS, book & (1 << EPOCH_BITS) - 1)
-            known = self.epochs.get(place, EpochCount())
-            self.epochs[place] = known.plus(EpochCount(num_usable, len(usable) - num_usable))
+            epochs[place] = EpochCount(num_usable, len(usable) - num_usable)
+        return Entry(digest_of(step, slots, buffer.uid), epochs)
+
+    def _book(self, entry: Entry) -> None:
+        self.last_digest = entry.digest
+        self.digest = (self.digest + entry.digest) % 2**64
+        self.next_step += 1
+        for place, count in entry.epochs.items():
+            self.epochs[place] = self.epochs.get(place, EpochCount()).plus(count)

@@ -14,8 +14,10 @@ from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple, Self
 
+import torch
+
 from pipeline.data.order import Tail
-from pipeline.data.order.mixture import read_amplification
+from pipeline.data.order.mixture import Mixture, read_amplification
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream.account import Account
 from pipeline.data.stream.batch import Batch, BatchBuffer, new_buffer
@@ -26,6 +28,7 @@ from pipeline.data.stream.engine import Engine
 from pipeline.errors import UserError
 
 MAX_READ_AMPLIFICATION = 1.1
+CPU = torch.device("cpu")
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +54,15 @@ def open_stream(
     rank: int = 0,
     world: int = 1,
     tail: Tail = "carry",
-    pin: bool = False,
+    device: torch.device = CPU,
 ) -> "Stream":
     """Open the stream of `rank` of `world` from `first_step` on.
 
     `index`: of the data set; of a mixture, one for each. `num_steps`: None = endless; under the
-    tail `mask`, to the end of the epoch. Raises UserError before any thread starts, if the numbers
-    do not fit or the shards are not those of the index.
+    tail `mask`, to the end of the epoch. `device`: that of the `DeviceBatches` around it; they take
+    batches to a GPU one ahead, so memory is pinned for them, and the account stays one behind.
+    Raises UserError before any thread starts, if the numbers do not fit or the shards are not those
+    of the index.
     """
     sets = DataSets(data, index, seed=seed, batch_size=batch_size, tail=tail)
     if batch_size % world:
@@ -74,14 +79,11 @@ def open_stream(
     if rank == 0:
         for order in sets.order.orders:
             _warn_of_amplification(order.lanes, world)
-    stop_step = None if num_steps is None else first_step + num_steps
-    if stop_step is None and tail == "mask":
-        steps_per_epoch = sets.order.orders[0].epoch_length // batch_size
-        stop_step = (first_step // steps_per_epoch + 1) * steps_per_epoch
+    on_gpu = device.type == "cuda"
     board = Board(
         sets.order,
         first_step=first_step,
-        stop_step=stop_step,
+        stop_step=_stop_step(sets.order, first_step, num_steps, tail),
         rank=rank,
         world=world,
         num_buffers=data.prefetch + 1,
@@ -92,13 +94,23 @@ def open_stream(
         sets.fetchers,
         sets.slot_decoder(),
         [
-            new_buffer(data.decode, board.num_slots, sets.names.keys, pin=pin)
+            new_buffer(data.decode, board.num_slots, sets.names.keys, pin=on_gpu)
             for _ in range(data.prefetch + 1)
         ],
         decode_threads=data.threads,
         read_threads=sets.num_read_threads,
     )
-    return Stream(engine, sets, Account(first_step, rank * board.num_slots))
+    account = Account(first_step, rank * board.num_slots, ahead=int(on_gpu))
+    return Stream(engine, sets, account)
+
+
+def _stop_step(order: Mixture, first_step: int, num_steps: int | None, tail: Tail) -> int | None:
+    if num_steps is not None:
+        return first_step + num_steps
+    if tail != "mask":
+        return None
+    steps_per_epoch = order.orders[0].epoch_length // order.batch_size
+    return (first_step // steps_per_epoch + 1) * steps_per_epoch
 
 
 def _warn_of_amplification(lanes: int, world: int) -> None:
@@ -162,6 +174,7 @@ class Stream(Iterator[Batch]):
             self.close()
             raise
         if buffer is None:
+            self.account.settle()
             self.close()
             raise StopIteration
         if buffer.faults:
