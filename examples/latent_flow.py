@@ -15,12 +15,13 @@ from pipeline.latents import LatentDataset
 from pipeline.models.interchange import from_pretrained
 
 ROWS, COLUMNS, NUM_STEPS, WIDTH = 4, 12, 100, 1024
+FREQUENCIES = torch.pi * torch.arange(16)  # the time t is seen as its cosines
 
 
 def train(latents: LatentDataset, classes: torch.Tensor, num_epochs: int) -> nn.Module:
     """Fit the velocity of lines from noise z0 to latents z1: E |v(z, t, class) - (z1 - z0)|^2."""
     size = latents[0].mu.size
-    layers: list[nn.Module] = [nn.Linear(size + 1 + len(classes), WIDTH), nn.SiLU()]
+    layers: list[nn.Module] = [nn.Linear(size + len(FREQUENCIES) + len(classes), WIDTH), nn.SiLU()]
     layers += [layer for _ in range(3) for layer in (nn.Linear(WIDTH, WIDTH), nn.SiLU())]
     network = nn.Sequential(*layers, nn.Linear(WIDTH, size))
     optimizer = torch.optim.AdamW(network.parameters())
@@ -29,9 +30,9 @@ def train(latents: LatentDataset, classes: torch.Tensor, num_epochs: int) -> nn.
         for rows in latents.batches(256, epoch=epoch):
             z1 = torch.from_numpy(rows.sample(epoch=epoch)[rows.valid]).flatten(1)
             z0, t = torch.randn_like(z1), torch.rand(len(z1), 1)  # noise is at t = 0
-            known = torch.cat([(1 - t) * z0 + t * z1, t, classes[rows.labels[rows.valid]]], dim=1)
+            known = (1 - t) * z0 + t * z1, (t * FREQUENCIES).cos(), classes[rows.labels[rows.valid]]
             with torch.autocast("cpu", torch.bfloat16):
-                velocity = network(known)
+                velocity = network(torch.cat(known, dim=1))
             loss = (velocity - (z1 - z0)).square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -49,7 +50,8 @@ if __name__ == "__main__":
     z = torch.randn(ROWS * COLUMNS, latents[0].mu.size)
     labels = (torch.arange(len(z)) // COLUMNS - 1) % len(classes)
     for t in torch.arange(NUM_STEPS) / NUM_STEPS:  # Euler's method
-        z += network(torch.cat([z, t.expand(len(z), 1), classes[labels]], dim=1)) / NUM_STEPS
+        known = z, (t * FREQUENCIES).cos().expand(len(z), -1), classes[labels]
+        z += network(torch.cat(known, dim=1)) / NUM_STEPS
     z[:COLUMNS] = torch.from_numpy(latents[:COLUMNS].mu).flatten(1)
     z = latents.denormalize(z.unflatten(1, latents.latent_shape).numpy())
     x = from_pretrained(model_path).requires_grad_(False).reconstruct(torch.from_numpy(z))

@@ -42,7 +42,6 @@ def main(export: str) -> None:
     asked = np.arange(len(vectors)) % 20 == 0
     queries, query_keys = vectors[asked], keys[asked]
     indexed, indexed_keys = vectors[~asked], keys[~asked]
-
     index = faiss.IndexHNSWFlat(vectors.shape[1], 32)  # 32 links per vector; distances are squared
     index.hnsw.efConstruction, index.hnsw.efSearch = 100, 64
     index.add(indexed)
