@@ -3,7 +3,6 @@
 import json
 import pickle
 import re
-import re
 import signal
 import time
 from collections.abc import Callable
