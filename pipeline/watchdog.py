@@ -170,8 +170,9 @@ class Watchdog:
         with (folder / f"rank-{mine.rank}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         write_json(folder / f"rank-{mine.rank}.json", asdict(mine))
-        # Before NCCL's own timeout, at which PyTorch would write it: `torchfrtrace` reads it.
-        (folder / f"collectives-rank-{mine.rank}").write_bytes(_flight_record())
+        # Before NCCL's own timeout, at which PyTorch would; beside what follows, which must not wait.
+        path = folder / f"collectives-rank-{mine.rank}"
+        threading.Thread(target=lambda: path.write_bytes(_flight_record()), daemon=True).start()
 
     def _collect(self) -> dict[int, Report]:
         """Wait for the others' reports; empty if a lower rank will conclude, and has."""

@@ -1,7 +1,7 @@
 """`bench`: what it prints, and that the pipeline keeps its distance to the ceilings.
 
-The bounds are what any machine must show in the best of three medians, beside whatever else runs on
-it; the goals, and what was measured on an idle one, stand in LOG.md.
+The bounds are what a shared, noisy machine must show in the best of three medians; the goals, and
+what was measured on an idle one, stand in LOG.md. `make soak` asks for more than the other lanes.
 """
 
 import json
@@ -90,7 +90,7 @@ def test_bench_data_names_every_stage_and_the_bottleneck(small):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size, bound", [(64, 0.5), (256, 0.75)])
+@pytest.mark.parametrize("size, bound", [(64, 0.65), (256, 0.85)])
 def test_the_stream_runs_near_the_decode_ceiling(size, bound, small, large):
     config, images = (small, 8192) if size == 64 else (large, 2048)
 
@@ -104,12 +104,13 @@ def test_the_stream_runs_near_the_decode_ceiling(size, bound, small, large):
 
 
 @pytest.mark.slow
-def test_training_runs_near_a_bare_loop(small):
+@pytest.mark.parametrize("share", [0.7, pytest.param(0.85, marks=pytest.mark.soak)])
+def test_training_runs_near_a_bare_loop(small, share):
     def measure():
         return bench("train", small, "--steps", 6, "batch_size=128")
 
     def good(result):
-        return min(result["share_of_bare_loop"].values()) >= 0.7
+        return min(result["share_of_bare_loop"].values()) >= share
 
     result = best_of_three(measure, good)
     assert good(result)
@@ -167,7 +168,7 @@ def test_bench_export_measures_and_leaves_nothing(small, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [64, 256])
-@pytest.mark.parametrize("share", [0.6, pytest.param(0.75, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("share", [0.7, pytest.param(0.75, marks=pytest.mark.soak)])
 def test_the_export_runs_near_what_decoding_and_encoding_leave(size, share, small, large, tmp_path):
     """The goal is 0.75, on a machine that does nothing else."""
     config = write_export_config(small if size == 64 else large, tmp_path)

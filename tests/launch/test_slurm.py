@@ -112,6 +112,16 @@ def contents(export: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in files.items() if not name.startswith("_run/")}
 
 
+def cancel(slurm: SlurmCluster, number: int, run: Path) -> str:
+    """Cancel a job that trains; see that it saved before it ended, and return what it printed."""
+    slurm.ask("scancel", str(number))
+    slurm.wait_until(lambda: slurm.state(number) == "CANCELLED", 60)
+    log = (run / f"slurm-{number}.out").read_text()
+    assert outcome(run)["status"] == "preempted", log
+    assert list((run / "checkpoints").iterdir())
+    return log
+
+
 def test_scancel_of_a_job_of_one_process_saves_too(
     slurm: SlurmCluster, submit: Callable[..., int], tiny_shards: Path, tmp_path: Path
 ):
@@ -119,12 +129,7 @@ def test_scancel_of_a_job_of_one_process_saves_too(
     config, run = write_config(tmp_path, tiny_shards, 1_000_000), tmp_path / "run"
     number = submit(config, "--nodes", 1)
     slurm.wait_until(lambda: num_logged(run) >= 2, 90)
-    slurm.ask("scancel", str(number))
-    slurm.wait_until(lambda: slurm.state(number) == "CANCELLED", 60)
-    log = (run / f"slurm-{number}.out").read_text()
-    assert outcome(run)["status"] == "preempted", log
-    assert list((run / "checkpoints").iterdir())
-    assert "sbatch resumes it" in log
+    assert "sbatch resumes it" in cancel(slurm, number, run)
 
 
 def test_a_port_in_use_is_passed_over_and_scancel_saves_and_is_the_end(
@@ -142,11 +147,7 @@ def test_a_port_in_use_is_passed_over_and_scancel_saves_and_is_the_end(
         number = submit(config)
         assert number < 10
         slurm.wait_until(lambda: num_logged(run) >= 2, 90)
-    slurm.ask("scancel", str(number))
-    slurm.wait_until(lambda: slurm.state(number) == "CANCELLED", 60)
-    log = (run / f"slurm-{number}.out").read_text()
-    assert outcome(run)["status"] == "preempted", log
-    assert list((run / "checkpoints").iterdir())
+    cancel(slurm, number, run)
     time.sleep(7)  # longer than a job that is queued again would wait
     assert slurm.state(number) == "CANCELLED"
 
