@@ -170,7 +170,7 @@ class Watchdog:
         with (folder / f"rank-{mine.rank}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         write_json(folder / f"rank-{mine.rank}.json", asdict(mine))
-        # Before NCCL's own timeout, at which PyTorch would; beside what follows, which must not wait.
+        # Before NCCL's timeout, at which PyTorch would; beside what follows, which must not wait.
         path = folder / f"collectives-rank-{mine.rank}"
         threading.Thread(target=lambda: path.write_bytes(_flight_record()), daemon=True).start()
 
