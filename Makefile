@@ -15,7 +15,7 @@ help: ## list the targets
 setup: $(STAMP) ## create or update .venv with the pinned versions
 
 demo: $(STAMP) ## the main job on built-in data: pack, train four models, export, verify, probe
-	$(BIN)/python -m pipeline.demo
+	$(BIN)/python -m pipeline.commands.demo
 
 test: $(STAMP) ## the default lane, below 10 minutes on 2 cores
 	$(PYTEST) --budgets

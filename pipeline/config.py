@@ -8,16 +8,16 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from pipeline.component import Component
+from pipeline.checkpoints.retention import CheckpointConfig
+from pipeline.common.component import Component
+from pipeline.common.precision import Precision
 from pipeline.corruptions import Corruption
 from pipeline.data.settings import DataConfig
+from pipeline.distributed.optimizer import AdamWConfig
+from pipeline.distributed.watchdog import WatchdogConfig
+from pipeline.losses.objective import Objective
 from pipeline.models.autoencoder import ModelConfig
-from pipeline.monitor import MonitorConfig
-from pipeline.objective import Objective
-from pipeline.optimizer import AdamWConfig
-from pipeline.precision import Precision
-from pipeline.retention import CheckpointConfig
-from pipeline.watchdog import WatchdogConfig
+from pipeline.monitoring.monitor import MonitorConfig
 
 # What may differ when a run goes on, because it changes no number that the run computes, or is
 # meant to be extended. Names of whole sections cover what is in them.

@@ -10,13 +10,32 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from pipeline import needs
+from pipeline.common import needs
 
 if __name__ == "__main__":
     needs.check()  # before anything of the extra is imported
 
-from pipeline import strict
-from pipeline.build import (
+from pipeline.checkpoints.manager import Checkpoints
+from pipeline.common import strict
+from pipeline.common.arguments import parse_train
+from pipeline.common.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
+from pipeline.config import TrainConfig
+from pipeline.data.order.mixture import reading_plan
+from pipeline.data.stream import open_stream
+from pipeline.data.stream.batch import Batch
+from pipeline.data.stream.datasets import open_indexes
+from pipeline.data.stream.device import DeviceBatches
+from pipeline.distributed.outcome import Outcome, write_outcome
+from pipeline.distributed.rendezvous import tell
+from pipeline.distributed.runtime import Runtime, Stopped, StopRequest
+from pipeline.distributed.strategies.base import Strategy
+from pipeline.distributed.watchdog import Watchdog
+from pipeline.evaluation.held_out import HeldOut
+from pipeline.monitoring.bad_samples import Quarantine
+from pipeline.monitoring.ledger import Ledger
+from pipeline.monitoring.meter import TrainingMeter
+from pipeline.monitoring.monitor import Monitor
+from pipeline.training.build import (
     check_data,
     describe,
     make_forward,
@@ -24,27 +43,8 @@ from pipeline.build import (
     make_strategy,
     throw_away_loss,
 )
-from pipeline.config import TrainConfig
-from pipeline.data.order.mixture import reading_plan
-from pipeline.data.stream import open_stream
-from pipeline.data.stream.batch import Batch
-from pipeline.data.stream.datasets import open_indexes
-from pipeline.data.stream.device import DeviceBatches
-from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
-from pipeline.evaluate import HeldOut
-from pipeline.forward import Forward
-from pipeline.ledger import Ledger
-from pipeline.meeting import tell
-from pipeline.metrics import TrainingMeter
-from pipeline.monitor import Monitor
-from pipeline.outcome import Outcome, write_outcome
-from pipeline.quarantine import Quarantine
-from pipeline.resume import Checkpoints
-from pipeline.rundir import check_ranks, claimed
-from pipeline.runtime import Runtime, Stopped, StopRequest
-from pipeline.strategies.base import Strategy
-from pipeline.verbs import parse_train
-from pipeline.watchdog import Watchdog
+from pipeline.training.forward import Forward
+from pipeline.training.run_directory import check_ranks, claimed
 
 
 def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:

@@ -31,23 +31,23 @@ BUDGETS = {
 STRATEGY_LANES = ("deepspeed", "netns", "slurm")
 STRATEGY_TESTS = (
     "tests/launch/",
-    "tests/test_elastic.py",
-    "tests/test_failure.py",
-    "tests/test_kills.py",
-    "tests/test_nonfinite.py",
-    "tests/test_stop.py",
-    "tests/test_watchdog.py",
+    "tests/distributed/test_elastic.py",
+    "tests/distributed/test_failure.py",
+    "tests/distributed/test_kills.py",
+    "tests/distributed/test_nonfinite.py",
+    "tests/distributed/test_stop.py",
+    "tests/distributed/test_watchdog.py",
 )
 STREAMING_TESTS = (
     "tests/data/",
-    "tests/bench/",
-    "tests/test_benchmarks.py",
-    "tests/test_doctor.py",
-    "tests/test_examples.py",
-    "tests/test_ledger.py",
-    "tests/test_order.py",
+    "tests/commands/bench/",
+    "tests/project/test_benchmarks.py",
+    "tests/commands/test_doctor.py",
+    "tests/project/test_examples.py",
+    "tests/monitoring/test_ledger.py",
+    "tests/commands/test_order.py",
 )
-EXPORT_TESTS = ("tests/export/", "tests/latents/", "tests/writers/")
+EXPORT_TESTS = ("tests/export/", "tests/latents/", "tests/latents/formats/")
 Seconds = dict[tuple[str, str], float]  # (area, lane) -> seconds
 seconds_spent = pytest.StashKey[Seconds]()
 

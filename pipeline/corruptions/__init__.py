@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from pipeline import rng
+from pipeline.common import rng
 from pipeline.corruptions.base import Corrupted
 from pipeline.corruptions.gaussian_noise import GaussianNoise
 from pipeline.corruptions.masking import Masking

@@ -5,8 +5,8 @@ from typing import Annotated, NamedTuple
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from pipeline import rng
-from pipeline.component import Component
+from pipeline.common import rng
+from pipeline.common.component import Component
 
 
 class Corrupted(NamedTuple):

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline import rng
+from pipeline.common import rng
 from pipeline.corruptions.base import Corrupted, CorruptionBase, Scale, draw_severity
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from pipeline import rng
+from pipeline.common import rng
 from pipeline.corruptions.base import Corrupted, CorruptionBase, Fraction, draw_severity
 
 

@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.common.errors import UserError
 from pipeline.data.decode import ArrayDecode, DecodeError, ImageDecode, missing_member
 from pipeline.data.index import Index
+from pipeline.data.index.members import read_members
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import ShardReadError, Storage, open_storage
-from pipeline.data.stream.fetch import read_members
-from pipeline.errors import UserError
 
 METADATA_SUFFIXES = ("json",)
 TEXT_SUFFIXES = ("txt",)

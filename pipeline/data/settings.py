@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.component import Component
+from pipeline.common.component import Component
 from pipeline.data.augmentations import Augmentation
 from pipeline.data.decode import Decode, ImageDecode
 from pipeline.data.storage import RemotePolicy

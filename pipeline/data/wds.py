@@ -16,13 +16,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from pipeline.common.errors import UserError
 from pipeline.data.index import Index
 from pipeline.data.index.splits import ALL
 from pipeline.data.order import Order
-from pipeline.data.raw import RankSlots, Sample, raw_samples
+from pipeline.data.order.slots import RankSlots
+from pipeline.data.raw import Sample, raw_samples
 from pipeline.data.storage import RemotePolicy, open_storage
 from pipeline.data.storage.patterns import FoundShards, find_shards
-from pipeline.errors import UserError
 
 MIN_READ_THREADS = 2
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 
 TEST_FRACTION = 0.25
 NUM_NEIGHBOURS = 10

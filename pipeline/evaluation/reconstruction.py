@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.common.precision import autocast
 from pipeline.data.stream import Batch
-from pipeline.forward import Forward, Inputs
-from pipeline.metrics import Meter
+from pipeline.distributed.runtime import Runtime
+from pipeline.losses.objective import Losses, bits_per_dimension, negative_elbo
+from pipeline.losses.terms import gaussian_kl
 from pipeline.models.autoencoder import Output
-from pipeline.objective import Losses, bits_per_dimension, negative_elbo
-from pipeline.precision import autocast
-from pipeline.regularisers import gaussian_kl
-from pipeline.runtime import Runtime
+from pipeline.monitoring.meter import Meter
+from pipeline.training.forward import Forward, Inputs
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,21 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from types import FrameType
 
-from pipeline import needs
+from pipeline.common import needs
 
 if __name__ == "__main__":
     needs.check()  # before anything of the extra is imported
 
-from pipeline import strict
-from pipeline.console import print_report
+from pipeline.common import strict
+from pipeline.common.arguments import add_export_arguments
+from pipeline.common.console import print_report
+from pipeline.common.errors import FAILED, WRONG_USE, StoreError, UserError
 from pipeline.data.storage import ShardReadError
-from pipeline.errors import FAILED, WRONG_USE, StoreError, UserError
 from pipeline.export.command import begin, work_through
 from pipeline.export.failures import forget_failures, is_unwritable
 from pipeline.export.settings import ExportConfig
 from pipeline.export.status import export_status
 from pipeline.export.workers import find_worker
-from pipeline.verbs import add_export_arguments
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # end it between two batches
 

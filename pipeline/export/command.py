@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import strict
-from pipeline.errors import DONE, PREEMPTED, StoreError, UserError
+from pipeline.common import strict
+from pipeline.common.errors import DONE, PREEMPTED, StoreError, UserError
 from pipeline.export.failures import quarantined, reason_of
 from pipeline.export.finalize import finalize
 from pipeline.export.layout import FAILURES, ExportDir

@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from pipeline.common.errors import UserError
+from pipeline.common.files import sha256_file
 from pipeline.data.storage.threads import map_in_threads
-from pipeline.errors import UserError
 from pipeline.export.layout import (
     STAGE,
     ExportDir,
@@ -27,8 +28,7 @@ from pipeline.export.layout import (
     flat_name,
     new_id,
 )
-from pipeline.files import sha256_file
-from pipeline.writers import BaseWriter, Rows
+from pipeline.latents.formats.writers import BaseWriter, Rows
 
 Fault = tuple[int, str, str, str]  # row in the source shard, key, stage, reason
 

@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Literal
 
+from pipeline.common.errors import UserError
 from pipeline.data.storage.threads import map_in_threads
-from pipeline.errors import UserError
 from pipeline.export.layout import FAILURES, ExportDir, flat_name, new_id
 
 Kind = Literal["verdict", "attempt"]

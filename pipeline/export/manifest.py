@@ -13,8 +13,8 @@ from typing import Any, Self
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.export.commit import Fault, FileRecord
+from pipeline.latents.formats.writers import Writer
 from pipeline.latents.manifest import FORMAT
-from pipeline.writers import Writer
 
 
 @dataclass(frozen=True)

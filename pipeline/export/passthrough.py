@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.latents.fields import parse_texts, typed_values
-from pipeline.writers import NO_LABEL, Column, ColumnType, Rows
+from pipeline.latents.formats.writers import NO_LABEL, Column, ColumnType, Rows
 
 SHOWN = 80  # characters of a sample's JSON in a message
 

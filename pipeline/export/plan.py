@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
-from pipeline import strict
-from pipeline.errors import StoreError, UserError
+from pipeline.common import strict
+from pipeline.common.errors import StoreError, UserError
+from pipeline.common.files import canonical_json
 from pipeline.export.layout import COMMITS, DATA, PLAN, RUN, ExportDir
-from pipeline.files import canonical_json
 from pipeline.latents.manifest import FORMAT
 
 

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.common.errors import UserError
+from pipeline.common.precision import fix_arithmetic
 from pipeline.data.index import Index
 from pipeline.data.rows import read_shards
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import open_storage
 from pipeline.data.storage.opening import open_writable
-from pipeline.errors import UserError
+from pipeline.distributed.rendezvous import check_device
 from pipeline.export.layout import ExportDir
 from pipeline.export.passthrough import JsonFields
 from pipeline.export.plan import Plan, Task
@@ -30,11 +32,9 @@ from pipeline.export.run import Work
 from pipeline.export.settings import ExportConfig
 from pipeline.export.work import Encoder, Noise
 from pipeline.export.workers import Worker
-from pipeline.meeting import check_device
 from pipeline.models.autoencoder import AutoEncoder
-from pipeline.models.bottleneck import Posterior
-from pipeline.precision import fix_arithmetic
-from pipeline.rundir import LoadedRun, load_run
+from pipeline.models.bottlenecks import Posterior
+from pipeline.training.run_directory import LoadedRun, load_run
 
 CPU_THREADS = 1  # more would split sums differently; use more processes
 # Whatever turns bytes into pixels, pixels into latents, or latents into files.

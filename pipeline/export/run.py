@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pipeline.common.errors import UserError
 from pipeline.data.rows import RowBatch
-from pipeline.errors import UserError
 from pipeline.export.commit import Commit, Fault, commit, drop, publish_commit, stage_rows
 from pipeline.export.failures import (
     MAX_ATTEMPTS,
@@ -35,7 +35,7 @@ from pipeline.export.progress import Progress
 from pipeline.export.statistics import partial_of, to_json
 from pipeline.export.work import Encoder, encode_task
 from pipeline.export.workers import Worker
-from pipeline.writers import BaseWriter, Rows
+from pipeline.latents.formats.writers import BaseWriter, Rows
 
 MAX_FAILURES_IN_A_ROW = 3
 WRITE_BEHIND = 1  # tasks that wait to be written while the next is encoded

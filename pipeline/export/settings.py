@@ -4,9 +4,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from pipeline.component import Component
+from pipeline.common.component import Component
 from pipeline.data.index.splits import ALL
-from pipeline.writers import COLUMNS, FIELDS, ColumnType, Dtype, ParquetWriter, Writer
+from pipeline.latents.formats.writers import (
+    COLUMNS,
+    FIELDS,
+    ColumnType,
+    Dtype,
+    ParquetWriter,
+    Writer,
+)
 
 View = Literal["identity", "hflip"]
 

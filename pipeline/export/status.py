@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from pipeline.common.errors import UserError
 from pipeline.data.storage.opening import open_writable
-from pipeline.errors import UserError
 from pipeline.export.commit import Commit, publish_all, read_commits, remove_litter
 from pipeline.export.failures import quarantined, reason_of
 from pipeline.export.finalize import finalize

@@ -16,17 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.reasons import stable_reason
+from pipeline.common.precision import autocast
+from pipeline.data.decode.fault import stable_reason
 from pipeline.data.rows import RowBatch
 from pipeline.export.commit import Fault
 from pipeline.export.failures import RejectedError
 from pipeline.export.passthrough import JsonFields
 from pipeline.export.statistics import NOT_FINITE
+from pipeline.latents.formats.writers import Dtype, Rows
 from pipeline.latents.noise import sample
 from pipeline.latents.rows import field_of
-from pipeline.models.bottleneck import Posterior
-from pipeline.precision import autocast
-from pipeline.writers import Dtype, Rows
+from pipeline.models.bottlenecks import Posterior
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.export.plan import Task
 
 

@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.errors import UserError
 from pipeline.data.order import Order
-from pipeline.errors import UserError
 
 # Fewer than training's: lanes x interleave shards are open at a time, and of a remote export a row
 # group of each is in memory.

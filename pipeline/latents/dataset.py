@@ -9,8 +9,8 @@ from typing import Any, Literal, Self, get_args, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.errors import UserError
 from pipeline.data.storage import RemotePolicy, is_url, open_storage
-from pipeline.errors import UserError
 from pipeline.latents.batches import (
     INTERLEAVE,
     WINDOW,
@@ -21,7 +21,7 @@ from pipeline.latents.batches import (
 )
 from pipeline.latents.fields import field_array
 from pipeline.latents.files import Files, LocalFiles, RemoteFiles, damaged
-from pipeline.latents.formats.base import COLUMNS, NUMBERS, Ints
+from pipeline.latents.formats.reading import COLUMNS, NUMBERS, Ints
 from pipeline.latents.keys import KeyIndex, UnknownKeyError
 from pipeline.latents.manifest import Manifest, Scale, make_scale, read_manifest, read_statistics
 from pipeline.latents.rows import LatentRow, LatentRows

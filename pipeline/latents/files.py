@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.common.errors import UserError
 from pipeline.data.storage import Storage
-from pipeline.errors import UserError
 
 Bytes = NDArray[np.uint8]
 

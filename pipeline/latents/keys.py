@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.latents.files import ByteFile, blaming
 
 MAX_GROUPS = 64  # row groups kept, about 2 MB each

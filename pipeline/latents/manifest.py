@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.latents.fields import FieldType
 from pipeline.latents.files import Files, damaged
 

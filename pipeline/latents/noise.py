@@ -1,10 +1,10 @@
 """Sampled latents z = mu + sigma eps, the same bits wherever they are drawn; and their noise.
 
 `sample` is the one formula: the reader draws by it from stored moments, and an export of
-`store: sample` stores what it gives. The noise is `pipeline.rng` in numpy: the same keys and
+`store: sample` stores what it gives. The noise is `pipeline.common.rng` in numpy: the same keys and
 uniforms to the bit, as they are integer arithmetic and exact scaling. Normals are computed in
-float64, portably, and rounded, where `pipeline.rng` takes float32 logarithms and cosines of the
-device: the two differ by some 1e-6 at most.
+float64, portably, and rounded, where `pipeline.common.rng` takes float32 logarithms and cosines of
+the device: the two differ by some 1e-6 at most.
 
 # B samples
 """
@@ -59,7 +59,7 @@ def _pairs(keys: Keys, num_elements: int) -> NDArray[np.float64]:
 
 
 def uniform(keys: Keys, shape: Sequence[int] = ()) -> NDArray[np.float32]:
-    """Return [B, *shape], uniform on [0, 1): the bits of `pipeline.rng.uniform`."""
+    """Return [B, *shape], uniform on [0, 1): the bits of `pipeline.common.rng.uniform`."""
     return _shaped(_pairs(keys, math.prod(shape)), shape)
 
 

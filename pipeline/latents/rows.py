@@ -7,10 +7,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.latents.noise import sample
 
-NO_LABEL = -1  # as pipeline.writers has it
+NO_LABEL = -1  # as pipeline.latents.formats.writers has it
 
 # Column of texts, row numbers -> its values.
 LookUp = Callable[[str, NDArray[np.int64]], list[Any]]

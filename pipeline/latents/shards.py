@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.latents.files import ByteFile, Files, blaming, damaged
 from pipeline.latents.formats import READERS, ShardReader
-from pipeline.latents.formats.base import COLUMNS, Ints, Layout
+from pipeline.latents.formats.reading import COLUMNS, Ints, Layout
 from pipeline.latents.manifest import Manifest, Scale
 
 MAX_OPEN_SHARDS = 128

@@ -8,8 +8,9 @@ sub-module, or using a parameter outside, would bypass the hooks of DDP and ZeRO
 # B samples; event = shape of one sample; latent = shape of one latent
 """
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.component import Component
-from pipeline.likelihoods import Gaussian as GaussianLikelihood
-from pipeline.likelihoods import Learned, Likelihood
+from pipeline.common.component import Component
+from pipeline.common.precision import widen
 from pipeline.models.backbones import Backbone, Burgess
-from pipeline.models.bottleneck import Bottleneck, Gaussian, Posterior
-from pipeline.precision import widen
+from pipeline.models.bottlenecks import Bottleneck, Gaussian, Posterior
+from pipeline.models.likelihoods import Gaussian as GaussianLikelihood
+from pipeline.models.likelihoods import Learned, Likelihood
 
 Mode = Literal["autoencode", "encode", "decode"]
 
@@ -148,3 +149,13 @@ def build_autoencoder(
 def num_parameters(model: nn.Module) -> int:
     """Count the trainable scalars."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return the one digest of weights, over sorted (name, dtype, shape, bytes)."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name}|{value.dtype}|{list(value.shape)}|".encode())
+        flat = value.detach().cpu().reshape(-1)  # of one dimension at least, in logical order
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

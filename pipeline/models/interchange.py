@@ -26,13 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline import strict
-from pipeline.component import Component
-from pipeline.digest import tensors_sha256
-from pipeline.errors import UserError
-from pipeline.files import publish, sync_file, temporary_name, write_atomic, write_json
-from pipeline.models.autoencoder import AutoEncoder, ModelConfig, build_autoencoder
-from pipeline.precision import Precision, parameter_dtype
+from pipeline.common import strict
+from pipeline.common.component import Component
+from pipeline.common.errors import UserError
+from pipeline.common.files import publish, sync_file, temporary_name, write_atomic, write_json
+from pipeline.common.precision import Precision, parameter_dtype
+from pipeline.models.autoencoder import AutoEncoder, ModelConfig, build_autoencoder, tensors_sha256
 
 FORMAT = "latentmill-model-1"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.models.autoencoder import AutoEncoder
 from pipeline.models.interchange import Network, StoredValues, TensorInfo
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from pipeline import rng
+from pipeline.common import rng
 from pipeline.corruptions import Corruption, corrupt
 from pipeline.corruptions.base import CorruptionBase
 from pipeline.corruptions.gaussian_noise import GaussianNoise

@@ -15,9 +15,9 @@ from pipeline.data.decode import ArrayDecode, ImageDecode
 from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import Quarantined, open_stream
-from pipeline.forward import Forward
-from pipeline.likelihoods import SquaredError
-from pipeline.objective import Objective
+from pipeline.losses.objective import Objective
+from pipeline.models.likelihoods import SquaredError
+from pipeline.training.forward import Forward
 from tests.data.order_reference import Shape, SlowOrder
 from tests.shards import tiny_image
 

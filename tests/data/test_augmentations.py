@@ -23,9 +23,9 @@ from pipeline.data.index import build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import open_stream
-from pipeline.forward import Forward
-from pipeline.likelihoods import SquaredError
-from pipeline.objective import Objective
+from pipeline.losses.objective import Objective
+from pipeline.models.likelihoods import SquaredError
+from pipeline.training.forward import Forward
 from tests.data.streams import SEED, write_shards
 from tests.shards import png, tiny_image
 

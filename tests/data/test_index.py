@@ -12,12 +12,12 @@ import pytest
 from pydantic import ValidationError
 from webdataset.writer import TarWriter
 
+from pipeline.common.errors import UserError
 from pipeline.data.index import Index, build_index, scan
 from pipeline.data.index.manifest import table_path
 from pipeline.data.index.splits import SplitSpec, group_of
 from pipeline.data.storage import ShardReadError, open_storage
 from pipeline.data.storage.patterns import find_shards
-from pipeline.errors import UserError
 from tests.shards import TINY_COUNTS, write_tiny_shards
 
 

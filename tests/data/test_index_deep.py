@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.common.errors import UserError
 from pipeline.data.index import Index, build_index, scan
 from pipeline.data.index.one_pass import LOCAL_CHUNK_BYTES, OnePass
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.pace import Pace
 from pipeline.data.storage.local import LocalStorage
-from pipeline.errors import UserError
 from tests.processes import ROOT
 from tests.shards import write_tiny_shards
 

@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from pipeline.common.errors import UserError
 from pipeline.data.index import build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.order import Order
@@ -13,8 +14,7 @@ from pipeline.data.order.mixture import Mixture, lanes_of_parts
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import open_stream
 from pipeline.data.stream.datasets import open_indexes, order_of
-from pipeline.errors import UserError
-from pipeline.ledger import planned_digest
+from pipeline.monitoring.ledger import planned_digest
 from tests.data.streams import IMAGES, SEED, write_shards
 
 SHAPES = [  # weights, lanes of each, global batch

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from pipeline.common.errors import UserError
 from pipeline.data.order import Order, default_lanes
-from pipeline.errors import UserError
 from tests.data.order_reference import Shape, SlowOrder
 
 

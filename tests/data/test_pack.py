@@ -12,11 +12,12 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from pipeline.data.pack import pack_folder, pack_sprites
+from pipeline.common.errors import UserError
+from pipeline.data.pack.pack import pack
 from pipeline.data.pack.parts import part_paths, plan_parts, write_part
+from pipeline.data.pack.sources import Folder, Sprites
 from pipeline.data.pack.sources.folder import list_folder
-from pipeline.data.pack.sources.sprites import SpritesSource
-from pipeline.errors import UserError
+from pipeline.data.pack.sources.sprites import SpritesSamples
 
 
 def tree(root: Path) -> dict[str, str]:
@@ -55,7 +56,7 @@ def read_tars(out: Path) -> list[dict]:
 
 
 def test_folder_is_copied_byte_for_byte(folder: Path, tmp_path: Path):
-    report = pack_folder(folder, tmp_path / "out")
+    report = pack(Folder(source=folder), tmp_path / "out")
     samples = {sample["__key__"]: sample for sample in read_tars(tmp_path / "out")}
     assert list(samples) == ["cats/a%2Eb", "cats/sub/c", "dogs/d", "dogs/e"]
     for key, suffix, path, label in [
@@ -74,7 +75,7 @@ def test_folder_is_copied_byte_for_byte(folder: Path, tmp_path: Path):
 
 
 def test_broken_images_are_listed(folder: Path, tmp_path: Path):
-    report = pack_folder(folder, tmp_path / "out")
+    report = pack(Folder(source=folder), tmp_path / "out")
     text = (tmp_path / "out/broken.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["path"] for line in lines] == ["cats/broken.png", "dogs/empty.jpg"]
@@ -86,11 +87,11 @@ def test_only_broken_images_is_an_error(tmp_path: Path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.png").write_bytes(b"none")
     with pytest.raises(UserError, match="None of the 1 images"):
-        pack_folder(tmp_path / "images", tmp_path / "out")
+        pack(Folder(source=tmp_path / "images"), tmp_path / "out")
 
 
 def test_members_are_plain_ustar(folder: Path, tmp_path: Path):
-    pack_folder(folder, tmp_path / "out")
+    pack(Folder(source=folder), tmp_path / "out")
     with tarfile.open(tmp_path / "out/shard-000000.tar") as tar:
         for member in tar:
             assert (member.mtime, member.uid, member.gid, member.mode) == (0, 0, 0, 0o444)
@@ -100,8 +101,8 @@ def test_members_are_plain_ustar(folder: Path, tmp_path: Path):
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path):
-    one = pack_sprites(tmp_path / "1", count=50, seed=3, shard_samples=8)
-    three = pack_sprites(tmp_path / "3", count=50, seed=3, shard_samples=8, workers=3)
+    one = pack(Sprites(count=50, seed=3, shard_samples=8), tmp_path / "1")
+    three = pack(Sprites(count=50, seed=3, shard_samples=8), tmp_path / "3", workers=3)
     assert tree(tmp_path / "1") == tree(tmp_path / "3")
     assert one.dataset_id == three.dataset_id
     assert (three.num_samples, three.num_shards) == (50, 7)
@@ -111,13 +112,13 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path):
 
 @pytest.mark.slow
 def test_any_number_of_workers_packs_a_folder_to_the_same_bytes(folder: Path, tmp_path: Path):
-    pack_folder(folder, tmp_path / "folder1", shard_samples=1, shuffle_seed=5)
-    pack_folder(folder, tmp_path / "folder2", shard_samples=1, shuffle_seed=5, workers=2)
+    pack(Folder(source=folder, shard_samples=1, shuffle_seed=5), tmp_path / "folder1")
+    pack(Folder(source=folder, shard_samples=1, shuffle_seed=5), tmp_path / "folder2", workers=2)
     assert tree(tmp_path / "folder1") == tree(tmp_path / "folder2")
 
 
 def test_shards_of_broken_images_alone_leave_no_gap(folder: Path, tmp_path: Path):
-    report = pack_folder(folder, tmp_path / "out", shard_samples=1)
+    report = pack(Folder(source=folder, shard_samples=1), tmp_path / "out")
     names = [path.name for path in sorted((tmp_path / "out").glob("*.tar"))]
     assert names == [f"shard-00000{number}.tar" for number in range(4)]
     assert report.num_shards == 4
@@ -125,7 +126,7 @@ def test_shards_of_broken_images_alone_leave_no_gap(folder: Path, tmp_path: Path
 
 def test_stopped_pack_goes_on(folder: Path, tmp_path: Path):
     """Stand-in for a kill: some parts written, one torn, one published, nothing else."""
-    pack_folder(folder, tmp_path / "whole", shard_samples=1)
+    pack(Folder(source=folder, shard_samples=1), tmp_path / "whole")
     out = tmp_path / "out"
     stage = out / "_stage"
     stage.mkdir(parents=True)
@@ -137,47 +138,47 @@ def test_stopped_pack_goes_on(folder: Path, tmp_path: Path):
     (stage / "part-000002.tar.tmp-0123").write_bytes(b"torn")
     part_paths(stage, 0)[0].rename(out / "shard-000000.tar")
     kept = part_paths(stage, 3)[0].stat().st_ino
-    pack_folder(folder, out, shard_samples=1)
+    pack(Folder(source=folder, shard_samples=1), out)
     assert tree(out) == tree(tmp_path / "whole")
     assert (out / "shard-000002.tar").stat().st_ino == kept  # not written again
 
 
 def test_finished_pack_is_not_repeated(tmp_path: Path):
-    first = pack_sprites(tmp_path, count=10, shard_samples=5)
+    first = pack(Sprites(count=10, shard_samples=5), tmp_path)
     before = (tmp_path / "shard-000000.tar").stat().st_mtime_ns
-    assert pack_sprites(tmp_path, count=10, shard_samples=5) == first
+    assert pack(Sprites(count=10, shard_samples=5), tmp_path) == first
     assert (tmp_path / "shard-000000.tar").stat().st_mtime_ns == before
 
 
 def test_another_pack_in_the_directory_is_refused(tmp_path: Path):
-    pack_sprites(tmp_path, count=10, shard_samples=5)
+    pack(Sprites(count=10, shard_samples=5), tmp_path)
     with pytest.raises(UserError, match="already holds a pack of another source"):
-        pack_sprites(tmp_path, count=10, seed=1, shard_samples=5)
+        pack(Sprites(count=10, seed=1, shard_samples=5), tmp_path)
 
 
 def test_foreign_shards_are_refused(tmp_path: Path):
     (tmp_path / "other.tar").touch()
     with pytest.raises(UserError, match=r"already holds shards .* other\.tar"):
-        pack_sprites(tmp_path, count=10)
+        pack(Sprites(count=10), tmp_path)
 
 
 def test_two_files_of_one_key_are_refused(folder: Path, tmp_path: Path):
     picture().save(folder / "dogs/d.png")
     with pytest.raises(UserError, match=r"dogs/d\.png and dogs/d\.webp"):
-        pack_folder(folder, tmp_path / "out")
+        pack(Folder(source=folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_some_images_without_class_are_refused(folder: Path, tmp_path: Path):
     picture().save(folder / "stray.png")
     with pytest.raises(UserError, match=r"stray\.png"):
-        pack_folder(folder, tmp_path / "out")
+        pack(Folder(source=folder), tmp_path / "out")
 
 
 def test_images_in_the_root_have_no_label(tmp_path: Path):
     (tmp_path / "images").mkdir()
     picture().save(tmp_path / "images/a.png")
-    pack_folder(tmp_path / "images", tmp_path / "out")
+    pack(Folder(source=tmp_path / "images"), tmp_path / "out")
     (sample,) = read_tars(tmp_path / "out")
     assert set(sample) >= {"png", "json"}
     assert "cls" not in sample
@@ -187,18 +188,19 @@ def test_images_in_the_root_have_no_label(tmp_path: Path):
 def test_names_that_no_tar_can_hold_are_refused(folder: Path, tmp_path: Path):
     picture().save(folder / f"cats/{'x' * 120}.png")
     with pytest.raises(UserError, match="does not fit into a tar header"):
-        pack_folder(folder, tmp_path / "out")
+        pack(Folder(source=folder), tmp_path / "out")
 
 
 def test_output_inside_the_source_is_refused(folder: Path):
     with pytest.raises(UserError, match="inside the source"):
-        pack_folder(folder, folder / "shards")
+        pack(Folder(source=folder), folder / "shards")
 
 
 @pytest.mark.parametrize("name", ["shard_samples", "shard_bytes", "workers", "resize"])
 def test_senseless_numbers_are_refused(folder: Path, tmp_path: Path, name: str):
+    settings, options = ({}, {name: 0}) if name == "workers" else ({name: 0}, {})
     with pytest.raises(UserError, match=f"{name} is 0"):
-        pack_folder(folder, tmp_path / "out", **{name: 0})
+        pack(Folder(source=folder, **settings), tmp_path / "out", **options)
 
 
 def test_resize_shrinks_the_shorter_side(tmp_path: Path):
@@ -207,7 +209,7 @@ def test_resize_shrinks_the_shorter_side(tmp_path: Path):
     picture(40).save(root / "large.jpg")
     picture(40, grey=True).save(root / "grey.webp", lossless=True)
     picture(12).save(root / "small.png")
-    pack_folder(root, tmp_path / "out", resize=20)
+    pack(Folder(source=root, resize=20), tmp_path / "out")
     samples = {sample["__key__"]: sample for sample in read_tars(tmp_path / "out")}
     with Image.open(io.BytesIO(samples["large"]["jpg"])) as image:
         assert (image.format, image.size, image.mode) == ("JPEG", (23, 20), "RGB")
@@ -252,4 +254,4 @@ def test_plan_leaves_no_small_rest():
 
 
 def test_plan_of_nothing_is_empty():
-    assert plan_parts(SpritesSource(0, 0).sizes(), max_bytes=1, max_samples=1) == []
+    assert plan_parts(SpritesSamples(0, 0).sizes(), max_bytes=1, max_samples=1) == []

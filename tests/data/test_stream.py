@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.common.errors import UserError
 from pipeline.data.decode import ArrayDecode, ImageDecode
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.order.mixture import read_amplification
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import Stream, open_stream
-from pipeline.errors import UserError
 from tests.data.order_reference import Shape, SlowOrder
 from tests.data.streams import (
     ARRAYS,

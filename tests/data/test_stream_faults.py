@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.common.errors import UserError
 from pipeline.data.decode import ImageDecode
 from pipeline.data.index import Index, build_index
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import ShardReadError
 from pipeline.data.stream import Stream, open_stream
-from pipeline.errors import UserError
 from tests.data.order_reference import Shape, SlowOrder
 from tests.data.streams import (
     ARRAYS,

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from webdataset import tariterators
 
+from pipeline.common.errors import UserError
 from pipeline.data.decode import ArrayDecode, ImageDecode
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.tar import MAX_EXTENSION_BYTES, Damage, TarScan, group_samples
@@ -29,7 +30,6 @@ from pipeline.data.index.tar_header import BLOCK, padded
 from pipeline.data.index.verify import verify_shards
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import open_stream
-from pipeline.errors import UserError
 from tests.data.tar_mutations import (
     EXACT,
     FORGED,

@@ -8,16 +8,17 @@ import pytest
 from webdataset.writer import TarWriter
 
 from pipeline.__main__ import main
+from pipeline.common.errors import UserError
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.verify import has_index, verify_shards
-from pipeline.data.pack import pack_sprites
-from pipeline.errors import UserError
+from pipeline.data.pack.pack import pack
+from pipeline.data.pack.sources import Sprites
 from tests.data.streams import members_of, write_shards
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    pack_sprites(tmp_path / "s", count=12, shard_samples=5)
+    pack(Sprites(count=12, shard_samples=5), tmp_path / "s")
     return tmp_path / "s"
 
 

@@ -13,12 +13,12 @@ import pytest
 import webdataset as wds
 from torch.utils.data import DataLoader
 
+from pipeline.common.errors import UserError
 from pipeline.data.decode import ImageDecode
 from pipeline.data.index import Index, build_index
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import open_stream
 from pipeline.data.wds import OrderedShards
-from pipeline.errors import UserError
 from tests.shards import TINY_COUNTS
 
 NUMBERS = {"lanes": 4, "interleave": 3, "window": 5}

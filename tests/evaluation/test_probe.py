@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.evaluation.probe import is_test_key, probe_features, target_kind
 
 N, D = 2000, 8

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import rng
-from pipeline.build import make_forward
+from pipeline.common import rng
 from pipeline.config import TrainConfig
 from pipeline.corruptions import corrupt
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.stream import open_stream
-from pipeline.evaluate import evaluate_split
+from pipeline.distributed.runtime import Runtime
+from pipeline.evaluation.held_out import evaluate_split
 from pipeline.evaluation.reconstruction import evaluate
 from pipeline.models.autoencoder import build_autoencoder
-from pipeline.quarantine import Quarantine
-from pipeline.runtime import Runtime
+from pipeline.monitoring.bad_samples import Quarantine
+from pipeline.training.build import make_forward
 from tests.export.world import damage_sample
 from tests.shards import TINY_COUNTS, tiny_image, write_tiny_shards
 

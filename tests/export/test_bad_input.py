@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import strict
+from pipeline.common import strict
+from pipeline.common.errors import DONE, WRONG_USE
 from pipeline.config import TrainConfig
 from pipeline.data.decode import ArrayDecode
-from pipeline.errors import DONE, WRONG_USE
 from pipeline.export.__main__ import main
 from tests.export.world import make_run, tree
 

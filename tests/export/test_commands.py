@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline.__main__ import main
+from pipeline.common.errors import DONE, FAILED, PREEMPTED, WRONG_USE
 from pipeline.data.storage.opening import open_writable
-from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE
 from pipeline.export.command import begin, work_through
 from pipeline.export.workers import Worker
 from tests.data.storage.conftest import BUCKET, no_proxy, s3_endpoint

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
+from pipeline.common.files import write_atomic
 from pipeline.export.command import begin
 from pipeline.export.commit import Commit, commit, publish_commit, stage_rows
 from pipeline.export.finalize import finalize
@@ -23,7 +24,6 @@ from pipeline.export.run import Outcome, Shards, Work, run_worker
 from pipeline.export.statistics import partial_of, to_json
 from pipeline.export.work import encode_task
 from pipeline.export.workers import Worker
-from pipeline.files import write_atomic
 from tests.export.world import make_config, run_export, tree
 
 

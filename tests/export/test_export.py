@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.common.errors import DONE, PREEMPTED, UserError
 from pipeline.data.index import build_index
-from pipeline.errors import DONE, PREEMPTED, UserError
 from pipeline.export.__main__ import main
 from pipeline.export.command import begin, work_through
 from pipeline.export.workers import Worker
-from pipeline.rundir import load_run
-from pipeline.writers import ParquetWriter, TarWriter
+from pipeline.latents.formats.writers import ParquetWriter, TarWriter
+from pipeline.training.run_directory import load_run
 from tests.export.world import (
     NUM_SHARDS,
     SHARD_ROWS,

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import strict
+from pipeline.common import strict
+from pipeline.common.errors import DONE, FAILED, WRONG_USE, StoreError, UserError
 from pipeline.data.index import build_index
 from pipeline.data.storage import ShardReadError
-from pipeline.errors import DONE, FAILED, WRONG_USE, StoreError, UserError
 from pipeline.export.__main__ import main
 from pipeline.export.command import begin, work_through
 from pipeline.export.finalize import finalize
@@ -29,7 +29,7 @@ from pipeline.export.layout import flat_name
 from pipeline.export.prepare import Prepared
 from pipeline.export.run import Shards
 from pipeline.export.status import export_status
-from pipeline.export.verify import verify_export
+from pipeline.export.verify.levels import verify_export
 from pipeline.export.workers import Worker
 from tests.export.world import (
     NUM_SHARDS,

@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.errors import DONE, PREEMPTED, WRONG_USE
+from pipeline.common.errors import DONE, PREEMPTED, WRONG_USE
+from pipeline.evaluation.exported import probe_export
 from pipeline.export.__main__ import main
 from pipeline.export.command import begin, work_through
 from pipeline.export.statistics import merge, partial_of, to_text
-from pipeline.export.verify import verify_export
+from pipeline.export.verify.levels import verify_export
 from pipeline.export.workers import Worker
-from pipeline.probe import probe_export
-from pipeline.writers import BaseWriter, NpyWriter, Rows, SafetensorsWriter, Writer
+from pipeline.latents.formats.writers import BaseWriter, NpyWriter, Rows, SafetensorsWriter, Writer
 from tests.export.test_verify import flip_bit, rewrite_with, seal
 from tests.export.world import NUM_SHARDS, make_config, run_export, tree
 

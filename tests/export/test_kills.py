@@ -15,8 +15,8 @@ from pathlib import Path
 import boto3
 import pytest
 
-from pipeline import strict
-from pipeline.export.verify import verify_export
+from pipeline.common import strict
+from pipeline.export.verify.levels import verify_export
 from tests.data.storage.conftest import s3_endpoint
 from tests.export.killer import KILLED, KINDS, SIZES
 from tests.export.world import make_config, run_export, tree

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import strict
+from pipeline.common import strict
 from pipeline.data.index import build_index
 from tests.export.world import make_config, make_run
 from tests.processes import CPU_ENV, ROOT

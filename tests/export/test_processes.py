@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import strict
-from pipeline.export.verify import verify_export
+from pipeline.common import strict
+from pipeline.export.verify.levels import verify_export
 from tests.export.world import NUM_SHARDS, make_config, make_data, make_run, tree
 
 

@@ -14,16 +14,16 @@ import pytest
 from botocore.exceptions import ConnectionClosedError
 from s3fs import S3FileSystem
 
-from pipeline import strict
+from pipeline.common import strict
+from pipeline.common.errors import DONE, PREEMPTED, StoreError, UserError
+from pipeline.common.files import create_exclusive
 from pipeline.data.storage.opening import open_writable
 from pipeline.data.storage.writable_local import LocalWritable
-from pipeline.errors import DONE, PREEMPTED, StoreError, UserError
 from pipeline.export.command import begin, work_through
 from pipeline.export.layout import COMMITS, ExportDir
 from pipeline.export.status import collect_garbage, export_status, finalize_export
-from pipeline.export.verify import verify_export
+from pipeline.export.verify.levels import verify_export
 from pipeline.export.workers import Worker
-from pipeline.files import create_exclusive
 from tests.data.storage.conftest import BUCKET, s3_endpoint
 from tests.export.world import NUM_SHARDS, make_config, run_export, tree
 from tests.processes import Processes

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pipeline.errors import DONE
+from pipeline.common.errors import DONE
 from pipeline.latents.formats import READERS
-from pipeline.writers import Rows
+from pipeline.latents.formats.writers import Rows
 from tests.export.test_export import encode_slowly
 from tests.export.world import NUM_SHARDS, make_config, run_export, source_keys
 from tests.latents.exports import make_rows, write_export
+from tests.latents.formats.embedding import embedding_reader
+from tests.latents.formats.test_npy import read_with
 from tests.processes import ROOT
-from tests.writers.embedding import embedding_reader
-from tests.writers.test_npy import read_with
 
 __all__ = ["embedding_reader"]  # a fixture
 
@@ -59,7 +59,7 @@ def test_pyarrow_datasets_and_webdataset(made: Path, shards: list[Rows], tmp_pat
     rows = shards[2]
     files = [made / f"data/{kind}/{rows.shard}.{kind}" for kind in ("tar", "parquet")]
     done = subprocess.run(
-        [sys.executable, ROOT / "tests/writers/others.py", *files],
+        [sys.executable, ROOT / "tests/latents/formats/others.py", *files],
         env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

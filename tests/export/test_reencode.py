@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.errors import DONE, FAILED, WRONG_USE, UserError
-from pipeline.export.reencode import verify_with_run
-from pipeline.export.verify import VerifyReport, verify_export
+from pipeline.common.errors import DONE, FAILED, WRONG_USE, UserError
+from pipeline.export.verify.levels import VerifyReport, verify_export
+from pipeline.export.verify.reencode import verify_with_run
 from pipeline.latents.formats import READERS
-from pipeline.writers import Rows
+from pipeline.latents.formats.writers import Rows
 from tests.export.test_verify import rewrite, seal
 from tests.export.world import NUM_SHARDS, SHARD_ROWS, make_config, make_data, make_run, run_export
 

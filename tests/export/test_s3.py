@@ -15,14 +15,14 @@ from s3fs import S3FileSystem
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipeline.__main__ import main
+from pipeline.common.errors import DONE, FAILED, PREEMPTED, WRONG_USE, StoreError, UserError
 from pipeline.data.storage.opening import open_writable
 from pipeline.data.storage.s3 import S3Storage
-from pipeline.errors import DONE, FAILED, PREEMPTED, WRONG_USE, StoreError, UserError
 from pipeline.export.command import begin, work_through
 from pipeline.export.commit import commit
-from pipeline.export.reencode import verify_with_run
 from pipeline.export.status import collect_garbage, export_status, finalize_export
-from pipeline.export.verify import verify_export
+from pipeline.export.verify.levels import verify_export
+from pipeline.export.verify.reencode import verify_with_run
 from pipeline.export.workers import Worker
 from pipeline.latents import LatentDataset
 from pipeline.latents.formats import READERS

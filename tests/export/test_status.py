@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.common.errors import UserError
 from pipeline.data.index import build_index
-from pipeline.errors import UserError
 from pipeline.export.command import begin
 from pipeline.export.commit import commit, publish_commit
 from pipeline.export.prepare import Prepared

@@ -14,22 +14,22 @@ import torch
 from PIL import Image
 from webdataset.writer import TarWriter as ShardWriter
 
-from pipeline import strict
+from pipeline.common import strict
+from pipeline.common.errors import DONE, WRONG_USE, UserError
 from pipeline.data.decode import ArrayDecode
 from pipeline.data.index import build_index
 from pipeline.data.rows import RowBatch, RowFault
-from pipeline.errors import DONE, WRONG_USE, UserError
 from pipeline.export.__main__ import main
-from pipeline.export.audit import _equal
 from pipeline.export.statistics import partial_of
-from pipeline.export.verify import verify_export
+from pipeline.export.verify.audit import _equal
+from pipeline.export.verify.levels import verify_export
 from pipeline.export.work import Encoder, encode_task
 from pipeline.export.workers import Worker
 from pipeline.latents import NO_LABEL, LatentDataset
 from pipeline.latents.formats import READERS
-from pipeline.models.bottleneck import Posterior
-from pipeline.rundir import load_run
-from pipeline.writers import ParquetWriter
+from pipeline.latents.formats.writers import ParquetWriter
+from pipeline.models.bottlenecks import Posterior
+from pipeline.training.run_directory import load_run
 from tests.export.world import make_config, make_run, run_export, tree
 
 ROWS, SHARDS = 8, 3

@@ -9,18 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.common.errors import UserError
 from pipeline.data.index import build_index
-from pipeline.data.pack import pack_sprites
-from pipeline.errors import UserError
+from pipeline.data.pack.pack import pack
+from pipeline.data.pack.sources import Sprites
 from pipeline.export import statistics
 from pipeline.export.command import begin, work_through
 from pipeline.export.commit import keys_digest
 from pipeline.export.finalize import Keys
 from pipeline.export.statistics import partial_of
 from pipeline.export.status import export_status
-from pipeline.export.verify import LEVELS, verify_export
+from pipeline.export.verify.levels import LEVELS, verify_export
 from pipeline.export.workers import Worker
-from pipeline.writers import BaseWriter, ParquetWriter, Rows, TarWriter
+from pipeline.latents.formats.writers import BaseWriter, ParquetWriter, Rows, TarWriter
 from tests.export.world import NUM_SHARDS, SHARD_ROWS, make_config, make_data, run_export
 
 TAR = "data/tar/shard-000002.tar"
@@ -366,7 +367,7 @@ def test_a_damaged_commit_record_is_named(out: Path):
 
 
 def test_another_source(finished: Path, tmp_path: Path):
-    pack_sprites(tmp_path / "other", count=32, seed=9, shard_samples=SHARD_ROWS)
+    pack(Sprites(count=32, seed=9, shard_samples=SHARD_ROWS), tmp_path / "other")
     (problem,) = verify_export(finished, source=tmp_path / "other").problems
     assert problem == f"the source {tmp_path / 'other'} is another data set (dataset_id)"
 

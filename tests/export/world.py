@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
-from pipeline import strict
-from pipeline.checkpoint import RunState, save_checkpoint
+from pipeline.checkpoints.folder import RunState, save_checkpoint
+from pipeline.common import strict
 from pipeline.config import TrainConfig
 from pipeline.data.index.splits import SplitSpec
-from pipeline.data.pack import pack_sprites
+from pipeline.data.pack.pack import pack
+from pipeline.data.pack.sources import Sprites
+from pipeline.distributed.strategies.base import FullState
 from pipeline.export.command import begin, work_through
 from pipeline.export.failures import forget_failures
 from pipeline.export.settings import ExportConfig
 from pipeline.export.workers import Worker
 from pipeline.models.autoencoder import build_autoencoder
-from pipeline.strategies.base import FullState
 
 NUM_SHARDS = 10
 SHARD_ROWS = 16
@@ -55,7 +56,7 @@ def damage_sample(data: Path, shard: str, sample: int) -> str:
 
 
 def make_data(path: Path, *, shards: int = NUM_SHARDS) -> Path:
-    pack_sprites(path, count=SHARD_ROWS * shards, seed=1, shard_samples=SHARD_ROWS, split=SPLIT)
+    pack(Sprites(count=SHARD_ROWS * shards, seed=1, shard_samples=SHARD_ROWS), path, split=SPLIT)
     return path
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from pipeline.common.errors import UserError
 from pipeline.data.order import Order
-from pipeline.errors import UserError
 from pipeline.latents import LatentDataset, LatentRows
 from tests.latents.exports import make_rows, write_export
 

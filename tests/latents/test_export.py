@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.common.errors import UserError
 from pipeline.data.index import build_index
-from pipeline.errors import UserError
 from pipeline.export.command import begin, work_through
 from pipeline.export.workers import Worker
 from pipeline.latents import LatentDataset
 from pipeline.latents.formats import READERS
-from pipeline.rundir import load_run
-from pipeline.writers import ParquetWriter
+from pipeline.latents.formats.writers import ParquetWriter
+from pipeline.training.run_directory import load_run
 from tests.export import world
 
 MODEL = {"bottleneck": {"kind": "gaussian", "size": 3}}

@@ -150,7 +150,7 @@ def test_a_plain_installation_shows_the_help(light: Environment):
         ("latentmill bench data config.yaml", "yaml"),
         ("python -m pipeline.train config.yaml", "torch"),
         ("python -m pipeline.export config.yaml", "torch"),
-        ("python -m pipeline.demo", "torch"),
+        ("python -m pipeline.commands.demo", "torch"),
         ("python -m launch local config.yaml", "psutil"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The numpy twin of `pipeline.rng`: the same bits, and normals to about an ulp."""
+"""The numpy twin of `pipeline.common.rng`: the same bits, and normals to about an ulp."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy._core._multiarray_umath import __cpu_dispatch__
 
-from pipeline import rng
+from pipeline.common import rng
 from pipeline.latents import noise
 from tests.processes import ROOT
 

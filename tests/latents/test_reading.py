@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.latents import NO_LABEL, LatentDataset, LatentRows, UnknownKeyError, manifest
 from pipeline.latents.formats import READERS
-from pipeline.writers import NO_LABEL as NO_LABEL_OF_THE_WRITERS
-from pipeline.writers import Writer
+from pipeline.latents.formats.writers import NO_LABEL as NO_LABEL_OF_THE_WRITERS
+from pipeline.latents.formats.writers import Writer
 from tests.latents.exports import MODEL, make_rows, write_export
 
 WRITERS = [kind() for kind in get_args(get_args(Writer)[0])]

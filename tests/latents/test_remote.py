@@ -9,8 +9,8 @@ import fsspec
 import numpy as np
 import pytest
 
+from pipeline.common.errors import UserError
 from pipeline.data.storage import RemotePolicy, ShardReadError
-from pipeline.errors import UserError
 from pipeline.latents import LatentDataset
 from pipeline.latents.formats import READERS
 from tests.data.storage.fault_server import FaultServer, always, serving, short_body

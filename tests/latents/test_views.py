@@ -8,16 +8,16 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.latents import LatentDataset
 from pipeline.latents.fields import FieldType, field_values
 from pipeline.latents.files import LocalFiles
 from pipeline.latents.formats import READERS
-from pipeline.latents.formats.base import COLUMNS, Layout
+from pipeline.latents.formats.reading import COLUMNS, Layout
+from pipeline.latents.formats.writers import COLUMNS as WRITTEN_COLUMNS
+from pipeline.latents.formats.writers import FIELDS, Column, ColumnType
 from pipeline.latents.noise import sample
 from pipeline.latents.rows import field_of
-from pipeline.writers import COLUMNS as WRITTEN_COLUMNS
-from pipeline.writers import FIELDS, Column, ColumnType
 from tests.latents.exports import make_rows, write_export
 from tests.processes import ROOT
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import verify_checkpoint
-from pipeline.digest import tensors_sha256
+from pipeline.checkpoints.folder import verify_checkpoint
+from pipeline.models.autoencoder import tensors_sha256
 
 
 def free_ports(count: int) -> list[int]:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.common.precision import autocast, parameter_dtype
+from pipeline.losses.terms import gaussian_kl
 from pipeline.models.autoencoder import AutoEncoder, ModelConfig, build_autoencoder, run_in_stages
-from pipeline.precision import autocast, parameter_dtype
-from pipeline.regularisers import gaussian_kl
 from tests.activations import kept_bytes
-from tests.test_zero import ZERO, config, two
+from tests.distributed.test_zero import ZERO, config, two
 
 __all__ = ["config", "two"]  # fixtures
 

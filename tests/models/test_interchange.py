@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import strict
 from pipeline.__main__ import main
+from pipeline.common import strict
+from pipeline.common.errors import UserError
 from pipeline.config import TrainConfig
 from pipeline.data.decode import ArrayDecode
 from pipeline.data.index import Index
-from pipeline.errors import UserError
-from pipeline.export_model import export_model
+from pipeline.export.model import export_model
 from pipeline.models.interchange import from_pretrained, read_description
-from pipeline.rundir import load_run
-from tests.config_runs import World, write_shards
+from pipeline.training.run_directory import load_run
+from tests.config.runs import World, write_shards
 from tests.processes import ROOT
 
 STEPS = (2, 4)

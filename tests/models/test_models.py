@@ -8,10 +8,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from pipeline.losses.terms import Kl, gaussian_kl
 from pipeline.models.autoencoder import ModelConfig, build_autoencoder, num_parameters
 from pipeline.models.backbones import Backbone, BackboneBase, Burgess, Mlp
-from pipeline.models.bottleneck import LOGVAR_BOUND, Deterministic, Gaussian, Posterior
-from pipeline.regularisers import Kl, gaussian_kl
+from pipeline.models.bottlenecks import LOGVAR_BOUND, Deterministic, Gaussian, Posterior
 
 BACKBONES: tuple[type[BackboneBase], ...] = get_args(get_args(Backbone)[0])
 SHAPES = [(1, 64, 64), (3, 64, 64), (3, 32, 32)]

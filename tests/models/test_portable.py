@@ -16,20 +16,20 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import strict
 from pipeline.__main__ import main
-from pipeline.checkpoint import RunState, save_checkpoint
+from pipeline.checkpoints.folder import RunState, save_checkpoint
+from pipeline.common import strict
+from pipeline.common.errors import UserError
 from pipeline.config import TrainConfig
-from pipeline.errors import UserError
-from pipeline.export_model import export_model
-from pipeline.likelihoods import Likelihood
+from pipeline.distributed.strategies.base import FullState
+from pipeline.export.model import export_model
 from pipeline.models.autoencoder import build_autoencoder
 from pipeline.models.backbones import Backbone
-from pipeline.models.bottleneck import Bottleneck
+from pipeline.models.bottlenecks import Bottleneck
 from pipeline.models.interchange import from_pretrained, read_description
+from pipeline.models.likelihoods import Likelihood
 from pipeline.models.portable import check_outputs
-from pipeline.rundir import load_run
-from pipeline.strategies.base import FullState
+from pipeline.training.run_directory import load_run
 from tests.processes import ROOT
 from tests.shards import tiny_image
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.errors import UserError
-from pipeline.export_model import export_model
+from pipeline.common.errors import UserError
+from pipeline.export.model import export_model
 from pipeline.latents import LatentDataset
 from pipeline.models.interchange import from_pretrained, read_description
 from tests.export.world import make_config, make_data, make_run, run_export

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline import rng
+from pipeline.common import rng
 from pipeline.data.augmentations.base import View
 from pipeline.data.augmentations.horizontal_flip import HorizontalFlip
 from pipeline.data.augmentations.random_crop import RandomCrop

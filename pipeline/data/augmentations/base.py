@@ -9,7 +9,7 @@ augmentations.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.component import Component
+from pipeline.common.component import Component
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.data.decode.array import ArrayDecode
-from pipeline.data.decode.content import Content
-from pipeline.data.decode.fault import DecodeError, missing_member
+from pipeline.data.decode.fault import Content, DecodeError, missing_member
 from pipeline.data.decode.image import ImageDecode
 
 Decode = Annotated[ImageDecode | ArrayDecode, Field(discriminator="kind")]

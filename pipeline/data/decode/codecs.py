@@ -19,8 +19,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from pipeline.data.decode.content import Content
-from pipeline.data.decode.fault import DecodeError
+from pipeline.data.decode.fault import Content, DecodeError
 
 Pixels = NDArray[np.uint8]
 # (height, width) of the upright image in its file -> the smallest scale that is still enough.

@@ -1,5 +1,11 @@
 """The one error that a bad sample raises; the stream turns it into a tombstone."""
 
+import re
+
+Content = bytes | bytearray  # what is decoded: a member's bytes, or a copy in memory used again
+
+_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")
+
 
 class DecodeError(Exception):
     """One sample's bytes are unusable: its slot stays, at weight 0, and nobody else moves.
@@ -17,3 +23,8 @@ class DecodeError(Exception):
 def missing_member() -> DecodeError:
     """The fault of a sample that lacks the member to decode."""
     return DecodeError("member", "the sample has no member with a wanted suffix")
+
+
+def stable_reason(reason: object) -> str:
+    """Return a reason's text without memory addresses, which libraries put into messages."""
+    return _ADDRESS.sub("", str(reason))

@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from pipeline.common.errors import UserError
 from pipeline.data.index.manifest import check_shard_name, make_manifest, table_path
 from pipeline.data.index.place import IndexPlace, index_place
 from pipeline.data.index.reader import Index
@@ -22,7 +23,6 @@ from pipeline.data.pace import Pace, Progress
 from pipeline.data.pool import worker_processes
 from pipeline.data.storage import open_storage
 from pipeline.data.storage.patterns import FoundShards, find_shards
-from pipeline.errors import UserError
 
 PARALLEL_FROM_BYTES = 32 << 20  # below, starting worker processes takes longer than the work
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.common.errors import UserError
+from pipeline.common.files import canonical_json
 from pipeline.data.index.scan import ScannedShard, ShardEntry
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.index.table import ShardTable
 from pipeline.data.index.tar import Damage
 from pipeline.data.storage import RemotePolicy, is_url, open_storage
-from pipeline.errors import UserError
-from pipeline.files import canonical_json
 
 FORMAT_VERSION = 2  # 2: labels in the tables
 INDEX_DIRECTORY = "index"

@@ -12,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pipeline.common.errors import UserError
+from pipeline.common.files import write_json
 from pipeline.data.index.manifest import (
     INDEX_DIRECTORY,
     MANIFEST,
@@ -23,8 +25,6 @@ from pipeline.data.storage import is_url, open_storage
 from pipeline.data.storage.opening import local_path, open_writable
 from pipeline.data.storage.threads import map_in_threads
 from pipeline.data.storage.writable import WritableStore
-from pipeline.errors import UserError
-from pipeline.files import write_json
 
 FETCH_THREADS = 16
 

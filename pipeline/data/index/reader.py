@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.errors import UserError
 from pipeline.data.index.manifest import (
     INDEX_DIRECTORY,
     MANIFEST,
@@ -30,7 +31,6 @@ from pipeline.data.storage import (
     open_storage,
 )
 from pipeline.data.storage.patterns import find_shards
-from pipeline.errors import UserError
 
 MAX_OPEN_TABLES = 1024
 ORDINAL_SHIFT = 48  # uid = ordinal * 2^48 + samples before

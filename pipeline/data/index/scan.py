@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.index.labels import MAX_BYTES, NONE, SUFFIX, parse_label
+from pipeline.common.errors import UserError
 from pipeline.data.index.one_pass import OnePass
 from pipeline.data.index.splits import SplitSpec, group_of
 from pipeline.data.index.table import ShardTable, TableOrigin, write_table
@@ -31,9 +31,12 @@ from pipeline.data.index.tar import (
     split_name,
 )
 from pipeline.data.storage import ShardReadError, ShardState, Storage, is_url, open_storage
-from pipeline.errors import UserError
 
 MAX_REPORTED_DAMAGE = 100  # per shard
+# The class of a sample is the number in its `.cls` member, as webdataset has it.
+LABEL_SUFFIX = "cls"
+NO_LABEL = -1
+MAX_LABEL_BYTES = 32  # of the member; an int64 takes 20
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,8 @@ def _write(task: ShardTask, storage: Storage, state: ShardState) -> None:
 
         def visit(name: str, offset: int, num_bytes: int) -> int:
             groups.visit(bytes_of, name, offset, num_bytes)
-            if name.lower().endswith(f".{SUFFIX}") and num_bytes <= MAX_BYTES:
-                label_at[offset] = parse_label(bytes_of.read(offset, num_bytes))
+            if name.lower().endswith(f".{LABEL_SUFFIX}") and num_bytes <= MAX_LABEL_BYTES:
+                label_at[offset] = _parse_label(bytes_of.read(offset, num_bytes))
             return bytes_of.crc32(offset, num_bytes) if task.deep else NO_CHECKSUM
 
         scan = TarScan(bytes_of.read, state.num_bytes, visit)
@@ -138,7 +141,9 @@ def _write(task: ShardTask, storage: Storage, state: ShardState) -> None:
         damage.append(Damage("more", damage[-1].offset, 0, f"{more} further faults"))
     digest = task.split.digest()
     origin = TableOrigin(state.num_bytes, sha256, digest, tuple(damage), state.tag)
-    found = [label_at.get(sample.members.get(SUFFIX, (-1, 0))[0], NONE) for sample in samples]
+    found = [
+        label_at.get(sample.members.get(LABEL_SUFFIX, (-1, 0))[0], NO_LABEL) for sample in samples
+    ]
     _write_table(task, samples, groups.numbers(samples), found, origin, task.deep, stamp)
 
 
@@ -226,3 +231,12 @@ def _describe(task: ShardTask, table: ShardTable, is_read: bool, is_written: boo
     digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
     hashes = np.frombuffer(b"".join(digests), np.uint64)
     return ScannedShard(entry, hashes, table.suffix_counts(), is_read, is_written)
+
+
+def _parse_label(text: bytes) -> int:
+    """Return the class number; NO_LABEL where the text is no int64."""
+    try:
+        label = int(text)
+    except ValueError:
+        return NO_LABEL
+    return label if -(2**63) <= label < 2**63 else NO_LABEL

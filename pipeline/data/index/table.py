@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.common.errors import UserError
+from pipeline.common.files import canonical_json, write_atomic
 from pipeline.data.index.tar import Damage, TarSample
-from pipeline.errors import UserError
-from pipeline.files import canonical_json, write_atomic
 
 Ints = NDArray[np.int64]
 

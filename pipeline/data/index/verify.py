@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.common.errors import UserError
 from pipeline.data.decode import DecodeError, ImageDecode, missing_member
 from pipeline.data.decode.codecs import PixelRules, full_scale, read_pixels
 from pipeline.data.index.manifest import INDEX_DIRECTORY, MANIFEST, IndexFiles
@@ -23,7 +24,6 @@ from pipeline.data.index.scan import ShardEntry
 from pipeline.data.index.table import ShardTable
 from pipeline.data.pace import Pace, Progress
 from pipeline.data.storage import Storage, open_storage
-from pipeline.errors import UserError
 
 IMAGES = ImageDecode()  # the suffixes and the rules of a config that names none
 RULES = PixelRules(IMAGES.channels, IMAGES.background, IMAGES.max_pixels)

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.files import canonical_json
 from pipeline.data.order.order_v1 import Order, default_lanes
-from pipeline.files import canonical_json
 
 MIXTURE_VERSION = "mixture-v1"
 

@@ -19,8 +19,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
-from pipeline.files import canonical_json
+from pipeline.common.errors import UserError
+from pipeline.common.files import canonical_json
 
 ORDER_VERSION = "order-v1"
 MAX_DEFAULT_LANES = 64

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.order.mixture import read_amplification
 from pipeline.data.order.order_v1 import Order
-from pipeline.data.raw import RankSlots
+from pipeline.data.order.slots import RankSlots
 
 MAX_SAMPLES = 4_000_000  # that a simulation looks at: a second or two
 MAX_SHOWN = 5

@@ -8,9 +8,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.common.errors import UserError
 from pipeline.data.pack.parts import PartRecord
-from pipeline.data.pack.sources import Source
-from pipeline.errors import UserError
+from pipeline.data.pack.sources.base import Samples
 
 STAGE = "_stage"
 PLAN = f"{STAGE}/plan.json"
@@ -33,10 +33,10 @@ def shard_names(records: Sequence[PartRecord]) -> dict[int, str]:
 
 
 def closing_files(
-    source: Source, records: Sequence[PartRecord], identity: dict[str, Any]
+    samples: Samples, records: Sequence[PartRecord], identity: dict[str, Any]
 ) -> dict[str, bytes]:
     """Name -> content of the files to write when all shards are there, in this order."""
-    files = dict(source.sidecars())
+    files = dict(samples.sidecars())
     broken = [entry for record in records for entry in record.broken]
     if broken:
         lines = [json.dumps({"path": name, "reason": reason}) for name, reason in broken]

@@ -17,15 +17,12 @@ from pipeline.data.index.manifest import IndexFiles
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.pace import Progress
 from pipeline.data.pack.files import BROKEN, SUMMARY
-from pipeline.data.pack.local import pack_locally
 from pipeline.data.pack.parts import plan_parts
-from pipeline.data.pack.remote import pack_remotely
-from pipeline.data.pack.sources import Source
-from pipeline.data.pack.sources.folder import list_folder
-from pipeline.data.pack.sources.sprites import SpritesSource
+from pipeline.data.pack.shards import pack_locally, pack_remotely
+from pipeline.data.pack.sources import PackSource
+from pipeline.data.pack.sources.base import require_positive
 from pipeline.data.storage import is_url
 from pipeline.data.storage.opening import local_path
-from pipeline.errors import UserError
 
 MAX_BROKEN_SHOWN = 20
 
@@ -46,77 +43,36 @@ class PackReport:
     dataset_id: str
 
 
-def pack_folder(
-    source: Path,
+def pack(
+    source: PackSource,
     out: Path | str,
     *,
-    shard_bytes: int = 256 << 20,
-    shard_samples: int = 10_000,
-    resize: int | None = None,
-    shuffle_seed: int | None = None,
     workers: int = 1,
     split: SplitSpec | None = None,
     progress: Progress | None = None,
 ) -> PackReport:
-    """Pack the images below `source`; the first folder below it is the class.
+    """Pack a source into a directory or below a URL, and index the shards.
 
-    `resize`: shorter side in pixels, None = copy the files byte for byte. `shuffle_seed`: permute
-    the samples over the shards, None = sorted by path. Broken images are left out and reported.
+    Broken samples are left out and reported. Raises UserError for settings out of bounds, a source
+    without samples, and a place that holds something else.
     """
-    _check_bounds(shard_bytes=shard_bytes, shard_samples=shard_samples, workers=workers)
-    if resize is not None:
-        _check_bounds(resize=resize)
-    if not is_url(out) and Path(local_path(out)).resolve().is_relative_to(source.resolve()):
-        raise UserError(f"The output {out} lies inside the source {source}: name another folder.")
-    found = list_folder(source, resize=resize, shuffle_seed=shuffle_seed)
-    limits = {"shard_bytes": shard_bytes, "shard_samples": shard_samples}
-    ignored = dict(found.ignored)
-    return _pack(found, out, limits, workers, split or SplitSpec(), ignored, progress)
-
-
-def pack_sprites(
-    out: Path | str,
-    *,
-    count: int,
-    seed: int = 0,
-    shard_samples: int = 1_000,
-    workers: int = 1,
-    split: SplitSpec | None = None,
-    progress: Progress | None = None,
-) -> PackReport:
-    """Draw and pack the built-in sprites: grey 64 x 64 pictures with known factors."""
-    _check_bounds(count=count, shard_samples=shard_samples, workers=workers)
-    limits = {"shard_bytes": 1 << 40, "shard_samples": shard_samples}
-    source = SpritesSource(count, seed)
-    return _pack(source, out, limits, workers, split or SplitSpec(), {}, progress)
-
-
-def _check_bounds(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}, but must be at least 1.")
-
-
-def _pack(
-    source: Source,
-    out: Path | str,
-    limits: dict[str, int],
-    workers: int,
-    split: SplitSpec,
-    ignored: dict[str, int],
-    progress: Progress | None,
-) -> PackReport:
-    identity = {"source": dict(source.identity()), **limits}
+    limits = {"shard_bytes": source.shard_bytes, "shard_samples": source.shard_samples}
+    require_positive(**limits, workers=workers)
+    if not is_url(out):
+        source.check_out(Path(local_path(out)))
+    samples = source.open()
+    identity = {"source": dict(samples.identity()), **limits}
     ranges = plan_parts(
-        source.sizes(), max_bytes=limits["shard_bytes"], max_samples=limits["shard_samples"]
+        samples.sizes(), max_bytes=source.shard_bytes, max_samples=source.shard_samples
     )
     if is_url(out):
-        pack_remotely(source, str(out), identity, ranges, workers, progress)
+        pack_remotely(samples, str(out), identity, ranges, workers, progress)
     else:
         out = Path(local_path(out))
-        pack_locally(source, out, identity, ranges, workers, progress)
+        pack_locally(samples, out, identity, ranges, workers, progress)
+    split = split or SplitSpec()
     index = build_index(out, out=out, split=split, deep=True, workers=workers, progress=progress)
-    return _report(out, ignored, index)
+    return _report(out, dict(samples.ignored), index)
 
 
 def _report(out: Path | str, ignored: dict[str, int], index: Index) -> PackReport:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.data.pack.sources import Broken, Part
-from pipeline.files import publish, sha256_file, temporary_name, write_json
-from pipeline.tars import open_tar
+from pipeline.common.files import publish, sha256_file, temporary_name, write_json
+from pipeline.common.tars import open_tar
+from pipeline.data.pack.sources.base import Broken, Part
 
 TAR_BLOCK = 512  # every member takes a header of one block, and its content is padded to blocks
 

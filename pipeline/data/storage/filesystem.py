@@ -5,7 +5,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 
 # Best first; of the times, "created" is that of the content where files are replaced as a whole.
 TAGS = ("ETag", "etag", "md5Hash", "generation", "checksum", "mtime", "LastModified", "created")

@@ -9,12 +9,12 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable
 
+from pipeline.common.errors import UserError
 from pipeline.data.storage.answers import too_short
 from pipeline.data.storage.base import ShardReadError, ShardState, Storage
 from pipeline.data.storage.filesystem import Filesystem, tag_in
 from pipeline.data.storage.pins import Pins
 from pipeline.data.storage.policy import Patience, RemotePolicy
-from pipeline.errors import UserError
 
 PERMANENT = (FileNotFoundError, PermissionError, NotImplementedError, ShardReadError)
 

@@ -20,6 +20,7 @@ import urllib3
 from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError, SSLError
 
+from pipeline.common.errors import UserError
 from pipeline.data.storage.answers import (
     check_answer,
     is_strong,
@@ -32,7 +33,6 @@ from pipeline.data.storage.connections import OpenConnections
 from pipeline.data.storage.pins import Pins, changed
 from pipeline.data.storage.policy import Patience, RemotePolicy, TransferError
 from pipeline.data.storage.threads import map_in_threads
-from pipeline.errors import UserError
 
 MAX_REDIRECTS = 5
 PIECE_BYTES = 1 << 20

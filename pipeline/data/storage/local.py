@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.common.errors import UserError
 from pipeline.data.storage.base import ShardReadError, ShardState, Storage
 from pipeline.data.storage.mounts import is_networked
-from pipeline.errors import UserError
 
 MAX_OPEN_FILES = 256
 NETWORK_READERS = 8  # reads that wait for a file server at a time

@@ -6,6 +6,7 @@ from urllib.parse import unquote, urlsplit
 
 import fsspec
 
+from pipeline.common.errors import UserError
 from pipeline.data.storage.base import Storage
 from pipeline.data.storage.generic import GenericStorage
 from pipeline.data.storage.http import HttpStorage
@@ -15,7 +16,6 @@ from pipeline.data.storage.s3 import S3Storage
 from pipeline.data.storage.writable import WritableStore
 from pipeline.data.storage.writable_local import LocalWritable
 from pipeline.data.storage.writable_remote import RemoteWritable
-from pipeline.errors import UserError
 
 SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
 HTTP = frozenset(("http", "https"))

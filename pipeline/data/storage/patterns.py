@@ -17,10 +17,10 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from webdataset.shardlists import expand_urls
 
+from pipeline.common.errors import UserError
 from pipeline.data.storage.filesystem import open_filesystem
 from pipeline.data.storage.opening import HTTP, check_scheme, is_url, local_path, open_storage
 from pipeline.data.storage.policy import RemotePolicy
-from pipeline.errors import UserError
 
 SUFFIX = ".tar"
 NUM_SHOWN = 3

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.component import Component
+from pipeline.common.component import Component
 from pipeline.data.storage.base import ShardReadError, TransferCounters
 
 FIRST_BACKOFF_SECONDS = 0.25  # doubled by each failure in a row

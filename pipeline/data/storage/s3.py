@@ -14,11 +14,11 @@ from collections.abc import Iterable
 
 from fsspec.config import conf
 
+from pipeline.common.errors import UserError
 from pipeline.data.storage.base import ShardReadError, ShardState
 from pipeline.data.storage.filesystem import Filesystem
 from pipeline.data.storage.http import HttpStorage
 from pipeline.data.storage.policy import RemotePolicy
-from pipeline.errors import UserError
 
 SIGNATURE_SECONDS = 3600  # above every deadline: an answer that has begun is not cut off
 

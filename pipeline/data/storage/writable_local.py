@@ -7,9 +7,8 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.data.storage.writable import WritableStore
-from pipeline.errors import UserError
-from pipeline.files import (
+from pipeline.common.errors import UserError
+from pipeline.common.files import (
     create_exclusive,
     publish,
     sync_directory,
@@ -17,6 +16,7 @@ from pipeline.files import (
     temporary_name,
     write_atomic,
 )
+from pipeline.data.storage.writable import WritableStore
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from pipeline.common.errors import StoreError, UserError
 from pipeline.data.storage.filesystem import open_filesystem
 from pipeline.data.storage.threads import map_in_threads
 from pipeline.data.storage.writable import WritableStore
-from pipeline.errors import StoreError, UserError
 
 TRANSFERS = 8  # files of one folder that travel at a time
 # What no second attempt mends.

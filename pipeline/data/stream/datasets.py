@@ -6,9 +6,14 @@ DataConfig --open_indexes--> Index of each --order_of--> Mixture
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.common.errors import UserError
 from pipeline.data.augmentations import Augmenter
 from pipeline.data.decode import Content, ImageDecode
 from pipeline.data.index import Index
+from pipeline.data.index.reader import ORDINAL_SHIFT
 from pipeline.data.order import Order, Tail
 from pipeline.data.order.mixture import Mixture, lanes_of_parts
 from pipeline.data.settings import DataConfig
@@ -16,8 +21,6 @@ from pipeline.data.storage import open_storage
 from pipeline.data.stream.batch import BatchBuffer
 from pipeline.data.stream.engine import DecodeSlot
 from pipeline.data.stream.fetch import Fetcher
-from pipeline.data.stream.names import SampleNames
-from pipeline.errors import UserError
 
 Indexes = Index | Sequence[Index]  # of the one data set, or one for each of a mixture
 
@@ -55,6 +58,28 @@ def order_of(
         )
         orders.append(order)
     return Mixture(orders, weights, batch_size)
+
+
+class SampleNames:
+    """Look samples up in the indexes that they come from."""
+
+    def __init__(self, indexes: Sequence[Index]) -> None:
+        self._index_of = {index.ordinal: index for index in indexes}
+
+    def keys(self, uids: NDArray[np.int64]) -> list[str]:
+        """Return the keys of samples."""
+        ordinals = uids >> ORDINAL_SHIFT
+        keys = np.empty(len(uids), object)
+        for ordinal in np.unique(ordinals).tolist():
+            chosen = ordinals == ordinal
+            keys[chosen] = self._index_of[ordinal].keys_of(uids[chosen])
+        return keys.tolist()
+
+    def place(self, uid: int) -> tuple[str, str]:
+        """Return the key of one sample, and its shard's name."""
+        index = self._index_of[uid >> ORDINAL_SHIFT]
+        shard, _ = index.locate(np.array([uid]))
+        return index.keys_of(np.array([uid]))[0], index.shards[int(shard[0])].name
 
 
 class DataSets:

@@ -17,9 +17,9 @@ from queue import SimpleQueue
 from typing import Any
 
 from pipeline.data.decode import Content, DecodeError, missing_member
+from pipeline.data.stream.account import StreamCounters
 from pipeline.data.stream.batch import BatchBuffer, Fault
 from pipeline.data.stream.board import Board, Request
-from pipeline.data.stream.counters import StreamCounters
 from pipeline.data.stream.fetch import Fetcher
 
 MAX_CHUNK_SLOTS = 64

@@ -9,13 +9,13 @@ in Python keeps the decoding threads from running.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.index import Index
-from pipeline.data.index.table import MemberRanges
+from pipeline.data.index.members import Read, plan_reads, read_all
 from pipeline.data.order import Order, Run
 from pipeline.data.storage import Storage
 from pipeline.data.stream.slabs import Slabs
@@ -23,18 +23,6 @@ from pipeline.data.stream.slabs import Slabs
 Ints = NDArray[np.int64]
 # (epochs [n], uids [n]) -> float32 [n, num_draws]
 Draw = Callable[[Ints, Ints], NDArray[np.float32]]
-
-# Read over gaps up to this size: one longer read is cheaper than two. Larger gaps appear where a
-# small split is read out of shards that mostly hold another.
-MAX_GAP_BYTES = 32 << 10
-
-
-class Read(NamedTuple):
-    """One read of a shard."""
-
-    shard: int
-    offset: int
-    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -59,61 +47,6 @@ class Samples:
     def num_bytes_wanted(self) -> int:
         """Bytes of the members themselves."""
         return int((self.stop - self.start)[self.slabs != None].sum())  # noqa: E711 - elementwise
-
-
-def plan_reads(shard: Ints, offset: Ints, num_bytes: Ints) -> tuple[list[Read], Ints]:
-    """Join ranges [n] of shards into few reads, to be laid one behind the other in memory.
-
-    Returns them and where in that memory each range starts. Ranges at -1 are missing: they belong
-    to no read and start nowhere (-1).
-    """
-    start = np.full(len(offset), -1, np.int64)
-    places = np.flatnonzero(offset >= 0)
-    if len(places) == 0:
-        return [], start
-    # One line of addresses for all shards, farther apart than any gap that is read over.
-    stride = int((offset + num_bytes).max()) + MAX_GAP_BYTES + 1
-    address = shard[places] * stride + offset[places]
-    ascending = np.argsort(address, kind="stable")
-    places, address = places[ascending], address[ascending]
-    reached = np.maximum.accumulate(address + num_bytes[places])
-    is_first = np.append(True, address[1:] - reached[:-1] > MAX_GAP_BYTES)
-    first = np.flatnonzero(is_first)
-    length = reached[np.append(first[1:], len(places)) - 1] - address[first]
-    shift = np.cumsum(length) - length - address[first]
-    start[places] = address + shift[np.cumsum(is_first) - 1]
-    firsts = places[first]
-    columns = (shard[firsts].tolist(), offset[firsts].tolist(), length.tolist())
-    return list(map(Read, *columns)), start
-
-
-def read_ranges(storage: Storage, name: str, offset: Ints, num_bytes: Ints) -> list[bytes | None]:
-    """Read byte ranges [n] of a shard; None where the offset is -1."""
-    reads, starts = plan_reads(np.zeros_like(offset), offset, num_bytes)
-    memory = memoryview(bytearray(sum(read.num_bytes for read in reads)))
-    _read_all(storage, [name], reads, memory)
-    bounds = zip(starts.tolist(), (starts + num_bytes).tolist(), strict=True)
-    return [bytes(memory[start:stop]) if start >= 0 else None for start, stop in bounds]
-
-
-def _read_all(
-    storage: Storage, names: Sequence[str], reads: Sequence[Read], memory: memoryview
-) -> None:
-    """Make all reads, one behind the other in memory; `names` of the shards by their numbers."""
-    for read in reads:
-        if read.num_bytes:
-            storage.read_into(names[read.shard], read.offset, memory[: read.num_bytes])
-        memory = memory[read.num_bytes :]
-
-
-def read_members(
-    storage: Storage, name: str, wanted: Sequence[MemberRanges], rows: Ints
-) -> list[list[bytes | None]]:
-    """Read members of some rows of a shard: a list per kind wanted."""
-    offset = np.concatenate([ranges.offset[rows] for ranges in wanted])
-    num_bytes = np.concatenate([ranges.num_bytes[rows] for ranges in wanted])
-    data, num = read_ranges(storage, name, offset, num_bytes), len(rows)
-    return [data[kind * num : (kind + 1) * num] for kind in range(len(wanted))]
 
 
 class Fetcher:
@@ -151,7 +84,7 @@ class Fetcher:
         offset, num_bytes, crc32, label, uid = self._columns(shard, row)
         reads, start = plan_reads(shard, offset, num_bytes)
         slab = self._slabs.take(sum(read.num_bytes for read in reads))
-        _read_all(self._storage, self._names, reads, memoryview(slab.memory))
+        read_all(self._storage, self._names, reads, memoryview(slab.memory))
         slabs = np.full(len(shard), slab, object)
         slabs[offset < 0] = None
         if not self._verify_checksums:

@@ -16,16 +16,15 @@ from typing import NamedTuple, Self
 
 import torch
 
+from pipeline.common.errors import UserError
 from pipeline.data.order import Tail
 from pipeline.data.order.mixture import Mixture, read_amplification
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream.account import Account
+from pipeline.data.stream.account import Account, StreamCounters
 from pipeline.data.stream.batch import Batch, BatchBuffer, new_buffer
 from pipeline.data.stream.board import Board
-from pipeline.data.stream.counters import StreamCounters
 from pipeline.data.stream.datasets import DataSets, Indexes
 from pipeline.data.stream.engine import Engine
-from pipeline.errors import UserError
 
 MAX_READ_AMPLIFICATION = 1.1
 CPU = torch.device("cpu")
@@ -165,7 +164,7 @@ class Stream(Iterator[Batch]):
         """Wait for the next step's batch; what a thread of the stream met is raised and ends it.
 
         Bad samples raise nothing here: too many of them is a decision for all processes together,
-        which `pipeline.quarantine` takes.
+        which `pipeline.monitoring.bad_samples` takes.
         """
         try:
             buffer = self._engine.take()

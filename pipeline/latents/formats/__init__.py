@@ -1,4 +1,4 @@
-"""Reading single rows out of a shard's files, one module per format of `pipeline.writers`.
+"""The formats of exports, a folder each with a writer and a reader; here, reading single rows.
 
 Add a format: a ShardReader, and its name below, the fastest first: of several formats in an export
 the first is read.
@@ -6,11 +6,11 @@ the first is read.
 
 from collections.abc import Mapping
 
-from pipeline.latents.formats.base import ShardReader
-from pipeline.latents.formats.npy import NpyShard
-from pipeline.latents.formats.parquet import ParquetShard
-from pipeline.latents.formats.safetensors import SafetensorsShard
-from pipeline.latents.formats.tar import TarShard
+from pipeline.latents.formats.npy.reader import NpyShard
+from pipeline.latents.formats.parquet.reader import ParquetShard
+from pipeline.latents.formats.reading import ShardReader
+from pipeline.latents.formats.safetensors.reader import SafetensorsShard
+from pipeline.latents.formats.tar.reader import TarShard
 
 READERS: Mapping[str, type[ShardReader]] = {
     "npy": NpyShard,

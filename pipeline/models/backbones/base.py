@@ -4,7 +4,7 @@ import math
 
 from torch import nn
 
-from pipeline.component import Component
+from pipeline.common.component import Component
 
 
 class BackboneBase(Component):

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+from pipeline.common.errors import UserError
 from pipeline.data.storage import RemotePolicy, ShardReadError, ShardState, open_storage
-from pipeline.errors import UserError
 from tests.data.storage.fault_server import (
     Answer,
     Connection,

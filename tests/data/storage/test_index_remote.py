@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.common.errors import UserError
 from pipeline.data.index import Index, build_index, scan
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.index.verify import has_index, verify_shards
-from pipeline.errors import UserError
 from tests.data.storage.fault_server import FaultServer, serving
 from tests.data.streams import delivered, write_shards
 from tests.shards import TINY_COUNTS, write_tiny_shards

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.common.errors import UserError
 from pipeline.data.index import Index
 from pipeline.data.index.verify import verify_shards
-from pipeline.data.pack import pack_folder, pack_sprites, remote
+from pipeline.data.pack import shards
+from pipeline.data.pack.pack import pack
+from pipeline.data.pack.sources import Folder, Sprites
 from pipeline.data.storage.opening import open_writable
-from pipeline.errors import UserError
 from tests.data.storage.conftest import BUCKET
 
 pytestmark = pytest.mark.slow
@@ -62,27 +64,27 @@ def locally(root: Path) -> dict[str, str]:
 def test_a_folder_in_s3_has_the_bytes_of_a_local_pack(
     folder: Path, tmp_path: Path, url: str, workers: int
 ):
-    local = pack_folder(folder, tmp_path / "out", shard_samples=1)
-    remote = pack_folder(folder, url, shard_samples=1, workers=workers)
+    local = pack(Folder(source=folder, shard_samples=1), tmp_path / "out")
+    remote = pack(Folder(source=folder, shard_samples=1), url, workers=workers)
     assert in_s3(url) == locally(tmp_path / "out")
     assert (remote.dataset_id, remote.classes) == (local.dataset_id, local.classes)
     assert (remote.broken, remote.num_shards) == (local.broken, 3)
     assert Index.open(url).has_checksums
     assert verify_shards(url, decode=True).problems == []
-    assert pack_folder(folder, url, shard_samples=1) == remote  # nothing is left to do
+    assert pack(Folder(source=folder, shard_samples=1), url) == remote  # nothing is left to do
     with pytest.raises(UserError, match="another source or with other settings"):
-        pack_folder(folder, url, shard_samples=2)
+        pack(Folder(source=folder, shard_samples=2), url)
 
 
 def test_a_stopped_pack_goes_on(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch):
-    pack_sprites(tmp_path / "out", count=10, shard_samples=2)
-    write, written = remote.write_part, []
+    pack(Sprites(count=10, shard_samples=2), tmp_path / "out")
+    write, written = shards.write_part, []
 
     def counted(*arguments: object) -> int:
         written.append(arguments[-1])
         return write(*arguments)
 
-    monkeypatch.setattr(remote, "write_part", counted)
+    monkeypatch.setattr(shards, "write_part", counted)
     store_type = type(open_writable(url))
     put = store_type.put
 
@@ -93,9 +95,9 @@ def test_a_stopped_pack_goes_on(tmp_path: Path, url: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(store_type, "put", stop_before_a_record)
     with pytest.raises(KeyboardInterrupt):
-        pack_sprites(url, count=10, shard_samples=2)
+        pack(Sprites(count=10, shard_samples=2), url)
     assert "pack.json" not in in_s3(url)
-    pack_sprites(url, count=10, shard_samples=2)
+    pack(Sprites(count=10, shard_samples=2), url)
     assert written == [0, 1, 2, 2, 3, 4]
     assert in_s3(url) == locally(tmp_path / "out")
 
@@ -103,9 +105,9 @@ def test_a_stopped_pack_goes_on(tmp_path: Path, url: str, monkeypatch: pytest.Mo
 def test_foreign_shards_are_refused(url: str):
     open_writable(url).put("other.tar", b"x")
     with pytest.raises(UserError, match=r"already holds shards .* other\.tar"):
-        pack_sprites(url, count=10)
+        pack(Sprites(count=10), url)
 
 
 def test_http_is_refused_before_anything_is_made():
     with pytest.raises(UserError, match="read only"):
-        pack_sprites("http://127.0.0.1:9/x", count=10)
+        pack(Sprites(count=10), "http://127.0.0.1:9/x")

@@ -11,6 +11,7 @@ import fsspec
 import pytest
 from s3fs import S3FileSystem
 
+from pipeline.common.errors import UserError
 from pipeline.data.storage import (
     RemotePolicy,
     ShardReadError,
@@ -21,7 +22,6 @@ from pipeline.data.storage.http import HttpStorage
 from pipeline.data.storage.local import LocalStorage
 from pipeline.data.storage.opening import open_writable
 from pipeline.data.storage.patterns import find_shards
-from pipeline.errors import UserError
 from tests.data.storage.conftest import BUCKET
 from tests.data.storage.fault_server import FaultServer, serving, short_body
 from tests.data.storage.test_http_faults import now_and_then

@@ -13,18 +13,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
+from pipeline.common.arguments import size
+from pipeline.common.errors import UserError
+from pipeline.common.files import canonical_json, check_member_name
 from pipeline.data.decode import DecodeError
-from pipeline.data.pack.sources import Broken, Sample
+from pipeline.data.decode.fault import stable_reason
+from pipeline.data.pack.sources.base import Broken, PackSource, Sample, require_positive
 from pipeline.data.pack.sources.images import SUFFIXES, prepare_image
-from pipeline.data.reasons import stable_reason
-from pipeline.errors import UserError
-from pipeline.files import canonical_json
-from pipeline.tars import check_member_name
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class FolderPart:
 
 
 @dataclass(frozen=True)
-class FolderSource:
+class FolderSamples:
     """All image files below a folder, in the order in which they will be packed."""
 
     root: Path
@@ -145,7 +146,7 @@ class FolderSource:
         return FolderPart(self.root, self.files[lo:hi], labels, self.resize)
 
 
-def list_folder(root: Path, *, resize: int | None, shuffle_seed: int | None) -> FolderSource:
+def list_folder(root: Path, *, resize: int | None, shuffle_seed: int | None) -> FolderSamples:
     """List the image files below `root`, sorted by path or permuted by `shuffle_seed`.
 
     Raises UserError when there are none, when only some lie in class folders, and when two files
@@ -164,7 +165,7 @@ def list_folder(root: Path, *, resize: int | None, shuffle_seed: int | None) -> 
     if shuffle_seed is not None:
         order = np.argsort(np.random.Philox(shuffle_seed).random_raw(len(files)), kind="stable")
         files = [files[number] for number in order]
-    return FolderSource(
+    return FolderSamples(
         root.resolve(), tuple(files), classes, dict(sorted(ignored.items())), resize, shuffle_seed
     )
 
@@ -236,3 +237,41 @@ def _classes(root: Path, files: Sequence[FoundFile]) -> tuple[str, ...]:
             "move the former into a class folder, or pack a folder without sub-folders."
         )
     return tuple(sorted(name for name in names if name is not None))
+
+
+class Folder(PackSource):
+    """An image folder: what is in it, how large the shards are, and what is done to the images.
+
+    resize: shorter side in pixels; None copies the files byte for byte. shuffle_seed: permutes the
+    samples over the shards; None leaves them sorted by path.
+    """
+
+    HELP: ClassVar[str] = "an image folder; sub-folders are the classes"
+
+    kind: Literal["folder"] = "folder"
+    source: Path = Field(description="directory with the images")
+    shard_bytes: Annotated[int, size] = Field(default=256 << 20, description="at most (256M)")
+    shard_samples: int = Field(default=10_000, description="at most (%(default)s)")
+    resize: int | None = Field(
+        default=None,
+        description="shorter side; else as it is",
+        json_schema_extra={"metavar": "PIXELS"},
+    )
+    shuffle_seed: int | None = Field(
+        default=None,
+        description="else sorted by path",
+        json_schema_extra={"metavar": "SEED"},
+    )
+
+    def open(self) -> FolderSamples:
+        """List the images; raises UserError as `list_folder` does."""
+        if self.resize is not None:
+            require_positive(resize=self.resize)
+        return list_folder(self.source, resize=self.resize, shuffle_seed=self.shuffle_seed)
+
+    def check_out(self, out: Path) -> None:
+        """Raise UserError if the shards would become files of the folder."""
+        if out.resolve().is_relative_to(self.source.resolve()):
+            raise UserError(
+                f"The output {out} lies inside the source {self.source}: name another folder."
+            )

@@ -10,12 +10,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from pipeline.data.pack.sources import Broken, Sample
+from pipeline.data.pack.sources.base import Broken, PackSource, Sample, require_positive
 from pipeline.data.pack.sources.images import encode_png
 
 SHAPES = ("square", "ellipse", "heart")  # the label of a sample is the index here
@@ -150,11 +151,16 @@ class SpritesPart:
 
 
 @dataclass(frozen=True)
-class SpritesSource:
+class SpritesSamples:
     """`count` sprites of one seed, keys 000000000, 000000001, ..."""
 
     count: int
     seed: int
+
+    @property
+    def ignored(self) -> Mapping[str, int]:
+        """Nothing: all samples are drawn."""
+        return {}
 
     def __len__(self) -> int:
         return self.count
@@ -174,3 +180,19 @@ class SpritesSource:
     def part(self, lo: int, hi: int) -> SpritesPart:
         """Return samples lo..hi-1."""
         return SpritesPart(self.seed, lo, hi)
+
+
+class Sprites(PackSource):
+    """The built-in data set: grey 64 x 64 pictures with known factors."""
+
+    HELP: ClassVar[str] = "the built-in sprites with known factors"
+
+    kind: Literal["sprites"] = "sprites"
+    count: int = Field(default=10_000, description="images (%(default)s)")
+    seed: int = Field(default=0, description="(%(default)s)")
+    shard_samples: int = Field(default=1_000, description="at most (%(default)s)")
+
+    def open(self) -> SpritesSamples:
+        """Return the samples, which are drawn as they are read."""
+        require_positive(count=self.count)
+        return SpritesSamples(self.count, self.seed)

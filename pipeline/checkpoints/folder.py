@@ -1,0 +1,197 @@
+"""Checkpoints that are whole or absent, verified before use, and independent of the strategy.
+
+    <run>/checkpoints/step-N/
+        model.safetensors  ema.safetensors  optimizer.safetensors
+        state.json         step and position, ids of data and order
+        MANIFEST.json      bytes and sha256 of the others, written last
+
+Save: everything is written and flushed under `step-N.tmp-*`, then the directory is renamed, then
+old ones are removed (see `retention`). Load: the newest whose manifest verifies on every process; a
+damaged one is set aside as `step-N.corrupt-*`, with a message. No pickle anywhere.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline.common.console import warn
+from pipeline.common.errors import UserError
+from pipeline.common.files import (
+    publish,
+    sha256_file,
+    sync_directory,
+    sync_file,
+    temporary_name,
+    write_json,
+)
+from pipeline.distributed.strategies.base import FullState, Named
+
+MANIFEST = "MANIFEST.json"
+FORMAT = "latentmill-checkpoint-1"
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands; everything but the tensors."""
+
+    step: int  # global batches consumed
+    position: int  # samples consumed: T of the order
+    num_updates: int  # updates applied; less than `step` if some were skipped
+    order_id: str
+    dataset_id: str
+    world: int
+    versions: dict[str, str]
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint that does not verify; the message says which file and how."""
+
+
+def save_checkpoint(directory: Path, state: RunState, tensors: FullState) -> Path:
+    """Write `step-N` in `directory` and return its path; OSError leaves nothing behind.
+
+    A checkpoint of that step which exists already is kept: it holds the same state.
+    """
+    final = directory / f"step-{state.step}"
+    if final.exists():
+        return final
+    directory.mkdir(parents=True, exist_ok=True)
+    staged = temporary_name(final)
+    try:
+        staged.mkdir()
+        _write_files(staged, state, tensors)
+        publish(staged, final)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return final
+
+
+def _write_files(staged: Path, state: RunState, tensors: FullState) -> None:
+    optimizer = {f"exp_avg.{name}": value for name, value in tensors.exp_avg.items()}
+    optimizer |= {f"exp_avg_sq.{name}": value for name, value in tensors.exp_avg_sq.items()}
+    files = {"model": tensors.model, "optimizer": optimizer}
+    if tensors.ema is not None:
+        files["ema"] = tensors.ema
+    write_json(staged / "state.json", asdict(state))
+    for name, content in files.items():
+        path = staged / f"{name}.safetensors"
+        try:
+            save_file(content, path)
+        except SafetensorError as error:  # its way to report a full disk
+            raise OSError(f"{path.name}: {error}") from error
+        # safetensors lets only the owner read; the umask decides, as for the other files.
+        shutil.copymode(staged / "state.json", path)
+        sync_file(path)
+    names = sorted(path.name for path in staged.iterdir())
+    listing = {
+        name: {"bytes": (staged / name).stat().st_size, "sha256": sha256_file(staged / name)}
+        for name in names
+    }
+    write_json(staged / MANIFEST, {"format": FORMAT, "files": listing})
+    sync_directory(staged)
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Return the published checkpoints, newest first."""
+    if not directory.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in directory.iterdir() if (m := _STEP.fullmatch(p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Raise DamagedCheckpointError unless every file has the size and hash of the manifest."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        for name, expected in files.items():
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                raise DamagedCheckpointError(
+                    f"{name} has {size} bytes instead of {expected['bytes']}"
+                )
+            if sha256_file(path / name) != expected["sha256"]:
+                raise DamagedCheckpointError(f"{name} does not have the sha256 of the manifest")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{MANIFEST} or a file it lists: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise DamagedCheckpointError(
+            f"{MANIFEST} says format {manifest.get('format')!r}, not {FORMAT}"
+        )
+    missing = {"model.safetensors", "optimizer.safetensors", "state.json"} - files.keys()
+    missing |= {file.name for file in path.glob("*.safetensors")} - files.keys()
+    if missing:
+        raise DamagedCheckpointError(f"{MANIFEST} does not list {', '.join(sorted(missing))}")
+
+
+def read_state(path: Path) -> RunState:
+    """Read `state.json` of a verified checkpoint."""
+    return RunState(**json.loads((path / "state.json").read_bytes()))
+
+
+def read_tensors(path: Path) -> FullState:
+    """Read the tensors of a verified checkpoint, on the CPU."""
+    optimizer = load_file(path / "optimizer.safetensors")
+    ema = path / "ema.safetensors"
+    return FullState(
+        model=load_file(path / "model.safetensors"),
+        ema=load_file(ema) if ema.exists() else None,
+        exp_avg=_with_prefix(optimizer, "exp_avg."),
+        exp_avg_sq=_with_prefix(optimizer, "exp_avg_sq."),
+        num_updates=read_state(path).num_updates,
+    )
+
+
+def _with_prefix(values: Named, prefix: str) -> Named:
+    return {name.removeprefix(prefix): v for name, v in values.items() if name.startswith(prefix)}
+
+
+def quarantine(path: Path, reason: str) -> None:
+    """Set a damaged checkpoint aside and say so."""
+    aside = path.with_name(temporary_name(path).name.replace(".tmp-", ".corrupt-"))
+    publish(path, aside)
+    warn(
+        f"the checkpoint {path} is damaged ({reason}); it is set aside as {aside.name} and the "
+        "newest older one that verifies is used"
+    )
+
+
+def find_checkpoint(directory: Path, step: int | None) -> Path:
+    """Return the checkpoint of `step`, or the newest that verifies; for readers of a finished run.
+
+    Raises UserError if there is none, and for an explicit step that is damaged: no fallback then.
+    """
+    if step is not None:
+        path = directory / f"step-{step}"
+        if not path.is_dir():
+            have = ", ".join(p.name for p in reversed(list_checkpoints(directory))) or "none"
+            raise UserError(f"there is no checkpoint {path}; there: {have}")
+        try:
+            verify_checkpoint(path)
+        except DamagedCheckpointError as error:
+            raise UserError(f"the checkpoint {path} is damaged: {error}") from error
+        return path
+    for path in list_checkpoints(directory):
+        try:
+            verify_checkpoint(path)
+        except DamagedCheckpointError as error:
+            warn(f"passing over {path}: {error}")
+            continue
+        return path
+    raise UserError(
+        f"there is no checkpoint that verifies in {directory}: has the run saved one yet?"
+    )
+
+
+def remove_litter(directory: Path) -> None:
+    """Remove what killed saves left behind. Only for the one process that saves."""
+    for path in directory.glob("step-*.tmp-*"):
+        shutil.rmtree(path)

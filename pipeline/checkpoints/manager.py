@@ -1,0 +1,237 @@
+"""Checkpoints of a running job: all processes save together and agree on what they resume from.
+
+    save    all: gather the state in the memory of the main process    the stall of the training
+            main, in a thread of its own: write, publish, retain       while the training goes on
+
+`checkpoint` owns the directory protocol of one process, `retention` what stays; here stand the
+collectives around them.
+"""
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+from pipeline.checkpoints.folder import (
+    DamagedCheckpointError,
+    RunState,
+    list_checkpoints,
+    quarantine,
+    read_state,
+    read_tensors,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from pipeline.checkpoints.retention import CheckpointConfig, retain
+from pipeline.common.console import warn
+from pipeline.common.errors import UserError
+from pipeline.data.order.mixture import Mixture
+from pipeline.distributed.runtime import Runtime
+from pipeline.distributed.strategies.base import FullState, Strategy
+from pipeline.monitoring.monitor import Records
+
+NUM_TRIES, RETRY_SECONDS = 3, 2.0  # for what another process does not see yet
+_VERSIONS_OF = ("latentmill", "torch", "accelerate", "numpy", "safetensors")
+
+
+class Checkpoints:
+    """The checkpoints of a running job. Every process has one; all call its methods together."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        *,
+        strategy: Strategy,
+        order: Mixture,
+        runtime: Runtime,
+    ) -> None:
+        self._directory = directory
+        self._config = config
+        self._strategy = strategy
+        self._order = order
+        self._runtime = runtime
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[float] | None = None
+        self._values: dict[int, float] = {}  # of the metric of keep.best, by step
+        self._snapshot: FullState | None = None
+        self._last_worked = True
+        self._num_failures = 0
+        self._stall_seconds = self._write_seconds = 0.0
+
+    def restore(self) -> int:
+        """Restore the newest checkpoint that verifies everywhere, and return its step.
+
+        Without a checkpoint the initial state stays, and the step is 0. Raises UserError if the
+        checkpoint belongs to other data or another order.
+        """
+        path = newest_good(self._directory, self._runtime)
+        if path is None:
+            return 0
+        state = read_state(path)
+        _check_data(state, self._order, path)
+        self._strategy.load_full_state(read_tensors(path))
+        return state.step
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best evaluation so far, if `keep.best` asks for it."""
+        by = self._config.keep.best
+        return None if by is None else by.best(self._values)
+
+    @property
+    def evaluations_since_best(self) -> int:
+        """How many evaluations in a row were not better than the best, or not finite."""
+        best = self.best_step
+        return sum(best is None or step > best for step in self._values)
+
+    def recall(self, records: Records) -> None:
+        """Take in the evaluations of the run so far, as the main process read them.
+
+        Raises UserError if they lack the metric that `keep.best` names.
+        """
+        by, values = self._config.keep.best, self._values
+        with self._runtime.together():
+            if by is not None and self._runtime.is_main:
+                values = by.values(records)
+        self._values = self._runtime.from_main(values)
+
+    def judge(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Take in the evaluation of `step`; tell whether it is the best and worth a checkpoint.
+
+        Raises UserError if it lacks the metric that `keep.best` names.
+        """
+        by = self._config.keep.best
+        if by is None:
+            return False
+        self._values |= by.values([{"step": step, **metrics}])
+        return self.best_step == step
+
+    def save(self, step: int) -> None:
+        """Save the state after `step` global batches: gathered now, written in the background.
+
+        At most one is being written; the next waits for it. A full or broken disk costs one
+        checkpoint, not the run: it is reported and counted, and older checkpoints stay.
+        """
+        started = time.monotonic()
+        self._collect()
+        tensors = self._strategy.full_state(wanted=self._runtime.is_main, into=self._snapshot)
+        self._snapshot = tensors
+        if self._runtime.is_main:
+            state = RunState(
+                step=step,
+                position=step * self._order.batch_size,
+                num_updates=tensors.num_updates,
+                order_id=self._order.order_id,
+                dataset_id=self._order.dataset_id,
+                world=self._runtime.world,
+                versions={name: version(name) for name in _VERSIONS_OF},
+            )
+            self._pending = self._writer.submit(self._write, state, tensors, dict(self._values))
+        self._stall_seconds += time.monotonic() - started
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process is writing a checkpoint at this moment."""
+        return self._pending is not None and not self._pending.done()
+
+    def finish(self) -> bool:
+        """Wait until the last save is written, and tell whether that worked."""
+        self._collect()
+        return self._runtime.from_main(self._last_worked)
+
+    def read(self) -> dict[str, float]:
+        """What to log: failures since this start; seconds of stall and writing since the last."""
+        if not self.is_writing:
+            self._collect()
+        values = {
+            "checkpoint/failures": self._num_failures,
+            "perf/checkpoint_stall_seconds": self._stall_seconds,
+            "perf/checkpoint_write_seconds": self._write_seconds,
+        }
+        self._stall_seconds = self._write_seconds = 0.0
+        return values
+
+    def close(self) -> None:
+        """Let a save that is being written come to its end."""
+        self._writer.shutdown()
+
+    def _collect(self) -> None:
+        """Wait for the save that is being written, if any, and take in what became of it."""
+        if self._pending is None:
+            return
+        try:
+            self._write_seconds += self._pending.result()
+            self._last_worked = True
+        except OSError as error:
+            self._last_worked = False
+            self._num_failures += 1
+            warn(
+                f"a checkpoint could not be saved ({error}); training goes on, and older "
+                "checkpoints are kept"
+            )
+        finally:
+            self._pending = None
+
+    def _write(self, state: RunState, tensors: FullState, values: dict[int, float]) -> float:
+        """Write, publish, retain; return the seconds that took."""
+        started = time.monotonic()
+        save_checkpoint(self._directory, state, tensors)
+        try:
+            retain(self._directory, self._config.keep, values)
+        except OSError as error:  # as of NFS while somebody still reads an old one
+            warn(f"an old checkpoint could not be removed ({error}); the new one is there")
+        return time.monotonic() - started
+
+
+def newest_good(directory: Path, runtime: Runtime) -> Path | None:
+    """Return the newest checkpoint that verifies on every process, if any; a collective.
+
+    Damaged ones are set aside. Where the main process sees no damage, another's view of a shared
+    disk may only be late, and has some time to catch up.
+    """
+    num_tries = 0
+    while True:
+        found = list_checkpoints(directory) if runtime.is_main else []
+        path: Path | None = runtime.from_main(found[0] if found else None)
+        if path is None:
+            return None
+        try:
+            verify_checkpoint(path)
+            problem = None
+        except DamagedCheckpointError as error:
+            problem = str(error)
+        if not runtime.any(problem is not None):
+            return path
+        num_tries += 1
+        if runtime.from_main(problem is None and num_tries < NUM_TRIES):
+            time.sleep(RETRY_SECONDS)
+            continue
+        num_tries = 0
+        if runtime.is_main:
+            quarantine(path, problem or "it does not verify on another process")
+
+
+def check_order(directory: Path, order: Mixture) -> None:
+    """Raise UserError if the newest readable checkpoint belongs to other data or another order."""
+    for path in list_checkpoints(directory):
+        try:
+            state = read_state(path)
+        except (OSError, ValueError, TypeError):
+            continue  # damaged: `newest_good` says so and sets it aside
+        _check_data(state, order, path)
+        return
+
+
+def _check_data(state: RunState, order: Mixture, path: Path) -> None:
+    for name, saved, now in (
+        ("data set", state.dataset_id, order.dataset_id),
+        ("order of samples", state.order_id, order.order_id),
+    ):
+        if saved != now:
+            raise UserError(
+                f"{path} was trained on another {name} (id {saved}, now {now}): the shards or "
+                "data.split, data.lanes, data.interleave, data.window or seed have changed. "
+                "Restore them, or start anew in another run_dir."
+            )

@@ -1,0 +1,105 @@
+"""Which checkpoints stay: the newest, one for good every so many samples, and the best.
+
+The best follows from the evaluations in `metrics.jsonl`: step -> value of the chosen metric.
+"""
+
+import math
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from pipeline.checkpoints.folder import list_checkpoints, read_state
+from pipeline.common.component import Component
+from pipeline.common.errors import UserError
+from pipeline.common.files import temporary_name
+
+
+class BestMetric(Component):
+    """What makes one checkpoint better than another: a metric of the held-out evaluation."""
+
+    metric: str = "eval/loss"  # as metrics.jsonl names it
+    mode: Literal["min", "max"] = "min"
+
+    def values(self, records: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+        """Return the metric's values by step, in the order of `records` of metrics.jsonl.
+
+        That of step 0 is left out: initial weights are not saved. Raises UserError if an evaluation
+        lacks the metric.
+        """
+        evaluations = [record for record in records if "eval/loss" in record]
+        for record in evaluations:
+            if self.metric not in record:
+                known = sorted(name for name in record if name.startswith("eval"))
+                raise UserError(
+                    f"checkpoint.keep.best.metric = {self.metric!r} is no metric of this run's "
+                    f"evaluation; there are {', '.join(known)}."
+                )
+        return {record["step"]: record[self.metric] for record in evaluations if record["step"]}
+
+    def best(self, values: Mapping[int, float]) -> int | None:
+        """Return the step of the best value; the first of equal ones, none that is not finite."""
+        finite = {step: value for step, value in values.items() if math.isfinite(value)}
+        choose = min if self.mode == "min" else max
+        return choose(finite, key=lambda step: finite[step]) if finite else None
+
+
+class Keep(Component):
+    """Which checkpoints are kept; the others are removed after each save."""
+
+    latest: int = Field(default=2, ge=2)  # two, so that a damaged one has a predecessor
+    # For good: the first checkpoint in every stretch of so many samples. null: none.
+    every_samples: int | None = Field(default=None, gt=0)
+    # The best evaluated one, which is saved when it is found. null: none.
+    best: BestMetric | None = None
+
+    def at_most(self, total_samples: int) -> int:
+        """How many checkpoints a run of so many samples may keep."""
+        milestones = total_samples // self.every_samples if self.every_samples else 0
+        return self.latest + milestones + (self.best is not None)
+
+
+class CheckpointConfig(Component):
+    """When to save, and what to keep."""
+
+    every_steps: int = Field(default=1000, gt=0)
+    keep: Keep = Keep()
+
+
+def best_checkpoint(
+    checkpoints: Collection[Path], by: BestMetric, values: Mapping[int, float]
+) -> Path | None:
+    """Return the best of the checkpoints that are there, if any of them was evaluated."""
+    there = {int(path.name.removeprefix("step-")): path for path in checkpoints}
+    best = by.best({step: value for step, value in values.items() if step in there})
+    return None if best is None else there[best]
+
+
+def retain(directory: Path, keep: Keep, values: Mapping[int, float]) -> None:
+    """Remove what `keep` does not name; renamed first, so that none is ever half there.
+
+    values: of the metric of `keep.best`, by step.
+    """
+    checkpoints = list_checkpoints(directory)
+    kept = set(checkpoints[: keep.latest])
+    if keep.best is not None and (best := best_checkpoint(checkpoints, keep.best, values)):
+        kept.add(best)
+    if keep.every_samples is not None:
+        # Oldest last, so that the first checkpoint of each stretch is the one that is left.
+        stretches = {_position(path) // keep.every_samples: path for path in checkpoints}
+        kept |= {path for number, path in stretches.items() if number > 0}
+    for path in checkpoints:
+        if path not in kept:
+            doomed = temporary_name(path)
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def _position(path: Path) -> int:
+    """Samples seen; 0 for a checkpoint that is damaged and will be no milestone."""
+    try:
+        return read_state(path).position
+    except (OSError, ValueError, TypeError):
+        return 0

@@ -1,0 +1,54 @@
+"""The verbs of the command line `latentmill`: a file or a folder each, parser and work together.
+
+A verb is a module with `HELP`, a line for the list of verbs; `add_arguments(parser)`, which is
+called for the verb that was chosen, and binds it to `run(arguments) -> exit code`. What is heavy is
+imported in `run`, so that `--help` answers at once and without torch.
+
+Add a verb: one file, and its name below.
+"""
+
+import argparse
+from typing import Protocol
+
+from pipeline.commands import (
+    bench,
+    doctor,
+    evaluate,
+    export,
+    export_model,
+    index,
+    order,
+    pack,
+    probe,
+    verify,
+)
+
+
+class Verb(Protocol):
+    """What a module of this folder offers; its name, with dashes, is the verb."""
+
+    __name__: str
+
+    @property
+    def HELP(self) -> str:  # noqa: N802 - a constant of the module
+        """The verb's line in the list of verbs."""
+        ...
+
+    def add_arguments(self, parser: argparse.ArgumentParser, /) -> None:
+        """Say what the verb is told, and what it calls."""
+        ...
+
+
+# As `latentmill --help` lists them.
+VERBS: tuple[Verb, ...] = (
+    pack,
+    index,
+    verify,
+    export,
+    order,
+    doctor,
+    bench,
+    evaluate,
+    export_model,
+    probe,
+)

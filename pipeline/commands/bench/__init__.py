@@ -1,0 +1,65 @@
+"""`latentmill bench WHAT`: measure the data path, the training loop, its saves, or the export."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.common.arguments import add_part
+from pipeline.common.console import print_report
+from pipeline.common.errors import DONE
+
+HELP = "how close the data path, a training or an export comes to what this machine can do"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what is measured, and for how long."""
+    kinds = parser.add_subparsers(required=True, metavar="WHAT")
+    parsers = {
+        kind: add_part(kinds, kind, run, text)
+        for kind, text in (
+            ("data", "the stream beside raw reading and decoding"),
+            ("train", "the training beside a bare loop in memory"),
+            ("export", "the export beside decoding and encoding alone"),
+        )
+    }
+    for kind, part in parsers.items():
+        folder = "export" if kind == "export" else "train"
+        part.add_argument("config", type=Path, help=f"YAML file, see configs/{folder}/")
+        part.add_argument("overrides", nargs="*", help="settings as a.b=c")
+        part.add_argument("--rounds", type=int, default=5, help="after a warm-up (%(default)s)")
+        part.set_defaults(kind=kind)
+    parsers["data"].add_argument(
+        "--images", type=int, default=16_384, help="per round (%(default)s)"
+    )
+    parsers["export"].add_argument(
+        "--processes", type=int, help="else one per core, or per GPU where there are any"
+    )
+    train = parsers["train"]
+    train.add_argument("--steps", type=int, default=20, help="per round (%(default)s)")
+    train.add_argument(
+        "--checkpoint", action="store_true", help="instead: what saving costs, and what it stalls"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, and print rates and shares."""
+    from pipeline.commands.bench.checkpoint import bench_checkpoint
+    from pipeline.commands.bench.data import bench_data
+    from pipeline.commands.bench.export import bench_export
+    from pipeline.commands.bench.train import bench_train
+    from pipeline.common import strict
+    from pipeline.config import TrainConfig
+    from pipeline.export.settings import ExportConfig
+
+    rounds = arguments.rounds
+    settings = ExportConfig if arguments.kind == "export" else TrainConfig
+    config = strict.load(settings, arguments.config, arguments.overrides)
+    if isinstance(config, ExportConfig):
+        result = bench_export(config, processes=arguments.processes, rounds=rounds)
+    elif arguments.kind == "data":
+        result = bench_data(config, num_images=arguments.images, rounds=rounds)
+    else:
+        measure = bench_checkpoint if arguments.checkpoint else bench_train
+        result = measure(config, num_steps=arguments.steps, rounds=rounds)
+    print_report(asdict(result), arguments.json)
+    return DONE

@@ -1,0 +1,183 @@
+"""`bench train`: our training step, fed by the stream, beside a bare loop on preloaded tensors.
+
+    ours    stream -> train_step of pipeline.train: corruption, model, update, average, meter
+    bare    tensors in memory -> the same corruption -> the same model -> backward, clip, AdamW
+
+With and without corruption, the same in both loops. One process.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.commands.bench.rounds import Rates, interleave
+from pipeline.common.errors import UserError
+from pipeline.common.precision import parameter_dtype
+from pipeline.config import TrainConfig
+from pipeline.data.index import Index
+from pipeline.data.stream import Stream, open_stream
+from pipeline.data.stream.batch import Batch
+from pipeline.data.stream.datasets import open_indexes
+from pipeline.data.stream.device import DeviceBatches
+from pipeline.distributed.runtime import Runtime
+from pipeline.models.autoencoder import build_autoencoder
+from pipeline.monitoring.meter import TrainingMeter
+from pipeline.train import train_step
+from pipeline.training.build import (
+    check_data,
+    make_forward,
+    make_strategy,
+    place_model,
+    throw_away_loss,
+)
+
+NUM_PRELOADED = 8  # batches that the bare loop turns round
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    """Rates in images per second, medians over the rounds; shares and waits as fractions."""
+
+    steps_per_round: int
+    rounds: int
+    device: str
+    torch_threads: int
+    images_per_second: Rates
+    share_of_bare_loop: dict[str, float]
+    data_wait: dict[str, float]
+
+
+def bench_train(config: TrainConfig, *, num_steps: int, rounds: int) -> TrainBench:
+    """Measure the training loop of one process; raises UserError if the data is not there."""
+    runtime = Runtime.start(accumulation=config.accumulation)
+    if runtime.world > 1:
+        raise UserError("bench train measures one process: start it without a launcher.")
+    indexes = open_indexes(config.data)
+    check_data(config, indexes)
+    variants = {"plain": config.model_copy(update={"corruptions": ()})}
+    if config.corruptions:
+        variants = {"with corruption": config, "without corruption": variants["plain"]}
+    loops: dict[str, OurLoop] = {}
+    contenders: dict[str, Callable[[], float]] = {}
+    try:
+        for name, variant in variants.items():
+            loops[name] = OurLoop(variant, indexes, runtime)
+            bare = _BareLoop(variant, loops[name].preload(), runtime)
+            contenders[f"ours, {name}"] = lambda loop=loops[name]: loop.run(num_steps)
+            contenders[f"bare, {name}"] = lambda loop=bare: loop.run(num_steps)
+        rates = interleave(contenders, rounds)
+        waits = {name: loop.wait_fraction for name, loop in loops.items()}
+    finally:
+        for loop in loops.values():
+            loop.stream.close()
+    return TrainBench(
+        steps_per_round=num_steps,
+        rounds=rounds,
+        device=str(runtime.device),
+        torch_threads=torch.get_num_threads(),
+        images_per_second=rates,
+        share_of_bare_loop={
+            name: rates[f"ours, {name}"] / rates[f"bare, {name}"] for name in variants
+        },
+        data_wait=waits,
+    )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class OurLoop:
+    """The loop of `pipeline.train`, without its logs and checkpoints."""
+
+    def __init__(self, config: TrainConfig, indexes: tuple[Index, ...], runtime: Runtime) -> None:
+        self._config, self._runtime = config, runtime
+        self._forward = make_forward(config, runtime.device)
+        self.strategy = make_strategy(config, runtime)
+        self.strategy.warm_up(throw_away_loss(config, self._forward, self.strategy, runtime))
+        self.stream: Stream = open_stream(
+            config.data,
+            index=indexes,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            device=runtime.device,
+        )
+        self._batches = DeviceBatches(self.stream, runtime.device)
+        self._meter = TrainingMeter(runtime, self.stream)
+        self._step = 0
+        self._seconds = self._stalled = 0.0
+
+    def preload(self) -> list[Batch]:
+        """The first batches, kept on the device."""
+        kept: list[Batch] = []
+        for _ in range(NUM_PRELOADED):
+            batch = next(self._batches)
+            kept.append(Batch(*(t.clone() for t in batch.tensors()), key_lookup=batch.key_lookup))
+        return kept
+
+    @property
+    def wait_fraction(self) -> float:
+        """Share of the measured time spent in the stream's next()."""
+        return self._stalled / self._seconds
+
+    def run(self, num_steps: int) -> float:
+        """Train and return the rate."""
+        started, stalled = time.perf_counter(), self.stream.counters.stall_seconds
+        results: object = None
+        for _ in range(num_steps):
+            samples = self._step * self._config.batch_size
+            batch = next(self._batches)
+            results = train_step(
+                batch, samples, self._config, self._forward, self.strategy, self._meter
+            )
+            self._step += 1
+        _synchronize(self._runtime.device)
+        del results  # as in `train`, held from step to step
+        seconds = time.perf_counter() - started
+        self._seconds += seconds
+        self._stalled += self.stream.counters.stall_seconds - stalled
+        return num_steps * self._config.batch_size / seconds
+
+
+class _BareLoop:
+    """What one writes by hand: the same model and losses, tensors that are there already."""
+
+    def __init__(self, config: TrainConfig, batches: list[Batch], runtime: Runtime) -> None:
+        self._config, self._device = config, runtime.device
+        self._forward = make_forward(config, runtime.device)
+        model = build_autoencoder(
+            config.model,
+            config.data.decode.event_shape,
+            seed=config.seed,
+            dtype=parameter_dtype(config.precision),
+        )
+        self._model = place_model(model, config, runtime.device)
+        if config.compile:
+            self._model.compile()
+        self._optimizer = config.optimizer.build(self._model)
+        # Without corruption all that a step needs lies ready; with it, images and keys do.
+        self._batches = batches
+        self._ready = [self._forward.inputs(batch, "train") for batch in batches]
+
+    def run(self, num_steps: int) -> float:
+        """Train and return the rate."""
+        config, forward = self._config, self._forward
+        weights = config.objective.weights_at(0)
+        parameters = list(self._model.parameters())
+        started = time.perf_counter()
+        for step in range(num_steps):
+            place = step % len(self._batches)
+            inputs = self._ready[place]
+            if config.corruptions:
+                inputs = forward.inputs(self._batches[place], "train")
+            _, losses = forward.run(self._model, inputs, weights=weights)
+            losses.total.mean().backward()
+            if config.optimizer.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+        _synchronize(self._device)
+        return num_steps * config.batch_size / (time.perf_counter() - started)

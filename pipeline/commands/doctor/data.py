@@ -1,0 +1,135 @@
+"""Doctor's checks of the data: indexes, splits, members, shards, order."""
+
+from contextlib import closing
+from pathlib import Path
+
+from pipeline.commands.doctor.finding import NUM_SHOWN, Finding, Findings, Parts, Patient, some
+from pipeline.common.errors import UserError
+from pipeline.data.index import Index
+from pipeline.data.index.manifest import place_of, table_path
+from pipeline.data.order.mixture import read_amplification
+from pipeline.data.order.simulate import lanes_that_read_once
+from pipeline.data.settings import DataConfig, Source
+from pipeline.data.storage import is_url, open_storage
+from pipeline.data.storage.opening import local_path
+from pipeline.data.stream.stream import MAX_READ_AMPLIFICATION
+
+
+def check_index(patient: Patient) -> Findings:
+    """Samples, splits and members that the indexes know of; what was wrong when they were made."""
+    for source, index in patient.indexes:
+        shape = f"{index.num_samples:,} samples in {len(index.shards):,} shards"
+        yield Finding("index", "ok", f"{source.path}: {shape}")
+        if index.num_duplicate_keys:
+            key, *shards = index.duplicate_keys[0]
+            yield Finding(
+                "index",
+                "warning",
+                f"{source.path}: {index.num_duplicate_keys:,} keys occur more than once, such as "
+                f"{key!r} in {', '.join(shards[:NUM_SHOWN])}: each counts as a sample of its own; "
+                "pack them once, or keep both if they are different pictures",
+            )
+        if index.damage:
+            shard, damage = index.damage[0]
+            yield Finding(
+                "index",
+                "warning",
+                f"{source.path}: the shards were damaged when indexed ({len(index.damage)} places, "
+                f"such as {shard}: {damage.text}): what is lost is not trained on; pack them anew",
+            )
+        yield from _check_splits(patient.parts, index)
+        yield from _check_members(patient.parts.data, index)
+
+
+def _check_splits(parts: Parts, index: Index) -> Findings:
+    for setting, split in (
+        ("data.split", parts.data.split),
+        ("evaluation.split", parts.evaluation.split),
+    ):
+        try:
+            count = int(index.counts(split).sum())
+        except UserError as error:
+            yield Finding("split", "FAIL", str(error).replace("data.split", setting))
+            continue
+        again = f"give it a larger fraction by `latentmill index {index.path} --split ...`"
+        verdict, remedy = ("ok", "") if count else ("FAIL", f": name another split, or {again}")
+        yield Finding("split", verdict, f"{setting} {split}: {count:,} samples{remedy}")
+
+
+def _check_members(data: DataConfig, index: Index) -> Findings:
+    wanted = ", ".join(data.decode.member_suffixes)
+    try:
+        index.check_suffixes(data.decode.member_suffixes)
+        yield Finding("members", "ok", f"{index.path} has members with a suffix of {wanted}")
+    except UserError as error:
+        yield Finding("members", "FAIL", str(error))
+
+
+def check_shards(patient: Patient) -> Findings:
+    """Every shard is there, and is what was indexed; all that are not."""
+    for source, index in patient.indexes:
+        with closing(open_storage(source.root, patient.remote)) as storage:
+            states = storage.states(shard.name for shard in index.shards)
+            where = {shard.name: storage.where(shard.name) for shard in index.shards}
+        missing: list[str] = []
+        changed: list[str] = []
+        for number, shard in enumerate(index.shards):
+            state, expected = states[shard.name], index.expected_state(number, source.root)
+            if state is None:
+                missing.append(where[shard.name])
+            elif state.num_bytes != expected.num_bytes or (
+                None not in (state.tag, expected.tag) and state.tag != expected.tag
+            ):
+                changed.append(where[shard.name])
+        again = f"run `latentmill index {place_of(source.root)}` (that makes it another data set)"
+        if missing:
+            yield Finding("shards", "FAIL", f"{some(missing)} missing: put them back, or {again}")
+        if changed:
+            yield Finding("shards", "FAIL", f"{some(changed)} changed since indexed: {again}")
+        if not missing and not changed:
+            yield from _check_stamps(source, index)
+
+
+def _check_stamps(source: Source, index: Index) -> Findings:
+    """A local shard carries the time that its table was given: another one may be other bytes."""
+    if isinstance(index.path, Path) and not is_url(source.root):
+        touched = [
+            shard.name
+            for shard in index.shards
+            if (Path(local_path(source.root)) / shard.name).stat().st_mtime_ns
+            != table_path(index.path, shard.name).stat().st_mtime_ns
+        ]
+        if touched:
+            yield Finding(
+                "shards",
+                "warning",
+                f"{some(touched)} written or copied since indexed, of the same size: "
+                f"`latentmill verify {source.path}` tells whether the content is the same",
+            )
+            return
+    yield Finding(
+        "shards", "ok", f"{place_of(source.root)}: {len(index.shards):,} there and unchanged"
+    )
+
+
+def check_order(patient: Patient) -> Findings:
+    """Lanes, interleave and window over the processes: what is read twice."""
+    if patient.order is None:
+        return
+    size, world = patient.parts.batch_size, patient.world
+    for order in patient.order.orders:
+        text = (
+            f"{order.num_samples:,} samples per epoch, {order.lanes} lanes, interleave "
+            f"{order.interleave}, window {order.window_size}"
+        )
+        amplification = read_amplification(order.lanes, world)
+        if amplification > MAX_READ_AMPLIFICATION:
+            fitting = ", ".join(map(str, lanes_that_read_once(size, world)[:8])) or "none here"
+            yield Finding(
+                "order",
+                "warning",
+                f"{text}: {world} processes read every byte {amplification:.2f} times; multiples "
+                f"of {world} that divide the batch read it once: data.lanes of {fitting}",
+            )
+        else:
+            yield Finding("order", "ok", f"{text}; every byte read {amplification:.2f} times")

@@ -1,0 +1,90 @@
+"""What doctor says of one thing, and what it examines."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict
+
+from pipeline.common.component import Component
+from pipeline.config import EvaluationConfig, TrainConfig
+from pipeline.data.index import Index
+from pipeline.data.order.mixture import Mixture
+from pipeline.data.settings import DataConfig, Source
+from pipeline.data.storage import RemotePolicy
+
+NUM_SHOWN = 3
+ATTEMPTS = 2
+COLOURS = {"ok": "\x1b[32m", "warning": "\x1b[33m", "FAIL": "\x1b[31m"}
+NO_COLOUR = "\x1b[0m"
+
+Verdict = Literal["ok", "warning", "FAIL"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found; a warning or failure says the remedy."""
+
+    check: str
+    verdict: Verdict
+    text: str
+
+    def line(self, in_colour: bool) -> str:
+        """One line for a terminal or a file."""
+        verdict = f"{self.verdict:<9}"
+        if in_colour:
+            verdict = f"{COLOURS[self.verdict]}{verdict}{NO_COLOUR}"
+        return f"{verdict}{self.check:<10}{' '.join(self.text.split())}"
+
+
+Findings = Iterator[Finding]
+
+
+class Parts(Component):
+    """What most checks need of a config: it parses where the whole one does not."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    run_dir: str = "."
+    data: DataConfig
+    batch_size: int = TrainConfig.model_fields["batch_size"].default
+    accumulation: int = 1
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A run to be examined.
+
+    config: None where it is not valid as a whole; indexes: of the data sets that have one; order:
+    None if it cannot be made.
+    """
+
+    parts: Parts
+    config: TrainConfig | None
+    indexes: list[tuple[Source, Index]]
+    order: Mixture | None
+    world: int
+    topology: Path | None
+
+    @property
+    def remote(self) -> RemotePolicy:
+        """The config's, but a store that cannot be reached shows soon."""
+        return self.parts.data.remote.model_copy(update={"attempts": ATTEMPTS})
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, how many more there are, and the verb."""
+    shown = ", ".join(names[:NUM_SHOWN])
+    more = f" and {len(names) - NUM_SHOWN:,} more" if len(names) > NUM_SHOWN else ""
+    return f"{shown}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in a unit that reads well."""
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} GB"

@@ -1,0 +1,183 @@
+"""Doctor's checks of the machine: batch and processes, memory, disk, clock, threads, strategy."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing
+from email.utils import parsedate_to_datetime
+from functools import cache
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import urllib3
+
+from pipeline.commands.doctor.finding import Finding, Findings, Patient, size
+from pipeline.common.precision import parameter_dtype
+from pipeline.common.strict.dialect import parse
+from pipeline.data.index.manifest import place_of
+from pipeline.data.order.simulate import memory_bound
+from pipeline.data.storage import is_url, open_storage
+from pipeline.data.storage.opening import local_path
+from pipeline.models.autoencoder import AutoEncoder, num_parameters
+
+MAX_CLOCK_SKEW_SECONDS = 60.0
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def check_batch(patient: Patient) -> Findings:
+    """The global batch divides over processes and micro-batches."""
+    batch, parts = patient.parts.batch_size, patient.world * patient.parts.accumulation
+    shares = f"{patient.world} processes x accumulation {patient.parts.accumulation}"
+    if batch % parts:
+        nearest = -(-batch // parts) * parts
+        yield Finding(
+            "batch",
+            "FAIL",
+            f"batch_size {batch} does not divide over {shares}: set batch_size to {nearest}, or "
+            "use another number of processes",
+        )
+    else:
+        yield Finding("batch", "ok", f"{batch} = {shares} x {batch // parts}")
+
+
+def check_memory(patient: Patient) -> Findings:
+    """What the stream may hold, against what is free here or in our container."""
+    data, world, order = patient.parts.data, patient.world, patient.order
+    if order is None or patient.parts.batch_size % world:
+        return
+    encoded = 0.0
+    for part, (_, index) in zip(order.orders, patient.indexes, strict=True):
+        mean_bytes = sum(shard.bytes for shard in index.shards) / max(index.num_samples, 1)
+        # A rank's slots may all lie in one data set of a mixture.
+        encoded += memory_bound(part, world if len(order.orders) == 1 else 1, mean_bytes)
+    slots = patient.parts.batch_size // world
+    each = prod(data.decode.buffer_shape) * np.dtype(data.decode.stored_dtype).itemsize
+    decoded = (data.prefetch + 1) * slots * each
+    needed, free = encoded + decoded, _free_memory()
+    text = (
+        f"the stream holds at most {size(needed)} per process (windows {size(encoded)}, decoded "
+        f"batches {size(decoded)}); {size(free)} are free"
+    )
+    if needed > free:
+        remedy = "lower data.window (another order), data.prefetch or batch_size"
+        yield Finding("memory", "FAIL", f"{text}: {remedy}, or use more processes or memory")
+    elif needed * world > free:
+        fitting = int(free // needed)
+        yield Finding("memory", "warning", f"{text}, enough for {fitting} processes here")
+    else:
+        yield Finding("memory", "ok", text)
+
+
+def check_disk(patient: Patient) -> Findings:
+    """The run directory takes files, and the checkpoints that are kept."""
+    run_dir = Path(patient.parts.run_dir)
+    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"doctor")
+    except OSError as error:
+        text = f"{place} cannot be written to ({error.strerror}): set another run_dir"
+        yield Finding("disk", "FAIL", text)
+        return
+    config = patient.config
+    if config is None:
+        return
+    with torch.device("meta"):
+        parameters = num_parameters(AutoEncoder(config.model, config.data.decode.event_shape))
+    copies = 3 + (config.ema_decay is not None)  # weights, AdamW's two moments, their average
+    one = parameters * copies * parameter_dtype(config.precision).itemsize
+    kept = config.checkpoint.keep.at_most(config.total_samples)
+    needed, free = one * (kept + 1), shutil.disk_usage(place).free
+    text = (
+        f"{kept} checkpoints of {size(one)} and one being written need "
+        f"{size(needed)} in {run_dir}; {size(free)} are free"
+    )
+    remedy = ": make room, set another run_dir, or lower checkpoint.keep"
+    yield Finding("disk", "ok" if needed < free else "FAIL", text + remedy * (needed >= free))
+
+
+def check_clock(patient: Patient) -> Findings:
+    """The clock agrees with the store that holds the shards."""
+    for source, index in patient.indexes:
+        if source.root.startswith(("http://", "https://")):
+            with closing(open_storage(source.root, patient.remote)) as storage:
+                url = storage.where(index.shards[0].name)
+            try:
+                answer = urllib3.request("HEAD", url, timeout=10, retries=False)
+                there = parsedate_to_datetime(answer.headers["Date"]).timestamp()
+            except (urllib3.exceptions.HTTPError, KeyError, ValueError) as error:
+                told = f"{url} does not tell its time ({type(error).__name__})"
+                yield Finding("clock", "warning", f"{told}: compare the clocks yourself")
+                continue
+            skew, what = time.time() - there, f"the server of {place_of(source.root)}"
+        elif is_url(source.root):
+            continue  # S3 refuses what a wrong clock has signed: the shards' check shows it
+        else:
+            shards = [Path(local_path(source.root)) / shard.name for shard in index.shards]
+            newest = max((path.stat().st_mtime for path in shards if path.exists()), default=0.0)
+            skew, what = min(0.0, time.time() - newest), f"the newest shard in {source.root}"
+        side = f"{abs(skew):,.0f} s {'behind' if skew < 0 else 'ahead of'} {what}"
+        if abs(skew) > MAX_CLOCK_SKEW_SECONDS:
+            yield Finding("clock", "FAIL", f"this machine is {side}: set its clock (NTP)")
+        else:
+            yield Finding("clock", "ok", f"no more than a minute off {what}")
+
+
+def check_threads(patient: Patient) -> Findings:
+    """Decoding threads against the cores that we may use."""
+    cores, threads = len(psutil.Process().cpu_affinity() or []), patient.parts.data.threads
+    text = f"{patient.world} processes x data.threads {threads}, {cores} cores here"
+    if threads > cores:
+        remedy = "more threads than cores decode no faster; set data.threads to at most the cores"
+        yield Finding("threads", "warning", f"{text}: {remedy} of one process")
+    elif threads * patient.world > cores:
+        yield Finding("threads", "warning", f"{text}: too many if all processes run here")
+    else:
+        yield Finding("threads", "ok", text)
+
+
+def check_strategy(patient: Patient) -> Findings:
+    """What the launch needs can be imported."""
+    modules, how = ["accelerate"], "pip install 'latentmill[train]'"
+    if patient.topology is not None:
+        topology, problems = parse(patient.topology.read_text())
+        if problems or not isinstance(topology, dict):
+            yield Finding("strategy", "FAIL", f"{patient.topology} is no accelerate config file")
+            return
+        if topology.get("distributed_type") == "DEEPSPEED":
+            modules += ["deepspeed", "transformers", "ninja"]
+            how = "pip install 'latentmill[deepspeed]'"
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        yield Finding("strategy", "FAIL", f"{', '.join(missing)} not installed: {how}")
+        return
+    reason = _import_error(tuple(modules))
+    if reason:
+        yield Finding("strategy", "FAIL", f"importing {', '.join(modules)}: {reason}; {how}")
+    else:
+        yield Finding("strategy", "ok", f"{', '.join(modules)} can be imported")
+
+
+@cache
+def _import_error(modules: tuple[str, ...]) -> str:
+    """How importing the modules ends, in a process of its own; empty if well."""
+    argv = [sys.executable, "-c", f"import {', '.join(modules)}"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=300)
+    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+
+
+def _free_memory() -> float:
+    """Bytes that this machine, or the container around us, has left."""
+    free = float(psutil.virtual_memory().available)
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, float(limit) - used)

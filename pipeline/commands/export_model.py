@@ -1,0 +1,49 @@
+"""`latentmill export-model`: write a run's model, to be loaded without the run."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.common.arguments import bind, step
+from pipeline.common.console import print_report
+from pipeline.common.errors import DONE
+
+HELP = "write a run's model as safetensors and config.json, to be loaded without the run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say which weights, where they go, and in which forms."""
+    bind(parser, run)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("out", type=Path, help="folder for the model; must not exist")
+    parser.add_argument("--step", type=step, help="of the checkpoint, or `best`; else the newest")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "raw"),
+        default="ema",
+        help="their moving average, or as trained (%(default)s)",
+    )
+    parser.add_argument("--onnx", action="store_true", help="encoder and decoder as ONNX, too")
+    parser.add_argument(
+        "--torch-export", action="store_true", help="encoder and decoder as .pt2 programs, too"
+    )
+    parser.add_argument(
+        "--latents", metavar="EXPORT", help="finished export of this model: notes its scaling"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export the model, and print what was written."""
+    from pipeline.export.model import export_model
+
+    report = export_model(
+        arguments.run,
+        arguments.out,
+        step=arguments.step,
+        weights=arguments.weights,
+        onnx=arguments.onnx,
+        torch_export=arguments.torch_export,
+        latents=arguments.latents,
+    )
+    print_report(asdict(report), arguments.json)
+    return DONE

@@ -1,0 +1,52 @@
+"""`latentmill order`: who reads what, or what an order would cost."""
+
+import argparse
+import json
+from dataclasses import asdict, fields
+
+from pipeline.common.arguments import bind, numbers, size, steps
+from pipeline.common.console import print_report
+from pipeline.common.errors import DONE
+
+HELP = "who reads what, as JSON lines; with --simulate what an order costs and how it mixes"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say whose order, which steps, and which numbers instead of the config's."""
+    bind(parser, run)
+    parser.add_argument("source", nargs="?", help="config (.yaml), or directory of an index")
+    parser.add_argument("overrides", nargs="*", help="settings of the config as a.b=c")
+    parser.add_argument("--steps", type=steps, default=range(1), metavar="A:B", help="(0:1)")
+    parser.add_argument("--simulate", action="store_true", help="a table, planned on counts alone")
+    several = "; several, as 1,2,4, for a table"
+    for option, what in (
+        ("--world-size", "processes R"),
+        ("--lanes", "L"),
+        ("--interleave", "K, shards that a lane reads at a time"),
+        ("--window", "S, samples per shuffled window"),
+    ):
+        parser.add_argument(option, type=numbers, metavar="N,...", help=what + several)
+    parser.add_argument("--batch-size", type=int, help="G, over all processes")
+    parser.add_argument("--seed", type=int, help="else the config's, or 0")
+    parser.add_argument("--split", metavar="NAME", help="else the config's, or all")
+    counts = parser.add_argument_group("simulation of equal shards that need not exist")
+    counts.add_argument("--shards", type=int, help="how many")
+    counts.add_argument("--samples-per-shard", type=int, default=1000, help="(%(default)s)")
+    counts.add_argument("--mean-bytes", type=size, default=115_000, help="per sample (%(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print assignments, or with --simulate the table."""
+    from pipeline.commands.order.plan import Request, assignments, simulation
+
+    request = Request(**{field.name: getattr(arguments, field.name) for field in fields(Request)})
+    if not arguments.simulate:
+        for line in assignments(request, arguments.steps):
+            print(json.dumps(line))
+        return DONE
+    report = simulation(request)
+    if arguments.json:
+        print_report(asdict(report), as_json=True)
+    else:
+        print(report.text())
+    return DONE

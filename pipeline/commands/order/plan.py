@@ -1,0 +1,247 @@
+"""Who reads what, and what other numbers of lanes, windows and processes would cost.
+
+config, index or plain counts + L, K, S, G, R -> assignments (lines, step by step)
+                                              -> simulation  (one row per combination)
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.common import strict
+from pipeline.common.errors import UserError
+from pipeline.config import TrainConfig
+from pipeline.data.index import Index
+from pipeline.data.index.splits import ALL
+from pipeline.data.order import Order
+from pipeline.data.order.simulate import Cost, advice, cost, simulate
+from pipeline.data.settings import DataConfig
+from pipeline.data.stream.datasets import open_indexes, order_of
+
+Ints = NDArray[np.int64]
+
+CONFIG_SUFFIXES = (".yaml", ".yml")
+COLUMNS = (
+    ("lanes", "lanes", "{:,}"),
+    ("inter", "interleave", "{:,}"),
+    ("window", "window", "{:,}"),
+    ("ranks", "world", "{:,}"),
+    ("shards/batch", "shards_per_batch", "{:.0f}"),
+    ("uniform", "uniform_shards_per_batch", "{:.0f}"),
+    ("excess", "same_shard_excess", "{:.1f}x"),
+    ("opens/step", "mean_opens_per_step", "{:.2f}"),
+    ("max", "max_opens_per_step", "{:,}"),
+    ("at start", "opens_at_start", "{:,}"),
+    ("reads", "read_amplification", "{:.2f}x"),
+    ("MB/step", "megabytes_per_step", "{:,.0f}"),
+    ("GB/epoch", "gigabytes_per_epoch", "{:,.0f}"),
+    ("MB/rank", "megabytes_per_rank", "{:,.0f}"),
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks; None = the config's value, or the default."""
+
+    source: str | None = None  # a config or the path of an index; None = `shards` equal shards
+    overrides: Sequence[str] = ()  # of the config
+    batch_size: int | None = None
+    seed: int | None = None
+    split: str | None = None
+    lanes: Sequence[int] | None = None
+    interleave: Sequence[int] | None = None
+    window: Sequence[int] | None = None
+    world_size: Sequence[int] | None = None
+    shards: int | None = None
+    samples_per_shard: int = 1000
+    mean_bytes: int = 115_000  # of a sample in the shards, JPEG photographs for example
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the order of a stream follows from."""
+
+    data: DataConfig
+    seed: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A row per combination of the numbers asked for."""
+
+    num_samples: int
+    num_shards: int
+    mean_bytes: float  # of a sample, in the shards
+    costs: list[Cost]
+    advice: list[str]
+
+    def text(self) -> str:
+        """The table, a line on what its columns are, and the advice."""
+        rows = [[heading for heading, _, _ in COLUMNS]]
+        for row in self.costs:
+            values = vars(row) | {
+                "megabytes_per_step": row.bytes_per_step / 1e6,
+                "gigabytes_per_epoch": row.bytes_per_epoch / 1e9,
+                "megabytes_per_rank": row.memory_per_rank / 1e6,
+            }
+            rows.append([form.format(values[name]) for _, name, form in COLUMNS])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+        first = self.costs[0]
+        return "\n".join(
+            [
+                f"{self.num_samples:,} samples of {self.mean_bytes:,.0f} bytes in "
+                f"{self.num_shards:,} shards, {first.batch_size:,} per batch; the first "
+                f"{first.num_steps:,} steps",
+                *lines,
+                "excess: pairs of one shard in a batch, over a uniform shuffle's. opens: shards "
+                "whose reading begins. reads: how often a byte is read. MB/rank: encoded samples "
+                "in memory, at most.",
+                *self.advice,
+            ]
+        )
+
+
+def assignments(request: Request, steps: range) -> Iterator[dict[str, Any]]:
+    """Say who reads what: step, slot, rank, shard and key of every slot, step by step.
+
+    Only the steps asked for are planned. Raises UserError before the first, if numbers do not fit.
+    """
+    if request.source is None:
+        raise UserError("Name a config or the directory of an index: whose order is it?")
+    plan = _plan(request)
+    (world,) = _one(request.world_size, "--world-size") or (1,)
+    _check_world(plan.batch_size, world)
+    indexes = open_indexes(plan.data)
+    order = order_of(plan.data, indexes, plan.seed, plan.batch_size)
+    per_rank = plan.batch_size // world
+    return (
+        {
+            "step": step,
+            "slot": slot,
+            "rank": slot // per_rank,
+            "shard": indexes[which].shards[shard].name,
+            "key": key,
+        }
+        for step in steps
+        for slot, (which, shard, key) in enumerate(
+            _keys(indexes, plan.data.split, *order.samples(step))
+        )
+    )
+
+
+def simulation(request: Request) -> Simulation:
+    """Simulate every combination of the numbers, on counts alone; raise UserError if one fits not.
+
+    Simulated is an epoch, or as much of it as takes a second or two.
+    """
+    if request.source is None:
+        plan, counts, mean_bytes = _equal_shards(request)
+    else:
+        plan = _plan(replace(request, lanes=None, interleave=None, window=None))
+        counts, mean_bytes = _counts(plan)
+    worlds = request.world_size or (1,)
+    for world in worlds:
+        _check_world(plan.batch_size, world)
+    costs: list[Cost] = []
+    for lanes, interleave, window in itertools.product(
+        request.lanes or (plan.data.lanes,),
+        request.interleave or (plan.data.interleave,),
+        request.window or (plan.data.window,),
+    ):
+        order = Order(
+            counts,
+            seed=plan.seed,
+            batch_size=plan.batch_size,
+            lanes=lanes,
+            interleave=interleave,
+            window=window,
+        )
+        mix = simulate(order)
+        costs += [cost(order, mix, world, mean_bytes) for world in worlds]
+    num_shards = int((counts > 0).sum())
+    return Simulation(int(counts.sum()), num_shards, mean_bytes, costs, advice(costs, num_shards))
+
+
+def _plan(request: Request) -> Plan:
+    """The numbers of a config with what was asked for instead, or those for an index."""
+    source = request.source or ""
+    numbers: dict[str, Any] = {"split": request.split}
+    for name in ("lanes", "interleave", "window"):
+        for value in _one(getattr(request, name), f"--{name}"):
+            numbers[name] = value
+    given = [f"{name}={value}" for name, value in numbers.items() if value is not None]
+    if Path(source).suffix in CONFIG_SUFFIXES:
+        whole = {"batch_size": request.batch_size, "seed": request.seed}
+        overrides = [*request.overrides, *(f"data.{number}" for number in given)]
+        overrides += [f"{name}={value}" for name, value in whole.items() if value is not None]
+        config = strict.load(TrainConfig, Path(source), overrides)
+        return Plan(config.data, config.seed, config.batch_size)
+    if request.overrides:
+        raise UserError(f"{source} is no .yaml: {request.overrides[0]} has nothing to override.")
+    if request.batch_size is None:
+        raise UserError(f"{source} is an index, which says nothing of a batch: give --batch-size.")
+    split = [] if request.split else [f"split={ALL}"]
+    data = strict.load(DataConfig, None, [f"path={json.dumps(source)}", *split, *given])
+    return Plan(data, request.seed or 0, request.batch_size)
+
+
+def _one(values: Sequence[int] | None, option: str) -> Sequence[int]:
+    if values is not None and len(values) > 1:
+        raise UserError(f"{option} {','.join(map(str, values))}: several are for --simulate.")
+    return values or ()
+
+
+def _check_world(batch_size: int, world: int) -> None:
+    if batch_size % world:
+        divisors = [d for d in range(1, 129) if batch_size % d == 0]
+        raise UserError(
+            f"--world-size {world} does not divide the global batch of {batch_size}: choose one of "
+            f"{divisors}, or another batch."
+        )
+
+
+def _keys(
+    indexes: Sequence[Index], split: str, which: Ints, shard: Ints, row: Ints
+) -> list[tuple[int, int, str]]:
+    """(data set, shard, key) of every slot; each shard's table is asked once."""
+    keys = [(0, 0, "")] * len(row)
+    for source, number in np.unique(np.stack([which, shard]), axis=1).T.tolist():
+        places = np.flatnonzero((which == source) & (shard == number))
+        table = indexes[source].table(number)
+        rows = table.rows_of(indexes[source].split_number(split))[row[places]]
+        for place, key in zip(places.tolist(), table.keys(rows), strict=True):
+            keys[place] = (source, number, key)
+    return keys
+
+
+def _counts(plan: Plan) -> tuple[Ints, float]:
+    """Samples per shard of a plan's one data set, and the mean bytes of a sample in the shards."""
+    indexes = open_indexes(plan.data)
+    if len(indexes) > 1:
+        raise UserError(
+            "--simulate looks at one data set, and data.mixture names several: name the index of "
+            "each instead of the config, with --batch-size its part of the batch."
+        )
+    index = next(iter(indexes))
+    num_bytes = sum(shard.bytes for shard in index.shards)
+    return index.counts(plan.data.split), num_bytes / max(index.num_samples, 1)
+
+
+def _equal_shards(request: Request) -> tuple[Plan, Ints, float]:
+    if request.shards is None or request.batch_size is None:
+        raise UserError(
+            "Name a config, or an index and --batch-size, or --shards and --batch-size."
+        )
+    if min(request.shards, request.samples_per_shard, request.batch_size) < 1:
+        raise UserError("--shards, --samples-per-shard and --batch-size must be at least 1.")
+    counts = np.full(request.shards, request.samples_per_shard, np.int64)
+    plan = Plan(DataConfig(path="."), request.seed or 0, request.batch_size)
+    return plan, counts, float(request.mean_bytes)

@@ -1,0 +1,48 @@
+"""`latentmill verify`: verify an export, or shards against their index."""
+
+import argparse
+import os
+from dataclasses import asdict
+
+from pipeline.common.arguments import bind
+from pipeline.common.console import print_report, progress
+from pipeline.common.errors import DONE, FAILED
+
+HELP = "check an export, or shards against their index; exit 1 if anything is wrong"
+# Those of pipeline.export.verify.levels, which would load numpy.
+LEVELS = ("listing", "counts", "hashes", "keys", "statistics", "encode")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what is verified, and how deep."""
+    bind(parser, run)
+    parser.add_argument("path", help="directory or URL of the export, or of the index")
+    parser.add_argument("--source", help="index of an export's data, to compare keys")
+    parser.add_argument("--shards", help="where the shards lie, also a URL; else beside the index")
+    parser.add_argument("--decode", action="store_true", help="shards: decode every image, too")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--threads", type=int, default=cores, help="that decode (%(default)s)")
+    parser.add_argument("--level", choices=LEVELS, help="how deep, for an export (statistics)")
+    parser.add_argument("--run", help="run directory of an export's model: level encode")
+    parser.add_argument("--tasks", type=int, default=2, help="encoded anew there (%(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verify, print what was found, and fail on problems."""
+    from pipeline.data.index.verify import has_index, verify_shards
+    from pipeline.export.verify.levels import verify_export
+
+    path, shards = arguments.path, arguments.shards
+    level = arguments.level or (LEVELS[-1] if arguments.run else LEVELS[-2])
+    if has_index(path):
+        how = {"decode": arguments.decode, "threads": arguments.threads}
+        report = verify_shards(path, shards=shards, progress=progress, **how)
+    elif level == "encode":
+        from pipeline.export.verify.reencode import verify_with_run
+
+        places = {"source": arguments.source, "shards": shards}
+        report = verify_with_run(path, arguments.run, **places, num_tasks=arguments.tasks)
+    else:
+        report = verify_export(path, source=arguments.source, shards=shards, level=level)
+    print_report(asdict(report), arguments.json)
+    return FAILED if report.problems else DONE

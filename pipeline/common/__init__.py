@@ -1,0 +1,1 @@
+"""What every wing uses: settings, errors, files, random numbers, strict YAML."""

@@ -1,0 +1,130 @@
+"""The strict loader: YAML file + `a.b=c` overrides -> a validated tree of components.
+
+    text -> dialect.parse -> plain dict -> overrides.apply -> pydantic -> frozen model
+    model -> dump -> YAML that loads to an equal model
+
+Every problem found on the way (duplicate keys, overrides that lead nowhere, unknown keys and
+kinds, wrong types, values out of range) is collected, and all are reported at once as one
+UserError. Nothing else feeds a config: no environment variable, no inheritance, no interpolation.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.common.errors import UserError
+from pipeline.common.strict.dialect import parse, write
+from pipeline.common.strict.explain import did_you_mean, explain
+from pipeline.common.strict.overrides import apply, parse_overrides
+
+M = TypeVar("M", bound=BaseModel)
+ABSENT = "(absent)"  # stands in a Difference for a value that one side does not have
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [other.name for other in path.parent.glob("*.yaml")]
+        hint = did_you_mean(path.name, siblings)
+        raise UserError(f"The config file {path} does not exist{hint or '.'}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The config file {path} cannot be read as text: {error}.") from error
+
+
+def _plain_tree(
+    text: str, overrides: Sequence[str], model: type[BaseModel]
+) -> tuple[dict[str, Any], list[str]]:
+    """The file's tree with the overrides applied, and the problems up to there."""
+    value, problems = parse(text)
+    if value is not None and not isinstance(value, dict):
+        problems.append("the file must be a mapping of settings, one `name: value` a line")
+    tree = cast(dict[str, Any], value) if isinstance(value, dict) else {}
+    parsed, faults = parse_overrides(overrides)
+    problems += faults
+    for override in parsed:
+        try:
+            apply(tree, override, model)
+        except LookupError as error:
+            problems.append(f"{'.'.join(override.path)}: {error.args[0]}")
+    return tree, problems
+
+
+def load(
+    model: type[M], path: Path | None, overrides: Sequence[str], *, text: str | None = None
+) -> M:
+    """Read `path` (or `text`, or nothing but defaults), apply the overrides, validate as `model`.
+
+    Types are taken as written: "5" is no number, true is no 1. Raises UserError with all problems.
+    """
+    if text is None:
+        text = "" if path is None else _read(path)
+    tree, problems = _plain_tree(text, overrides, model)
+    unreadable = not tree and bool(problems)  # then every required field would be missing, too
+    try:
+        # By way of JSON, pydantic's strict mode still takes a list for a tuple and a string for a
+        # path: exactly what YAML can express.
+        loaded = None if unreadable else model.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        problems += explain(error, model)
+        loaded = None
+    if problems or loaded is None:
+        where = str(path) if path else "The configuration"
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError("\n  ".join([f"{where} has {count}:", *problems]))
+    return loaded
+
+
+def dump(model: BaseModel) -> str:
+    """The resolved config, defaults included, as YAML that loads to an equal model."""
+    return write(model.model_dump(mode="json"))
+
+
+class Difference(NamedTuple):
+    """One setting whose value differs between two trees."""
+
+    path: str
+    left: Any
+    right: Any
+
+
+def difference(
+    left: BaseModel | Mapping[str, Any], right: BaseModel | Mapping[str, Any]
+) -> list[Difference]:
+    """The settings in which two configs differ, by dotted path, in the order of the left one.
+
+    Components of different kinds differ in their `kind` alone: their settings do not compare.
+    """
+    found: list[Difference] = []
+    _compare(_as_plain(left), _as_plain(right), "", found)
+    return found
+
+
+def _as_plain(tree: BaseModel | Mapping[str, Any]) -> Any:
+    return tree.model_dump(mode="json") if isinstance(tree, BaseModel) else tree
+
+
+def _items(value: Any) -> dict[str, Any] | None:
+    """The named parts of a mapping or list, None for a leaf."""
+    if isinstance(value, Mapping):
+        return dict(cast(Mapping[str, Any], value))
+    if isinstance(value, list):
+        return {str(index): item for index, item in enumerate(cast(list[Any], value))}
+    return None
+
+
+def _compare(left: Any, right: Any, path: str, found: list[Difference]) -> None:
+    ours, theirs = _items(left), _items(right)
+    if ours is None or theirs is None or isinstance(left, list) != isinstance(right, list):
+        if left != right:
+            found.append(Difference(path, left, right))
+        return
+    keys = list(dict.fromkeys([*ours, *theirs]))
+    if ours.get("kind") != theirs.get("kind"):
+        keys = ["kind"]
+    for key in keys:
+        deeper = f"{path}.{key}" if path else key
+        _compare(ours.get(key, ABSENT), theirs.get(key, ABSENT), deeper, found)

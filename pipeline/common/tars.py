@@ -1,0 +1,48 @@
+"""Reproducible tars: the same samples in the same order give the same bytes, anywhere, any day.
+
+pack and the tar writer of the export write through here. The container is webdataset's own
+`TarWriter`, pinned to ustar with fixed time, owner and mode; its tarfile default would be PAX.
+"""
+
+import os
+import tarfile
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from webdataset.writer import TarWriter
+
+OWNER = "root"
+MODE = 0o444
+
+# Writes one sample: its key and its members, suffix -> content.
+WriteSample = Callable[[str, Mapping[str, bytes]], None]
+
+
+@contextmanager
+def open_tar(path: Path) -> Generator[WriteSample, None, None]:
+    """Create `path` and yield a function that appends one sample's members, sorted by suffix.
+
+    The file is flushed to the disk on a clean exit. After an error a part of it may lie there: give
+    a temporary name and publish afterwards.
+    """
+    with path.open("xb") as file:
+        # mtime=0 is an integer: a float would be written as a PAX record.
+        writer = TarWriter(
+            file, user=OWNER, group=OWNER, mode=MODE, compress=False, encoder=False, mtime=0
+        )
+        # TarWriter accepts `format` but does not hand it to tarfile (webdataset 1.0.2).
+        writer.tarstream.format = tarfile.USTAR_FORMAT
+
+        def write(key: str, members: Mapping[str, bytes]) -> None:
+            writer.write({"__key__": key, **members})
+
+        try:
+            yield write
+            writer.close()
+        except BaseException:
+            # Else its destructor writes what it still holds into a file that is closed by then.
+            writer.tarstream.fileobj.closed = True  # pyright: ignore[reportAttributeAccessIssue]
+            raise
+        file.flush()
+        os.fsync(file.fileno())

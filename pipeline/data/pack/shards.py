@@ -1,0 +1,200 @@
+"""The shards of a pack: written in parts, and published in a directory or a store behind a URL.
+
+directory   parts are written below `_stage/` -> renamed
+URL         a part is written into a temporary directory -> uploaded under its final name
+            -> upload of its record `_stage/part-000012.json`: the part is done
+
+A pack that was stopped goes on after the records that are there: any number of starts, one after
+the other, ends with the same files, and these have the same bytes in either place.
+"""
+
+import json
+import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pipeline.common.errors import UserError
+from pipeline.common.files import create_exclusive, publish, write_atomic
+from pipeline.data.pace import Progress
+from pipeline.data.pack.files import (
+    PLAN,
+    STAGE,
+    SUMMARY,
+    check_same,
+    closing_files,
+    foreign_shards,
+    shard_name,
+    shard_names,
+)
+from pipeline.data.pack.parts import PartRecord, part_paths, read_record, write_part
+from pipeline.data.pack.sources import Samples
+from pipeline.data.pool import worker_processes
+from pipeline.data.storage import open_storage
+from pipeline.data.storage.opening import open_writable
+from pipeline.data.storage.patterns import find_shards
+from pipeline.data.storage.writable import WritableStore
+
+Ranges = Sequence[tuple[int, int]]
+
+
+def pack_locally(
+    samples: Samples,
+    out: Path,
+    identity: dict[str, Any],
+    ranges: Ranges,
+    workers: int,
+    progress: Progress | None,
+) -> None:
+    """Write the shards of the ranges, and what belongs to them, into `out`."""
+    if not _is_complete(out, identity):
+        stage = _open_stage(out, identity)
+        missing = [n for n in range(len(ranges)) if not part_paths(stage, n)[1].exists()]
+        num_done = len(ranges) - len(missing)
+        for _ in _written(samples, ranges, missing, stage, workers, ahead=len(missing)):
+            num_done += 1
+            if progress:
+                progress(f"pack: {num_done} of {len(ranges)} shards")
+        _publish(samples, len(ranges), out, identity)
+    shutil.rmtree(out / STAGE, ignore_errors=True)  # what is left of it holds nothing we need
+
+
+def _is_complete(out: Path, identity: dict[str, Any]) -> bool:
+    """Tell whether `out` holds this very pack; raise UserError if it holds another."""
+    summary = out / SUMMARY
+    if not summary.exists():
+        return False
+    check_same(out, json.loads(summary.read_bytes())["identity"], identity)
+    return True
+
+
+def _open_stage(out: Path, identity: dict[str, Any]) -> Path:
+    """Create the stage with its plan, or go on with the one of a pack that was stopped."""
+    stage = out / STAGE
+    plan = out / PLAN
+    if not plan.exists():
+        foreign = sorted(out.glob("*.tar"))
+        if foreign:
+            raise foreign_shards(out, foreign[0].name)
+        try:
+            stage.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{stage} cannot be created: {error.strerror}.") from error
+        create_exclusive(plan, json.dumps(identity, sort_keys=True).encode())
+    check_same(out, json.loads(plan.read_bytes()), identity)
+    return stage
+
+
+def _publish(samples: Samples, num_parts: int, out: Path, identity: dict[str, Any]) -> None:
+    """Move the parts to their final names and write the closing files; redo is harmless."""
+    stage = out / STAGE
+    records = [read_record(stage, number) for number in range(num_parts)]
+    for number, name in shard_names(records).items():
+        staged, _ = part_paths(stage, number)
+        if staged.exists():
+            publish(staged, out / name)
+    for name, content in closing_files(samples, records, identity).items():
+        write_atomic(out / name, content)
+
+
+def pack_remotely(
+    samples: Samples,
+    out: str,
+    identity: dict[str, Any],
+    ranges: Ranges,
+    workers: int,
+    progress: Progress | None,
+) -> None:
+    """Write the shards of the ranges, and what belongs to them, below the URL `out`."""
+    store = open_writable(out)
+    names = [_record_name(number) for number in range(len(ranges))]
+    found = _read_all(out, [SUMMARY, PLAN, *names])
+    if SUMMARY in found:
+        check_same(out, json.loads(found[SUMMARY])["identity"], identity)
+    else:
+        _open_plan(store, out, found.get(PLAN), identity)
+        records = [PartRecord(**json.loads(found[name])) for name in names if name in found]
+        # They were uploaded in order; so what is there is the beginning.
+        with TemporaryDirectory(prefix="latentmill-pack-") as folder:
+            rest = range(len(records), len(ranges))
+            for number in _written(samples, ranges, rest, Path(folder), workers, ahead=workers):
+                _upload(store, Path(folder), number, records)
+                if progress:
+                    progress(f"pack: {len(records)} of {len(ranges)} shards")
+        for name, content in closing_files(samples, records, identity).items():
+            store.put(name, content)
+    for name in (*names, PLAN):
+        store.delete(name)
+
+
+def _record_name(number: int) -> str:
+    return f"{STAGE}/{part_paths(Path(), number)[1].name}"
+
+
+def _read_all(root: str, names: Sequence[str]) -> dict[str, bytes]:
+    """Contents of those of the named small files that exist."""
+    with closing(open_storage(root)) as storage:
+        states = storage.states(names)
+        return {
+            name: storage.read(name, 0, state.num_bytes)
+            for name, state in states.items()
+            if state is not None
+        }
+
+
+def _open_plan(
+    store: WritableStore, out: str, plan: bytes | None, identity: dict[str, Any]
+) -> None:
+    if plan is not None:
+        check_same(out, json.loads(plan), identity)
+        return
+    try:
+        foreign = find_shards(out).names
+    except UserError:  # none are there, as it should be
+        foreign = ()
+    if foreign:
+        raise foreign_shards(out, foreign[0])
+    store.put(PLAN, json.dumps(identity, sort_keys=True).encode())
+
+
+def _upload(store: WritableStore, stage: Path, number: int, records: list[PartRecord]) -> None:
+    """Publish a part and then its record, which is appended to those before it; remove the file."""
+    record, file = read_record(stage, number), part_paths(stage, number)[0]
+    if record.num_samples:
+        store.put(shard_name(sum(bool(r.num_samples) for r in records)), file)
+    store.put(_record_name(number), json.dumps(asdict(record)).encode())
+    file.unlink()
+    records.append(record)
+
+
+def _written(
+    samples: Samples,
+    ranges: Ranges,
+    numbers: Sequence[int],
+    stage: Path,
+    workers: int,
+    *,
+    ahead: int,
+) -> Iterator[int]:
+    """Write parts into the stage and yield their numbers in order, each when it is whole.
+
+    At most `ahead` parts that were not yet yielded are written or being written.
+    """
+    workers = min(workers, len(numbers))
+    waiting: deque[Future[int]] = deque()
+    with nullcontext() if workers < 2 else worker_processes(workers) as pool:
+        for number in numbers:
+            part = samples.part(*ranges[number])
+            if pool is None:
+                yield write_part(part, stage, number)
+                continue
+            waiting.append(pool.submit(write_part, part, stage, number))
+            if len(waiting) == ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

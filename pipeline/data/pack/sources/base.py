@@ -1,0 +1,98 @@
+"""What every source offers: its settings, and the numbered samples that they open.
+
+settings --`open()`--> Samples: `sizes()` decides, before anything is written, which samples go to
+         which shard -> `part(lo, hi)` travels to a worker process -> `read()` yields a shard's
+
+The settings are also the command line of `latentmill pack KIND`, as far as a kind's own fields have
+a description, the help text: one without a default is a positional argument, any other an option. A
+function among a field's annotations reads the text, and `metavar` names the value.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from pipeline.common.component import Component
+from pipeline.common.errors import UserError
+
+NO_BOUND = 1 << 40
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as it goes into a shard: members by suffix, all of them bytes."""
+
+    key: str
+    members: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A file that is no readable sample: left out of the shards, listed in the report."""
+
+    name: str
+    reason: str
+
+
+class Part(Protocol):
+    """A contiguous stretch of a source; small, and picklable for a worker process."""
+
+    def read(self) -> Iterator[Sample | Broken]:
+        """Yield the samples in order; the same ones, byte for byte, on every call."""
+        ...
+
+
+class Samples(Protocol):
+    """Samples in a fixed order, known before any of them is read."""
+
+    @property
+    def ignored(self) -> Mapping[str, int]:
+        """Files that are no samples: suffix -> count."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of samples, broken ones included."""
+        ...
+
+    def sizes(self) -> Sequence[int]:
+        """Return about how many bytes each sample takes; decides the shard boundaries."""
+        ...
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return what the shards are made from, as JSON: equal identities pack to equal bytes."""
+        ...
+
+    def sidecars(self) -> Mapping[str, bytes]:
+        """Return further files to lie beside the shards, name -> content."""
+        ...
+
+    def part(self, lo: int, hi: int) -> Part:
+        """Return samples lo..hi-1."""
+        ...
+
+
+class PackSource(Component):
+    """The settings of a source."""
+
+    HELP: ClassVar[str]  # a line for `latentmill pack --help`
+
+    kind: str
+    # Bounds of a shard.
+    shard_bytes: int = NO_BOUND
+    shard_samples: int
+
+    @abstractmethod
+    def open(self) -> Samples:
+        """Find the samples; raises UserError if there are none, or a setting is out of bounds."""
+
+    def check_out(self, out: Path) -> None:
+        """Raise UserError if the directory `out` is no place for the shards; most are."""
+
+
+def require_positive(**values: int) -> None:
+    """Raise UserError naming the first value below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}, but must be at least 1.")

@@ -1,0 +1,1 @@
+"""Several processes as one: start and meeting, outcome, watchdog, strategies, the optimizer."""

@@ -1,0 +1,111 @@
+"""How a start of a run ended: `outcome.json`, the contract with launchers, who flatten exit codes.
+
+A process that fails takes its peers with it, and they fail, too. So the first that fails says why:
+in `outcome.json`, and in a folder of this start below `failure/`, which the next one removes:
+
+    first.json    rank and message of the process that failed first
+    rank-N.txt    the traceback of process N, or, if it hung, the stacks of its threads
+    rank-N.json   where process N stood when it hung: see `watchdog`
+"""
+
+import shutil
+import traceback
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.common.console import warn
+from pipeline.common.errors import FAILED, WRONG_USE, UserError
+from pipeline.common.files import canonical_json, create_exclusive, write_atomic, write_json
+
+FAILURE, FIRST = "failure", "first.json"
+_MEMORY_RAN_OUT = ("out of memory", "can't allocate memory")  # CUDA's, the CPU allocator's
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a start of a run ended (or that it has not ended)."""
+
+    status: Literal["running", "done", "preempted", "failed"]
+    exit_code: int | None
+    step: int | None
+    message: str = ""
+
+
+def write_outcome(run_dir: Path, outcome: Outcome) -> None:
+    """Publish outcome.json."""
+    write_json(run_dir / "outcome.json", asdict(outcome))
+
+
+def begin(run_dir: Path) -> str:
+    """Forget how earlier starts failed, and say that this one runs; return its name."""
+    if (run_dir / FAILURE).exists():
+        shutil.rmtree(run_dir / FAILURE)
+    write_outcome(run_dir, Outcome("running", exit_code=None, step=None))
+    return uuid.uuid4().hex[:8]
+
+
+class Failures:
+    """Where one process of a start records why it fails."""
+
+    def __init__(self, run_dir: Path, attempt: str, rank: int, world: int) -> None:
+        """attempt: the name that `begin` gave this start; a late process of another is no match."""
+        self.folder = run_dir / FAILURE / attempt
+        self._run_dir = run_dir
+        self._rank = rank
+        self._world = world
+        self._is_recorded = False
+
+    @contextmanager
+    def recorded(self) -> Generator[None]:
+        """Record an exception that leaves the context, unless that was done further inside.
+
+        The first process that fails raises on; another's trouble follows from that, and it ends
+        with a line instead of a traceback (which failure/ has). A UserError is raised on all.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self._is_recorded:
+                raise
+            self._is_recorded = True
+            if self._record_exception(error) or isinstance(error, UserError):
+                raise
+            warn(
+                f"rank {self._rank} ends, too ({type(error).__name__}): see "
+                f"{self._run_dir}/outcome.json"
+            )
+            raise SystemExit(FAILED) from error
+
+    def record(self, message: str, *, exit_code: int = FAILED, details: str = "") -> bool:
+        """Record why this process fails; tell whether it is the first, whose word counts.
+
+        details: for rank-N.txt. Where nothing can be written, each process has its own word.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if details:
+                write_atomic(self.folder / f"rank-{self._rank}.txt", details.encode())
+            first = canonical_json({"rank": self._rank, "why": message})
+            if not create_exclusive(self.folder / FIRST, first):
+                return False
+            write_outcome(self._run_dir, Outcome("failed", exit_code, None, message))
+        except OSError as error:
+            warn(f"how this run failed could not be recorded in {self._run_dir} ({error})")
+        return True
+
+    def _record_exception(self, error: BaseException) -> bool:
+        message = f"{type(error).__name__}: {error}"
+        if isinstance(error, UserError):  # of all processes alike
+            return self.record(message, exit_code=WRONG_USE)
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _MEMORY_RAN_OUT):
+            message += (
+                " (less memory is needed with a larger accumulation, a smaller batch_size, or "
+                "model.gradient_checkpointing)"
+            )
+        if self._world > 1:
+            message = f"rank {self._rank}: {message}"
+        return self.record(message, details="".join(traceback.format_exception(error)))

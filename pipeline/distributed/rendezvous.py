@@ -1,0 +1,174 @@
+"""What the launcher announced, and where the processes of a run meet.
+
+`accelerate launch` (by torchrun) tells every process WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT.
+Each mistake in them ends in one paragraph, instead of in a process that trains alone or that waits
+for others for half an hour.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from pipeline.common.errors import WRONG_USE, UserError
+
+DEVICE = "LATENTMILL_DEVICE"  # `launch` sets it
+HOW_TO_LAUNCH = (
+    "Launch with a topology file that starts them together, for example "
+    "`accelerate launch --config_file configs/accelerate/cpu-ddp.yaml`."
+)
+MEETING_SECONDS = 8.0  # longer than processes of one machine, started by one hand, differ
+LATE_SECONDS = 60.0  # of others: torchrun lets them start together, but machines may be slow
+MAIN_FIRST_SECONDS = 10.0  # by which the main process comes later to a mistake than another
+STORE_SECONDS = 30.0  # in which another machine's launcher answers, which is up already
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
+_PRECISIONS = ("fp16", "bf16", "amp", "torch_autocast")  # sections of DeepSpeed's JSON
+_HOW_TO_CHOOSE = "set `precision` (fp32 or bf16; there is no fp16) in the config"
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate knows them
+
+
+def check_announced(environment: Mapping[str, str]) -> None:
+    """Raise UserError if what the launcher says contradicts itself, or our config's rights."""
+    world, rank = _number(environment, "WORLD_SIZE", 1), _number(environment, "RANK", 0)
+    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in environment]
+    if world > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE announces {world} processes, but {', '.join(missing)} is not set: they "
+            f"cannot find each other. {HOW_TO_LAUNCH}"
+        )
+    if not 0 <= rank < world:
+        raise UserError(
+            f"RANK is {rank}, but WORLD_SIZE announces {world} processes, with ranks from 0 to "
+            f"{world - 1}. {HOW_TO_LAUNCH}"
+        )
+    # With use_cpu, `accelerate launch` starts one process, however many it is asked for.
+    is_launched = "ACCELERATE_MIXED_PRECISION" in environment
+    is_alone = not environment.keys() & {"WORLD_SIZE", *_OF_MPI}
+    if is_launched and is_alone and "MASTER_ADDR" in environment:
+        raise UserError(
+            "accelerate was told where several processes meet (MASTER_ADDR), but has started only "
+            "this one: with --cpu, or use_cpu in the topology file, it never starts more. "
+            f"{HOW_TO_LAUNCH} For one process, take --num_processes 1 and unset MASTER_ADDR."
+        )
+    _check_precision(environment)
+
+
+def check_device(environment: Mapping[str, str], *, has_gpu: bool) -> None:
+    """Raise UserError if `python -m launch` was asked for GPUs, and this process sees none."""
+    if environment.get(DEVICE) == "gpu" and not has_gpu:
+        raise UserError(
+            f"--device gpu ({DEVICE}), but PyTorch {torch.__version__} sees no GPU on "
+            f"{socket.gethostname()}: check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, and "
+            "that PyTorch is no CPU build; or launch with --device cpu."
+        )
+
+
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """Raise UserError if torchrun, which holds the meeting place, has died meanwhile."""
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    try:
+        socket.create_connection(place, timeout=STORE_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"nobody answers at {place[0]}:{place[1]} (MASTER_ADDR, MASTER_PORT), where the "
+            f"launcher brings its processes together ({error}): has it been killed?"
+        ) from error
+
+
+@contextmanager
+def meeting(environment: Mapping[str, str]) -> Generator[None]:
+    """Inside, this process joins the others; one who waits for too long is told for whom.
+
+    Processes that were started by hand on one machine do not wait for longer than MEETING_SECONDS.
+    Raises UserError if they cannot meet.
+    """
+    world, rank = _number(environment, "WORLD_SIZE", 1), _number(environment, "RANK", 0)
+    place = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
+    announced = f"WORLD_SIZE announces {world} processes, of which this is process {rank}"
+    is_limited = _by_hand(environment) and environment.get("MASTER_ADDR") in _THIS_MACHINE
+    seconds = MEETING_SECONDS if is_limited else LATE_SECONDS
+
+    def speak() -> None:
+        late = f"they have not all come to {place} (MASTER_ADDR, MASTER_PORT)"
+        text = f"{announced}, but after {seconds:g} s {late}"
+        if is_limited:
+            print(f"error: {text}. {HOW_TO_LAUNCH}", file=sys.stderr, flush=True)
+            os._exit(WRONG_USE)  # torch waits in C++, and cannot be interrupted
+        print(f"warning: {text}; still waiting", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(seconds, speak)
+    timer.daemon = True
+    if world > 1:
+        timer.start()
+    try:
+        yield
+    except dist.DistError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{announced}, but it cannot meet the others at {place} (MASTER_ADDR, MASTER_PORT): "
+            f"{reason}. Take an address of the machine of process 0 that all can reach, and a "
+            "port that is free there."
+        ) from error
+    finally:
+        timer.cancel()
+
+
+def tell(error: UserError, environment: Mapping[str, str]) -> None:
+    """Print a mistake on which this process ends; as a rule every process meets the same one.
+
+    Under torchrun the first process that ends takes the others with it: the main process has the
+    first word, and the others theirs, if they are still there.
+    """
+    if not _by_hand(environment) and environment.get("RANK", "0") != "0":
+        time.sleep(MAIN_FIRST_SECONDS)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _check_precision(environment: Mapping[str, str]) -> None:
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        raise UserError(
+            f"accelerate is told to use mixed precision {precision!r} (mixed_precision in the "
+            "topology file, --mixed_precision, or ACCELERATE_MIXED_PRECISION), which the run's "
+            f"config decides: leave it out there, and {_HOW_TO_CHOOSE}."
+        )
+    path = Path(environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""))
+    try:
+        config: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # there is none, or DeepSpeed will explain it
+        return
+    if not isinstance(config, dict):
+        return
+    given = cast(dict[str, Any], config)
+    sections = [name for name in _PRECISIONS if _is_enabled(given.get(name))]
+    if sections:
+        raise UserError(
+            f"{path} enables {', '.join(sections)}, but the run's config decides the precision: "
+            f"leave that out there, and {_HOW_TO_CHOOSE}."
+        )
+
+
+def _is_enabled(section: Any) -> bool:
+    return isinstance(section, dict) and bool(cast(dict[str, Any], section).get("enabled"))
+
+
+def _by_hand(environment: Mapping[str, str]) -> bool:
+    return "TORCHELASTIC_RUN_ID" not in environment  # of torchrun, so of `accelerate launch`, too
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r}, which is no number. {HOW_TO_LAUNCH}")
+    return int(text)

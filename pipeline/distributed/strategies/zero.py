@@ -1,0 +1,272 @@
+"""DeepSpeed ZeRO-1, 2 and 3: optimizer states, gradients and parameters in shards.
+
+    stage 1, 2   every process holds all parameters; moments lie in shards of flat buffers
+    stage 3      parameters, too: each is a padded, flat shard per process (`ds_tensor`)
+
+Precision, clipping, skipping, learning rate and moving average are those of `ddp`; DeepSpeed's own
+checkpoints, schedulers and precision modes are not used. Facts about its internals that this file
+relies on are tested in tests/strategies/.
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from pipeline.common.errors import UserError
+from pipeline.distributed.optimizer import AdamWConfig
+from pipeline.distributed.strategies.average import MovingAverage
+from pipeline.distributed.strategies.base import FullState, Named, StepResult, no_state, to_cpu
+from pipeline.models.autoencoder import AutoEncoder
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ZeroStrategy:
+    """AdamW in shards on fp32 parameters, under bf16 autocast where the config says so."""
+
+    def __init__(
+        self,
+        model: AutoEncoder,
+        *,
+        optimizer: AdamWConfig,
+        ema_decay: float | None,
+        accelerator: Accelerator,
+        micro_batch: int,
+        precision: str,
+    ) -> None:
+        """Wrap `model`; `micro_batch`: samples of one process in one forward pass."""
+        deepspeed: Any = import_module("deepspeed")  # an extra
+        if precision == "fp64":
+            raise UserError("precision fp64 runs in one process or under DDP, not under DeepSpeed.")
+        # DeepSpeed flattens parameters, and views them as bytes: not in channels-last memory.
+        model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        self._tools: Any = deepspeed.utils
+        self._device = accelerator.device
+        self._names = [name for name, _ in model.named_parameters()]
+        self._parameters = list(model.parameters())
+        self._module = model
+        self._initial: FullState | None = FullState(
+            model={name: to_cpu(value) for name, value in model.state_dict().items()},
+            ema=None,
+            exp_avg={},
+            exp_avg_sq={},
+        )
+        plugin: Any = accelerator.state.deepspeed_plugin
+        self._stage = int(plugin.zero_stage)
+        _complete(plugin.deepspeed_config, optimizer, accelerator, micro_batch, precision)
+        self._engine: Any
+        self._engine, _ = accelerator.prepare(model, optimizer.build(model))
+        found = type(self._engine).__name__
+        if not isinstance(self._engine, deepspeed.DeepSpeedEngine):
+            raise RuntimeError(f"accelerate wrapped the model as {found}, not for DeepSpeed")
+        if self._engine.zero_optimization_stage() != self._stage or self._stage not in (1, 2, 3):
+            raise UserError(
+                f"DeepSpeed runs ZeRO stage {self._engine.zero_optimization_stage()}, the topology "
+                f"file asks for {self._stage}: choose stage 1, 2 or 3."
+            )
+        if self._stage == 3:
+            _judge_norms_in_float32(self._engine.optimizer)
+        self.model: nn.Module = self._engine
+        self._num_updates = torch.zeros((), device=self._device)
+        self._average = MovingAverage(self._held(), ema_decay) if ema_decay else None
+
+    def warm_up(self, loss: Tensor) -> None:
+        """Take a throw-away step, which creates the moments, and restore the initial state."""
+        assert self._initial is not None, "already warmed up"
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.backward(loss)
+        self._engine.step()
+        if self._stage < 3:
+            # DeepSpeed links the moments to their parameters after the step of the first parameter
+            # group, when those of the second do not exist yet, and never again.
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self.load_full_state(self._initial)
+        self._initial = None
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the rate of the next update."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Tell the engine whether this micro-batch ends the step."""
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradient; the engine divides by accumulation and ranks."""
+        self._engine.backward(loss)
+
+    def step(self) -> StepResult:
+        """Clip and update; the engine itself skips where the norm is not finite."""
+        self._engine.step()
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
+        norm = norm.to(self._device)
+        applied = torch.tensor(float(not self._engine.optimizer.overflow), device=self._device)
+        self._num_updates += applied
+        if self._average is not None:
+            self._average.advance(self._held(), self._num_updates, applied)
+        return StepResult(grad_norm=norm, applied=applied)
+
+    @contextmanager
+    def averaged(self) -> Generator[None]:
+        """Exchange parameters and averages, and back."""
+        assert self._average is not None, "no moving average is kept"
+        self._release()
+        self._average.exchange(self._held())
+        try:
+            yield
+        finally:
+            self._release()
+            self._average.exchange(self._held())
+
+    def full_state(self, *, wanted: bool = True, into: FullState | None = None) -> FullState:
+        """Gather parameters, averages and moments on the CPU; a collective."""
+        into = into or no_state()
+        model: Named = {}
+        for name, buffer in self._module.named_buffers() if wanted else ():
+            model[name] = to_cpu(buffer, into.model.get(name))
+        model |= self._gathered(self._held(), wanted, into.model)
+        averages = self._average.averages if self._average else []
+        return FullState(
+            model=model,
+            ema=self._gathered(averages, wanted, into.ema or {}) if averages else None,
+            exp_avg=self._moments("exp_avg", wanted, into.exp_avg),
+            exp_avg_sq=self._moments("exp_avg_sq", wanted, into.exp_avg_sq),
+            num_updates=int(self._num_updates.item()),
+        )
+
+    @torch.no_grad()
+    def load_full_state(self, state: FullState) -> None:
+        """Overwrite parameters, buffers, averages, moments and Adam's step."""
+        self._release()
+        for name, buffer in self._module.named_buffers():
+            buffer.copy_(state.model[name])
+        held = self._held()
+        for place, (name, parameter) in enumerate(zip(self._names, self._parameters, strict=True)):
+            self._set(parameter, None, state.model[name])
+            held[place].copy_(self._mine(parameter, state.model[name]))
+            for kind in MOMENTS:
+                moments: Named = getattr(state, kind)
+                value = moments.get(name)
+                zero = torch.zeros_like(state.model[name])
+                self._set(parameter, kind, zero if value is None else value)
+        for adam in self._engine.optimizer.optimizer.state.values():
+            if "step" in adam:
+                adam["step"].fill_(state.num_updates)
+        self._num_updates.fill_(state.num_updates)
+        if self._average is not None:
+            # A run that turns its average on late starts it from the weights of that moment.
+            source = state.ema if state.ema is not None else state.model
+            columns = zip(self._names, self._parameters, self._average.averages, strict=True)
+            for name, parameter, average in columns:
+                average.copy_(self._mine(parameter, source[name]))
+
+    def _release(self) -> None:
+        """Have stage 3 gather every parameter anew before its next use.
+
+        After a forward pass without a backward, as in an evaluation, it keeps some whole, and would
+        go on with those values whatever is written into the shards.
+        """
+        if self._stage == 3:
+            self._engine.optimizer._partition_all_parameters()
+
+    def _held(self) -> list[Tensor]:
+        """This process's part of every parameter: the whole, or under stage 3 its shard."""
+        if self._stage < 3:
+            return [parameter.data for parameter in self._parameters]
+        return [cast(Any, parameter).ds_tensor.data for parameter in self._parameters]
+
+    def _mine(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This process's part of a whole value."""
+        assert value.shape == self._shape(parameter), "padding would hide another model's weights"
+        value = value.to(self._device)
+        if self._stage < 3:
+            return value
+        size, rank = cast(Any, parameter).ds_tensor.numel(), dist.get_rank()
+        flat = value.reshape(-1)
+        padded = torch.zeros(size * dist.get_world_size(), dtype=flat.dtype, device=flat.device)
+        padded[: flat.numel()] = flat
+        return padded[rank * size : (rank + 1) * size]
+
+    def _set(self, parameter: nn.Parameter, kind: str | None, value: Tensor) -> None:
+        """Write the optimizer's own copy of a parameter, or one of its moments."""
+        mine = self._mine(parameter, value)
+        reach = "local" if self._stage == 3 else "full"
+        if kind is None:
+            getattr(self._tools, f"safe_set_{reach}_fp32_param")(parameter, mine)
+        else:
+            getattr(self._tools, f"safe_set_{reach}_optimizer_state")(parameter, mine, kind)
+
+    def _moments(self, kind: str, wanted: bool, into: Named) -> Named:
+        """One of Adam's moments of all parameters; a collective, also where it is not wanted."""
+        moments: Named = {}
+        if self._num_updates.item() == 0:
+            return moments  # as in `ddp`: before the first update there are none
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            whole = self._tools.safe_get_full_optimizer_state(parameter, kind)
+            if wanted:
+                moments[name] = to_cpu(whole.view(self._shape(parameter)), into.get(name))
+        return moments
+
+    def _gathered(self, held: Sequence[Tensor], wanted: bool, into: Named) -> Named:
+        """Whole values from what every process holds of them; a collective under stage 3."""
+        whole: Named = {}
+        for name, parameter, mine in zip(self._names, self._parameters, held, strict=True):
+            shape = self._shape(parameter)
+            if self._stage == 3:
+                parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+                dist.all_gather(parts, mine.contiguous())
+                mine = torch.cat(parts)[: shape.numel()]
+            if wanted:
+                whole[name] = to_cpu(mine.view(shape), into.get(name))
+        return whole
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        return torch.Size(cast(Any, parameter).ds_shape) if self._stage == 3 else parameter.shape
+
+
+def _judge_norms_in_float32(optimizer: Any) -> None:
+    """Have stage 3 skip a step if the square of the norm leaves float32, as `ddp` does.
+
+    Stages 1 and 2 do so; stage 3 adds the squares up in float64. It would apply a gradient whose
+    own squares, Adam's second moments, are infinite in float32: that parameter would never move
+    again.
+    """
+    original = optimizer._get_norm_groups
+
+    def norm_groups() -> list[Tensor]:
+        norms: list[Tensor] = original()  # of each group of parameters; -1: not finite
+        return [n.where(n.float().square().isfinite(), torch.inf) for n in norms]
+
+    optimizer._get_norm_groups = norm_groups
+
+
+def _complete(
+    config: dict[str, Any],
+    optimizer: AdamWConfig,
+    accelerator: Accelerator,
+    micro_batch: int,
+    precision: str,
+) -> None:
+    """Fill in what follows from our own config, so that it stands in one place only."""
+    config["train_micro_batch_size_per_gpu"] = micro_batch
+    config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
+    config["train_batch_size"] = (
+        micro_batch * accelerator.gradient_accumulation_steps * accelerator.num_processes
+    )
+    config["gradient_clipping"] = optimizer.max_grad_norm or 0.0
+    if precision == "bf16":
+        # Its autocast keeps fp32 weights, as ours does under DDP; gradients travel in fp32, too.
+        config["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        }

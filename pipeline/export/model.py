@@ -1,0 +1,137 @@
+"""`latentmill export-model RUN OUT`: a checkpoint's model alone, to be loaded without the run.
+
+checkpoint -> LoadedRun (weights, config) + RunState (where it stood) -> OUT: see `interchange`
+           -> on request, encoder and decoder alone: see `portable`
+latent_stats.json of a finished export -> on request, scaling factors in OUT/config.json
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.common.errors import UserError
+from pipeline.data.decode import ArrayDecode, Decode
+from pipeline.export.statistics import scaling
+from pipeline.latents import LatentDataset
+from pipeline.models.autoencoder import num_parameters
+from pipeline.models.interchange import (
+    CONFIG,
+    WEIGHTS,
+    Description,
+    Network,
+    StoredValues,
+    check_absent,
+    save_pretrained,
+)
+from pipeline.models.portable import check_packages, export_networks
+from pipeline.training.run_directory import LoadedRun, Step, load_run
+
+UINT8_RANGE = (0.0, 255.0)  # of images
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What was exported."""
+
+    out: Path
+    step: int
+    weights: str
+    weights_sha256: str
+    num_parameters: int
+    event_shape: tuple[int, ...]
+    latent_shape: tuple[int, ...]
+    files: tuple[str, ...]  # below `out`
+
+
+def export_model(
+    run_dir: Path,
+    out: Path,
+    *,
+    step: Step | None = None,
+    weights: Literal["raw", "ema"] = "ema",
+    onnx: bool = False,
+    torch_export: bool = False,
+    latents: str | None = None,
+) -> ModelReport:
+    """Export the model of `step`, or of the newest checkpoint that verifies, to the new folder.
+
+    onnx, torch_export: write encoder and decoder in these formats, too. latents: directory or URL
+    of a finished export by this model, whose scaling is written down. Raises UserError if there is
+    no such run, checkpoint, average or export, if `out` exists, or if a format cannot be written.
+    """
+    check_absent(out)
+    if onnx:
+        check_packages()
+    run = load_run(run_dir, step=step, weights=weights)
+    state = run.state
+    decode = run.config.data.decode
+    scaling = {} if latents is None else _read_scaling(latents, run.weights_sha256)
+    stored = _stored_values(decode)
+    networks, files = _networks(run, stored, onnx, torch_export)
+    description = Description(
+        # How the training saved memory is no property of the network.
+        model=run.config.model.model_copy(update={"gradient_checkpointing": False}),
+        event_shape=decode.event_shape,
+        latent_shape=run.model.latent_shape,
+        stored=stored,
+        decode=decode.model_dump(mode="json"),
+        precision=run.config.precision,
+        weights=weights,
+        weights_sha256=run.weights_sha256,
+        step=state.step,
+        samples_seen=state.position,
+        dataset_id=state.dataset_id,
+        order_id=state.order_id,
+        versions=state.versions,
+        networks=networks,
+        **scaling,
+    )
+    save_pretrained(out, description, run.model.state_dict(), files)
+    return ModelReport(
+        out=out,
+        step=state.step,
+        weights=weights,
+        weights_sha256=run.weights_sha256,
+        num_parameters=num_parameters(run.model),
+        event_shape=description.event_shape,
+        latent_shape=description.latent_shape,
+        files=(CONFIG, WEIGHTS, *files),
+    )
+
+
+def _networks(
+    run: LoadedRun, stored: StoredValues, onnx: bool, torch_export: bool
+) -> tuple[dict[str, Network] | None, dict[str, bytes]]:
+    """Return encoder and decoder in these formats: described, and as files."""
+    if not (onnx or torch_export):
+        return None, {}
+    decode = run.config.data.decode
+    return export_networks(
+        run.model,
+        lambda x: decode.to_unit(decode.event_view(x)),
+        stored,
+        tuple(decode.buffer_shape),
+        onnx=onnx,
+        torch_export=torch_export,
+    )
+
+
+def _stored_values(decode: Decode) -> StoredValues:
+    scale = decode.range if isinstance(decode, ArrayDecode) else UINT8_RANGE
+    return StoredValues.model_validate({"dtype": decode.stored_dtype.name, "range": scale})
+
+
+def _read_scaling(latents: str, weights_sha256: str) -> dict[str, Any]:
+    """Return the scaling of a finished export by these weights; raise UserError without."""
+    with LatentDataset(latents) as dataset:
+        if dataset.manifest.model_sha256 != weights_sha256:
+            raise UserError(
+                f"{latents} holds latents of another model: its weights_sha256 is "
+                f"{dataset.manifest.model_sha256}, that of the weights to be exported is "
+                f"{weights_sha256}. Give the --step and --weights that encoded them, or export the "
+                "latents again."
+            )
+        statistics = dataset.statistics
+    if statistics["num_rows"] == 0:
+        raise UserError(f"{latents} holds no valid row, so it has no scaling: leave out --latents.")
+    return scaling(statistics)

@@ -1,0 +1,1 @@
+"""What proves an export: its levels, from listing to encoding again."""

@@ -1,0 +1,200 @@
+"""What the files hold: hashes, then rows, equal in every format, to the manifest and to the source;
+then the key index and the statistics that follow from all rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.common.files import sha256_file
+from pipeline.export.commit import keys_digest
+from pipeline.export.finalize import Keys
+from pipeline.export.layout import KEYS, MANIFEST, STATISTICS, ExportDir, data_path
+from pipeline.export.manifest import Manifest, Output, TaskEntry, digest
+from pipeline.export.statistics import Partial, merge, partial_of, scaling, to_text
+from pipeline.export.verify.source import SourceKeys
+from pipeline.latents.fields import field_values
+from pipeline.latents.formats.writers import BaseWriter, Rows
+
+
+class Audit:
+    """Reads every file once, and holds one task in memory at a time."""
+
+    def __init__(
+        self,
+        export: ExportDir,
+        manifest: Manifest,
+        *,
+        rows: bool,
+        statistics: bool,
+        source: SourceKeys | None,
+    ) -> None:
+        """rows, statistics: whether to look at them, or at hashes alone. source: None = any."""
+        self._export, self._manifest, self._source = export, manifest, source
+        self._with_rows, self._with_statistics = rows, statistics
+        self._output = manifest.output
+        self._keys = Keys()
+        self._partials: list[Partial] = []
+
+    def problems(self) -> Iterator[str]:
+        """Yield all that is wrong."""
+        manifest = self._manifest
+        if self._source is not None and self._with_rows:
+            differences = list(self._source.differences(manifest.data))
+            yield from differences or self._source.left_out(manifest.tasks)
+            if differences:
+                self._source = None  # each of its keys would be another problem
+        for task in manifest.tasks:
+            with self._export.store.local_copy([file.path for file in task.files]) as root:
+                yield from _check_hashes(root, task)
+                if self._with_rows:
+                    yield from self._check_rows(root, task)
+        sidecars = {name: self._export.store.read(name) for name in (STATISTICS, KEYS)}
+        for entry in (manifest.statistics, manifest.keys):
+            data = sidecars.get(entry.path)
+            if data is not None and digest(data) != entry.sha256:
+                yield _other_content(entry.path)
+        if self._with_rows:
+            yield from self._check_sidecars(sidecars[STATISTICS], sidecars[KEYS])
+
+    def _check_rows(self, root: Path, task: TaskEntry) -> Iterator[str]:
+        paths = _main_paths(task, self._output.formats)
+        if not paths:
+            yield f"{task.name}: manifest.json lists other files than its formats have"
+            return
+        rows, problems = _read_rows(root, task, paths, self._output, self._source)
+        yield from problems
+        if rows is None:
+            return
+        self._keys.add(rows.keys)
+        if self._with_statistics and not any(_unfit(rows, self._output)):
+            self._partials.append(partial_of(rows.latents, rows.valid, task.faults))
+
+    def _check_sidecars(self, stored: bytes | None, index: bytes | None) -> Iterator[str]:
+        names = [task.name for task in self._manifest.tasks]
+        if self._keys.num_tasks < len(names):
+            yield "key index and statistics cannot be recomputed, as files cannot be read"
+            return
+        duplicates, counted = self._keys.num_duplicates(), self._manifest.duplicate_keys
+        if duplicates != counted:
+            yield f"manifest.json counts {counted} duplicate keys, but the files hold {duplicates}"
+        if index is not None:
+            yield from _check_key_index(index, names, self._keys)
+        if self._with_statistics and stored is not None:
+            merged = merge(self._partials)
+            if to_text(merged) != stored:
+                yield f"{STATISTICS} differs from the statistics of the stored values"
+            if self._manifest.statistics.scaling not in (None, scaling(merged)):
+                yield f"{MANIFEST} holds another scaling than that of the stored values"
+
+
+def _check_hashes(root: Path, task: TaskEntry) -> Iterator[str]:
+    for file in task.files:
+        path = root / file.path
+        if path.exists() and sha256_file(path) != file.sha256:
+            yield _other_content(file.path)
+
+
+def _other_content(path: str) -> str:
+    return f"{path} has other content than was committed (sha256)"
+
+
+def _main_paths(task: TaskEntry, writers: Sequence[BaseWriter]) -> list[str]:
+    """Return the file that each writer reads, together with those beside it.
+
+    None at all, if not exactly their files are listed.
+    """
+    expected = {
+        data_path(writer.kind, task.name, suffix)
+        for writer in writers
+        for suffix in writer.suffixes
+    }
+    if {file.path for file in task.files} != expected:
+        return []
+    return [data_path(writer.kind, task.name, writer.suffix) for writer in writers]
+
+
+def _read_rows(
+    root: Path,
+    task: TaskEntry,
+    paths: Sequence[str],
+    output: Output,
+    source: SourceKeys | None,
+) -> tuple[Rows | None, list[str]]:
+    """Return the rows of the task's first readable file, and all that is wrong with its files.
+
+    root: a directory with the task's files, named as in the export. paths: one per format.
+    """
+    problems: list[str] = []
+    found: dict[str, Rows] = {}
+    for writer, path in zip(output.formats, paths, strict=True):
+        try:
+            found[path] = writer.read(root / path)
+        except ValueError as error:
+            problems.append(f"{path} cannot be read: {error}")
+    for path, rows in found.items():
+        problems += (f"{path}: {problem}" for problem in _check_against(rows, task, output))
+        if source is not None:
+            problems += (f"{path}: {problem}" for problem in source.check(task, rows))
+    if not found:
+        return None, problems
+    (first_path, first), *others = found.items()
+    problems += (
+        f"{path} holds other rows than {first_path}"
+        for path, rows in others
+        if not _equal(first, rows)
+    )
+    return first, problems
+
+
+def _unfit(rows: Rows, output: Output) -> Iterator[str]:
+    """Yield how latents are not those of an export with such an output."""
+    shape = output.latent_shape
+    for field in output.fields:
+        if field not in rows.latents or rows.latents[field].shape[1:] != shape:
+            yield f"no {field} of the shape {shape}"
+    if not all(np.isfinite(values).all() for values in rows.latents.values()):
+        yield "latents that are not finite"
+
+
+def _check_against(rows: Rows, task: TaskEntry, output: Output) -> Iterator[str]:
+    yield from _unfit(rows, output)
+    if len(rows) != task.rows:
+        yield f"{len(rows)} rows instead of {task.rows}"
+    if keys_digest(rows.keys) != task.keys_sha256:
+        yield "other keys, or in another order, than was committed"
+    failed = [row for row, *_ in task.faults]
+    if rows.rows[~rows.valid].tolist() != sorted(failed):
+        yield "the rows marked as not valid are not the failed rows of the manifest"
+
+
+def _equal(one: Rows, other: Rows) -> bool:
+    """Tell whether two formats hold the same; the columns of one of them are its JSON's fields."""
+    arrays = (
+        (one.rows, other.rows),
+        (one.valid, other.valid),
+        (one.labels, other.labels),
+        *((one.latents[field], other.latents.get(field)) for field in one.latents),
+    )
+    texts = [(one.keys, other.keys), (one.metadata, other.metadata), (one.texts, other.texts)]
+    for rows in (one, other):
+        for name, column in rows.columns.items():
+            texts.append((column.values, field_values(rows.metadata, name, column.kind)))
+    return all(list(a) == list(b) for a, b in texts) and all(
+        b is not None and np.array_equal(a, b) for a, b in arrays
+    )
+
+
+def _check_key_index(data: bytes, names: Sequence[str], keys: Keys) -> Iterator[str]:
+    """Yield a problem unless `data`, of `keys.parquet`, leads from every key to its row."""
+    try:
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            stored = file.read()
+    except (pa.ArrowException, OSError) as error:
+        yield f"{KEYS} cannot be read: {error}"
+        return
+    if stored.to_pydict() != keys.index(names).to_pydict():
+        yield f"{KEYS} differs from the keys of the files"

@@ -1,0 +1,182 @@
+"""Is an export what it says it is? Levels, each with all before it; every problem is listed.
+
+listing     finished; exactly the files of the manifest are there, with their sizes
+counts      manifest, plan and commit records agree on rows and files
+hashes      every file has the content that was committed
+keys        every file's keys, in order, are those of the source shard; formats agree; key index
+statistics  recomputed from the stored values, they have the same bits
+encode      the run named encodes some batches anew, and gets what is stored (`reencode`)
+
+The source is only read from the level `keys` on, and only if it is given. Files of a store behind a
+URL are fetched task by task; no level but the last needs a model.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from pipeline.common.errors import UserError
+from pipeline.data.storage.opening import open_writable
+from pipeline.export.commit import Commit, keys_digest
+from pipeline.export.layout import MANIFEST, RUN, SUCCESS, ExportDir, commit_path
+from pipeline.export.manifest import Manifest, TaskEntry, digest
+from pipeline.export.plan import Plan, find_plan
+from pipeline.export.verify.audit import Audit
+from pipeline.export.verify.source import SourceKeys
+
+Level = Literal["listing", "counts", "hashes", "keys", "statistics", "encode"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was looked at, and everything that is wrong."""
+
+    out: str
+    level: Level
+    rows: int = 0
+    failed_rows: int = 0
+    files: int = 0
+    problems: list[str] = field(default_factory=list[str])
+    notes: list[str] = field(default_factory=list[str])  # not looked at, or worth knowing
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify_export(
+    out: str | Path,
+    *,
+    source: str | Path | None = None,
+    shards: str | Path | None = None,
+    level: Level = "statistics",
+) -> VerifyReport:
+    """Check an export up to `level`, of which `encode` is `reencode.verify_encoding`'s.
+
+    source: the directory with the data set's index; None leaves that comparison out. shards: where
+    its shards lie, None = in `source`. Raises UserError when there is no export in `out`.
+    """
+    if level not in LEVELS:
+        raise UserError(f"level is {level!r}, but must be one of {', '.join(LEVELS)}.")
+    export = ExportDir(open_writable(out))
+    data, problems = export.store.read(MANIFEST), list[str]()
+    plan = _find_plan(export, problems)
+    if data is None and plan is None and not problems:
+        raise UserError(
+            f"{out} holds no export: neither manifest.json nor _run/plan.json is there."
+        )
+    depth = LEVELS.index(level)
+    problems += _unfinished(export, plan)
+    manifest = _parse_manifest(export, data, problems)
+    if manifest is None:
+        return VerifyReport(export.root, level, problems=problems)
+    notes: list[str] = []
+    problems += _check_listing(export, manifest)
+    if depth >= LEVELS.index("counts"):
+        problems += _check_counts(export, manifest, plan)
+    with_rows = depth >= LEVELS.index("keys")
+    if depth >= LEVELS.index("hashes"):
+        with ExitStack() as stack:
+            keys_of = None
+            if source is not None:
+                keys_of = stack.enter_context(closing(SourceKeys(source, shards)))
+            elif with_rows:
+                notes.append("no source given: keys were not compared with the source shards")
+            with_statistics = depth >= LEVELS.index("statistics")
+            audit = Audit(
+                export, manifest, rows=with_rows, statistics=with_statistics, source=keys_of
+            )
+            problems += audit.problems()
+    if with_rows and manifest.duplicate_keys:
+        notes.append(f"{manifest.duplicate_keys} rows have the key of an earlier one")
+    return VerifyReport(
+        export.root,
+        level,
+        rows=manifest.rows,
+        failed_rows=manifest.failed_rows,
+        files=len(list(manifest.files())),
+        problems=problems,
+        notes=notes,
+    )
+
+
+def _find_plan(export: ExportDir, problems: list[str]) -> Plan | None:
+    try:
+        return find_plan(export)
+    except UserError as error:
+        problems.append(str(error))
+        return None
+
+
+def _unfinished(export: ExportDir, plan: Plan | None) -> Iterator[str]:
+    if export.is_finished():
+        return
+    state = ""
+    if plan is not None:
+        committed = len(export.committed(task.name for task in plan.tasks))
+        state = f": {committed} of {len(plan.tasks)} tasks are committed"
+    yield f"unfinished, there is no _SUCCESS{state}; give the export command again"
+
+
+def _parse_manifest(export: ExportDir, data: bytes | None, problems: list[str]) -> Manifest | None:
+    seal = export.store.read(SUCCESS)
+    if data is None:
+        if seal is not None:
+            problems.append("manifest.json is missing")
+        return None
+    try:
+        manifest = Manifest.parse(data)
+    except ValueError as error:
+        problems.append(f"manifest.json {error}")
+        return None
+    if seal is not None and seal.decode(errors="replace") != f"{digest(data)}\n":
+        problems.append("_SUCCESS does not hold the hash of manifest.json: one of them was changed")
+    return manifest
+
+
+def _check_listing(export: ExportDir, manifest: Manifest) -> Iterator[str]:
+    expected = {file.path for file in manifest.files()} | {MANIFEST, SUCCESS}
+    sizes = export.store.sizes()
+    found = {name: size for name, size in sizes.items() if name.partition("/")[0] != RUN}
+    yield from (f"{path} is missing" for path in sorted(expected - set(found) - {SUCCESS}))
+    yield from (f"{path} is not of this export" for path in sorted(set(found) - expected))
+    for task in manifest.tasks:
+        for file in task.files:
+            size = found.get(file.path, file.bytes)
+            if size != file.bytes:
+                yield f"{file.path} has {size} bytes instead of {file.bytes}"
+
+
+def _check_counts(export: ExportDir, manifest: Manifest, plan: Plan | None) -> Iterator[str]:
+    tasks = manifest.tasks
+    for name, total, parts in (
+        ("rows", manifest.rows, sum(task.rows for task in tasks)),
+        ("failed_rows", manifest.failed_rows, sum(len(task.faults) for task in tasks)),
+    ):
+        if total != parts:
+            yield f"manifest.json counts {total} {name}, its tasks {parts}"
+    if plan is None:
+        return
+    if [task.name for task in plan.tasks] != [entry.name for entry in tasks]:
+        yield "manifest.json lists other tasks than _run/plan.json"
+        return
+    for task, entry in zip(plan.tasks, tasks, strict=True):
+        if task.rows != entry.rows:
+            yield f"{task.name}: {entry.rows} rows, but {task.rows} were planned"
+        yield from _check_commit(export, entry)
+
+
+def _check_commit(export: ExportDir, entry: TaskEntry) -> Iterator[str]:
+    name = entry.name
+    try:
+        record = Commit.parse(export.store.read(commit_path(name)) or b"")
+    except (ValueError, TypeError, KeyError) as error:
+        yield f"{name}: its commit record cannot be read ({error})"
+        return
+    committed = (record.rows, record.faults, keys_digest(record.keys), record.files)
+    if committed != (entry.rows, entry.faults, entry.keys_sha256, entry.files):
+        yield f"{name}: manifest.json and the commit record differ"

@@ -1,0 +1,166 @@
+"""The last level of `verify`: whether this run's model really gives these latents.
+
+manifest's fingerprint, run, data -> the export's config -> Work -> some tasks anew -> stored rows
+
+Batches are those of the export, padding included, so on the same kind of device the bits are equal;
+on another one they are close.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from pipeline.common import strict
+from pipeline.common.errors import UserError
+from pipeline.data.storage.opening import open_writable
+from pipeline.export.layout import MANIFEST, ExportDir, data_path
+from pipeline.export.manifest import Manifest, TaskEntry
+from pipeline.export.prepare import prepare
+from pipeline.export.run import Work
+from pipeline.export.settings import ExportConfig
+from pipeline.export.verify.levels import VerifyReport, verify_export
+from pipeline.export.work import encode_task
+from pipeline.export.workers import Worker
+from pipeline.latents.formats.writers import BaseWriter, Rows, Writer
+
+# Of the greatest difference to a field's standard deviation over the task: other devices' kernels.
+TOLERANCES = {"float32": 1e-3, "float16": 3e-3, "bfloat16": 2e-2}
+# Parts of the fingerprint that may differ from another machine's without other latents.
+MAY_DIFFER = ("versions", "encode.device")
+
+
+def verify_with_run(
+    out: str, run: str | None, *, source: str | None, shards: str | None, num_tasks: int
+) -> VerifyReport:
+    """Check an export on all levels: encode randomly chosen tasks anew, too.
+
+    source, shards: where index and shards lie, None = where the run was trained. Raises UserError
+    when run or data cannot be read.
+    """
+    if run is None:
+        raise UserError("The level encode needs the model: give its run directory by --run.")
+    report = verify_export(out, source=source, shards=shards)
+    if not report.files:
+        note = "nothing was encoded anew: the manifest is missing or damaged"
+        return replace(report, level="encode", notes=[*report.notes, note])
+    problems, notes = _verify_encoding(out, run, source, shards, num_tasks)
+    return replace(
+        report, level="encode", problems=report.problems + problems, notes=report.notes + notes
+    )
+
+
+def _verify_encoding(
+    out: str, run: str, source: str | None, shards: str | None, num_tasks: int
+) -> tuple[list[str], list[str]]:
+    export = ExportDir(open_writable(out))
+    manifest = Manifest.parse(export.store.read(MANIFEST) or b"")
+    config = config_of(manifest.fingerprint, run, out, source, shards)
+    prepared = prepare(config, Worker())
+    asked = json.loads(json.dumps(prepared.plan.fingerprint))
+    differences = strict.difference(manifest.fingerprint, asked)
+    problems = [
+        f"{path}: the export has {there!r}, {run} {here!r}"
+        for path, there, here in differences
+        if not path.startswith(MAY_DIFFER)
+    ]
+    if problems:
+        is_elsewhere = source is None and any("dataset_id" in problem for problem in problems)
+        hint = "encoded from another data set than the run's: name its index by --source"
+        return problems, [hint] if is_elsewhere else []
+    tasks = random.Random().sample(manifest.tasks, min(num_tasks, len(manifest.tasks)))
+    check = _Check(export, prepared.work, config, {t.name: t.shard for t in prepared.plan.tasks})
+    problems += check.tasks(tasks)
+    return problems, [f"{check.num_rows} rows encoded anew, {check.num_same} of them bit for bit"]
+
+
+def config_of(
+    fingerprint: Mapping[str, Any], run: str, out: str, source: str | None, shards: str | None
+) -> ExportConfig:
+    """Return the config of the export with such a fingerprint."""
+    model, data, encode, output = (
+        fingerprint[name] for name in ("model", "data", "encode", "output")
+    )
+    values = {
+        "run": run,
+        "out": out,
+        "step": model["step"],
+        "weights": model["weights"],
+        "data": {
+            "path": source,
+            "shards": shards,
+            "split": str(data["split"]).partition("/")[0],
+            "label_field": data.get("label_field"),
+        },
+        "batch_size": encode["batch_size"],
+        "precision": encode["precision"],
+        "store": output.get("store", "moments" if "logvar" in output["fields"] else "mean"),
+        "seed": output.get("seed") or 0,
+        "views": output.get("views", ["identity"]),
+        "columns": output.get("columns", {}),
+        "dtype": output["dtype"],
+        "formats": output["formats"],
+    }
+    return ExportConfig.model_validate_json(json.dumps(values))
+
+
+class _Check:
+    """Compares stored tasks with those encoded now."""
+
+    def __init__(
+        self, export: ExportDir, work: Work, config: ExportConfig, shards: Mapping[str, int]
+    ) -> None:
+        self.num_rows = self.num_same = 0
+        self._export, self._work, self._shards = export, work, shards
+        self._tolerance = TOLERANCES[config.dtype]
+        self._writer: BaseWriter = TypeAdapter(Writer).validate_python(
+            config.formats[0].model_dump()
+        )
+
+    def tasks(self, tasks: Sequence[TaskEntry]) -> Iterator[str]:
+        """Yield what is wrong with the stored rows of tasks."""
+        with closing(self._work.read(self._shards[task.name] for task in tasks)) as shards:
+            for task, (_, batches) in zip(tasks, shards, strict=True):
+                rows, _ = encode_task(
+                    task.name,
+                    batches,
+                    self._work.encoder,
+                    max_bad_fraction=1,
+                    on_rows=lambda _: None,
+                )
+                yield from self._compare(task, rows)
+
+    def _compare(self, task: TaskEntry, rows: Rows) -> Iterator[str]:
+        name = task.name
+        main = data_path(self._writer.kind, name, self._writer.suffix)
+        with self._export.store.local_copy([file.path for file in task.files]) as root:
+            try:
+                stored = self._writer.read(root / main)
+            except ValueError as error:
+                yield f"{name}: {error}"
+                return
+        if list(stored.keys) != list(rows.keys) or not np.array_equal(stored.valid, rows.valid):
+            yield f"{name}: other keys, or others that cannot be used, than in the source"
+            return
+        same = np.ones(len(rows), np.bool_)
+        for field, values in rows.latents.items():
+            if field not in stored.latents or stored.latents[field].shape != values.shape:
+                yield f"{name}: no {field} of the shape {values.shape[1:]}"
+                return
+            there = stored.latents[field].astype(np.float64).reshape(len(rows), -1)
+            here = values.astype(np.float64).reshape(len(rows), -1)
+            same &= (there == here).all(axis=1)
+            spread = max(float(here[rows.valid].std()) if rows.valid.any() else 0.0, 1e-12)
+            difference = float(np.abs(there - here).max(initial=0)) / spread
+            if not difference <= self._tolerance:  # NaN neither
+                yield (
+                    f"{name}: {field} is not what the model gives, by up to {difference:.3g} "
+                    f"standard deviations (tolerance {self._tolerance})"
+                )
+        self.num_rows += len(rows)
+        self.num_same += int(same.sum())

@@ -1,0 +1,84 @@
+"""The source side of `verify`: the keys as they stand in the shards themselves."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data.index import Index
+from pipeline.data.index.one_pass import OnePass
+from pipeline.data.index.splits import ALL
+from pipeline.data.index.tar import ReadBytes, TarScan, group_samples
+from pipeline.data.storage import is_url, open_storage
+from pipeline.export.manifest import Data, TaskEntry
+from pipeline.latents.formats.writers import Rows
+
+
+class SourceKeys:
+    """The data set that an export was made from."""
+
+    def __init__(self, path: str | Path, shards: str | Path | None = None) -> None:
+        """Open the index in `path`; shards: where they lie, None = there."""
+        self._index = Index.open(path)
+        self._storage = open_storage(shards or path)
+        self._number = {shard.name: i for i, shard in enumerate(self._index.shards)}
+        self._split = ALL
+        # Every format's file of a task is checked after the other: the shard is read once.
+        self._keys = lru_cache(maxsize=1)(self._keys_in)
+
+    def differences(self, data: Data) -> Iterator[str]:
+        """Yield how the data set is not the one that was exported: nothing else fits then."""
+        self._split = data.split.partition("/")[0]
+        if self._index.dataset_id != data.dataset_id:
+            yield f"the source {self._index.path} is another data set (dataset_id)"
+        elif self._split != ALL and self._split not in self._index.split_spec.names:
+            yield f"the source {self._index.path} has no split {self._split}"
+        elif self._index.split_identity(self._split) != data.split:
+            yield f"the source {self._index.path} is split by another rule now"
+
+    def left_out(self, tasks: Sequence[TaskEntry]) -> Iterator[str]:
+        """Yield the shards that have rows and no task."""
+        sources = {task.source for task in tasks}
+        counts = np.asarray(self._index.counts(self._split)).tolist()
+        for shard, rows in zip(self._index.shards, counts, strict=True):
+            if rows and shard.name not in sources:
+                where = self._storage.where(shard.name)
+                yield f"{where} has {rows} rows of split {self._split}, but no task"
+
+    def check(self, task: TaskEntry, rows: Rows) -> Iterator[str]:
+        """Yield how the rows of a file are not those of its source shard, in its order."""
+        number, keys = self._number.get(task.source), self._keys(task.source)
+        if number is None or keys is None:
+            yield f"its source shard {self._storage.where(task.source)} is missing"
+            return
+        table = self._index.table(number)
+        expected = table.rows_of(self._index.split_number(self._split))
+        if rows.rows.tolist() != expected.tolist():
+            yield f"not the rows of split {self._split} of {task.source}, in order"
+        if list(rows.keys) != [keys[row] for row in rows.rows if row < len(keys)]:
+            yield f"other keys, or in another order, than {self._storage.where(task.source)}"
+
+    def _keys_in(self, name: str) -> list[str] | None:
+        """Return the keys of all samples in a shard; None if it is missing.
+
+        From a remote store it comes in large pieces, from a disk the headers alone.
+        """
+        state = self._storage.states([name])[name]
+        if state is None:
+            return None
+
+        def read(offset: int, num_bytes: int) -> bytes:
+            return self._storage.read(name, offset, min(num_bytes, state.num_bytes - offset))
+
+        def scan(read: ReadBytes) -> list[str]:
+            return [sample.key for sample in group_samples(TarScan(read, state.num_bytes))]
+
+        if not is_url(self._storage.root):
+            return scan(read)
+        with OnePass(self._storage, name, state.num_bytes) as bytes_of:
+            return scan(bytes_of.read)
+
+    def close(self) -> None:
+        """Give back what the shards were read by."""
+        self._storage.close()

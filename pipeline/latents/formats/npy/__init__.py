@@ -1,0 +1,1 @@
+"""Two-dimensional `.npy` matrices beside a Parquet file of the rows' metadata."""

@@ -1,0 +1,67 @@
+"""A matrix per task for faiss, autofaiss, embedding-reader and scikit-learn, and its twin.
+
+    <shard>.npy      mu or z [rows, latent elements], the latent flattened in C order; np.load maps
+                     it
+    <shard>.parquet  row i of it belongs to row i of the matrix: all other columns of parquet.py,
+                     as they are there
+
+embedding-reader takes every .npy below its folder and joins the n-th of them with the n-th
+.parquet, so nothing else lies there. A row that is not valid is zeros in the matrix: leave it out
+of an index by the twin's `valid`. The latent's shape is in the twin's schema, under "latentmill".
+"""
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pipeline.latents.formats.parquet.writer import read_parquet, write_parquet
+from pipeline.latents.formats.writing import BaseWriter, Rows
+
+TWIN = ".parquet"
+
+
+class NpyWriter(BaseWriter):
+    """A 2-D matrix of latents with the stem of the source shard, and a Parquet file beside it."""
+
+    kind: Literal["npy"] = "npy"
+
+    @property
+    def suffix(self) -> str:
+        """Return ".npy"."""
+        return ".npy"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Return the suffixes of the matrix and of its twin."""
+        return (self.suffix, TWIN)
+
+    def write(self, path: Path, rows: Rows) -> None:
+        """Create the matrix and its twin."""
+        matrix = np.ascontiguousarray(rows.latents[rows.main]).reshape(len(rows), -1)
+        with path.open("xb") as file:
+            np.save(file, matrix, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        others = [field for field in rows.latents if field != rows.main]
+        write_parquet(path.with_suffix(TWIN), rows, others)
+
+    def read(self, path: Path) -> Rows:
+        """Return the rows of a matrix and its twin, which must fit."""
+        try:
+            matrix = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"{path.name} cannot be read: {error!r}") from error
+        rows, described = read_parquet(path.with_suffix(TWIN))
+        shape, fields = described["latent_shape"], described["fields"]
+        expected = (len(rows), math.prod(shape))
+        if matrix.shape != expected:
+            raise ValueError(
+                f"{path.name} cannot be read: it has the shape {matrix.shape}, but its twin "
+                f"{path.stem}{TWIN} belongs to {expected}"
+            )
+        latents = {fields[0]: matrix.reshape(len(rows), *shape), **rows.latents}
+        return replace(rows, latents=latents)

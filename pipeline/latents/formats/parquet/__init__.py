@@ -1,0 +1,1 @@
+"""Parquet files with the schema of Hugging Face `datasets`."""

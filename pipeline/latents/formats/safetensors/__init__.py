@@ -1,0 +1,1 @@
+"""Safetensors files, one tensor per field."""

@@ -1,0 +1,158 @@
+"""safetensors: one file of tensors per task, the one format that holds bfloat16.
+
+    mu, logvar or z, ..._hflip   [n, *latent] F32, F16 or BF16; those that are stored
+    row, label                   [n] I64; label -1 = none
+    valid                        [n] BOOL
+    key_bytes, key_offsets       [bytes] U8, [n + 1] I64: key i is the UTF-8 text in
+                                 key_bytes[key_offsets[i] : key_offsets[i + 1]]
+    metadata_bytes, _offsets     the same for the JSON texts, and text_bytes, text_offsets for the
+                                 plain ones; an empty one = none; only where there is one at all
+
+The texts are tensors since the header is JSON that every reader parses whole and that ends at
+100 MB. The header is written here and not by the library, whose `serialize` copies all tensors
+twice in memory; the library reads it. Format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, deserialize
+
+from pipeline.latents.formats.writing import FIELDS, BaseWriter, Dtype, Rows
+
+_TYPES = {
+    "I64": np.int64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,  # its bits
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
+
+
+class SafetensorsWriter(BaseWriter):
+    """A file of tensors with the stem of the source shard."""
+
+    kind: Literal["safetensors"] = "safetensors"
+
+    @property
+    def suffix(self) -> str:
+        """Return ".safetensors"."""
+        return ".safetensors"
+
+    @property
+    def dtypes(self) -> tuple[Dtype, ...]:
+        """Return all types."""
+        return ("float32", "float16", "bfloat16")
+
+    def write(self, path: Path, rows: Rows) -> None:
+        """Create the file."""
+        tensors = _tensors(rows)
+        with path.open("xb") as file:
+            file.write(_header(tensors, list(rows.latents)))
+            for array in tensors.values():
+                file.write(array.data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, path: Path) -> Rows:
+        """Return the rows of the file."""
+        try:
+            return _rows(path.stem, dict(deserialize(path.read_bytes())))
+        except (SafetensorError, KeyError, OSError, ValueError) as error:
+            raise ValueError(f"{path.name} cannot be read: {error!r}") from error
+
+
+def to_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Return the upper halves of float32 numbers, which are bfloat16 if the lower ones are zero."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    assert not (bits & 0xFFFF).any(), "rows.bfloat16 promises numbers that bfloat16 holds"
+    return (bits >> 16).astype(np.uint16)
+
+
+def from_bits(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Return bfloat16 numbers as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _tensors(rows: Rows) -> dict[str, NDArray[Any]]:
+    """Return all tensors in the order of the file; bfloat16 as its bits."""
+    tensors: dict[str, NDArray[Any]] = {
+        "row": rows.rows.astype(np.int64),
+        "label": rows.labels.astype(np.int64),
+        "valid": rows.valid,
+        **_pack("key", rows.keys),
+    }
+    for name, texts in (("metadata", rows.metadata), ("text", rows.texts)):
+        if any(text is not None for text in texts):
+            tensors |= _pack(name, [text or "" for text in texts])
+    for field, values in rows.latents.items():
+        tensors[field] = to_bits(values) if rows.bfloat16 else np.ascontiguousarray(values)
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    return {name: tensors[name] for name in order}
+
+
+def _header(tensors: Mapping[str, NDArray[Any]], fields: Sequence[str]) -> bytes:
+    """Return what precedes the tensors' bytes: the JSON's length, and the JSON."""
+    ours = json.dumps({"version": 1, "fields": fields})
+    header: dict[str, Any] = {"__metadata__": {"latentmill": ours}}
+    end = 0
+    for name, array in tensors.items():
+        begin, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": array.shape,
+            "data_offsets": (begin, end),
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8, the largest of a number
+    return len(text).to_bytes(8, "little") + text
+
+
+def _pack(name: str, texts: Sequence[str]) -> dict[str, NDArray[Any]]:
+    encoded = [text.encode() for text in texts]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return {
+        f"{name}_bytes": np.frombuffer(b"".join(encoded), np.uint8),
+        f"{name}_offsets": offsets,
+    }
+
+
+def _unpack(name: str, arrays: Mapping[str, NDArray[Any]]) -> list[str]:
+    data, offsets = arrays[f"{name}_bytes"].tobytes(), arrays[f"{name}_offsets"].tolist()
+    return [data[lo:hi].decode() for lo, hi in pairwise(offsets)]
+
+
+def _rows(shard: str, tensors: Mapping[str, Mapping[str, Any]]) -> Rows:
+    arrays: dict[str, NDArray[Any]] = {
+        name: np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]]).reshape(tensor["shape"])
+        for name, tensor in tensors.items()
+    }
+    keys = _unpack("key", arrays)
+    metadata, texts = (
+        _unpack(name, arrays) if f"{name}_bytes" in arrays else [""] * len(keys)
+        for name in ("metadata", "text")
+    )
+    latents = {field: arrays[field] for field in FIELDS if field in arrays}
+    is_bfloat16 = tensors["z" if "z" in latents else "mu"]["dtype"] == "BF16"
+    columns = (metadata, texts, arrays["row"], arrays["valid"], arrays["label"], *latents.values())
+    if any(len(column) != len(keys) for column in columns):
+        raise ValueError(f"{len(keys)} keys, but {[len(column) for column in columns]} of others")
+    return Rows(
+        shard=shard,
+        keys=keys,
+        rows=arrays["row"],
+        valid=arrays["valid"],
+        labels=arrays["label"],
+        metadata=[text or None for text in metadata],
+        texts=[text or None for text in texts],
+        latents={f: from_bits(v) if is_bfloat16 else v for f, v in latents.items()},
+        bfloat16=is_bfloat16,
+    )

@@ -1,0 +1,1 @@
+"""Webdataset tars, one `.npy` member per field and sample."""

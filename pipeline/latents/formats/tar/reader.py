@@ -1,0 +1,95 @@
+"""Rows of a webdataset tar, by the headers of its members: a `.npy` ends with the row's values.
+
+The whole file is one range: a remote tar is fetched once, and kept while the cache has room.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.latents.files import ByteFile
+from pipeline.latents.formats.reading import Ints, Layout, ShardReader
+from pipeline.latents.rows import NO_LABEL
+
+BLOCK = 512  # ustar: headers and contents begin at multiples
+NPY_MAGIC = b"\x93NUMPY"
+
+
+class TarShard(ShardReader):
+    """A file of the writer beside: ustar, one member after the other, sorted by sample."""
+
+    def __init__(self, files: Sequence[ByteFile], layout: Layout) -> None:
+        """Read all headers."""
+        (self._file,), self._layout = files, layout
+        self._keys: list[str] = []
+        self._members: list[dict[str, tuple[int, int]]] = []  # suffix -> offset and size
+        data = self._file.view(0, self._file.size).data  # indexing it is faster than the array
+        place = 0
+        while place + BLOCK <= len(data) and data[place]:
+            header = data[place : place + BLOCK].tobytes()
+            try:
+                size = int(header[124:135], 8)
+                name, folder = _text(header[:100]), _text(header[345:500])
+            except ValueError:
+                raise ValueError(f"holds no tar header at byte {place}") from None
+            self._add(f"{folder}/{name}" if folder else name, place + BLOCK, size)
+            place += BLOCK + -(-size // BLOCK) * BLOCK
+        if not self._keys or place > len(data) - 2 * BLOCK:
+            raise ValueError("ends early: it has no end marker")
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def column(self, name: str, rows: Ints) -> NDArray[Any]:
+        """Return one of COLUMNS for some rows."""
+        values = [self._value(name, number) for number in rows.tolist()]
+        return np.array(values, {"valid": np.bool_, "label": np.int64}.get(name, np.object_))
+
+    def latents(self, field: str, rows: Ints) -> NDArray[Any]:
+        """Return one field's latents [n, *shape] for some rows, copied."""
+        layout, data = self._layout, self._file.view(0, self._file.size)
+        row_bytes = layout.row_bytes
+        out = np.empty((len(rows), row_bytes), np.uint8)
+        for place, number in enumerate(rows.tolist()):
+            offset, size = self._members[number].get(f"{field}.npy", (0, 0))
+            if size <= row_bytes or data[offset : offset + 6].tobytes() != NPY_MAGIC:
+                raise ValueError(f"holds no {field} of {self._keys[number]}")
+            out[place] = data[offset + size - row_bytes : offset + size]
+        return layout.to_array(out)
+
+    def _add(self, name: str, offset: int, size: int) -> None:
+        """Note a member; a name splits at its basename's first dot."""
+        folder, slash, base = name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        key = f"{folder}{slash}{stem}"
+        if not self._keys or self._keys[-1] != key or suffix in self._members[-1]:
+            self._keys.append(key)
+            self._members.append({})
+        self._members[-1][suffix] = offset, size
+
+    def _value(self, name: str, number: int) -> Any:
+        if name == "key":
+            return self._keys[number]
+        if name == "valid":
+            return json.loads(self._content(number, "row.json"))["valid"]
+        if name == "label":
+            return int(self._content(number, "cls", str(NO_LABEL).encode()))
+        if name == "text":
+            return self._content(number, "txt", b"").decode() or None
+        text = self._content(number, "json", b"null").decode()
+        return None if text == "null" else text
+
+    def _content(self, number: int, suffix: str, default: bytes | None = None) -> bytes:
+        if suffix not in self._members[number]:
+            if default is None:
+                raise ValueError(f"holds no {suffix} of {self._keys[number]}")
+            return default
+        offset, size = self._members[number][suffix]
+        return self._file.view(0, self._file.size)[offset : offset + size].tobytes()
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode()

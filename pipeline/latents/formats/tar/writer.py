@@ -1,0 +1,130 @@
+"""webdataset tar: `<key>.mu.npy`, `.logvar.npy`, `.cls`, `.json`, `.txt`, `.row.json`.
+
+Or `.z.npy`, and `.mu_hflip.npy` ... of mirrored images. `wds.WebDataset(...).decode()` and the
+webdataset loader of Hugging Face `datasets` decode all of them by their last suffix. `.cls`,
+`.json` and `.txt` are the source's own label, metadata and text; every sample of a file has the
+same members (`datasets` insists), so a missing one is -1, null or empty. `.row.json` holds
+{"row": number in the source shard, "valid": false if the latents are only zeros in place of a
+sample that could not be read}.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.common.errors import UserError
+from pipeline.common.files import check_member_name
+from pipeline.common.tars import open_tar
+from pipeline.latents.formats.writing import FIELDS, NO_LABEL, BaseWriter, Rows
+
+SHORT_NAME_BYTES = 100  # what fits in any case
+
+
+class TarWriter(BaseWriter):
+    """A tar like the source shard: same stem, same keys, same order."""
+
+    kind: Literal["tar"] = "tar"
+
+    @property
+    def suffix(self) -> str:
+        """Return ".tar"."""
+        return ".tar"
+
+    def check_keys(self, keys: Sequence[str], fields: Sequence[str]) -> None:
+        """Raise UserError if a member's name would not fit into a tar header."""
+        suffix = max("row.json", *(f"{field}.npy" for field in fields), key=len)
+        for key in keys:
+            name = f"{key}.{suffix}"
+            if len(name.encode(errors="surrogateescape")) <= SHORT_NAME_BYTES:
+                continue
+            try:
+                check_member_name(name)
+            except UserError as error:
+                raise UserError(f"{error} Or leave tar out of the export's formats.") from None
+
+    def write(self, path: Path, rows: Rows) -> None:
+        """Create the tar; labels, metadata and texts get a member if any row has one."""
+        has_labels = bool((rows.labels != NO_LABEL).any())
+        has_metadata, has_text = (
+            any(text is not None for text in texts) for texts in (rows.metadata, rows.texts)
+        )
+        with open_tar(path) as write:
+            for place, key in enumerate(rows.keys):
+                members = {
+                    f"{field}.npy": _npy(values[place]) for field, values in rows.latents.items()
+                }
+                if has_labels:
+                    members["cls"] = str(rows.labels[place]).encode()
+                if has_metadata:
+                    members["json"] = (rows.metadata[place] or "null").encode()
+                if has_text:
+                    members["txt"] = (rows.texts[place] or "").encode()
+                row = {"row": int(rows.rows[place]), "valid": bool(rows.valid[place])}
+                members["row.json"] = json.dumps(row).encode()
+                write(key, members)
+
+    def read(self, path: Path) -> Rows:
+        """Return the rows of the tar."""
+        try:
+            samples = list(_samples(path))
+            if not samples:
+                raise ValueError("it holds no sample")
+            rows = [json.loads(members["row.json"]) for _, members in samples]
+            latents = {
+                field: np.stack([_array(members[f"{field}.npy"]) for _, members in samples])
+                for field in FIELDS
+                if f"{field}.npy" in samples[0][1]
+            }
+            return Rows(
+                shard=path.stem,
+                keys=[key for key, _ in samples],
+                rows=np.array([row["row"] for row in rows], np.int64),
+                valid=np.array([row["valid"] for row in rows], np.bool_),
+                labels=np.array([int(members.get("cls", NO_LABEL)) for _, members in samples]),
+                metadata=[_metadata(members) for _, members in samples],
+                texts=[members.get("txt", b"").decode() or None for _, members in samples],
+                latents=latents,
+            )
+        except (tarfile.TarError, KeyError, EOFError, OSError) as error:
+            raise ValueError(f"{path.name} cannot be read: {error!r}") from error
+
+
+def _npy(array: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _array(data: bytes) -> NDArray[Any]:
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def _metadata(members: Mapping[str, bytes]) -> str | None:
+    text = members.get("json", b"null").decode()
+    return None if text == "null" else text
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield each sample's key and members by suffix; a name splits at its basename's first dot."""
+    key, members = "", dict[str, bytes]()
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            folder, slash, name = member.name.rpartition("/")
+            stem, _, suffix = name.partition(".")
+            # Equal keys may follow each other, where what was between them is of another split.
+            if members and (folder + slash + stem != key or suffix in members):
+                yield key, members
+                members = {}
+            key = folder + slash + stem
+            content = tar.extractfile(member)
+            if content is None:
+                raise tarfile.TarError(f"{member.name} is no plain file")
+            members[suffix] = content.read()
+    if members:
+        yield key, members

@@ -1,0 +1,1 @@
+"""What is minimised: the objective and its terms."""

@@ -1,0 +1,33 @@
+"""The rate of a variational autoencoder."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.losses.terms.base import RegulariserBase
+from pipeline.models.bottlenecks import Posterior
+
+
+def gaussian_kl(posterior: Posterior) -> Tensor:
+    """Return KL(N(mu, sigma^2) || N(0, 1)) of every latent element [B, *latent], in nats.
+
+    Kingma and Welling 2014, appendix B; expm1 keeps its digits where log-variances are small.
+    """
+    assert posterior.logvar is not None
+    return 0.5 * (posterior.mu.square() + torch.expm1(posterior.logvar) - posterior.logvar)
+
+
+class Kl(RegulariserBase):
+    """KL(q(z | x) || N(0, I)) in closed form; `weight` is beta (Higgins et al. 2017, eq. 4)."""
+
+    kind: Literal["kl"] = "kl"
+
+    @property
+    def needs_random_posterior(self) -> bool:
+        """A point has no density, so no divergence."""
+        return True
+
+    def per_image(self, posterior: Posterior) -> Tensor:
+        """Return the divergence of every image [B], in nats."""
+        return gaussian_kl(posterior).flatten(1).sum(1)

@@ -1,0 +1,70 @@
+"""Samples that could not be used: listed once each in `<run>/quarantine.jsonl`, counted, limited.
+
+Such a sample keeps its slot with weight 0 (a tombstone), so nothing else moves.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.common.errors import UserError
+from pipeline.data.settings import DataConfig
+from pipeline.data.stream import Quarantined, Stream
+from pipeline.distributed.runtime import Runtime
+
+# The fraction is taken of at least so many samples: of fewer it says nothing.
+MIN_SAMPLES_JUDGED = 1000
+
+
+class Quarantine:
+    """The list of one run directory, kept by the main process."""
+
+    def __init__(self, run_dir: Path, data: DataConfig, runtime: Runtime) -> None:
+        self._path = run_dir / "quarantine.jsonl"
+        self._max_bad_fraction = data.max_bad_fraction
+        self._max_bad_in_row = data.max_bad_in_row
+        self._runtime = runtime
+        self._known: set[int] = set()
+        if runtime.is_main and self._path.exists():
+            content = self._path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):
+                # Half a line, left by a kill: the next entry must not be written behind it.
+                os.truncate(self._path, len(whole))
+            self._known = {json.loads(line)["uid"] for line in whole.splitlines()}
+
+    def collect(self, stream: Stream) -> dict[str, float]:
+        """Take new entries from every process's stream and return counts to log; a collective.
+
+        Raises UserError, on every process, if too many of the stream's samples were unusable.
+        """
+        counters = stream.counters
+        mine = (stream.take_quarantined(), counters.tombstones, counters.images)
+        mine += (counters.max_bad_in_row,)
+        entries, tombstones, images, in_row = zip(*self._runtime.gather(mine), strict=True)
+        num_tombstones, num_images = sum(tombstones), sum(images)
+        self._record(entry for part in entries for entry in part)
+        if num_tombstones > self._max_bad_fraction * max(num_images, MIN_SAMPLES_JUDGED):
+            raise UserError(
+                f"{num_tombstones} of {num_images} samples could not be used: more than "
+                f"data.max_bad_fraction {self._max_bad_fraction:g} allows. They are listed with "
+                f"their reasons in {self._path}."
+            )
+        if max(in_row) > self._max_bad_in_row:
+            raise UserError(
+                f"{max(in_row)} samples in a row could not be used: more than data.max_bad_in_row "
+                f"{self._max_bad_in_row} allows. They are listed with their reasons in "
+                f"{self._path}."
+            )
+        return {"data/tombstones": num_tombstones, "data/images": num_images}
+
+    def _record(self, entries: Iterable[Quarantined]) -> None:
+        new = {entry.uid: entry for entry in entries if entry.uid not in self._known}
+        if not self._runtime.is_main or not new:
+            return
+        self._known |= new.keys()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry._asdict()) + "\n" for entry in new.values())
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,120 @@
+"""Sums on the device, read once per log: a logged mean is over all images, ranks and micro-batches.
+
+Names and units (prefix `train/`, `eval/` or `eval_ema/`):
+    loss               what is minimised, per image
+    distortion         its likelihood term, with emphasis, per image (nats, or squared error)
+    squared_error      sum over the elements of an image of (x - mean)^2, x in [0, 1]
+    kl                 KL(q(z|x) || N(0, I)) in nats per image
+    nats               bound on -ln p(x) per image (likelihoods in nats only)
+    bits_per_dimension the same per element of 8-bit data (densities only)
+    sigma2             variance of an element given z (Gaussian likelihood only)
+and, without these prefixes:
+    optim/learning_rate, optim/grad_norm (before clipping, mean over applied steps),
+    optim/skipped_steps (since this start), optim/weight_kl (beta),
+    perf/images_per_second, perf/data_wait_fraction (share of time in the stream's next()),
+    data/samples_seen, data/epoch, data/images and data/tombstones (since this start)
+"""
+
+import math
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pipeline.data.stream import Stream
+from pipeline.distributed.runtime import Runtime
+from pipeline.distributed.strategies.base import StepResult
+from pipeline.losses.objective import Losses
+
+
+class Meter:
+    """Weighted sums of per-image values since the last `reduce`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self._weight = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, values: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Add values [B] (each name in every call) of images with weight [B]; no host sync."""
+        # A tombstone's value may be anything, also infinite: it must not reach the sum by 0 * inf.
+        counted = weight > 0
+        for name, value in values.items():
+            weighted = (value.detach() * weight).where(counted, 0.0).sum(dtype=torch.float64)
+            self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
+        self._weight = self._weight + weight.sum(dtype=torch.float64)
+
+    def reduce(self, runtime: Runtime) -> tuple[dict[str, float], float]:
+        """Return the means over all ranks and the total weight, and start anew.
+
+        The one host sync. A collective: every rank calls it at the same step.
+        """
+        names = sorted(self._sums)
+        packed = torch.stack([self._weight, *(self._sums[name] for name in names)])
+        total, *sums = runtime.sum(packed).tolist()
+        self._sums.clear()
+        self._weight = torch.zeros_like(self._weight)
+        # Without one usable sample there is no mean: NaN says so.
+        means = [value / total if total else math.nan for value in sums]
+        return dict(zip(names, means, strict=True)), total
+
+
+class TrainingMeter:
+    """What a training run logs: losses per image, steps per log, speed and data faults."""
+
+    def __init__(self, runtime: Runtime, stream: Stream) -> None:
+        self._runtime = runtime
+        self._stream = stream
+        self._losses = Meter(runtime.device)
+        self._norm_sum = torch.zeros((), device=runtime.device)
+        self._applied = torch.zeros((), device=runtime.device)
+        self._num_steps = 0
+        self._num_skipped = 0
+        self._start = time.monotonic()
+        self._stall_start = stream.counters.stall_seconds
+
+    def add(self, losses: Losses, weight: Tensor) -> None:
+        """Add a micro-batch."""
+        values = {"loss": losses.total, "distortion": losses.distortion}
+        self._losses.add(
+            values | losses.regularisers | {"squared_error": losses.squared_error}, weight
+        )
+
+    def add_step(self, result: StepResult) -> None:
+        """Add an optimizer step."""
+        applied = result.applied
+        self._norm_sum = self._norm_sum + result.grad_norm.where(applied > 0, 0.0).float()
+        self._applied = self._applied + applied
+        self._num_steps += 1
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Leave the time spent inside (an evaluation, a save) out of the rates."""
+        started, stalled = time.monotonic(), self._stream.counters.stall_seconds
+        try:
+            yield
+        finally:
+            self._start += time.monotonic() - started
+            self._stall_start += self._stream.counters.stall_seconds - stalled
+
+    def read(self) -> dict[str, float]:
+        """Return all since the last call, and start anew; a collective, the one host sync."""
+        means, num_images = self._losses.reduce(self._runtime)
+        applied, norm_sum = self._applied.item(), self._norm_sum.item()
+        seconds = time.monotonic() - self._start
+        stalled = self._stream.counters.stall_seconds - self._stall_start
+        stalled = self._runtime.sum(torch.tensor(stalled, device=self._runtime.device)).item()
+        values = {f"train/{name}": value for name, value in means.items()}
+        values["optim/grad_norm"] = norm_sum / applied if applied else math.nan
+        self._num_skipped += self._num_steps - int(applied)
+        values["optim/skipped_steps"] = self._num_skipped
+        values["perf/images_per_second"] = num_images / seconds
+        values["perf/data_wait_fraction"] = stalled / (seconds * self._runtime.world)
+        self._norm_sum = torch.zeros_like(self._norm_sum)
+        self._applied = torch.zeros_like(self._applied)
+        self._num_steps = 0
+        self._start = time.monotonic()
+        self._stall_start = self._stream.counters.stall_seconds
+        return values

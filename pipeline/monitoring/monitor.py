@@ -1,0 +1,157 @@
+"""What a run says while it runs: `metrics.jsonl` always, W&B beside it, one line on the console."""
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field
+
+from pipeline.common.component import Component
+from pipeline.common.console import warn
+from pipeline.common.files import write_atomic
+from pipeline.monitoring.wandb_sink import Records, WandbConfig, WandbSink
+
+
+class MonitorConfig(Component):
+    """How often a run reports."""
+
+    log_every_steps: int = Field(default=50, gt=0)
+    # Rows of the picture at every evaluation; 0: no pictures.
+    num_images: int = Field(default=8, ge=0)
+    wandb: WandbConfig = WandbConfig()
+
+
+class Monitor:
+    """The reports of one run; on any process but the main one, silence."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: MonitorConfig,
+        *,
+        resolved: Mapping[str, Any],
+        step: int,
+        num_steps: int,
+        is_main: bool,
+        evaluates: bool = False,
+    ) -> None:
+        """Open the sinks; records after `step`, where the run goes on, are cut off.
+
+        resolved: the run's whole config, for W&B. num_steps: length of the run. evaluates: whether
+        an evaluation belongs to `step`.
+        """
+        self._is_main = is_main
+        self.past: Records = ()  # what was logged up to `step`
+        self.lacks_evaluation = False  # of `step`, although it has one
+        if not is_main:
+            return
+        self._run_dir = run_dir
+        self._num_steps = num_steps
+        self._last_progress = (step, time.monotonic())
+        (run_dir / "images").mkdir(exist_ok=True)
+        # A run that begins again at step 0 evaluates there again.
+        self.past = cut_back(run_dir / "metrics.jsonl", step if step > 0 else -1)
+        self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
+        self._unwritten = b""
+        evaluated = any(r["step"] == step and "eval/loss" in r for r in self.past)
+        self.lacks_evaluation = evaluates and not evaluated
+        self._wandb = WandbSink(
+            run_dir,
+            config.wandb,
+            resolved=resolved,
+            step=step,
+            past=self.past,
+            goes_on=self.lacks_evaluation,
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values at a step; several calls at one step add up to one record per call."""
+        if not self._is_main:
+            return
+        record = {"step": step, "time": round(time.time(), 3), **values}
+        # NaN is written as Python's json does, so that a broken number is seen, not lost.
+        self._unwritten += json.dumps(record).encode() + b"\n"
+        self._write()
+        self._wandb.log(step, dict(values))
+
+    def _write(self) -> None:
+        """Append what is not written yet, whole or not at all; a full disk only delays it."""
+        size = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(self._unwritten) == len(self._unwritten):
+                self._unwritten = b""
+                return
+            problem = "only a part fitted"
+        except OSError as error:
+            problem = str(error)
+        self._file.truncate(size)
+        warn(f"metrics.jsonl could not be written ({problem}); the next record tries again")
+
+    def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        """Keep a picture [H, W, 3] as images/<name>-<step>.png and in W&B."""
+        if not self._is_main:
+            return
+        image = Image.fromarray(pixels)
+        path = self._run_dir / "images" / f"{name}-{step:08d}.png"
+        try:
+            image.save(path)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            warn(f"{path} could not be written ({error}); training goes on")
+        self._wandb.log_image(step, name, image)
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
+        """Print the console's line for one log."""
+        if not self._is_main:
+            return
+        former_step, former_time = self._last_progress
+        now = time.monotonic()
+        self._last_progress = (step, now)
+        seconds_per_step = (now - former_time) / max(step - former_step, 1)
+        minutes, seconds = divmod(int((self._num_steps - step) * seconds_per_step), 60)
+        self.say(
+            f"step {step:,}/{self._num_steps:,}  loss {values['train/loss']:.4g}  "
+            f"{values['perf/images_per_second']:,.0f} images/s  "
+            f"waiting for data {values['perf/data_wait_fraction']:.0%}  "
+            f"{minutes}:{seconds:02d} left"
+        )
+
+    def say(self, text: str) -> None:
+        """Print a line on the console."""
+        if self._is_main:
+            print(text, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Finish the sinks; W&B shows a run that ends by an exception as failed."""
+        if not self._is_main:
+            return
+        self._file.close()
+        self._wandb.close(exit_code=0 if kind is None else 1)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl, also while it is written: up to a last line that is not whole."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = itertools.takewhile(lambda line: line.endswith(b"\n"), lines)
+    return [json.loads(line) for line in whole]
+
+
+def cut_back(path: Path, step: int) -> Records:
+    """Drop the records after `step` and a last line that a kill cut short; return the others."""
+    if not path.exists():
+        return []
+    records = list(itertools.takewhile(lambda r: r["step"] <= step, read_records(path)))
+    kept = path.read_bytes().splitlines(keepends=True)[: len(records)]
+    write_atomic(path, b"".join(kept))
+    return records

@@ -1,0 +1,169 @@
+"""Weights & Biases: a sink that may fail; the first failure is printed once and it is left alone.
+
+Offline, every start of a run writes a piece of its own, `wandb/offline-run-*`; pieces of one run
+share an id, and a later piece replaces the steps from its own start on. W&B writes late, so a kill
+takes its last steps; the next piece begins where the former ones end, not where training goes on.
+"""
+
+import re
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+from PIL import Image
+
+from pipeline.common.component import Component
+from pipeline.common.console import warn
+from pipeline.common.files import write_atomic
+from pipeline.monitoring.wandb_pieces import written_steps
+
+# A run whose upload does not end by then ends without; `wandb sync` sends the rest.
+WANDB_FINISH_SECONDS = 600.0
+
+Records = Sequence[Mapping[str, Any]]  # metrics.jsonl: step, time, values
+
+
+class WandbConfig(Component):
+    """Where Weights & Biases runs go."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online when logged in
+    project: str = "latentmill"
+    name: str | None = None  # null: the run directory's name
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class WandbSink:
+    """Weights & Biases behind a fuse."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: WandbConfig,
+        *,
+        resolved: Mapping[str, Any],
+        step: int,
+        past: Records,
+        goes_on: bool = False,
+    ) -> None:
+        """Open a run that goes on from `step`.
+
+        past: its records so far, of which W&B may have lost the last. goes_on: whether more records
+        of `step` itself will come.
+        """
+        self._run: Any = None
+        self._failed = False
+        self._pending: tuple[int, dict[str, Any]] = (-1, {})
+        if config.mode != "disabled":
+            self._guarded(lambda: self._open(run_dir, config, resolved, step, past, goes_on))
+
+    def _open(
+        self,
+        run_dir: Path,
+        config: WandbConfig,
+        resolved: Mapping[str, Any],
+        step: int,
+        past: Records,
+        goes_on: bool,
+    ) -> None:
+        mode = config.mode
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False) else "offline"
+        identity: dict[str, Any] = {"id": wandb_run_id(run_dir)}
+        lost: Records = []
+        if mode == "online":
+            identity["resume"] = "allow"
+        elif step > 0:
+            # Offline, `resume` is ignored; `resume_from` makes the piece start after that step.
+            written = written_steps(run_dir / "wandb")
+            first_lost = min(
+                (r["step"] for r in past if r["step"] not in written),
+                default=step if goes_on else step + 1,
+            )
+            lost = [record for record in past if record["step"] >= first_lost]
+            kept = max((s for s in written if s < first_lost), default=None)
+            if kept is not None:
+                # A WANDB_RUN_ID of the environment would contradict it in wandb's own check.
+                wandb.setup(wandb.Settings(run_id=identity["id"]))
+                identity["resume_from"] = f"{identity['id']}?_step={kept}"
+        self._run = wandb.init(
+            project=config.project,
+            name=config.name or run_dir.resolve().name,
+            group=config.group,
+            tags=config.tags,
+            dir=run_dir,
+            mode=mode,
+            config=dict(resolved),
+            settings=wandb.Settings(
+                console="off", silent=True, finish_timeout=WANDB_FINISH_SECONDS
+            ),
+            **identity,
+        )
+        self._log_again(run_dir / "images", lost)
+
+    def _log_again(self, images: Path, lost: Records) -> None:
+        """Send records, with the pictures of their steps, that no former piece holds."""
+        steps = {record["step"] for record in lost}
+        pictures = [
+            (int(found[2]), found[1], path)
+            for path in sorted(images.glob("*.png"))
+            if (found := re.fullmatch(r"(.+)-(\d+)\.png", path.name)) and int(found[2]) in steps
+        ]
+        for record in lost:
+            step = record["step"]
+            self.log(step, {k: v for k, v in record.items() if k not in ("step", "time")})
+            for _, name, path in (picture for picture in pictures if picture[0] == step):
+                with Image.open(path) as image:
+                    self.log_image(step, name, image)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Send values at an explicit step; values of one step are sent together."""
+        pending_step, pending = self._pending
+        if step != pending_step:
+            self._send()
+            pending = {}
+        self._pending = (step, pending | values)
+
+    def log_image(self, step: int, name: str, image: Image.Image) -> None:
+        """Send a picture at an explicit step."""
+        if self._run is not None:
+            self._guarded(lambda: self.log(step, {f"images/{name}": wandb.Image(image)}))
+
+    def close(self, exit_code: int) -> None:
+        """Send what is left and finish the run."""
+        self._send()
+        if self._run is not None:
+            self._guarded(lambda: self._run.finish(exit_code=exit_code))
+        if self._failed:
+            # Now, while its errors can be silenced: at exit wandb would print them.
+            with suppress(Exception):
+                wandb.teardown(exit_code=exit_code)
+
+    def _send(self) -> None:
+        step, values = self._pending
+        if self._run is not None and values:
+            self._guarded(lambda: self._run.log(values, step=step, commit=True))
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - reported, and the sink is cut off
+            # Whatever W&B's reason is, the training is worth more: say it once and go on without.
+            self._run = None
+            self._failed = True
+            warn(
+                f"W&B failed and is off for the rest of this run ({type(error).__name__}: "
+                f"{error}); metrics.jsonl goes on"
+            )
+
+
+def wandb_run_id(run_dir: Path) -> str:
+    """Return the id that all pieces of this run share, made at its first start."""
+    path = run_dir / "wandb" / "run-id"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, uuid.uuid4().hex[:8].encode())
+    return path.read_text()

@@ -1,0 +1,1 @@
+"""The parts of a run between its config and its loop."""

@@ -1,0 +1,129 @@
+"""From a config to the objects of a run."""
+
+from collections.abc import Sequence
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from pipeline.common import strict
+from pipeline.common.errors import UserError
+from pipeline.common.precision import parameter_dtype
+from pipeline.config import TrainConfig
+from pipeline.data.index import Index
+from pipeline.data.index.splits import ALL
+from pipeline.data.order.mixture import Mixture, reading_plan
+from pipeline.data.storage import open_storage
+from pipeline.data.stream.datasets import open_indexes, order_of
+from pipeline.distributed.runtime import Runtime
+from pipeline.distributed.strategies.base import Strategy
+from pipeline.distributed.strategies.ddp import DdpStrategy
+from pipeline.distributed.strategies.zero import ZeroStrategy
+from pipeline.models.autoencoder import AutoEncoder, build_autoencoder, num_parameters
+from pipeline.training.forward import Forward, Inputs
+
+
+def check_data(config: TrainConfig, indexes: Sequence[Index]) -> None:
+    """Raise UserError unless the shards are the indexes', and there is something to evaluate on."""
+    split, num_held_out = config.evaluation.split, 0
+    for source, index in zip(config.data.sources, indexes, strict=True):
+        with closing(open_storage(source.root, config.data.remote)) as storage:
+            index.check_shards(storage)
+        index.check_suffixes(config.data.decode.member_suffixes)
+        names = (*index.split_spec.names, ALL)
+        if split not in names:
+            known = ", ".join(names)
+            raise UserError(
+                f"evaluation.split = {split!r}: the index of {source.path} has the splits {known}."
+            )
+        num_held_out += int(index.counts(split).sum())
+    if num_held_out == 0:
+        path = config.data.sources[0].path
+        raise UserError(
+            f"evaluation.split = {split!r} holds no sample: name another split, or give it a "
+            f"larger fraction by `latentmill index {path} --split ...`."
+        )
+
+
+def make_order(config: TrainConfig, indexes: Sequence[Index]) -> Mixture:
+    """Return the order in which the run meets its samples."""
+    return order_of(config.data, indexes, config.seed, config.batch_size)
+
+
+def make_forward(config: TrainConfig, device: torch.device) -> Forward:
+    """Return what turns batches into losses."""
+    return Forward(
+        decode=config.data.decode,
+        corruptions=config.corruptions,
+        likelihood=config.model.likelihood,
+        objective=config.objective,
+        seed=config.seed,
+        precision=config.precision,
+        device=device,
+    )
+
+
+def place_model(model: AutoEncoder, config: TrainConfig, device: torch.device) -> AutoEncoder:
+    """Move a model to its device and into the config's memory format."""
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    # torch's stubs leave this argument out
+    return model.to(device).to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+
+
+def make_strategy(config: TrainConfig, runtime: Runtime) -> Strategy:
+    """Return the initial model, distributed over the processes."""
+    model = build_autoencoder(
+        config.model,
+        config.data.decode.event_shape,
+        seed=config.seed,
+        dtype=parameter_dtype(config.precision),
+    )
+    model = place_model(model, config, runtime.device)
+    if config.compile:
+        model.compile()
+    if runtime.uses_deepspeed:
+        return ZeroStrategy(
+            model,
+            optimizer=config.optimizer,
+            ema_decay=config.ema_decay,
+            accelerator=runtime.accelerator,
+            micro_batch=config.batch_size // (runtime.world * config.accumulation),
+            precision=config.precision,
+        )
+    return DdpStrategy(
+        model,
+        optimizer=config.optimizer,
+        ema_decay=config.ema_decay,
+        accelerator=runtime.accelerator,
+    )
+
+
+def throw_away_loss(
+    config: TrainConfig, forward: Forward, strategy: Strategy, runtime: Runtime
+) -> Tensor:
+    """Return a zero that depends on every parameter, from a micro-batch of zero-valued samples."""
+    size = config.batch_size // (runtime.world * config.accumulation)
+    dtype = parameter_dtype(config.precision)
+    x = torch.zeros(size, *config.data.decode.event_shape, dtype=dtype, device=runtime.device)
+    keys = torch.zeros(size, dtype=torch.int64, device=runtime.device)
+    inputs = Inputs(x, x, None, keys, weight=torch.zeros(size, device=runtime.device))
+    _, losses = forward.run(strategy.model, inputs, weights=config.objective.weights_at(0))
+    return losses.total.sum() * 0.0
+
+
+def describe(config: TrainConfig) -> str:
+    """Return what --dry-run prints: the resolved config as YAML, sizes as comments."""
+    indexes = open_indexes(config.data)
+    check_data(config, indexes)
+    order = make_order(config, indexes)
+    with torch.device("meta"):
+        model = AutoEncoder(config.model, config.data.decode.event_shape)
+    steps = order.num_samples / config.batch_size
+    return (
+        f"{strict.dump(config)}"
+        f"# parameters: {num_parameters(model):,}\n"
+        f"# reading: {reading_plan(order, 1)}\n"
+        f"# samples per epoch (split {config.data.split}): {order.num_samples:,}\n"
+        f"# steps per epoch: {steps:,.1f}; epochs in {config.num_steps:,} steps: "
+        f"{config.num_steps / steps:,.1f}\n"
+    )

@@ -1,0 +1,79 @@
+"""From a batch of the stream to losses per image: the same steps in training and evaluation.
+
+    Batch (stored values) -> device -> clean x in [0, 1] -> corrupted x, mask -> model -> Losses
+
+# B samples
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.common import rng
+from pipeline.common.precision import autocast, parameter_dtype
+from pipeline.corruptions import Corruption, corrupt
+from pipeline.data.decode import Decode
+from pipeline.data.stream import Batch
+from pipeline.losses.objective import Losses, Objective, per_image_losses
+from pipeline.models.autoencoder import Output
+from pipeline.models.likelihoods import Likelihood
+
+# Every use of randomness has a stream of its own. Evaluation ignores the epoch, so that two
+# evaluations differ by the weights only.
+Use = Literal["train", "evaluation"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One micro-batch on the device."""
+
+    clean: Tensor  # [B, *event] in [0, 1], the target
+    corrupted: Tensor  # [B, *event], what the encoder sees
+    mask: Tensor | None  # bool [B, *event], the corrupted elements
+    noise_keys: Tensor  # int64 [B], of the reparametrisation noise
+    weight: Tensor  # float32 [B], 0 = the slot holds no sample
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Everything besides the weights that the loss of a batch depends on."""
+
+    decode: Decode
+    corruptions: tuple[Corruption, ...]
+    likelihood: Likelihood
+    objective: Objective
+    seed: int
+    precision: str
+    device: torch.device
+
+    def inputs(self, batch: Batch, use: Use) -> Inputs:
+        """Move a batch to the device and corrupt it there."""
+        uid = batch.uid.to(self.device, non_blocking=True)
+        epoch = batch.epoch.to(self.device, non_blocking=True)
+        if use == "evaluation":
+            epoch = torch.zeros_like(epoch)
+        stored = batch.x.to(self.device, non_blocking=True)
+        clean = self.decode.to_unit(stored).to(parameter_dtype(self.precision))
+        keys = rng.sample_keys(self.seed, f"{use}/corruption", epoch=epoch, uid=uid)
+        corrupted = corrupt(clean, self.corruptions, keys)
+        noise_keys = rng.sample_keys(self.seed, f"{use}/posterior", epoch=epoch, uid=uid)
+        weight = batch.weight.to(self.device, non_blocking=True)
+        return Inputs(clean, corrupted.x, corrupted.mask, noise_keys, weight)
+
+    def run(
+        self, model: nn.Module, inputs: Inputs, *, weights: tuple[float, ...]
+    ) -> tuple[Output, Losses]:
+        """Run the model on one micro-batch; `weights` are the regularisers' at this moment."""
+        with autocast(self.precision, self.device):
+            output: Output = model(inputs.corrupted, keys=inputs.noise_keys)
+        losses = per_image_losses(
+            output,
+            inputs.clean,
+            likelihood=self.likelihood,
+            objective=self.objective,
+            weights=weights,
+            mask=inputs.mask,
+        )
+        return output, losses

@@ -1,0 +1,267 @@
+"""The run directory: what a run is, where it stands, how it ended.
+
+config.yaml        the resolved config, itself a valid input
+metrics.jsonl      every logged value
+checkpoints/       see `checkpoint`
+images/  wandb/    see `monitor`
+quarantine.jsonl   samples that could not be used, once each
+changes.jsonl      settings changed on a resume by --accept-change
+outcome.json       how the last start ended, and failure/, if it failed: see `outcome`
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoints.folder import (
+    RunState,
+    find_checkpoint,
+    list_checkpoints,
+    read_state,
+    read_tensors,
+    remove_litter,
+)
+from pipeline.checkpoints.manager import check_order
+from pipeline.checkpoints.retention import best_checkpoint
+from pipeline.common import strict
+from pipeline.common.errors import UserError
+from pipeline.common.files import write_atomic
+from pipeline.common.precision import parameter_dtype
+from pipeline.config import MAY_CHANGE, TrainConfig
+from pipeline.data.order.mixture import Mixture
+from pipeline.distributed.outcome import Failures, begin
+from pipeline.distributed.runtime import Runtime
+from pipeline.models.autoencoder import AutoEncoder, build_autoencoder, tensors_sha256
+from pipeline.monitoring.monitor import read_records
+
+
+def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) -> IO[bytes]:
+    """Make the run directory this process's, and return the lock to hold; for the main process.
+
+    Raises UserError if it cannot be written, if another process runs there, or if it belongs to a
+    run whose config differs in more than MAY_CHANGE and `accepted` name, or that met its samples in
+    another order.
+    """
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / "lock").open("a+b")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the run directory {run_dir}: {error.strerror}. Set run_dir to a "
+            "place where you may write."
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = (run_dir / "lock").read_text() or "another process"
+        lock.close()
+        raise UserError(
+            f"{holder} is running in {run_dir}. Wait for it, stop it (touch {run_dir}/STOP), or "
+            "set another run_dir."
+        ) from None
+    except OSError as error:
+        lock.close()
+        raise UserError(
+            f"{run_dir} cannot be locked against a second job: {error.strerror}. Take a run_dir "
+            "on a file system that has locks (NFS: mount it without nolock)."
+        ) from error
+    try:
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        lock.flush()
+        _take_over_config(run_dir, config, accepted, order)
+        (run_dir / "STOP").unlink(missing_ok=True)
+        remove_litter(run_dir / "checkpoints")
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _take_over_config(
+    run_dir: Path, config: TrainConfig, accepted: Sequence[str], order: Mixture
+) -> None:
+    path = run_dir / "config.yaml"
+    if path.exists():
+        former = strict.load(TrainConfig, path, [])
+        changes = strict.difference(former, config)
+        _check_changes(run_dir, changes, accepted)
+        check_order(run_dir / "checkpoints", order)
+        recorded = [change for change in changes if not _covered(change.path, MAY_CHANGE)]
+        if recorded:
+            newest = next(iter(list_checkpoints(run_dir / "checkpoints")), None)
+            if newest is not None:
+                _check_weights(run_dir, config)
+            with (run_dir / "changes.jsonl").open("a", encoding="utf-8") as file:
+                for change in recorded:
+                    entry = {"checkpoint": newest.name if newest else None, **change._asdict()}
+                    file.write(json.dumps(entry) + "\n")
+                os.fsync(file.fileno())
+    write_atomic(path, strict.dump(config).encode())
+
+
+def _check_weights(run_dir: Path, config: TrainConfig) -> None:
+    """Raise UserError unless the newest good checkpoint's weights are of the config's model."""
+    path = find_checkpoint(run_dir / "checkpoints", None)
+    shape = config.data.decode.event_shape
+    model = build_autoencoder(config.model, shape, seed=config.seed, dtype=torch.float32)
+    what = f"{path} holds weights of another model than the changed config"
+    _check_shapes(model, read_tensors(path).model, what)
+
+
+def _check_changes(
+    run_dir: Path, changes: Sequence[strict.Difference], accepted: Sequence[str]
+) -> None:
+    refused = [c for c in changes if not _covered(c.path, (*MAY_CHANGE, *accepted))]
+    if refused:
+        lines = [f"  {c.path}: there {c.left!r}, now {c.right!r}" for c in refused]
+        flags = " ".join(f"--accept-change={c.path}" for c in refused)
+        raise UserError(
+            f"{run_dir} holds a run with another config; a resumed run may change only "
+            f"{', '.join(MAY_CHANGE)}:\n"
+            + "\n".join(lines)
+            + "\nSet another run_dir, give the former values, or, if you mean it, add "
+            + flags
+        )
+
+
+def _covered(path: str, names: Sequence[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in names)
+
+
+@contextmanager
+def claimed(
+    config: TrainConfig, accepted: Sequence[str], order: Mixture, runtime: Runtime
+) -> Generator[Failures]:
+    """Hold the run directory inside the context, which gives where to record failures.
+
+    A collective. A UserError of the main process is raised on every process.
+    """
+    run_dir = Path(config.run_dir)
+    lock: IO[bytes] | None = None
+    attempt: str | None = None
+    try:
+        with runtime.together():
+            if runtime.is_main:
+                lock = claim_run_dir(config, accepted, order)
+                attempt = begin(run_dir)
+        failures = Failures(run_dir, runtime.from_main(attempt), runtime.rank, runtime.world)
+        with failures.recorded():
+            yield failures
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+Step = int | Literal["best"]  # which checkpoint: that of a step, or the best evaluated one
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model as a run left it."""
+
+    model: AutoEncoder  # evaluation mode, on the CPU
+    config: TrainConfig
+    state: RunState
+    weights_sha256: str  # see `digest`
+
+    @property
+    def step(self) -> int:
+        """Global batches that the model was trained on."""
+        return self.state.step
+
+
+def load_config(run_dir: Path) -> TrainConfig:
+    """Read the config of a run; raises UserError if there is no run."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
+    return strict.load(TrainConfig, run_dir / "config.yaml", [])
+
+
+def choose_checkpoint(run_dir: Path, step: Step | None) -> Path:
+    """Return the checkpoint of `step`, the best one, or (None) the newest that verifies.
+
+    Raises UserError if there is no such run or checkpoint.
+    """
+    directory = run_dir / "checkpoints"
+    by = load_config(run_dir).checkpoint.keep.best
+    if step != "best":
+        return find_checkpoint(directory, step)
+    if by is None:
+        raise UserError(
+            f"{run_dir} has no best checkpoint: set checkpoint.keep.best in the training config, "
+            "or give a step."
+        )
+    values = by.values(read_records(run_dir / "metrics.jsonl"))
+    best = best_checkpoint(list_checkpoints(directory), by, values)
+    if best is None:
+        raise UserError(f"{run_dir} has no checkpoint yet whose {by.metric} was evaluated.")
+    return find_checkpoint(directory, int(best.name.removeprefix("step-")))
+
+
+def load_run(
+    run_dir: Path, *, step: Step | None = None, weights: Literal["raw", "ema"] = "ema"
+) -> LoadedRun:
+    """Load the model of the checkpoint that `choose_checkpoint` names.
+
+    weights: the averaged ones, or as trained. Raises UserError if there is no such checkpoint, if
+    the run kept no average, or if the config describes another model.
+    """
+    config = load_config(run_dir)
+    path = choose_checkpoint(run_dir, step)
+    tensors = read_tensors(path)
+    state = dict(tensors.model)
+    if weights == "ema":
+        if tensors.ema is None:
+            raise UserError(
+                f"{path} holds no averaged weights (ema_decay: null): ask for weights: raw"
+            )
+        state |= tensors.ema
+    dtype = parameter_dtype(config.precision)
+    shape = config.data.decode.event_shape
+    model = build_autoencoder(config.model, shape, seed=config.seed, dtype=dtype)
+    _check_shapes(model, state, f"{path} holds weights of another model than {run_dir}/config.yaml")
+    model.load_state_dict(state)
+    model.eval()
+    return LoadedRun(model, config, read_state(path), tensors_sha256(state))
+
+
+def _check_shapes(model: AutoEncoder, state: Mapping[str, Tensor], what: str) -> None:
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in state.items()}
+    differing = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
+    if differing:
+        first = differing[0]
+        raise UserError(
+            f"{what} describes: {len(differing)} tensors differ, the first is {first}: "
+            f"{found.get(first, 'none')} there, {expected.get(first, 'none')} by the config. Give "
+            "the config back the settings of `model` and `data.decode` that the run was trained "
+            "with."
+        )
+
+
+def check_ranks(config: TrainConfig, runtime: Runtime) -> None:
+    """Raise UserError unless processes and micro-batches divide the batch."""
+    parts = runtime.world * config.accumulation
+    if config.batch_size % parts:
+        fitting = [
+            r
+            for r in range(1, 2 * runtime.world + 1)
+            if config.batch_size % (r * config.accumulation) == 0
+        ]
+        nearest = -(-config.batch_size // parts) * parts
+        raise UserError(
+            f"batch_size {config.batch_size} is not divisible by {runtime.world} processes x "
+            f"accumulation {config.accumulation} = {parts}. Set batch_size to {nearest}, or use "
+            f"{', '.join(map(str, fitting))} processes."
+        )

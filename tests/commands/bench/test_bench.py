@@ -1,0 +1,179 @@
+"""`bench`: what it prints, and that the pipeline keeps its distance to the ceilings.
+
+The bounds are what a shared, noisy machine must show in the best of three medians; the goals, and
+what was measured on an idle one, stand in LOG.md. `make soak` asks for more than the other lanes.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.pictures import make_pictures
+from pipeline.checkpoints.folder import RunState, save_checkpoint
+from pipeline.common import strict
+from pipeline.config import TrainConfig
+from pipeline.data.index import build_index
+from pipeline.data.index.splits import SplitSpec
+from pipeline.distributed.strategies.base import FullState
+from pipeline.models.autoencoder import build_autoencoder
+from tests.processes import ROOT
+
+CONFIG = """
+run_dir: {folder}/run
+data:
+  path: {folder}/tar
+  split: all
+  decode: {{kind: image, size: {size}}}
+  threads: 2
+  lanes: 16
+model:
+  backbone: {{kind: {backbone}}}
+  bottleneck: {{kind: gaussian, size: 10}}
+  likelihood: {{kind: bernoulli}}
+corruptions: [{{kind: masking}}]
+objective: {{regularisers: [{{kind: kl}}]}}
+evaluation: {{split: all}}
+batch_size: {batch_size}
+"""
+
+
+def write_config(folder: Path, size: int, count: int, batch_size: int) -> Path:
+    make_pictures(folder, size=size, count=count, seed=0)
+    build_index(folder / "tar", split=SplitSpec(fractions={"train": 1.0}))
+    backbone = "burgess" if size == 64 else "mlp"
+    text = CONFIG.format(folder=folder, size=size, backbone=backbone, batch_size=batch_size)
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def bench(*arguments: object) -> dict:
+    argv = [sys.executable, "-m", "pipeline", "bench", *map(str, arguments), "--json"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def best_of_three(measure, good) -> dict:
+    """The first result that is good enough, or the third."""
+    for _ in range(3):
+        result = measure()
+        print(json.dumps(result))
+        if good(result):
+            break
+    return result
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    return write_config(tmp_path_factory.mktemp("bench") / "64", 64, count=6000, batch_size=256)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    return write_config(tmp_path_factory.mktemp("bench") / "256", 256, count=1500, batch_size=64)
+
+
+def test_bench_data_names_every_stage_and_the_bottleneck(small):
+    result = bench("data", small, "--images", 512, "--rounds", 1, "data.threads=1")
+    stages = ["read", "read + parse", "decode (ceiling)", "stream", "stream + corruption"]
+    assert list(result["images_per_second"]) == list(result["share_of_ceiling"]) == stages
+    assert all(rate > 0 for rate in result["images_per_second"].values())
+    assert result["share_of_ceiling"]["decode (ceiling)"] == 1
+    assert (result["images_per_round"], result["threads"], result["rounds"]) == (512, 1, 1)
+    assert result["bottleneck"].partition(":")[0] in ("corruption", "decoding", "reading") or (
+        result["bottleneck"] == "Python between the parts"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size, bound", [(64, 0.65), (256, 0.85)])
+def test_the_stream_runs_near_the_decode_ceiling(size, bound, small, large):
+    config, images = (small, 8192) if size == 64 else (large, 2048)
+
+    def measure():
+        return bench("data", config, "--images", images, "corruptions=[]")
+
+    def good(result):
+        return result["share_of_ceiling"]["stream"] >= bound
+
+    assert good(best_of_three(measure, good))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.7, pytest.param(0.85, marks=pytest.mark.soak)])
+def test_training_runs_near_a_bare_loop(small, share):
+    def measure():
+        return bench("train", small, "--steps", 6, "batch_size=128")
+
+    def good(result):
+        return min(result["share_of_bare_loop"].values()) >= share
+
+    result = best_of_three(measure, good)
+    assert good(result)
+    assert set(result["share_of_bare_loop"]) == {"with corruption", "without corruption"}
+    assert max(result["data_wait"].values()) < 0.05
+
+
+@pytest.mark.slow
+def test_the_training_waits_for_a_part_of_a_save_only(small):
+    """The goal is 0.2; a model of 50 MB, so that the disk's flush does not decide alone."""
+    model = "model.backbone={kind: mlp, hidden: [128]}"
+
+    def measure():
+        settings = ("--steps", 4, "--rounds", 3, "batch_size=64", model)
+        return bench("train", small, "--checkpoint", *settings)
+
+    def good(result):
+        return result["stall_over_whole"] < 0.5
+
+    result = best_of_three(measure, good)
+    assert good(result)
+    assert result["whole_save"] > result["plain_torch_save"] > 0
+    assert result["state_bytes"] > 30e6
+    assert result["training_rate_while_writing"] > 0
+    assert not (small.parent / "run").exists()
+
+
+def write_export_config(train: Path, tmp_path: Path) -> Path:
+    """A run with the model of a config, untrained, and the config of its export."""
+    run_dir = tmp_path / "run"
+    config = strict.load(TrainConfig, train, [f"run_dir={run_dir}"])
+    shape = config.data.decode.event_shape
+    model = build_autoencoder(config.model, shape, seed=0, dtype=torch.float32)
+    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    tensors = FullState(model=weights, ema=weights, exp_avg={}, exp_avg_sq={}, num_updates=1)
+    state = RunState(1, 1, 1, "order", "data", 1, {})
+    save_checkpoint(run_dir / "checkpoints", state, tensors)
+    (run_dir / "config.yaml").write_text(strict.dump(config))
+    path = tmp_path / "export.yaml"
+    path.write_text(f"run: {run_dir}\nout: {tmp_path}/out\nbatch_size: 64\n")
+    return path
+
+
+def test_bench_export_measures_and_leaves_nothing(small, tmp_path):
+    config = write_export_config(small, tmp_path)
+    result = bench("export", config, "--rounds", 1, "--processes", 2)
+    rates = result["images_per_second"]
+    assert list(rates) == ["decode (ceiling)", "encode (ceiling)", "export"]
+    bound = 1 / (1 / rates["decode (ceiling)"] + 1 / rates["encode (ceiling)"])
+    assert result["bound"] == pytest.approx(bound)
+    assert result["share_of_bound"] == pytest.approx(rates["export"] / bound)
+    assert (result["images_per_round"], result["processes"], result["device"]) == (6000, 2, "cpu")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "export.yaml"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("share", [0.7, pytest.param(0.75, marks=pytest.mark.soak)])
+def test_the_export_runs_near_what_decoding_and_encoding_leave(size, share, small, large, tmp_path):
+    """The goal is 0.75, on a machine that does nothing else."""
+    config = write_export_config(small if size == 64 else large, tmp_path)
+
+    def good(result):
+        return result["share_of_bound"] >= share
+
+    assert good(best_of_three(lambda: bench("export", config, "--rounds", 3), good))

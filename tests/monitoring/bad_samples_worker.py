@@ -1,0 +1,43 @@
+"""One rank of a test: takes one batch, collects its bad samples and prints how that ended.
+
+python -m tests.monitoring.bad_samples_worker SHARDS RUN_DIR (under accelerate launch)
+"""
+
+import sys
+from pathlib import Path
+
+from pipeline.common.errors import UserError
+from pipeline.data.index import Index
+from pipeline.data.settings import DataConfig
+from pipeline.data.stream import open_stream
+from pipeline.distributed.runtime import Runtime
+from pipeline.monitoring.bad_samples import Quarantine
+from tests.data.streams import ARRAYS, SEED, SETTINGS
+
+
+def main(shards: str, run_dir: str) -> None:
+    runtime = Runtime.start(accumulation=1)
+    data = DataConfig(path=shards, decode=ARRAYS, max_bad_fraction=0.0, **SETTINGS)
+    with open_stream(
+        data,
+        index=Index.open(shards),
+        seed=SEED,
+        batch_size=12,
+        num_steps=1,
+        rank=runtime.rank,
+        world=runtime.world,
+    ) as stream:
+        next(stream)
+        ending = "no error"
+        try:
+            Quarantine(Path(run_dir), data, runtime).collect(stream)
+        except UserError as error:
+            ending = str(error)
+        line = f"rank {runtime.rank} met {stream.counters.tombstones}: {ending}\n"
+    sys.stdout.write(line)  # at once, so that two ranks do not mix their lines
+    sys.stdout.flush()
+    runtime.finish()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
