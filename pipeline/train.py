@@ -22,15 +22,13 @@ from pipeline.common.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
 from pipeline.config import TrainConfig
 from pipeline.data.order.mixture import reading_plan
 from pipeline.data.stream import open_stream
-from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.datasets import open_indexes
 from pipeline.data.stream.device import DeviceBatches
 from pipeline.distributed.outcome import Outcome, write_outcome
 from pipeline.distributed.rendezvous import tell
 from pipeline.distributed.runtime import Runtime, Stopped, StopRequest
-from pipeline.distributed.strategies.base import Strategy
 from pipeline.distributed.watchdog import Watchdog
-from pipeline.evaluation.held_out import HeldOut
+from pipeline.evaluation.held_out import HeldOut, held_out_splits, views_of
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.monitoring.ledger import Ledger
 from pipeline.monitoring.meter import TrainingMeter
@@ -43,8 +41,8 @@ from pipeline.training.build import (
     make_strategy,
     throw_away_loss,
 )
-from pipeline.training.forward import Forward
 from pipeline.training.run_directory import check_ranks, claimed
+from pipeline.training.step import train_step
 
 
 def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
@@ -61,7 +59,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
         with runtime.together():
             check_ranks(config, runtime)
             indexes = open_indexes(config.data)
-            check_data(config, indexes)
+            states = check_data(config, indexes)
         order = make_order(config, indexes)
         failures = stack.enter_context(claimed(config, accept_changes, order, runtime))
         watchdog = stack.enter_context(closing(Watchdog(config.watchdog, failures, runtime)))
@@ -87,14 +85,13 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
         stream = stack.enter_context(
             open_stream(
                 config.data,
-                index=indexes,
-                seed=config.seed,
-                batch_size=config.batch_size,
+                indexes,
+                order,
+                states,
                 first_step=first_step,
                 num_steps=max(config.num_steps - first_step, 0),
                 rank=runtime.rank,
                 world=runtime.world,
-                tail="carry",
                 device=runtime.device,
             )
         )
@@ -120,7 +117,9 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             runtime=runtime,
         )
         quarantine = Quarantine(run_dir, config.data, runtime)
-        held_out = HeldOut(config, forward, strategy, indexes, runtime, quarantine, monitor)
+        splits = held_out_splits(config, indexes, states)
+        held_out = HeldOut(config, splits, forward, runtime, quarantine)
+        views = views_of(strategy, config)
 
         def before_batch() -> None:
             watchdog.enter("evaluation", step)
@@ -129,7 +128,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
         def evaluate() -> bool:
             """Evaluate the weights of this step; tell whether they are the best so far."""
             with meter.paused():
-                metrics = held_out.report(step, before_batch)
+                metrics = held_out.evaluate(views, step, monitor=monitor, before_batch=before_batch)
             return checkpoints.judge(metrics, step)
 
         def log() -> None:
@@ -189,36 +188,6 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
         exit_code = finish(config, step, stopped_by, checkpoints, monitor, runtime)
         watchdog.close()  # what W&B still uploads may take its time
         return exit_code
-
-
-def train_step(
-    batch: Batch,
-    samples: int,
-    config: TrainConfig,
-    forward: Forward,
-    strategy: Strategy,
-    meter: TrainingMeter,
-) -> object:
-    """Update once, from this process's part of one global batch, after `samples` seen samples.
-
-    Returns what the last micro-batch went in and came out with. Hold it until the next call: if all
-    of a step's memory is freed at once, the CPU's allocator gives it back to the system and fetches
-    it anew, page by page, which costs about a tenth of a step.
-    """
-    weights = config.objective.weights_at(samples)
-    strategy.set_learning_rate(config.learning_rate_at(samples))
-    parts = batch.split(config.accumulation)
-    held: object = None
-    for number, part in enumerate(parts, start=1):
-        inputs = forward.inputs(part, "train")
-        with strategy.accumulate(is_last=number == len(parts)):
-            output, losses = forward.run(strategy.model, inputs, weights=weights)
-            # A constant divisor, not the sum of weights: engines average over ranks.
-            strategy.backward((losses.total * inputs.weight).sum() / len(inputs.weight))
-        meter.add(losses, inputs.weight)
-        held = (inputs, output, losses)
-    meter.add_step(strategy.step())
-    return held
 
 
 def check_skipped(num_skipped: float, config: TrainConfig) -> None:

@@ -1,12 +1,20 @@
-"""Small real shards, written as anyone would: webdataset's TarWriter and Pillow."""
+"""Small real shards, written as anyone would (TarWriter, Pillow), and their streams."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
+
+from pipeline.data.index import Index
+from pipeline.data.index.reader import States
+from pipeline.data.order import Tail
+from pipeline.data.settings import DataConfig
+from pipeline.data.stream import Stream
+from pipeline.data.stream import open_stream as open_checked_stream
+from pipeline.data.stream.datasets import DataSets, check_shards, order_of
 
 TINY_COUNTS = (7, 24, 1, 16, 12)  # samples per shard: uneven on purpose, 60 in all
 
@@ -44,3 +52,26 @@ def write_tiny_shards(folder: Path, counts: Iterable[int] = TINY_COUNTS) -> None
                     }
                 )
                 number += 1
+
+
+def open_stream(
+    data: DataConfig,
+    *,
+    index: Index | Sequence[Index],
+    seed: int,
+    batch_size: int,
+    tail: Tail = "carry",
+    states: Sequence[States] | None = None,
+    **options,
+) -> Stream:
+    """A stream in the order of these numbers; states: of the shards, None looks at them."""
+    indexes = [index] if isinstance(index, Index) else index
+    order = order_of(data, indexes, seed, batch_size, tail)
+    seen = check_shards(data, indexes) if states is None else states
+    return open_checked_stream(data, indexes, order, seen, **options)
+
+
+def open_data_sets(data: DataConfig, index: Index, *, seed: int, batch_size: int) -> DataSets:
+    """What a stream of one data set reads from."""
+    order = order_of(data, [index], seed, batch_size)
+    return DataSets(data, [index], order, check_shards(data, [index]))

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from benchmarks.rivals.loader import Batch, Task, serve
 from pipeline.data.decode import ImageDecode
-from pipeline.data.index import Index, build_index
+from pipeline.data.index import build_index
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import open_stream
+from pipeline.data.stream.datasets import check_shards, open_indexes, order_of
 
 # The pictures fill only some dozens of shards: more lanes would not mix better (`latentmill order
 # --simulate` says so), and their windows would hold the whole set.
@@ -32,16 +33,16 @@ class _Epochs:
         )
         self._steps_per_epoch = -(-task.count // batch_size)
         self._next_step = first_step
+        indexes = open_indexes(data)
         self._stream = open_stream(
             data,
-            index=Index.open(task.prepared),
-            seed=task.seed,
-            batch_size=batch_size,
+            indexes,
+            order_of(data, indexes, task.seed, batch_size, "mask"),
+            check_shards(data, indexes),
             first_step=first_step,
             num_steps=3 * self._steps_per_epoch,
             rank=task.rank,
             world=task.world,
-            tail="mask",
         )
 
     def epoch(self, number: int) -> Iterator[Batch]:

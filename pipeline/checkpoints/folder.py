@@ -13,9 +13,10 @@ damaged one is set aside as `step-N.corrupt-*`, with a message. No pickle anywhe
 import json
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -35,6 +36,13 @@ from pipeline.distributed.strategies.base import FullState, Named
 MANIFEST = "MANIFEST.json"
 FORMAT = "latentmill-checkpoint-1"
 _STEP = re.compile(r"step-(\d+)")
+
+Weights = Literal["raw", "ema"]  # as trained, or their moving average
+# The files that hold them; the average leaves out buffers.
+WEIGHT_FILES: dict[Weights, tuple[str, ...]] = {
+    "raw": ("model.safetensors",),
+    "ema": ("model.safetensors", "ema.safetensors"),
+}
 
 
 @dataclass(frozen=True)
@@ -107,12 +115,17 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Raise DamagedCheckpointError unless every file has the size and hash of the manifest."""
+def verify_checkpoint(path: Path, only: Collection[str] | None = None) -> None:
+    """Raise DamagedCheckpointError unless every file has the size and hash of the manifest.
+
+    only: the files that are going to be read, beside state.json; the others are not touched.
+    """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
         files: dict[str, dict[str, Any]] = manifest["files"]
         for name, expected in files.items():
+            if only is not None and name not in (*only, "state.json"):
+                continue
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 raise DamagedCheckpointError(
@@ -150,6 +163,20 @@ def read_tensors(path: Path) -> FullState:
     )
 
 
+def read_weights(path: Path, weights: Weights) -> Named:
+    """Read the model's tensors alone out of a checkpoint whose WEIGHT_FILES verify, on the CPU.
+
+    Raises UserError if the run kept no average.
+    """
+    model = load_file(path / "model.safetensors")
+    if weights == "raw":
+        return model
+    average = path / "ema.safetensors"
+    if not average.exists():
+        raise UserError(f"{path} holds no averaged weights (ema_decay: null): ask for weights: raw")
+    return model | load_file(average)
+
+
 def _with_prefix(values: Named, prefix: str) -> Named:
     return {name.removeprefix(prefix): v for name, v in values.items() if name.startswith(prefix)}
 
@@ -164,10 +191,11 @@ def quarantine(path: Path, reason: str) -> None:
     )
 
 
-def find_checkpoint(directory: Path, step: int | None) -> Path:
+def find_checkpoint(directory: Path, step: int | None, only: Collection[str] | None = None) -> Path:
     """Return the checkpoint of `step`, or the newest that verifies; for readers of a finished run.
 
-    Raises UserError if there is none, and for an explicit step that is damaged: no fallback then.
+    only: see `verify_checkpoint`. Raises UserError if there is none, and for an explicit step that
+    is damaged: no fallback then.
     """
     if step is not None:
         path = directory / f"step-{step}"
@@ -175,13 +203,13 @@ def find_checkpoint(directory: Path, step: int | None) -> Path:
             have = ", ".join(p.name for p in reversed(list_checkpoints(directory))) or "none"
             raise UserError(f"there is no checkpoint {path}; there: {have}")
         try:
-            verify_checkpoint(path)
+            verify_checkpoint(path, only)
         except DamagedCheckpointError as error:
             raise UserError(f"the checkpoint {path} is damaged: {error}") from error
         return path
     for path in list_checkpoints(directory):
         try:
-            verify_checkpoint(path)
+            verify_checkpoint(path, only)
         except DamagedCheckpointError as error:
             warn(f"passing over {path}: {error}")
             continue

@@ -1,127 +1,140 @@
-"""Held-out evaluation of a run, while it trains and, by `latentmill evaluate RUN`, afterwards."""
+"""Held-out evaluation of a run, while it trains and, by `latentmill evaluate RUN`, afterwards.
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+held-out split of every data set, in turn --each view: raw weights, averaged weights--> metrics
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
-from pipeline.checkpoints.folder import read_state
+from pipeline.checkpoints.folder import Weights, read_state
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
+from pipeline.data.index.reader import States
+from pipeline.data.order.mixture import Mixture
+from pipeline.data.settings import DataConfig
 from pipeline.data.stream import open_stream
 from pipeline.data.stream.batch import Batch
-from pipeline.data.stream.datasets import open_indexes
+from pipeline.data.stream.datasets import open_indexes, order_of
 from pipeline.data.stream.device import DeviceBatches
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import Strategy
-from pipeline.evaluation.reconstruction import Evaluation, evaluate
+from pipeline.evaluation.reconstruction import evaluate
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.monitoring.monitor import Monitor
-from pipeline.training.build import make_forward, place_model
+from pipeline.training.build import check_data, make_forward, place_model
 from pipeline.training.forward import Forward
-from pipeline.training.run_directory import (
-    Step,
-    check_ranks,
-    choose_checkpoint,
-    load_config,
-    load_run,
-)
+from pipeline.training.loading import Step, choose_checkpoint, load_config, load_run
+from pipeline.training.run_directory import check_ranks
+
+# Metric prefix -> what gives the model with those weights, for as long as the context lasts.
+Views = Mapping[str, Callable[[], AbstractContextManager[nn.Module]]]
+PREFIXES: dict[str, Weights] = {"eval": "raw", "eval_ema": "ema"}
 
 
-def evaluate_split(
-    model: nn.Module,
-    config: TrainConfig,
-    *,
-    step: int,
-    forward: Forward,
-    indexes: Sequence[Index],
-    runtime: Runtime,
-    quarantine: Quarantine,
-    before_batch: Callable[[], None] = lambda: None,
-) -> Evaluation:
-    """Evaluate `model` as it stands on the config's held-out split; a collective.
+@dataclass(frozen=True)
+class HeldOutSplit:
+    """What an evaluation reads of one data set: every sample once, not augmented."""
 
-    The losses carry the regularisers' weights of `step`. Samples that could not be used are taken
-    into `quarantine`. before_batch: may raise, on all processes together.
-    """
-    num_tombstones = 0.0
+    data: DataConfig
+    index: Index
+    order: Mixture
+    states: States
 
-    def batches() -> Iterator[Batch]:
-        """Every data set in turn, each once, not augmented."""
-        nonlocal num_tombstones
-        for source, index in zip(config.data.sources, indexes, strict=True):
-            held_out = {"split": config.evaluation.split, "augmentations": ()}
-            single = {"path": source.path, "shards": source.shards, "mixture": ()}
-            if not index.counts(config.evaluation.split).any():
-                continue
+
+def held_out_splits(
+    config: TrainConfig, indexes: Sequence[Index], states: Sequence[States]
+) -> list[HeldOutSplit]:
+    """Return the held-out splits that hold samples; once per start. states: see `check_data`."""
+    splits: list[HeldOutSplit] = []
+    for source, index, seen in zip(config.data.sources, indexes, states, strict=True):
+        held_out = {"split": config.evaluation.split, "augmentations": ()}
+        single = {"path": source.path, "shards": source.shards, "mixture": ()}
+        data = config.data.model_copy(update=held_out | single)
+        if index.counts(data.split).any():
+            order = order_of(data, [index], config.seed, config.batch_size, "mask")
+            splits.append(HeldOutSplit(data, index, order, seen))
+    return splits
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How a run is evaluated: on what, by which losses, on which processes."""
+
+    config: TrainConfig
+    splits: Sequence[HeldOutSplit]
+    forward: Forward
+    runtime: Runtime
+    quarantine: Quarantine  # takes samples that could not be used
+
+    def evaluate(
+        self,
+        views: Views,
+        step: int,
+        *,
+        monitor: Monitor | None = None,
+        before_batch: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
+        """Evaluate every view, with the regularisers' weights of `step`; a collective.
+
+        Returns the metrics, as they are logged, and shows them on the monitor. before_batch: may
+        raise, on all processes together.
+        """
+        metrics: dict[str, float] = {}
+        for prefix, view in views.items():
+            num_tombstones = [0.0]
+            with view() as model:
+                result = evaluate(
+                    model,
+                    self._batches(before_batch, num_tombstones),
+                    forward=self.forward,
+                    weights=self.config.objective.weights_at(step * self.config.batch_size),
+                    num_images=self.config.monitor.num_images,
+                    runtime=self.runtime,
+                )
+            result.metrics["tombstones"] = sum(num_tombstones)
+            metrics |= {f"{prefix}/{name}": value for name, value in result.metrics.items()}
+            if monitor is not None and result.pictures is not None:
+                monitor.picture(step, prefix, result.pictures)
+        if monitor is not None:
+            monitor.log(step, metrics)
+        return metrics
+
+    def _batches(
+        self, before_batch: Callable[[], None], num_tombstones: list[float]
+    ) -> Iterator[Batch]:
+        """Yield the batches of every split in turn; append its tombstones."""
+        runtime = self.runtime
+        for split in self.splits:
             with open_stream(
-                config.data.model_copy(update=held_out | single),
-                index=index,
-                seed=config.seed,
-                batch_size=config.batch_size,
+                split.data,
+                [split.index],
+                split.order,
+                [split.states],
                 rank=runtime.rank,
                 world=runtime.world,
-                tail="mask",
                 device=runtime.device,
             ) as stream:
                 for batch in DeviceBatches(stream, runtime.device):
                     before_batch()
                     yield batch
-                num_tombstones += quarantine.collect(stream)["data/tombstones"]
-
-    result = evaluate(
-        model,
-        batches(),
-        forward=forward,
-        weights=config.objective.weights_at(step * config.batch_size),
-        num_images=config.monitor.num_images,
-        runtime=runtime,
-    )
-    result.metrics["tombstones"] = num_tombstones
-    return result
+                num_tombstones.append(self.quarantine.collect(stream)["data/tombstones"])
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """How a running training evaluates itself: its parts, and the monitor that it reports to."""
+def views_of(strategy: Strategy, config: TrainConfig) -> Views:
+    """Return the weights of a running training, and the averaged ones beside them."""
 
-    config: TrainConfig
-    forward: Forward
-    strategy: Strategy
-    indexes: Sequence[Index]
-    runtime: Runtime
-    quarantine: Quarantine
-    monitor: Monitor
+    @contextmanager
+    def averaged() -> Generator[nn.Module]:
+        with strategy.averaged():
+            yield strategy.model
 
-    def report(self, step: int, before_batch: Callable[[], None]) -> dict[str, float]:
-        """Evaluate the weights, and the averaged ones beside them; a collective.
-
-        Returns the metrics as they are logged. before_batch: see `evaluate_split`.
-        """
-        views: dict[str, AbstractContextManager[None]] = {"eval": nullcontext()}
-        if self.config.ema_decay is not None:
-            views["eval_ema"] = self.strategy.averaged()
-        metrics: dict[str, float] = {}
-        for name, view in views.items():
-            with view:
-                result = evaluate_split(
-                    self.strategy.model,
-                    self.config,
-                    step=step,
-                    forward=self.forward,
-                    indexes=self.indexes,
-                    runtime=self.runtime,
-                    quarantine=self.quarantine,
-                    before_batch=before_batch,
-                )
-            metrics |= {f"{name}/{key}": value for key, value in result.metrics.items()}
-            if result.pictures is not None:
-                self.monitor.picture(step, name, result.pictures)
-        self.monitor.log(step, metrics)
-        return metrics
+    raw: Views = {"eval": lambda: nullcontext(strategy.model)}
+    return raw if config.ema_decay is None else {**raw, "eval_ema": averaged}
 
 
 def evaluate_run(
@@ -139,29 +152,26 @@ def evaluate_run(
     runtime = Runtime.start(accumulation=1)
     check_ranks(config, runtime)
     indexes = open_indexes(config.data)
-    quarantine = Quarantine(run_dir, config.data, runtime)
-    forward = make_forward(config, runtime.device)
-    metrics: dict[str, float] = {}
-    names: dict[str, Literal["raw", "ema"]] = {"eval": "raw"}
-    if config.ema_decay is not None:
-        names["eval_ema"] = "ema"
+    held_out = HeldOut(
+        config,
+        held_out_splits(config, indexes, check_data(config, indexes)),
+        make_forward(config, runtime.device),
+        runtime,
+        Quarantine(run_dir, config.data, runtime),
+    )
+    kept = [prefix for prefix in PREFIXES if prefix == "eval" or config.ema_decay is not None]
     # Chosen once: a training may save and remove checkpoints meanwhile.
     chosen: int | None = None
     with runtime.together():
         if runtime.is_main:
-            chosen = read_state(choose_checkpoint(run_dir, step)).step
+            path = choose_checkpoint(run_dir, config, step, PREFIXES[kept[-1]])
+            chosen = read_state(path).step
     chosen = runtime.from_main(chosen)
-    for name, weights in names.items():
-        run = load_run(run_dir, step=chosen, weights=weights)
-        result = evaluate_split(
-            place_model(run.model, config, runtime.device),
-            config,
-            step=run.step,
-            forward=forward,
-            indexes=indexes,
-            runtime=runtime,
-            quarantine=quarantine,
-        )
-        metrics["step"] = run.step
-        metrics |= {f"{name}/{key}": value for key, value in result.metrics.items()}
-    return metrics
+    assert chosen is not None
+
+    def load(weights: Weights) -> AbstractContextManager[nn.Module]:
+        run = load_run(run_dir, step=chosen, weights=weights, config=config)
+        return nullcontext(place_model(run.model, config, runtime.device))
+
+    views: Views = {prefix: partial(load, PREFIXES[prefix]) for prefix in kept}
+    return {"step": chosen, **held_out.evaluate(views, chosen)}

@@ -24,7 +24,7 @@ from pipeline.models.interchange import (
     save_pretrained,
 )
 from pipeline.models.portable import check_packages, export_networks
-from pipeline.training.run_directory import LoadedRun, Step, load_run
+from pipeline.training.loading import LoadedRun, Step, load_run
 
 UINT8_RANGE = (0.0, 255.0)  # of images
 

@@ -34,7 +34,7 @@ from pipeline.export.work import Encoder, Noise
 from pipeline.export.workers import Worker
 from pipeline.models.autoencoder import AutoEncoder
 from pipeline.models.bottlenecks import Posterior
-from pipeline.training.run_directory import LoadedRun, load_run
+from pipeline.training.loading import LoadedRun, load_run
 
 CPU_THREADS = 1  # more would split sums differently; use more processes
 # Whatever turns bytes into pixels, pixels into latents, or latents into files.

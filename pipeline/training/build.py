@@ -1,7 +1,6 @@
 """From a config to the objects of a run."""
 
 from collections.abc import Sequence
-from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -11,10 +10,10 @@ from pipeline.common.errors import UserError
 from pipeline.common.precision import parameter_dtype
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
+from pipeline.data.index.reader import States
 from pipeline.data.index.splits import ALL
 from pipeline.data.order.mixture import Mixture, reading_plan
-from pipeline.data.storage import open_storage
-from pipeline.data.stream.datasets import open_indexes, order_of
+from pipeline.data.stream.datasets import check_shards, open_indexes, order_of
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import Strategy
 from pipeline.distributed.strategies.ddp import DdpStrategy
@@ -23,12 +22,14 @@ from pipeline.models.autoencoder import AutoEncoder, build_autoencoder, num_para
 from pipeline.training.forward import Forward, Inputs
 
 
-def check_data(config: TrainConfig, indexes: Sequence[Index]) -> None:
-    """Raise UserError unless the shards are the indexes', and there is something to evaluate on."""
+def check_data(config: TrainConfig, indexes: Sequence[Index]) -> tuple[States, ...]:
+    """Raise UserError unless the shards are the indexes', and there is something to evaluate on.
+
+    The one look at the shards of a start; returns what was seen, for the streams.
+    """
+    states = check_shards(config.data, indexes)
     split, num_held_out = config.evaluation.split, 0
     for source, index in zip(config.data.sources, indexes, strict=True):
-        with closing(open_storage(source.root, config.data.remote)) as storage:
-            index.check_shards(storage)
         index.check_suffixes(config.data.decode.member_suffixes)
         names = (*index.split_spec.names, ALL)
         if split not in names:
@@ -43,6 +44,7 @@ def check_data(config: TrainConfig, indexes: Sequence[Index]) -> None:
             f"evaluation.split = {split!r} holds no sample: name another split, or give it a "
             f"larger fraction by `latentmill index {path} --split ...`."
         )
+    return states
 
 
 def make_order(config: TrainConfig, indexes: Sequence[Index]) -> Mixture:

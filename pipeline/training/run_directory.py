@@ -13,35 +13,29 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 import torch
-from torch import Tensor
 
 from pipeline.checkpoints.folder import (
-    RunState,
     find_checkpoint,
     list_checkpoints,
-    read_state,
-    read_tensors,
+    read_weights,
     remove_litter,
 )
 from pipeline.checkpoints.manager import check_order
-from pipeline.checkpoints.retention import best_checkpoint
 from pipeline.common import strict
 from pipeline.common.errors import UserError
 from pipeline.common.files import write_atomic
-from pipeline.common.precision import parameter_dtype
 from pipeline.config import MAY_CHANGE, TrainConfig
 from pipeline.data.order.mixture import Mixture
 from pipeline.distributed.outcome import Failures, begin
 from pipeline.distributed.runtime import Runtime
-from pipeline.models.autoencoder import AutoEncoder, build_autoencoder, tensors_sha256
-from pipeline.monitoring.monitor import read_records
+from pipeline.models.autoencoder import build_autoencoder
+from pipeline.training.loading import check_shapes
 
 
 def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) -> IO[bytes]:
@@ -116,7 +110,7 @@ def _check_weights(run_dir: Path, config: TrainConfig) -> None:
     shape = config.data.decode.event_shape
     model = build_autoencoder(config.model, shape, seed=config.seed, dtype=torch.float32)
     what = f"{path} holds weights of another model than the changed config"
-    _check_shapes(model, read_tensors(path).model, what)
+    check_shapes(model, read_weights(path, "raw"), what)
 
 
 def _check_changes(
@@ -161,93 +155,6 @@ def claimed(
     finally:
         if lock is not None:
             lock.close()
-
-
-Step = int | Literal["best"]  # which checkpoint: that of a step, or the best evaluated one
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    """A trained model as a run left it."""
-
-    model: AutoEncoder  # evaluation mode, on the CPU
-    config: TrainConfig
-    state: RunState
-    weights_sha256: str  # see `digest`
-
-    @property
-    def step(self) -> int:
-        """Global batches that the model was trained on."""
-        return self.state.step
-
-
-def load_config(run_dir: Path) -> TrainConfig:
-    """Read the config of a run; raises UserError if there is no run."""
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
-    return strict.load(TrainConfig, run_dir / "config.yaml", [])
-
-
-def choose_checkpoint(run_dir: Path, step: Step | None) -> Path:
-    """Return the checkpoint of `step`, the best one, or (None) the newest that verifies.
-
-    Raises UserError if there is no such run or checkpoint.
-    """
-    directory = run_dir / "checkpoints"
-    by = load_config(run_dir).checkpoint.keep.best
-    if step != "best":
-        return find_checkpoint(directory, step)
-    if by is None:
-        raise UserError(
-            f"{run_dir} has no best checkpoint: set checkpoint.keep.best in the training config, "
-            "or give a step."
-        )
-    values = by.values(read_records(run_dir / "metrics.jsonl"))
-    best = best_checkpoint(list_checkpoints(directory), by, values)
-    if best is None:
-        raise UserError(f"{run_dir} has no checkpoint yet whose {by.metric} was evaluated.")
-    return find_checkpoint(directory, int(best.name.removeprefix("step-")))
-
-
-def load_run(
-    run_dir: Path, *, step: Step | None = None, weights: Literal["raw", "ema"] = "ema"
-) -> LoadedRun:
-    """Load the model of the checkpoint that `choose_checkpoint` names.
-
-    weights: the averaged ones, or as trained. Raises UserError if there is no such checkpoint, if
-    the run kept no average, or if the config describes another model.
-    """
-    config = load_config(run_dir)
-    path = choose_checkpoint(run_dir, step)
-    tensors = read_tensors(path)
-    state = dict(tensors.model)
-    if weights == "ema":
-        if tensors.ema is None:
-            raise UserError(
-                f"{path} holds no averaged weights (ema_decay: null): ask for weights: raw"
-            )
-        state |= tensors.ema
-    dtype = parameter_dtype(config.precision)
-    shape = config.data.decode.event_shape
-    model = build_autoencoder(config.model, shape, seed=config.seed, dtype=dtype)
-    _check_shapes(model, state, f"{path} holds weights of another model than {run_dir}/config.yaml")
-    model.load_state_dict(state)
-    model.eval()
-    return LoadedRun(model, config, read_state(path), tensors_sha256(state))
-
-
-def _check_shapes(model: AutoEncoder, state: Mapping[str, Tensor], what: str) -> None:
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: list(tensor.shape) for name, tensor in state.items()}
-    differing = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
-    if differing:
-        first = differing[0]
-        raise UserError(
-            f"{what} describes: {len(differing)} tensors differ, the first is {first}: "
-            f"{found.get(first, 'none')} there, {expected.get(first, 'none')} by the config. Give "
-            "the config back the settings of `model` and `data.decode` that the run was trained "
-            "with."
-        )
 
 
 def check_ranks(config: TrainConfig, runtime: Runtime) -> None:

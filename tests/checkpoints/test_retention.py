@@ -10,7 +10,7 @@ from pipeline.checkpoints.folder import list_checkpoints, read_state, save_check
 from pipeline.checkpoints.retention import BestMetric, Keep, retain
 from pipeline.common.errors import UserError
 from pipeline.train import train
-from pipeline.training.run_directory import load_run
+from pipeline.training.loading import load_run
 from tests.checkpoints.test_folder import STATE, some_tensors
 from tests.config.runs import World, write_shards
 

@@ -77,7 +77,7 @@ def test_help_of_the_installed_script_answers_at_once(verb: list[str]):
         started = time.perf_counter()
         subprocess.run([script, *verb, "--help"], capture_output=True, check=True)
         seconds.append(time.perf_counter() - started)
-    assert min(seconds) < (1.0 if verb[:1] == ["pack"] else 0.5)
+    assert min(seconds) < (1.5 if verb[:1] == ["pack"] else 0.5)
 
 
 def test_version():

@@ -15,7 +15,7 @@ import pytest
 from webdataset.writer import TarWriter
 
 from pipeline.__main__ import main
-from pipeline.commands.doctor import diagnose
+from pipeline.commands.doctor.diagnose import diagnose
 from pipeline.commands.doctor.finding import Finding
 from pipeline.data.index import build_index
 from tests.shards import png, tiny_image, write_tiny_shards

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.commands.order import Request, assignments, simulation
+from pipeline.commands.order.plan import Request, assignments, simulation
 from pipeline.common.errors import UserError
 from pipeline.data.decode import ImageDecode
 from pipeline.data.index import Index, build_index
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream import open_stream
 from pipeline.data.stream.datasets import open_indexes
-from tests.shards import write_tiny_shards
+from tests.shards import open_stream, write_tiny_shards
 
 NUMBERS = {"batch_size": 12, "seed": 5, "lanes": [6], "interleave": [3], "window": [5]}
 

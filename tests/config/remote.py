@@ -6,7 +6,6 @@ from typing import Any
 
 from pipeline.data.index import Index
 from pipeline.data.storage import ShardReadError
-from pipeline.data.stream import open_stream
 from tests.config.runs import Given, World
 from tests.data.storage.fault_server import (
     Fault,
@@ -19,6 +18,7 @@ from tests.data.storage.fault_server import (
     status,
     trickle,
 )
+from tests.shards import open_stream
 
 Seen = Callable[[World, Given], Any]
 

@@ -19,15 +19,14 @@ from pipeline.common.errors import UserError
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
-from pipeline.data.stream import open_stream
 from pipeline.distributed.outcome import Failures
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.monitoring.wandb_pieces import read_piece
 from pipeline.train import train
 from pipeline.training.build import make_strategy
-from pipeline.training.run_directory import load_run
-from tests.shards import png, tiny_image
+from pipeline.training.loading import load_run
+from tests.shards import open_stream, png, tiny_image
 
 
 def write_shards(folder: Path) -> None:

@@ -13,13 +13,14 @@ from webdataset.writer import TarWriter
 from pipeline.corruptions import GaussianNoise, Masking, SaltAndPepper
 from pipeline.data.decode import ArrayDecode, ImageDecode
 from pipeline.data.index import Index
+from pipeline.data.index.reader import States
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream import Quarantined, open_stream
+from pipeline.data.stream import Quarantined
 from pipeline.losses.objective import Objective
 from pipeline.models.likelihoods import SquaredError
 from pipeline.training.forward import Forward
 from tests.data.order_reference import Shape, SlowOrder
-from tests.shards import tiny_image
+from tests.shards import open_stream, tiny_image
 
 IMAGES = ImageDecode(size=24)
 ARRAYS = ArrayDecode(shape=(3, 4), range=(-2.0, 2.0))
@@ -107,6 +108,7 @@ def delivered(
     parts: int = 1,
     decode: ImageDecode | ArrayDecode = IMAGES,
     quarantined: list[Quarantined] | None = None,
+    states: Sequence[States] | None = None,
     **settings: object,
 ) -> list[Slot]:
     """What all ranks of a training get, in order of step and slot; `parts`: micro-batches."""
@@ -126,6 +128,7 @@ def delivered(
             rank=rank,
             world=world,
             tail=tail,
+            states=states,
         ) as stream:
             for step, batch in enumerate(stream, first_step):
                 inputs = [forward.inputs(part, "train") for part in batch.split(parts)]

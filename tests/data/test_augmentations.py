@@ -22,12 +22,11 @@ from pipeline.data.decode import ImageDecode
 from pipeline.data.index import build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream import open_stream
 from pipeline.losses.objective import Objective
 from pipeline.models.likelihoods import SquaredError
 from pipeline.training.forward import Forward
 from tests.data.streams import SEED, write_shards
-from tests.shards import png, tiny_image
+from tests.shards import open_stream, png, tiny_image
 
 SIZE = 16
 CPU = torch.device("cpu")

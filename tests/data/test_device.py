@@ -5,8 +5,9 @@ import torch
 
 from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream import Stream, open_stream
+from pipeline.data.stream import Stream
 from pipeline.data.stream.device import DeviceBatches
+from tests.shards import open_stream
 
 NUM_STEPS = 6
 

@@ -21,10 +21,9 @@ from pipeline.data.index import Index, build_index
 from pipeline.data.index.verify import verify_shards
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import open_storage
-from pipeline.data.stream import open_stream
 from pipeline.data.wds import OrderedShards
 from tests.data.streams import members_of
-from tests.shards import png, tiny_image
+from tests.shards import open_stream, png, tiny_image
 
 Samples = list[tuple[str, dict[str, bytes]]]
 SIZE = 16

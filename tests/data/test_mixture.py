@@ -12,10 +12,10 @@ from pipeline.data.index.splits import SplitSpec
 from pipeline.data.order import Order
 from pipeline.data.order.mixture import Mixture, lanes_of_parts
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream import open_stream
 from pipeline.data.stream.datasets import open_indexes, order_of
 from pipeline.monitoring.ledger import planned_digest
 from tests.data.streams import IMAGES, SEED, write_shards
+from tests.shards import open_stream
 
 SHAPES = [  # weights, lanes of each, global batch
     ((1,), (6,), 12),

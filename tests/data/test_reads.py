@@ -13,11 +13,10 @@ from pipeline.data.index import build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.order.mixture import read_amplification
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream import open_stream
-from pipeline.data.stream.datasets import DataSets
 from tests.data.sparse_shards import write_sparse_shards
 from tests.data.streams import IMAGES, SEED, write_shards
 from tests.processes import ROOT
+from tests.shards import open_data_sets, open_stream
 
 COUNTS = (30, 41, 7, 22, 28)  # 128 samples
 EVERYTHING = SplitSpec(fractions={"train": 1.0})
@@ -54,7 +53,7 @@ def test_no_byte_is_read_more_often_than_is_announced(index, lanes, world):
 
 def test_a_lane_reads_every_span_strictly_forward(index):
     data = config_of(index)
-    sets = DataSets(data, index, seed=SEED, batch_size=12)
+    sets = open_data_sets(data, index, seed=SEED, batch_size=12)
     order, fetcher = sets.order.orders[0], sets.fetchers[0]
     reached: dict[tuple[int, int, int], int] = defaultdict(lambda: -1)
     num_reads = 0
@@ -76,7 +75,7 @@ STREAM_AND_WATCH = """
 import json, sys, psutil
 from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream import open_stream
+from tests.shards import open_stream
 
 data, batch_size, num_steps = json.loads(sys.argv[1])
 data = DataConfig.model_validate(data)

@@ -14,7 +14,7 @@ from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.order.mixture import read_amplification
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream import Stream, open_stream
+from pipeline.data.stream import Stream
 from tests.data.order_reference import Shape, SlowOrder
 from tests.data.streams import (
     ARRAYS,
@@ -30,6 +30,7 @@ from tests.data.streams import (
     source_image,
     write_shards,
 )
+from tests.shards import open_stream
 
 COUNTS = (9, 0, 14, 1, 5, 20)  # 49 samples: four batches of 12 and one over
 SPLIT = SplitSpec(fractions={"train": 0.6, "held_out": 0.4})

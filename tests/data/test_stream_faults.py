@@ -18,7 +18,7 @@ from pipeline.data.decode import ImageDecode
 from pipeline.data.index import Index, build_index
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import ShardReadError
-from pipeline.data.stream import Stream, open_stream
+from pipeline.data.stream import Stream
 from tests.data.order_reference import Shape, SlowOrder
 from tests.data.streams import (
     ARRAYS,
@@ -32,6 +32,7 @@ from tests.data.streams import (
     write_shards,
 )
 from tests.processes import CPU_ENV, ROOT
+from tests.shards import open_stream
 
 COUNTS = (6, 9, 4, 6)  # 25 samples: a masked epoch of batches of 12 ends with 11 repeats
 # One lane that reads one shard after the other, so that a test knows which is read last.
@@ -296,7 +297,7 @@ def test_a_program_that_never_closes_its_stream_ends(index):
         import json
         from pipeline.data.index import Index
         from pipeline.data.settings import DataConfig
-        from pipeline.data.stream import open_stream
+        from tests.shards import open_stream
         data = DataConfig(**json.loads({json.dumps(config)!r}))
         stream = open_stream(data, index=Index.open(data.path), seed=1, batch_size=6)
         print(len(next(stream).keys))

@@ -29,7 +29,6 @@ from pipeline.data.index.tar import MAX_EXTENSION_BYTES, Damage, TarScan, group_
 from pipeline.data.index.tar_header import BLOCK, padded
 from pipeline.data.index.verify import verify_shards
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream import open_stream
 from tests.data.tar_mutations import (
     EXACT,
     FORGED,
@@ -44,6 +43,7 @@ from tests.data.tar_mutations import (
     seal,
     wild_size,
 )
+from tests.shards import open_stream
 
 KINDS = (*EXACT, *SHIFTED, *FORGED)
 MAX_SECONDS = 5.0  # per case; the usual one takes milliseconds

@@ -17,9 +17,8 @@ from pipeline.common.errors import UserError
 from pipeline.data.decode import ImageDecode
 from pipeline.data.index import Index, build_index
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream import open_stream
 from pipeline.data.wds import OrderedShards
-from tests.shards import TINY_COUNTS
+from tests.shards import TINY_COUNTS, open_stream
 
 NUMBERS = {"lanes": 4, "interleave": 3, "window": 5}
 G = 8

@@ -20,11 +20,11 @@ from pipeline.checkpoints.retention import CheckpointConfig, Keep
 from pipeline.common import strict
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
-from pipeline.data.stream import open_stream
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import Strategy
 from pipeline.distributed.strategies.zero import ZeroStrategy
 from pipeline.training.build import make_forward, make_order, make_strategy, throw_away_loss
+from tests.shards import open_stream
 
 WINDOW_STEPS = 10
 

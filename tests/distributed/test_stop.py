@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.training.run_directory import choose_checkpoint
+from pipeline.training.loading import load_run
 from tests.launch.runs import outcome, result_of, write_config
 from tests.processes import ROOT, Processes, argv_of
 
@@ -130,7 +130,7 @@ def test_stopped_at_any_moment_it_is_gone_soon_and_loses_nothing(
     assert result_of(run, NUM_STEPS) == result_of(reference, NUM_STEPS)
     assert evaluations(run) == evaluations(reference)
     assert max(evaluations(run)) == NUM_STEPS
-    best = choose_checkpoint(run, "best")
-    assert best.name == choose_checkpoint(reference, "best").name
+    best = load_run(run, step="best").step
+    assert best == load_run(reference, step="best").step
     losses = {step: loss for step, loss in evaluations(run).items() if step}
-    assert best.name == f"step-{min(losses, key=lambda step: losses[step])}"
+    assert best == min(losses, key=lambda step: losses[step])

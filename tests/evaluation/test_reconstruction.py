@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,15 +13,14 @@ from pipeline.config import TrainConfig
 from pipeline.corruptions import corrupt
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
-from pipeline.data.stream import open_stream
 from pipeline.distributed.runtime import Runtime
-from pipeline.evaluation.held_out import evaluate_split
+from pipeline.evaluation.held_out import HeldOut, held_out_splits
 from pipeline.evaluation.reconstruction import evaluate
 from pipeline.models.autoencoder import build_autoencoder
 from pipeline.monitoring.bad_samples import Quarantine
-from pipeline.training.build import make_forward
+from pipeline.training.build import check_data, make_forward
 from tests.export.world import damage_sample
-from tests.shards import TINY_COUNTS, tiny_image, write_tiny_shards
+from tests.shards import TINY_COUNTS, open_stream, tiny_image, write_tiny_shards
 
 NOISE = ({"kind": "gaussian_noise", "sigma": [0.05, 0.3]},)
 SIZE, D = 32, 3 * 32 * 32
@@ -245,15 +245,15 @@ def test_a_broken_sample_is_counted_listed_and_left_out(tmp_path, runtime):
     alone = by_hand_of(config, model_of(config), broken, numbers[broken])["squared_error"]
     key = damage_sample(shards, "tiny-0001.tar", broken - TINY_COUNTS[0])
     assert int(key) == broken
-    metrics = evaluate_split(
-        model_of(config),
+    held_out_of_run = HeldOut(
         config,
-        step=0,
-        forward=make_forward(config, torch.device("cpu")),
-        indexes=[index],
-        runtime=runtime,
-        quarantine=Quarantine(tmp_path, config.data, runtime),
-    ).metrics
+        held_out_splits(config, [index], check_data(config, [index])),
+        make_forward(config, torch.device("cpu")),
+        runtime,
+        Quarantine(tmp_path, config.data, runtime),
+    )
+    found = held_out_of_run.evaluate({"eval": lambda: nullcontext(model_of(config))}, step=0)
+    metrics = {name.removeprefix("eval/"): value for name, value in found.items()}
     count = len(numbers)
     assert (metrics["tombstones"], metrics["samples"]) == (1, count - 1)
     expected = (whole * count - alone) / (count - 1)

@@ -20,7 +20,7 @@ from pipeline.export.__main__ import main
 from pipeline.export.command import begin, work_through
 from pipeline.export.workers import Worker
 from pipeline.latents.formats.writers import ParquetWriter, TarWriter
-from pipeline.training.run_directory import load_run
+from pipeline.training.loading import load_run
 from tests.export.world import (
     NUM_SHARDS,
     SHARD_ROWS,

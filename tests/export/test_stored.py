@@ -29,7 +29,7 @@ from pipeline.latents import NO_LABEL, LatentDataset
 from pipeline.latents.formats import READERS
 from pipeline.latents.formats.writers import ParquetWriter
 from pipeline.models.bottlenecks import Posterior
-from pipeline.training.run_directory import load_run
+from pipeline.training.loading import load_run
 from tests.export.world import make_config, make_run, run_export, tree
 
 ROWS, SHARDS = 8, 3

@@ -12,7 +12,7 @@ from pipeline.export.workers import Worker
 from pipeline.latents import LatentDataset
 from pipeline.latents.formats import READERS
 from pipeline.latents.formats.writers import ParquetWriter
-from pipeline.training.run_directory import load_run
+from pipeline.training.loading import load_run
 from tests.export import world
 
 MODEL = {"bottleneck": {"kind": "gaussian", "size": 3}}

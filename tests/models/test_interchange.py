@@ -20,7 +20,7 @@ from pipeline.data.decode import ArrayDecode
 from pipeline.data.index import Index
 from pipeline.export.model import export_model
 from pipeline.models.interchange import from_pretrained, read_description
-from pipeline.training.run_directory import load_run
+from pipeline.training.loading import load_run
 from tests.config.runs import World, write_shards
 from tests.processes import ROOT
 

@@ -29,7 +29,7 @@ from pipeline.models.bottlenecks import Bottleneck
 from pipeline.models.interchange import from_pretrained, read_description
 from pipeline.models.likelihoods import Likelihood
 from pipeline.models.portable import check_outputs
-from pipeline.training.run_directory import load_run
+from pipeline.training.loading import load_run
 from tests.processes import ROOT
 from tests.shards import tiny_image
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from pipeline.common.errors import UserError
 from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream import open_stream
 from pipeline.distributed.runtime import Runtime
 from pipeline.monitoring.bad_samples import Quarantine
 from tests.data.streams import ARRAYS, SEED, SETTINGS
+from tests.shards import open_stream
 
 
 def main(shards: str, run_dir: str) -> None:

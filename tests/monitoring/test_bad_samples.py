@@ -8,10 +8,11 @@ import pytest
 from pipeline.common.errors import UserError
 from pipeline.data.index import Index, build_index
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream import Stream, open_stream
+from pipeline.data.stream import Stream
 from pipeline.distributed.runtime import Runtime
 from pipeline.monitoring.bad_samples import MIN_SAMPLES_JUDGED, Quarantine
 from tests.data.streams import ARRAYS, delivered, write_shards
+from tests.shards import open_stream
 
 COUNT = 40
 BAD = (3, 17)

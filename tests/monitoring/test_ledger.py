@@ -7,7 +7,6 @@ import pytest
 from pipeline.data.index import build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream import open_stream
 from pipeline.data.stream.account import Account
 from pipeline.data.stream.datasets import open_indexes
 from pipeline.distributed.runtime import Runtime
@@ -16,6 +15,7 @@ from pipeline.train import train
 from tests.config.runs import BASE, World
 from tests.config.runs import write_shards as write_run_shards
 from tests.data.streams import IMAGES, SEED, write_shards
+from tests.shards import open_stream
 
 COUNTS = (9, 14, 5)  # 28 samples, of which batches of 8 leave a carry
 BROKEN = {3: {"jpg": b"no picture", "png": b"no picture", "webp": b"no picture"}}

@@ -8,11 +8,11 @@ import torch
 
 from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream import open_stream
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import StepResult
 from pipeline.losses.objective import Losses
 from pipeline.monitoring.meter import Meter, TrainingMeter
+from tests.shards import open_stream
 
 CPU = torch.device("cpu")
 

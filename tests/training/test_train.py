@@ -15,7 +15,7 @@ from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.evaluation.held_out import evaluate_run
 from pipeline.train import main
-from pipeline.training.run_directory import load_run
+from pipeline.training.loading import load_run
 from tests.processes import ROOT
 from tests.shards import tiny_image
 

@@ -23,7 +23,7 @@ from pipeline.config import TrainConfig
 from pipeline.data.stream.datasets import open_indexes
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import Strategy
-from pipeline.training.build import check_data, make_order
+from pipeline.training.build import check_data
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def bench_checkpoint(config: TrainConfig, *, num_steps: int, rounds: int) -> Che
     if runtime.world > 1:
         raise UserError("bench train measures one process: start it without a launcher.")
     indexes = open_indexes(config.data)
-    check_data(config, indexes)
-    loop = OurLoop(config, indexes, runtime)
+    loop = OurLoop(config, indexes, check_data(config, indexes), runtime)
     seconds: dict[str, list[float]] = {name: [] for name in ("plain", "whole", "stall", "rate")}
     try:
         with tempfile.TemporaryDirectory(dir=_existing(Path(config.run_dir))) as folder:
@@ -60,7 +59,7 @@ def bench_checkpoint(config: TrainConfig, *, num_steps: int, rounds: int) -> Che
                 Path(folder) / "checkpoints",
                 CheckpointConfig(),
                 strategy=loop.strategy,
-                order=make_order(config, indexes),
+                order=loop.order,
                 runtime=runtime,
             )
             loop.run(num_steps)

@@ -26,7 +26,7 @@ from pipeline.data.stream.batch import new_buffer
 from pipeline.data.stream.datasets import DataSets, open_indexes
 from pipeline.data.stream.device import DeviceBatches
 from pipeline.data.stream.fetch import Samples
-from pipeline.training.build import check_data, make_forward
+from pipeline.training.build import check_data, make_forward, make_order
 
 # A stream at this share of its ceiling is as fast as decoding lets it be.
 AT_THE_CEILING = 0.9
@@ -90,8 +90,8 @@ class _Work:
     def __init__(self, config: TrainConfig, num_steps: int) -> None:
         self._config = config
         indexes = open_indexes(config.data)
-        check_data(config, indexes)
-        self._sets = DataSets(config.data, indexes, seed=config.seed, batch_size=config.batch_size)
+        self._states = check_data(config, indexes)
+        self._sets = DataSets(config.data, indexes, make_order(config, indexes), self._states)
         self._num_steps = num_steps
         # A stream has got going when every lane is past its second window: memory is in use again.
         windows = (
@@ -192,11 +192,7 @@ class _Work:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         forward = make_forward(config, device)
         with open_stream(
-            config.data,
-            index=self._sets.indexes,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            device=device,
+            config.data, self._sets.indexes, self._sets.order, self._states, device=device
         ) as stream:
             batches = DeviceBatches(stream, device)
 

@@ -1,13 +1,13 @@
 """`bench train`: our training step, fed by the stream, beside a bare loop on preloaded tensors.
 
-    ours    stream -> train_step of pipeline.train: corruption, model, update, average, meter
+    ours    stream -> train_step of pipeline.training: corruption, model, update, average, meter
     bare    tensors in memory -> the same corruption -> the same model -> backward, clip, AdamW
 
 With and without corruption, the same in both loops. One process.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.precision import parameter_dtype
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
+from pipeline.data.index.reader import States
 from pipeline.data.stream import Stream, open_stream
 from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.datasets import open_indexes
@@ -24,14 +25,15 @@ from pipeline.data.stream.device import DeviceBatches
 from pipeline.distributed.runtime import Runtime
 from pipeline.models.autoencoder import build_autoencoder
 from pipeline.monitoring.meter import TrainingMeter
-from pipeline.train import train_step
 from pipeline.training.build import (
     check_data,
     make_forward,
+    make_order,
     make_strategy,
     place_model,
     throw_away_loss,
 )
+from pipeline.training.step import train_step
 
 NUM_PRELOADED = 8  # batches that the bare loop turns round
 
@@ -55,7 +57,7 @@ def bench_train(config: TrainConfig, *, num_steps: int, rounds: int) -> TrainBen
     if runtime.world > 1:
         raise UserError("bench train measures one process: start it without a launcher.")
     indexes = open_indexes(config.data)
-    check_data(config, indexes)
+    states = check_data(config, indexes)
     variants = {"plain": config.model_copy(update={"corruptions": ()})}
     if config.corruptions:
         variants = {"with corruption": config, "without corruption": variants["plain"]}
@@ -63,7 +65,7 @@ def bench_train(config: TrainConfig, *, num_steps: int, rounds: int) -> TrainBen
     contenders: dict[str, Callable[[], float]] = {}
     try:
         for name, variant in variants.items():
-            loops[name] = OurLoop(variant, indexes, runtime)
+            loops[name] = OurLoop(variant, indexes, states, runtime)
             bare = _BareLoop(variant, loops[name].preload(), runtime)
             contenders[f"ours, {name}"] = lambda loop=loops[name]: loop.run(num_steps)
             contenders[f"bare, {name}"] = lambda loop=bare: loop.run(num_steps)
@@ -93,17 +95,20 @@ def _synchronize(device: torch.device) -> None:
 class OurLoop:
     """The loop of `pipeline.train`, without its logs and checkpoints."""
 
-    def __init__(self, config: TrainConfig, indexes: tuple[Index, ...], runtime: Runtime) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        indexes: Sequence[Index],
+        states: Sequence[States],
+        runtime: Runtime,
+    ) -> None:
         self._config, self._runtime = config, runtime
         self._forward = make_forward(config, runtime.device)
         self.strategy = make_strategy(config, runtime)
         self.strategy.warm_up(throw_away_loss(config, self._forward, self.strategy, runtime))
+        self.order = make_order(config, indexes)
         self.stream: Stream = open_stream(
-            config.data,
-            index=indexes,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            device=runtime.device,
+            config.data, indexes, self.order, states, device=runtime.device
         )
         self._batches = DeviceBatches(self.stream, runtime.device)
         self._meter = TrainingMeter(runtime, self.stream)

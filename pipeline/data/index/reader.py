@@ -27,7 +27,6 @@ from pipeline.data.storage import (
     RemotePolicy,
     ShardState,
     Storage,
-    is_url,
     open_storage,
 )
 from pipeline.data.storage.patterns import find_shards
@@ -35,6 +34,9 @@ from pipeline.data.storage.patterns import find_shards
 MAX_OPEN_TABLES = 1024
 ORDINAL_SHIFT = 48  # uid = ordinal * 2^48 + samples before
 PARALLEL_FROM_BYTES = 32 << 20  # below, starting worker processes takes longer than the work
+
+
+States = dict[str, ShardState]  # of the shards of one data set, by name
 
 
 class Index:
@@ -55,8 +57,6 @@ class Index:
         self.duplicate_keys: list[list[str]] = manifest["duplicate_keys"]["examples"]
         self._suffixes: dict[str, int] | None = manifest.get("suffixes")
         self._tags_of: str | None = manifest.get("tags_of")
-        # Root of a remote store -> what it said of its shards when they were checked.
-        self._checked: dict[str, dict[str, ShardState]] = {}
         self._split_digest = self.split_spec.digest()
         self.table = lru_cache(maxsize=MAX_OPEN_TABLES)(self._open_table)
 
@@ -148,19 +148,15 @@ class Index:
         entry = self.shards[shard]
         return ShardState(entry.bytes, entry.tag if place_of(root) == self._tags_of else None)
 
-    def check_shards(self, shards: Path | str | Storage) -> None:
-        """Raise UserError naming the first shard that is missing or has changed.
+    def check_shards(self, shards: Path | str | Storage) -> States:
+        """Look at every shard; raise UserError naming the first that is missing or has changed.
 
-        `shards`: their root, or the store that will read them: it pins what it sees here. A remote
-        store is asked once, and every later one of the same root must show the same states.
+        `shards`: their root, or the store that will read them: it pins what it sees here. Returns
+        what the store says of each, for whoever opens it again (`Storage.expect`).
         """
         with closing(shards if isinstance(shards, Storage) else open_storage(shards)) as storage:
-            for name, state in self._checked.get(storage.root, {}).items():
-                storage.expect(name, state)
-            if storage.root in self._checked:
-                return
             states = storage.states(shard.name for shard in self.shards)
-        sound: dict[str, ShardState] = {}
+        sound: States = {}
         for number, shard in enumerate(self.shards):
             state, expected = states[shard.name], self.expected_state(number, storage.root)
             if state is None:
@@ -178,8 +174,7 @@ class Index:
                 f"`latentmill index {storage.where('').rstrip('/')}` (that makes it another data "
                 "set)."
             )
-        if is_url(storage.root):
-            self._checked[storage.root] = sound
+        return sound
 
     def not_indexed(self, root: Path | str) -> list[str]:
         """Shards that lie right below `root` but are not in the index: added later, or left out by

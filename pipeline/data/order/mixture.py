@@ -63,6 +63,11 @@ class Mixture:
         return sum(order.num_samples for order in self.orders)
 
     @property
+    def seed(self) -> int:
+        """The seed that all data sets' orders have in common."""
+        return self.orders[0].seed
+
+    @property
     def order_id(self) -> str:
         """Hex identity of place -> sample."""
         if len(self.orders) == 1:

@@ -1,6 +1,7 @@
 """The data sets that a config names, opened: where samples lie, in which order, how they are read.
 
-DataConfig --open_indexes--> Index of each --order_of--> Mixture
+DataConfig --open_indexes--> Index of each --order_of--> Mixture, built once per start
+                                           --check_shards--> States, looked at once per start
            --DataSets--> stores, fetchers, decoder of slots: all that a stream's threads need
 """
 
@@ -13,7 +14,7 @@ from pipeline.common.errors import UserError
 from pipeline.data.augmentations import Augmenter
 from pipeline.data.decode import Content, ImageDecode
 from pipeline.data.index import Index
-from pipeline.data.index.reader import ORDINAL_SHIFT
+from pipeline.data.index.reader import ORDINAL_SHIFT, States
 from pipeline.data.order import Order, Tail
 from pipeline.data.order.mixture import Mixture, lanes_of_parts
 from pipeline.data.settings import DataConfig
@@ -21,8 +22,6 @@ from pipeline.data.storage import open_storage
 from pipeline.data.stream.batch import BatchBuffer
 from pipeline.data.stream.engine import DecodeSlot
 from pipeline.data.stream.fetch import Fetcher
-
-Indexes = Index | Sequence[Index]  # of the one data set, or one for each of a mixture
 
 
 def open_indexes(data: DataConfig) -> tuple[Index, ...]:
@@ -33,10 +32,9 @@ def open_indexes(data: DataConfig) -> tuple[Index, ...]:
 
 
 def order_of(
-    data: DataConfig, indexes: Indexes, seed: int, batch_size: int, tail: Tail = "carry"
+    data: DataConfig, indexes: Sequence[Index], seed: int, batch_size: int, tail: Tail = "carry"
 ) -> Mixture:
     """Build the order of a config's data; raise UserError on numbers that do not fit."""
-    indexes = [indexes] if isinstance(indexes, Index) else indexes
     weights = [source.weight for source in data.sources]
     is_alone = len(indexes) == 1
     if not is_alone and tail != "carry":
@@ -58,6 +56,22 @@ def order_of(
         )
         orders.append(order)
     return Mixture(orders, weights, batch_size)
+
+
+def check_shards(data: DataConfig, indexes: Sequence[Index]) -> tuple[States, ...]:
+    """Look at the shards of every data set, once; hand the states on to each `open_stream`.
+
+    Raises UserError unless the shards are those of the indexes, with checksums where wanted.
+    """
+    states: list[States] = []
+    for source, index in zip(data.sources, indexes, strict=True):
+        states.append(index.check_shards(open_storage(source.root, data.remote)))
+        if data.verify_checksums and not index.has_checksums:
+            raise UserError(
+                f"data.verify_checksums: the index of {source.path} holds no checksums; run "
+                f"`latentmill index --deep {source.root}`."
+            )
+    return tuple(states)
 
 
 class SampleNames:
@@ -88,19 +102,20 @@ class DataSets:
     def __init__(
         self,
         data: DataConfig,
-        indexes: Indexes,
-        *,
-        seed: int,
-        batch_size: int,
-        tail: Tail = "carry",
+        indexes: Sequence[Index],
+        order: Mixture,
+        states: Sequence[States],
     ) -> None:
-        """Raise UserError on numbers that do not fit; no shard is looked at."""
-        self.data = data
-        self.indexes = [indexes] if isinstance(indexes, Index) else list(indexes)
-        self.order = order_of(data, self.indexes, seed, batch_size, tail)
-        self.names = SampleNames(self.indexes)
-        self.augmenter = Augmenter(data.augmentations, seed, size=data.decode.event_shape[-1])
+        """Open the stores; no shard is looked at: `states` is what `check_shards` saw of each."""
+        self._data = data
+        self.indexes = indexes
+        self.order = order
+        self.names = SampleNames(indexes)
+        self.augmenter = Augmenter(data.augmentations, order.seed, size=data.decode.event_shape[-1])
         self.storages = [open_storage(source.root, data.remote) for source in data.sources]
+        for storage, seen in zip(self.storages, states, strict=True):
+            for name, state in seen.items():
+                storage.expect(name, state)
         self.fetchers = [
             Fetcher(
                 index,
@@ -111,26 +126,12 @@ class DataSets:
                 draw=self.augmenter.draw,
                 verify_checksums=data.verify_checksums,
             )
-            for index, storage, order in zip(
-                self.indexes, self.storages, self.order.orders, strict=True
-            )
+            for index, storage, order in zip(indexes, self.storages, order.orders, strict=True)
         ]
-
-    def check(self) -> None:
-        """Raise UserError unless the shards are those of the indexes, checksums where wanted."""
-        for source, storage, index in zip(
-            self.data.sources, self.storages, self.indexes, strict=True
-        ):
-            index.check_shards(storage)
-            if self.data.verify_checksums and not index.has_checksums:
-                raise UserError(
-                    f"data.verify_checksums: the index of {source.path} holds no checksums; run "
-                    f"`latentmill index --deep {source.root}`."
-                )
 
     def slot_decoder(self) -> DecodeSlot:
         """Return what turns a member's bytes into a slot of a buffer."""
-        decode, augmenter = self.data.decode, self.augmenter
+        decode, augmenter = self._data.decode, self.augmenter
         if augmenter.num_draws and isinstance(decode, ImageDecode):
             decode_view = decode.decode_view
 
@@ -148,8 +149,8 @@ class DataSets:
     @property
     def num_read_threads(self) -> int:
         """Threads that fetch; 0 = those that decode do it, too."""
-        if self.data.read_threads is not None:
-            return self.data.read_threads
+        if self._data.read_threads is not None:
+            return self._data.read_threads
         return max(storage.num_readers for storage in self.storages)
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """The data stream of a training run: one Batch per step, the same on any machine.
 
-    DataConfig + Index + seed + G -> DataSets -> Board -> Engine (threads) -> Stream -> Batch
+    DataConfig + Index + Mixture -> DataSets -> Board -> Engine (threads) -> Stream -> Batch
 
 Memory: at most two windows of encoded samples per lane that the rank reads, and `prefetch` + 1
 decoded batches. The state of the stream is its step number.
@@ -9,7 +9,7 @@ decoded batches. The state of the stream is its step number.
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -17,13 +17,14 @@ from typing import NamedTuple, Self
 import torch
 
 from pipeline.common.errors import UserError
-from pipeline.data.order import Tail
+from pipeline.data.index import Index
+from pipeline.data.index.reader import States
 from pipeline.data.order.mixture import Mixture, read_amplification
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream.account import Account, StreamCounters
 from pipeline.data.stream.batch import Batch, BatchBuffer, new_buffer
 from pipeline.data.stream.board import Board
-from pipeline.data.stream.datasets import DataSets, Indexes
+from pipeline.data.stream.datasets import DataSets
 from pipeline.data.stream.engine import Engine
 
 MAX_READ_AMPLIFICATION = 1.1
@@ -44,45 +45,40 @@ class Quarantined(NamedTuple):
 
 def open_stream(
     data: DataConfig,
+    indexes: Sequence[Index],
+    order: Mixture,
+    states: Sequence[States],
     *,
-    index: Indexes,
-    seed: int,
-    batch_size: int,
     first_step: int = 0,
     num_steps: int | None = None,
     rank: int = 0,
     world: int = 1,
-    tail: Tail = "carry",
     device: torch.device = CPU,
 ) -> "Stream":
     """Open the stream of `rank` of `world` from `first_step` on.
 
-    `index`: of the data set; of a mixture, one for each. `num_steps`: None = endless; under the
-    tail `mask`, to the end of the epoch. `device`: that of the `DeviceBatches` around it; they take
-    batches to a GPU one ahead, so memory is pinned for them, and the account stays one behind.
-    Raises UserError before any thread starts, if the numbers do not fit or the shards are not those
-    of the index.
+    `indexes`, `order`, `states`: of `data`, by `open_indexes`, `order_of`, `check_shards`.
+    `num_steps`: None = endless; under the tail `mask`, to the end of the epoch. `device`: that of
+    the `DeviceBatches` around it; they take batches to a GPU one ahead, so memory is pinned for
+    them, and the account stays one behind. Raises UserError, before any thread starts, if the
+    global batch does not divide over the ranks.
     """
-    sets = DataSets(data, index, seed=seed, batch_size=batch_size, tail=tail)
+    batch_size = order.batch_size
     if batch_size % world:
         near = sorted({max(1, batch_size // world) * world, (batch_size // world + 1) * world})
         raise UserError(
             f"The global batch of {batch_size} does not divide over {world} processes: choose "
             f"{' or '.join(map(str, near))}, or another number of processes."
         )
-    try:
-        sets.check()
-    except BaseException:
-        sets.close()
-        raise
+    sets = DataSets(data, indexes, order, states)
     if rank == 0:
-        for order in sets.order.orders:
-            _warn_of_amplification(order.lanes, world)
+        for part in order.orders:
+            _warn_of_amplification(part.lanes, world)
     on_gpu = device.type == "cuda"
     board = Board(
-        sets.order,
+        order,
         first_step=first_step,
-        stop_step=_stop_step(sets.order, first_step, num_steps, tail),
+        stop_step=_stop_step(order, first_step, num_steps),
         rank=rank,
         world=world,
         num_buffers=data.prefetch + 1,
@@ -103,10 +99,10 @@ def open_stream(
     return Stream(engine, sets, account)
 
 
-def _stop_step(order: Mixture, first_step: int, num_steps: int | None, tail: Tail) -> int | None:
+def _stop_step(order: Mixture, first_step: int, num_steps: int | None) -> int | None:
     if num_steps is not None:
         return first_step + num_steps
-    if tail != "mask":
+    if order.orders[0].tail != "mask":
         return None
     steps_per_epoch = order.orders[0].epoch_length // order.batch_size
     return (first_step // steps_per_epoch + 1) * steps_per_epoch

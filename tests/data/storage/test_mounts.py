@@ -11,7 +11,7 @@ from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage.local import LocalStorage
 from pipeline.data.storage.mounts import MOUNTS, NETWORKED, filesystem_type, is_networked
-from pipeline.data.stream import open_stream
+from tests.shards import open_stream
 
 TABLE = """\
 22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw

@@ -274,7 +274,7 @@ def read_with_others(tmp_path: Path, rows: Rows) -> dict[str, list[dict]]:
     TarWriter().write(tar, rows)
     ParquetWriter().write(parquet, rows)
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
-    script = ROOT / "tests" / "writers" / "others.py"
+    script = ROOT / "tests/latents/formats" / "others.py"
     result = subprocess.run(
         [sys.executable, script, tar, parquet],
         env=os.environ | offline,

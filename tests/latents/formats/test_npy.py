@@ -37,7 +37,7 @@ def write_folder(folder: Path, shape: tuple[int, ...] = (2, 3), dtype: str = "fl
 def read_with(reader: str, folder: Path, *path: Path) -> list[dict]:
     """What a reader sees below `folder`; `path`: where else it is imported from."""
     result = subprocess.run(
-        [sys.executable, ROOT / "tests" / "writers" / "indexers.py", reader, folder],
+        [sys.executable, ROOT / "tests/latents/formats" / "indexers.py", reader, folder],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))},
         capture_output=True,
         text=True,
