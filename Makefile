@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all soak check format
+.PHONY: help setup demo test test-all test-gpu soak check format size
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -17,11 +17,14 @@ setup: $(STAMP) ## create or update .venv with the pinned versions
 demo: $(STAMP) ## the main job on built-in data: pack, train four models, export, verify, probe
 	$(BIN)/python -m pipeline.commands.demo
 
-test: $(STAMP) ## the default lane, below 10 minutes on 2 cores
+test: $(STAMP) ## the default lane, about 5 minutes on 2 cores
 	$(PYTEST) --budgets
 
 test-all: check ## checks and every lane, with the time budgets; what .ci/run calls
 	$(PYTEST) --budgets -m "not soak"
+
+test-gpu: ## the gpu lane, with PYTHON as it is: nothing is installed, what is missing is said
+	$(PYTHON) -m pytest -m gpu -o minversion=0 -W default tests/gpu
 
 soak: $(STAMP) ## the kill and fuzz tests with their full counts: hours
 	$(PYTEST) -m soak --timeout 0
@@ -32,6 +35,9 @@ check: $(STAMP) ## format, lint and types, changing nothing
 	$(BIN)/pyright
 	$(BIN)/shellcheck .ci/run docker/entrypoint.sh
 	$(BIN)/hadolint docker/Dockerfile
+
+size: ## lines of code by folder, without blank lines and comments
+	@$(PYTHON) tests/project/size.py pipeline launch examples benchmarks docker tests
 
 format: $(STAMP) ## rewrite the code as `check` wants it, as far as that is mechanical
 	$(BIN)/ruff check --fix-only .

@@ -27,9 +27,14 @@ TRAIN = (
 )
 
 
+def is_missing(name: str) -> bool:
+    """Whether a package is not installed; imports nothing."""
+    return find_spec(name) is None
+
+
 def missing() -> list[str]:
     """Which of them are not installed; imports none."""
-    return [name for name in TRAIN if find_spec(name) is None]
+    return [name for name in TRAIN if is_missing(name)]
 
 
 def remedy(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Batches on the device: the stream's own on a CPU, copies that stay valid on a GPU."""
+"""Batches on a CPU are the stream's own; tests/gpu has the copies on a GPU."""
 
 import pytest
 import torch
@@ -28,16 +28,3 @@ def test_on_a_cpu_batches_pass_through_untouched(tiny_shards):
             assert found.keys == expected.keys
         with pytest.raises(StopIteration):
             next(batches)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: nothing is copied")
-def test_on_a_gpu_batches_are_copies_that_stay_valid(tiny_shards):
-    device = torch.device("cuda")
-    with opened(tiny_shards) as plain:
-        expected = [[t.clone() for t in batch.tensors()] for batch in plain]
-    with opened(tiny_shards, device=device) as pinned:
-        held = list(DeviceBatches(pinned, device))
-    assert len(held) == NUM_STEPS
-    for batch, tensors in zip(held, expected, strict=True):
-        assert batch.x.device.type == "cuda"
-        assert all(map(torch.equal, (t.cpu() for t in batch.tensors()), tensors))

@@ -14,7 +14,7 @@ COLUMNS = ["key", "row", "valid", "label", "metadata"]
 
 
 def with_embedding_reader(folder: str) -> list[dict]:
-    from embedding_reader import EmbeddingReader  # noqa: PLC0415 - each reader may be absent
+    from embedding_reader import EmbeddingReader
 
     reader = EmbeddingReader(
         embeddings_folder=folder,
@@ -31,7 +31,7 @@ def with_embedding_reader(folder: str) -> list[dict]:
 
 def with_faiss(folder: str) -> list[dict]:
     """Each vector's nearest neighbour in an index of all of them."""
-    import faiss  # noqa: PLC0415
+    import faiss
 
     paths = sorted(Path(folder).rglob("*.npy"))
     matrix = np.concatenate([np.load(path, mmap_mode="r") for path in paths]).astype(np.float32)
