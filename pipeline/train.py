@@ -64,7 +64,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
         failures = stack.enter_context(claimed(config, accept_changes, order, runtime))
         watchdog = stack.enter_context(closing(Watchdog(config.watchdog, failures, runtime)))
 
-        # The model, as the newest checkpoint left it; first the throw-away step: see `warm_up`.
+        # The model, as the newest checkpoint left it; first `Strategy.warm_up`, a step thrown away.
         forward = make_forward(config, runtime.device)
         strategy = make_strategy(config, runtime)
         watchdog.enter("start", 0)

@@ -158,7 +158,10 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 @pytest.fixture
 def start_processes(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
-    """Start a module or script, by default under `accelerate launch`; ended with the test."""
+    """Start a module or script under `accelerate launch`, or plainly; ended with the test.
+
+    forked: see `Processes`.
+    """
     started: list[Processes] = []
     numbers = itertools.count()
 
@@ -169,10 +172,12 @@ def start_processes(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
         strategy: str = "ddp",
         env: Mapping[str, str] | None = None,
         cwd: Path = ROOT,
+        forked: bool = True,
     ) -> Processes:
         argv = [*argv_of(target, num_processes, strategy), *map(str, arguments)]
         log = tmp_path / f"processes-{next(numbers)}.log"
-        started.append(Processes(argv, log, env=env_of(strategy) | dict(env or {}), cwd=cwd))
+        env = env_of(strategy) | dict(env or {})
+        started.append(Processes(argv, log, env=env, cwd=cwd, forked=forked))
         return started[-1]
 
     yield start
@@ -196,8 +201,9 @@ def run_processes(start_processes: Callable[..., Processes]) -> Callable[..., Re
         strategy: str = "ddp",
         env: Mapping[str, str] | None = None,
         cwd: Path = ROOT,
+        forked: bool = True,
     ) -> Result:
-        options = {"strategy": strategy, "env": env, "cwd": cwd}
+        options = {"strategy": strategy, "env": env, "cwd": cwd, "forked": forked}
         running = start_processes(target, num_processes, *arguments, **options)
         return running.wait(timeout)
 

@@ -1,4 +1,4 @@
-"""Real processes for tests: started under `accelerate launch`, watched, and never left behind."""
+"""Processes for tests: started under `accelerate launch`, watched, and never left behind."""
 
 import os
 import signal
@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from launch import local
+from tests import forkserver
 
 ROOT = Path(__file__).parents[1]
 CPU_ENV = {
@@ -36,20 +37,36 @@ class Result:
 
 
 class Processes:
-    """A running command with everything that it started."""
+    """A running command with everything that it started.
 
-    def __init__(self, argv: list[str], log: Path, *, env: Mapping[str, str], cwd: Path) -> None:
+    forked: started at once by `tests.forkserver`; else by new interpreters, as a user starts it.
+    """
+
+    def __init__(
+        self,
+        argv: list[str],
+        log: Path,
+        *,
+        env: Mapping[str, str],
+        cwd: Path,
+        forked: bool = False,
+    ) -> None:
         self._log = log
-        with log.open("wb") as file:
-            self._process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=os.environ | CPU_ENV | env,
-                cwd=cwd,
-                start_new_session=True,
-            )
+        log.write_bytes(b"")
+        env = os.environ | CPU_ENV | env
+        if forked:
+            self._process = forkserver.Command(argv, log, env=env, cwd=cwd)
+        else:
+            with log.open("wb") as file:
+                self._process = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=env,
+                    cwd=cwd,
+                    start_new_session=True,
+                )
         self.pid = self._process.pid
 
     @property

@@ -145,6 +145,15 @@ def verify_checkpoint(path: Path, only: Collection[str] | None = None) -> None:
         raise DamagedCheckpointError(f"{MANIFEST} does not list {', '.join(sorted(missing))}")
 
 
+def is_whole(path: Path) -> bool:
+    """Tell whether every file of a checkpoint verifies."""
+    try:
+        verify_checkpoint(path)
+    except DamagedCheckpointError:
+        return False
+    return True
+
+
 def read_state(path: Path) -> RunState:
     """Read `state.json` of a verified checkpoint."""
     return RunState(**json.loads((path / "state.json").read_bytes()))

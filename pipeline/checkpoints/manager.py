@@ -3,7 +3,7 @@
     save    all: gather the state in the memory of the main process    the stall of the training
             main, in a thread of its own: write, publish, retain       while the training goes on
 
-`checkpoint` owns the directory protocol of one process, `retention` what stays; here stand the
+`folder` owns the directory protocol of one process, `retention` what stays; here stand the
 collectives around them.
 """
 

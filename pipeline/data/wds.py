@@ -38,7 +38,7 @@ class _Place(NamedTuple):
 
 
 class OrderedShards(IterableDataset[Sample]):
-    """An iterable of raw samples in the order of `order-v1`, for `wds.DataPipeline` or DataLoader.
+    """An iterable of raw samples in the order of `order-v1`, for a DataPipeline or DataLoader.
 
     Each rank gets its slots of every global batch, so wds.batched(batch_size // world) gives the
     batches of `open_stream`. Iterating again goes on where the last iteration stopped. A DataLoader

@@ -1,7 +1,8 @@
 """The process and its siblings: start-up guard, the few collectives, stop requests.
 
-What only one process may do is decided where it is done (`monitor`, `resume`, `rundir` ...): the
-training loop reads as if there were one process.
+What only one process may do is decided where it is done (`monitoring.monitor`,
+`checkpoints.manager`, `training.run_directory` ...): the training loop reads as if there were one
+process.
 """
 
 import ctypes

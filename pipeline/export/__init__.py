@@ -12,7 +12,7 @@ failures.py    attempts that failed by a task's own fault, and when that is enou
 layout.py      where everything lies; progress.py: the line on stderr
 finalize.py    all committed -> statistics, key index, manifest (manifest.py), _SUCCESS
 status.py      how far an export is, finishing and cleaning up, from the files alone
-verify.py      whether an export is what it says it is; audit.py, source.py and reencode.py: the
+verify/        whether an export is what it says it is; audit.py, source.py and reencode.py: the
                files' content, the source shards, the model
 
 No process talks to another: they meet in the place of the export alone, a directory or an s3://

@@ -1,7 +1,7 @@
 """`latentmill export-model RUN OUT`: a checkpoint's model alone, to be loaded without the run.
 
-checkpoint -> LoadedRun (weights, config) + RunState (where it stood) -> OUT: see `interchange`
-           -> on request, encoder and decoder alone: see `portable`
+checkpoint -> LoadedRun (weights, config) + RunState (where it stood) -> OUT: `models.interchange`
+           -> on request, encoder and decoder alone: `models.portable`
 latent_stats.json of a finished export -> on request, scaling factors in OUT/config.json
 """
 

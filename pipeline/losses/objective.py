@@ -3,7 +3,7 @@
     loss_i = sum over elements of w_e * nll(x | z)_e  +  sum_k weight_k(t) * R_k(q(z | x_i))
 
 Sums over an image, never means: then beta multiplies what the formula says it multiplies, whatever
-the resolution. The mean over the global batch is the caller's (`runtime`, `evaluation`).
+the resolution. The mean over images is the caller's (`training.step`, `monitoring.meter`).
 
 # B samples
 """

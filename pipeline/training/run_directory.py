@@ -2,11 +2,11 @@
 
 config.yaml        the resolved config, itself a valid input
 metrics.jsonl      every logged value
-checkpoints/       see `checkpoint`
-images/  wandb/    see `monitor`
+checkpoints/       see `checkpoints.folder`
+images/  wandb/    see `monitoring.monitor`
 quarantine.jsonl   samples that could not be used, once each
 changes.jsonl      settings changed on a resume by --accept-change
-outcome.json       how the last start ended, and failure/, if it failed: see `outcome`
+outcome.json       how the last start ended, and failure/, if it failed: see `distributed.outcome`
 """
 
 import fcntl
@@ -21,7 +21,7 @@ from typing import IO
 import torch
 
 from pipeline.checkpoints.folder import (
-    find_checkpoint,
+    is_whole,
     list_checkpoints,
     read_weights,
     remove_litter,
@@ -106,7 +106,10 @@ def _take_over_config(
 
 def _check_weights(run_dir: Path, config: TrainConfig) -> None:
     """Raise UserError unless the newest good checkpoint's weights are of the config's model."""
-    path = find_checkpoint(run_dir / "checkpoints", None)
+    directory = run_dir / "checkpoints"
+    path = next((path for path in list_checkpoints(directory) if is_whole(path)), None)
+    if path is None:  # all are damaged: `manager.newest_good` says so and sets them aside
+        return
     shape = config.data.decode.event_shape
     model = build_autoencoder(config.model, shape, seed=config.seed, dtype=torch.float32)
     what = f"{path} holds weights of another model than the changed config"

@@ -89,7 +89,7 @@ def uninterrupted(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
         folder = tmp_path_factory.mktemp(name)
         config = write_config(folder, tiny_shards, accumulation)
         argv = [*argv_of("pipeline.train", num_processes, strategy), str(config)]
-        result = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT).wait()
+        result = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT, forked=True).wait()
         assert result.code == 0, result.output
         return folder / "run"
 

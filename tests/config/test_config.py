@@ -133,7 +133,7 @@ def test_schedules_are_counted_in_samples_and_logged_by_name():
 @pytest.mark.parametrize(
     ("changes", "num_parameters"),
     [
-        # Burgess et al. 2018, Z = 10: DESIGN 5 counts them with mean and log-variance, 2 x 10.
+        # Burgess et al. 2018, Z = 10: counted with mean and log-variance, 2 x 10.
         (["data.decode.channels=1", "model.likelihood={kind: bernoulli}"], 502_005),
         (["data.decode.channels=3", "model.likelihood={kind: bernoulli}"], 504_055),
         (["data.decode.channels=1", "model.likelihood={kind: gaussian}"], 502_006),  # its sigma

@@ -13,10 +13,12 @@ import webdataset as wds
 from PIL import Image
 
 from pipeline.common.errors import UserError
+from pipeline.data.decode import ImageDecode
 from pipeline.data.pack.pack import pack
 from pipeline.data.pack.parts import part_paths, plan_parts, write_part
 from pipeline.data.pack.sources import Folder, Sprites
 from pipeline.data.pack.sources.folder import list_folder
+from pipeline.data.pack.sources.images import SUFFIXES
 from pipeline.data.pack.sources.sprites import SpritesSamples
 
 
@@ -72,6 +74,10 @@ def test_folder_is_copied_byte_for_byte(folder: Path, tmp_path: Path):
     assert (report.num_samples, report.num_shards, report.num_broken) == (4, 1, 2)
     assert report.classes == ("cats", "dogs")
     assert report.ignored == {".txt": 1, "hidden": 1}
+
+
+def test_what_is_packed_is_what_the_stream_looks_for():
+    assert SUFFIXES == ImageDecode().suffixes
 
 
 def test_broken_images_are_listed(folder: Path, tmp_path: Path):

@@ -95,7 +95,7 @@ MIB = 1 << 20
     [pytest.param(2, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.soak)],
 )
 def test_memory_keeps_its_bound_over_two_epochs(tmp_path, num_gigabytes):
-    """DESIGN 4: two windows of encoded samples per lane, the ring of batches, and 150 MB."""
+    """Two windows of encoded samples per lane, the ring of batches, and 150 MB."""
     sample_bytes, num_shards = MIB, 16
     per_shard = num_gigabytes * 1024 // num_shards
     shape = write_sparse_shards(tmp_path, num_shards, per_shard, sample_bytes)

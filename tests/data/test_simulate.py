@@ -9,7 +9,7 @@ import pytest
 from pipeline.data.order import Order
 from pipeline.data.order.simulate import advice, cost, lanes_that_read_once, memory_bound, simulate
 
-# Simulated once before this program was written (the reference of the design, section 5.4):
+# Simulated once before this program was written, by another one:
 # L, K, S -> distinct shards per batch, same-shard pairs over a uniform shuffle's.
 PUBLISHED = {(32, 4, 512): (132, 9.6), (64, 4, 256): (223, 4.9), (64, 8, 256): (311, 2.9)}
 

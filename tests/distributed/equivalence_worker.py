@@ -56,7 +56,7 @@ def record(config: TrainConfig, windows: Path | None = None) -> dict[str, Any]:
                         windows,
                         CheckpointConfig(keep=Keep(latest=99)),
                         strategy=strategy,
-                        order=make_order(config, index),
+                        order=make_order(config, [index]),
                         runtime=runtime,
                     )
                     kept.save(step)

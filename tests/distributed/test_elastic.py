@@ -22,7 +22,7 @@ from pipeline.training.build import make_order
 from tests.launch.runs import outcome, write_config
 from tests.processes import ROOT
 
-WORKER = ROOT / "tests" / "equivalence_worker.py"
+WORKER = ROOT / "tests/distributed/equivalence_worker.py"
 WINDOW_STEPS = 10  # as in the worker
 LEGS = {
     "sizes": [("ddp", 2), ("ddp", 1), ("ddp", 3), ("ddp", 2)],

@@ -24,7 +24,7 @@ from tests.distributed.equivalence_worker import record
 from tests.processes import ROOT, Result
 from tests.shards import png, tiny_image
 
-WORKER = ROOT / "tests" / "equivalence_worker.py"
+WORKER = ROOT / "tests/distributed/equivalence_worker.py"
 BROKEN = (5, 21, 38)  # samples whose picture does not decode
 CONFIG = """
 run_dir: {tmp}/run

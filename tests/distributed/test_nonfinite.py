@@ -28,7 +28,7 @@ from pipeline.train import main
 from tests.checkpoints.test_resume import outcome, write_config
 from tests.processes import ROOT, Processes, argv_of, env_of
 
-WORKER = ROOT / "tests" / "nonfinite_worker.py"
+WORKER = ROOT / "tests/distributed/nonfinite_worker.py"
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 NUM_STEPS = 9
 BATCH = 12
@@ -86,7 +86,7 @@ def struck(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         argv = [*argv_of(WORKER, num_processes, strategy), str(folder / "digests")]
         argv += [json.dumps(STRIKES), str(config), f"num_steps={NUM_STEPS}"]
         argv += ["checkpoint.every_steps=1", "checkpoint.keep.latest=99"]
-        ended = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT).wait()
+        ended = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT, forked=True).wait()
         assert ended.code == 0, ended.output
         found = {read_state(path).step: path for path in (folder / "run/checkpoints").iterdir()}
         paths = [folder / f"digests-{rank}.json" for rank in range(num_processes)]

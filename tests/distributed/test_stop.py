@@ -39,7 +39,7 @@ def undisturbed(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         folder = tmp_path_factory.mktemp(f"undisturbed-{num_processes}")
         config = write_config(folder, tiny_shards, NUM_STEPS)
         argv = [*argv_of("pipeline.train", num_processes), str(config), *SETTINGS]
-        result = Processes(argv, folder / "log", env={}, cwd=ROOT).wait(300)
+        result = Processes(argv, folder / "log", env={}, cwd=ROOT, forked=True).wait(300)
         assert result.code == 0, result.output
         return folder / "run"
 

@@ -14,7 +14,7 @@ import pytest
 from tests.launch.runs import outcome, write_config
 from tests.processes import ROOT
 
-WORKER = ROOT / "tests" / "watchdog_worker.py"
+WORKER = ROOT / "tests/distributed/watchdog_worker.py"
 GRACE = 10  # for the reports of others: see pipeline.distributed.watchdog
 pytestmark = [pytest.mark.fault, pytest.mark.distributed]
 

@@ -1,4 +1,4 @@
-"""The documents agree with the tree: links lead somewhere, the file map is complete."""
+"""The documents agree with the tree: links lead somewhere, the house is as it is drawn."""
 
 import re
 import subprocess
@@ -7,21 +7,21 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ROOT
+from tests.project.test_layers import LEVEL_OF
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "LOG.md"]
 LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
 IMAGE_TAG = re.compile(r"<img[^>]*src=\"([^\"]+)\"")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
-# In the map a package may stand for its files; every file of these must be named or covered.
-MAPPED = ("pipeline", "launch", "configs", "benchmarks", "docker", "examples")
+MAX_HOUSE_LINES = 35
 
 
-def tracked() -> set[str]:
-    """What git tracks or would track: the tree without what .gitignore names."""
-    argv = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+def tracked(folder: str = ".") -> set[str]:
+    """What git tracks or would track below a folder: all but what .gitignore names."""
+    argv = ["git", "ls-files", "--cached", "--others", "--exclude-standard", folder]
     ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     if ended.returncode:
-        pytest.skip("not a git checkout: the file map has nothing to be compared with")
+        pytest.skip("not a git checkout: what belongs to the tree is not known")
     return {name for name in ended.stdout.splitlines() if (ROOT / name).is_file()}
 
 
@@ -44,54 +44,41 @@ def test_links_lead_somewhere(document: Path):
             assert fragment in headings, target
 
 
-def file_map() -> dict[str, str]:
-    """path -> what, from the fenced block below the heading "File map" of the README."""
+def house() -> dict[str, list[str]]:
+    """Folder -> the names that the block below the heading "The house" has for it, in order."""
     text = (ROOT / "README.md").read_text()
-    section = re.search(r"^#+ File map$.*?^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert section, "README.md has no fenced block below a heading `File map`"
-    lines = [line for line in section.group(1).splitlines() if line.strip()]
-    entries = [line.split(maxsplit=1) for line in lines]
-    for line, entry in zip(lines, entries, strict=True):
-        assert len(entry) == 2, f"no `path  what`: {line!r}"
-        assert not line.startswith(" "), f"paths are written in full: {line!r}"
-    assert len({path for path, _ in entries}) == len(entries), "a path stands there twice"
-    return dict(entries)  # type: ignore[arg-type]
+    section = re.search(r"^## The house$.*?^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert section, "README.md has no fenced block below a heading `The house`"
+    lines = section.group(1).splitlines()
+    assert len(lines) <= MAX_HOUSE_LINES
+    named: dict[str, list[str]] = {"": []}
+    for line in lines:
+        entry = re.fullmatch(r"(  )?(\S+) +\S.*", line)
+        assert entry, f"no `name  what`: {line!r}"
+        folder = named[""][-1] if entry[1] else ""
+        named.setdefault(folder, []).append(entry[2])
+    return named
 
 
-def test_the_file_map_names_what_exists():
-    for path in file_map():
-        assert list(ROOT.glob(path.rstrip("/"))), f"{path} is in the file map, not in the tree"
+def test_the_house_has_every_folder_and_nothing_else():
+    tops = {f"{name.split('/')[0]}/" for name in tracked() if "/" in name}
+    assert sorted(house()[""]) == sorted(tops)
 
 
-def test_the_file_map_names_every_file():
-    named = file_map()
-    covered = {
-        str(found.relative_to(ROOT)) for path in named for found in ROOT.glob(path.rstrip("/"))
-    }
-    missing = [
-        name
-        for name in sorted(tracked())
-        if name.split("/")[0] in MAPPED
-        and not name.endswith(("/__init__.py", "py.typed"))
-        and name not in covered
-        and not any(
-            parent.as_posix() in covered and f"{parent.as_posix()}/" in named
-            for parent in Path(name).parents
-        )
-    ]
-    assert not missing, f"not in the file map of README.md: {missing}"
+def test_the_house_has_every_wing_in_the_order_of_the_spine():
+    inside = {name.split("/")[1] + "/" * (name.count("/") > 1) for name in tracked("pipeline")}
+    wings = house()["pipeline/"]
+    assert sorted(wings) == sorted(inside - {"__init__.py", "py.typed"})
+    levels = [LEVEL_OF[name.removesuffix("/").removesuffix(".py")] for name in wings]
+    assert levels == sorted(levels, reverse=True), "from high to low, as SPINE has them"
 
 
-def test_the_documents_name_modules_that_exist():
-    """`pipeline/x.py` or `-m pipeline.x` in a document is a file of ours."""
-    for document in DOCUMENTS:
-        text = document.read_text()
-        if document.name == "LOG.md":
-            continue  # a record of what was
-        for name in re.findall(r"\b((?:pipeline|launch|tests|configs)/[\w/.-]*\w)", text):
-            if not re.search(r"KIND|NAME|TESTS|test_x", name):
-                assert (ROOT / name).exists(), f"{document.name}: {name}"
-        for module in re.findall(r"-m ((?:pipeline|launch)[\w.]*)", text):
-            base = ROOT / module.replace(".", "/").rstrip("/")
+def test_the_documents_run_modules_that_exist():
+    """What stands behind `python -m` in a document can be run."""
+    for document in DOCUMENTS[:2]:  # LOG.md is a record of what was
+        for module in re.findall(
+            r"-m ((?:pipeline|launch|benchmarks)[\w.]*\w)", document.read_text()
+        ):
+            base = ROOT / module.replace(".", "/")
             found = base.with_suffix(".py").is_file() or (base / "__main__.py").is_file()
             assert found, f"{document.name}: {module}"

@@ -233,7 +233,7 @@ def test_two_launched_processes_that_do_not_see_each_other(
 @pytest.mark.distributed
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the trap exists on machines without a GPU")
 def test_multi_gpu_on_a_machine_without_one_still_trains_together(config: Path, tmp_path: Path):
-    """The trap of DESIGN 6: without ACCELERATE_USE_CPU, two could each believe to be alone."""
+    """A trap of accelerate: without ACCELERATE_USE_CPU, two could each believe to be alone."""
     argv = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     argv += ["--num_processes", "2", "-m", "pipeline.train", str(config)]
     env = {k: v for k, v in (os.environ | CPU_ENV).items() if k != "ACCELERATE_USE_CPU"}

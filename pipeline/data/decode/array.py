@@ -9,18 +9,17 @@ import io
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from pipeline.common.component import Component
 from pipeline.data.decode.fault import Content, DecodeError
 from pipeline.data.decode.image import Suffix
-
-if TYPE_CHECKING:  # packing decodes without torch, and `pack --help` answers without
-    from torch import Tensor
 
 HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -118,11 +117,11 @@ class ArrayDecode(Component):
                 "range", f"values in [{smallest}, {largest}], declared range [{low}, {high}]"
             )
 
-    def event_view(self, x: "Tensor") -> "Tensor":
+    def event_view(self, x: Tensor) -> Tensor:
         """[b, *shape] as it is."""
         return x
 
-    def to_unit(self, x: "Tensor") -> "Tensor":
+    def to_unit(self, x: Tensor) -> Tensor:
         """Map stored values to float32 in [0, 1] on x's device: (x - low) / (high - low)."""
         low, high = self.range
-        return x.float().sub(low).div_(high - low)
+        return x.to(torch.float32).sub(low).div_(high - low)

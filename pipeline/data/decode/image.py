@@ -9,15 +9,18 @@ animation the first frame counts; colour profiles are ignored.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 from simplejpeg import decode_jpeg
+from torch import Tensor
 
 from pipeline.common.component import Component
+from pipeline.data.augmentations import View, ViewOf
 from pipeline.data.decode.codecs import (
     JPEG_MAGIC,
     PixelRules,
@@ -25,11 +28,6 @@ from pipeline.data.decode.codecs import (
     read_pixels,
 )
 from pipeline.data.decode.fault import Content
-
-if TYPE_CHECKING:  # packing decodes without torch, and `pack --help` answers without
-    from torch import Tensor
-
-    from pipeline.data.augmentations import View, ViewOf
 
 Suffix = Annotated[str, Field(pattern=r"^[^/A-Z]+$")]  # as the index stores them: lower case
 
@@ -90,7 +88,7 @@ class ImageDecode(Component):
                 pass  # too large, or damaged: the general way tells which
         self._fit(read_pixels(data, self._rules, self._scale_of), out)
 
-    def decode_view(self, data: Content, out: NDArray[np.uint8], view_of: "ViewOf") -> None:
+    def decode_view(self, data: Content, out: NDArray[np.uint8], view_of: ViewOf) -> None:
         """Decode the part of a file that an augmentation looks at into `out`, as `decode` does."""
         views: list[tuple[View, int, int]] = []
 
@@ -135,10 +133,10 @@ class ImageDecode(Component):
         resized = image.resize((self.size, self.size), method, box=box)
         return np.asarray(resized).reshape(self.buffer_shape)
 
-    def event_view(self, x: "Tensor") -> "Tensor":
+    def event_view(self, x: Tensor) -> Tensor:
         """[b, height, width, channels] as [b, channels, height, width], channels-last memory."""
         return x.permute(0, 3, 1, 2)
 
-    def to_unit(self, x: "Tensor") -> "Tensor":
+    def to_unit(self, x: Tensor) -> Tensor:
         """Map stored values to float32 in [0, 1] on x's device: x / 255."""
-        return x.float().div_(255.0)
+        return x.to(torch.float32).div_(255.0)

@@ -33,7 +33,6 @@ from pipeline.data.storage.patterns import find_shards
 
 MAX_OPEN_TABLES = 1024
 ORDINAL_SHIFT = 48  # uid = ordinal * 2^48 + samples before
-PARALLEL_FROM_BYTES = 32 << 20  # below, starting worker processes takes longer than the work
 
 
 States = dict[str, ShardState]  # of the shards of one data set, by name

@@ -152,10 +152,6 @@ class ShardTable:
         columns = (ranges.offset, ranges.num_bytes, ranges.crc32, self.labels)
         return np.stack([*(column[rows] for column in columns), rows])
 
-    def has_suffix(self, suffix: str) -> bool:
-        """Tell whether any row has such a member."""
-        return suffix in self._suffix_names
-
     def suffix_counts(self) -> dict[str, int]:
         """How many rows have a member of each suffix."""
         if self.num_rows == 0:

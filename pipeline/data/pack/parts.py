@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.common.files import publish, sha256_file, temporary_name, write_json
 from pipeline.common.tars import open_tar
+from pipeline.data.pack.pictures import prepared
 from pipeline.data.pack.sources.base import Broken, Part
 
 TAR_BLOCK = 512  # every member takes a header of one block, and its content is padded to blocks
@@ -75,7 +76,8 @@ def write_part(part: Part, stage: Path, number: int) -> int:
     broken: list[list[str]] = []
     num_samples = 0
     with open_tar(temporary) as write:
-        for sample in part.read():
+        for found in part.read():
+            sample = found if isinstance(found, Broken) else prepared(found)
             if isinstance(sample, Broken):
                 broken.append([sample.name, sample.reason])
                 continue

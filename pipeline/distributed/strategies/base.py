@@ -15,7 +15,7 @@ Named = dict[str, Tensor]
 
 @dataclass
 class FullState:
-    """Canonical training state, by parameter name, whatever the strategy: see `checkpoint`."""
+    """Canonical training state, by parameter name, of any strategy: see `checkpoints.folder`."""
 
     model: Named  # parameters and buffers
     ema: Named | None  # averaged parameters

@@ -5,7 +5,7 @@
 
 Precision, clipping, skipping, learning rate and moving average are those of `ddp`; DeepSpeed's own
 checkpoints, schedulers and precision modes are not used. Facts about its internals that this file
-relies on are tested in tests/strategies/.
+relies on are tested in tests/distributed/.
 """
 
 from collections.abc import Generator, Sequence

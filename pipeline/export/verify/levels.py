@@ -55,7 +55,7 @@ def verify_export(
     shards: str | Path | None = None,
     level: Level = "statistics",
 ) -> VerifyReport:
-    """Check an export up to `level`, of which `encode` is `reencode.verify_encoding`'s.
+    """Check an export up to `level`, of which `encode` is `reencode.verify_with_run`'s.
 
     source: the directory with the data set's index; None leaves that comparison out. shards: where
     its shards lie, None = in `source`. Raises UserError when there is no export in `out`.

@@ -31,7 +31,6 @@ class Posterior:
 class BottleneckBase(Component):
     """A kind of bottleneck over `size` latent channels."""
 
-    kind: str
     size: int = Field(default=10, gt=0)  # latent channels Z
 
     @property

@@ -7,10 +7,20 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.data.pack.sources.base import Broken, PackSource, Part, Sample, Samples
+from pipeline.data.pack.sources.base import Broken, PackSource, Part, Picture, Sample, Samples
 from pipeline.data.pack.sources.folder import Folder
 from pipeline.data.pack.sources.sprites import Sprites
 
 Source = Annotated[Folder | Sprites, Field(discriminator="kind")]
 
-__all__ = ["Broken", "Folder", "PackSource", "Part", "Sample", "Samples", "Source", "Sprites"]
+__all__ = [
+    "Broken",
+    "Folder",
+    "PackSource",
+    "Part",
+    "Picture",
+    "Sample",
+    "Samples",
+    "Source",
+    "Sprites",
+]

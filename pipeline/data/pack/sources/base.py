@@ -21,11 +21,22 @@ NO_BOUND = 1 << 40
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An encoded picture. It is decoded in full once before it goes into a shard."""
+
+    name: str  # in the list of broken ones
+    suffix: str
+    content: bytes
+    resize: int | None  # to this shorter side in pixels; None: copied byte for byte
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One sample as it goes into a shard: members by suffix, all of them bytes."""
+    """One sample as it goes into a shard: members by suffix, all of them bytes, and a picture."""
 
     key: str
     members: Mapping[str, bytes]
+    picture: Picture | None = None
 
 
 @dataclass(frozen=True)

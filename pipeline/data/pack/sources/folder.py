@@ -22,10 +22,8 @@ from pydantic import Field
 from pipeline.common.arguments import size
 from pipeline.common.errors import UserError
 from pipeline.common.files import canonical_json, check_member_name
-from pipeline.data.decode import DecodeError
-from pipeline.data.decode.fault import stable_reason
-from pipeline.data.pack.sources.base import Broken, PackSource, Sample, require_positive
-from pipeline.data.pack.sources.images import SUFFIXES, prepare_image
+from pipeline.data.pack.sources.base import PackSource, Picture, Sample, require_positive
+from pipeline.data.pack.sources.images import SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -67,16 +65,11 @@ class FolderPart:
     labels: Mapping[str, int]
     resize: int | None
 
-    def read(self) -> Iterator[Sample | Broken]:
+    def read(self) -> Iterator[Sample]:
         """Yield the samples in order; raises UserError when a file changed since it was listed."""
         for file in self.files:
-            data = self._bytes(file)
-            try:
-                suffix, data = prepare_image(file.suffix, data, self.resize)
-            except DecodeError as error:
-                yield Broken(file.path, stable_reason(error))
-                continue
-            yield Sample(file.key, {suffix: data, **self._annotation(file)})
+            picture = Picture(file.path, file.suffix, self._bytes(file), self.resize)
+            yield Sample(file.key, self._annotation(file), picture)
 
     def _bytes(self, file: FoundFile) -> bytes:
         try:

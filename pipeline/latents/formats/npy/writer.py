@@ -2,8 +2,8 @@
 
     <shard>.npy      mu or z [rows, latent elements], the latent flattened in C order; np.load maps
                      it
-    <shard>.parquet  row i of it belongs to row i of the matrix: all other columns of parquet.py,
-                     as they are there
+    <shard>.parquet  row i of it belongs to row i of the matrix: all other columns of
+                     parquet/writer.py, as they are there
 
 embedding-reader takes every .npy below its folder and joins the n-th of them with the n-th
 .parquet, so nothing else lies there. A row that is not valid is zeros in the matrix: leave it out

@@ -1,0 +1,214 @@
+"""Commands that start at once: forked from a process that has imported the libraries already.
+
+Importing torch, accelerate and DeepSpeed takes each process of a command most of its time on two
+cores. Here one process imports them, and none of our own code, and forks every command:
+
+    client: Command([python, -m, accelerate.commands.launch, ...]) --argv, env, cwd, log--> server
+    server --fork--> the command, a session of its own --its end--> client: the exit code
+
+`accelerate launch` runs as it is, with torchrun below it; only what it would start as new
+interpreters are forks. Tests of the launchers themselves start real ones: see `Processes`.
+"""
+
+import atexit
+import gc
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+LAUNCHER = ["-m", "accelerate.commands.launch"]
+LIBRARIES = (
+    *("torch", "torch.distributed.run", "accelerate", "accelerate.commands.launch"),
+    *("transformers", "deepspeed", "safetensors.torch", "wandb", "webdataset", "sklearn"),
+    *("cv2", "PIL.Image", "simplejpeg", "pyarrow.parquet", "fsspec", "pydantic", "yaml", "psutil"),
+)
+POLL_SECONDS = 0.01
+
+
+class Command:
+    """A forked command, as its client sees it: the part of `subprocess.Popen` that tests use."""
+
+    def __init__(self, argv: Sequence[str], log: Path, *, env: Mapping[str, str], cwd: Path):
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(server())
+        request = {"argv": [*argv], "log": str(log), "env": dict(env), "cwd": str(cwd)}
+        self._connection.sendall(json.dumps(request).encode() + b"\n")
+        self._answers = self._connection.makefile("r")
+        self.pid = int(self._answers.readline())
+        self._code: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code, negative for a signal; raises TimeoutExpired."""
+        if self._code is None:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._connection, selectors.EVENT_READ)
+                if not selector.select(timeout):
+                    raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
+            self._code = int(self._answers.readline())
+            self._answers.close()
+            self._connection.close()
+        return self._code
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while the command runs."""
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+
+@cache
+def server() -> str:
+    """Start the server of this test run, which ends with it; return the path of its socket."""
+    path = f"{mkdtemp(prefix='forkserver-')}/socket"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WANDB_SILENT": "true"}
+    process = subprocess.Popen([sys.executable, __file__, path], env=env, start_new_session=True)
+    atexit.register(lambda: (process.kill(), process.wait()))
+    while not Path(path).exists():
+        assert process.poll() is None, "the fork server did not start"
+        time.sleep(POLL_SECONDS)
+    return path
+
+
+def serve(path: str) -> None:
+    """Fork commands until the client's process is gone."""
+    parent = os.getppid()
+    for name in LIBRARIES:
+        import_module(name)
+    gc.collect()
+    gc.freeze()
+    running: dict[int, socket.socket] = {}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{path}.new")
+        listener.listen(16)
+        os.rename(f"{path}.new", path)
+        listener.settimeout(POLL_SECONDS)
+        while os.getppid() == parent:
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                pass
+            else:
+                connection.settimeout(None)
+                with connection.makefile("r") as requests:
+                    request = json.loads(requests.readline())
+                pid = os.fork()
+                if pid == 0:
+                    for inherited in (connection, *running.values()):
+                        inherited.close()
+                    listener.close()
+                    become(**request)
+                    return
+                running[pid] = connection
+                connection.sendall(f"{pid}\n".encode())
+            for pid, status in ended(running):
+                with running.pop(pid) as connection:
+                    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def ended(running: Mapping[int, object]) -> list[tuple[int, int]]:
+    """Process ids and statuses of the commands that have ended since."""
+    found = (os.waitpid(pid, os.WNOHANG) for pid in running)
+    return [(pid, status) for pid, status in found if pid]
+
+
+def become(argv: list[str], log: str, env: dict[str, str], cwd: str) -> None:
+    """Go on as the command; returns, or raises, as an interpreter ends that runs it."""
+    os.setsid()
+    with Path(log).open("ab") as file, Path(os.devnull).open("rb") as nothing:
+        for stream, target in enumerate((nothing, file, file)):
+            os.dup2(target.fileno(), stream)
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.stderr.reconfigure(line_buffering=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    if argv[1:3] == LAUNCHER:
+        launch(argv[3:])
+    else:
+        run_target(argv[1:])
+
+
+def run_target(words: Sequence[str]) -> None:
+    """Run `[-u] -m MODULE ...` or `[-u] SCRIPT ...` as the main program."""
+    words = [*words[1:]] if words[0] == "-u" else [*words]
+    is_module = words[0] == "-m"
+    words = words[1:] if is_module else words
+    sys.argv = words
+    first = str(Path.cwd()) if is_module else str(Path(words[0]).parent)
+    sys.path[:] = [first, str(ROOT), *sys.path[1:]]
+    if is_module:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def launch(words: Sequence[str]) -> None:
+    """Run `accelerate launch`; each process that it starts is a fork."""
+    launcher, torchrun = import_module("accelerate.commands.launch"), import_module(LIBRARIES[1])
+    elastic_launch = torchrun.elastic_launch
+
+    def forking_launch(config: Any, entrypoint: str) -> Callable[..., Any]:
+        del entrypoint  # the interpreter
+        config.start_method = "fork"
+        return lambda *target: elastic_launch(config=config, entrypoint=run_rank)(target)
+
+    torchrun.elastic_launch = forking_launch
+    launcher.simple_launcher = partial(launch_one, launcher.prepare_simple_launcher_cmd_env)
+    sys.argv = ["accelerate-launch", *words]
+    launcher.main()
+
+
+def launch_one(prepare: Callable[[Any], tuple[list[str], dict[str, str]]], args: Any) -> None:
+    """Accelerate's launcher of one process."""
+    command, env = prepare(args)
+    pid = os.fork()
+    if pid == 0:
+        os.environ.update(env)
+        run_rank(command[1:])
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+
+
+def run_rank(words: Sequence[str]) -> None:
+    """Run the target, and its exit functions as an interpreter does; return if all went well."""
+    code: Any = 0
+    try:
+        run_target(words)
+    except SystemExit as error:
+        code = error.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:  # noqa: BLE001 - an interpreter prints any, too
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
