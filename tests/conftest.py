@@ -88,9 +88,10 @@ class Stopwatch:
             self._seconds[area_of(report.nodeid, lane)][report.nodeid] += report.duration
 
 
-def minutes_of(seconds: Seconds) -> dict[str, float]:
-    """What each area's tests took."""
-    return {name: sum(seconds[name].values()) / 60 for name in AREAS}
+def minutes_of(config: pytest.Config) -> dict[str, float]:
+    """What each area's tests took, side by side in as many processes as `-n` says."""
+    seconds, at_once = config.stash[seconds_spent], config.getoption("numprocesses", None) or 1
+    return {name: sum(seconds[name].values()) / 60 / at_once for name in AREAS}
 
 
 def pytest_terminal_summary(
@@ -98,7 +99,7 @@ def pytest_terminal_summary(
 ) -> None:
     """Print the slowest tests of each area, and the table of areas."""
     seconds = config.stash[seconds_spent]
-    minutes = minutes_of(seconds)
+    minutes = minutes_of(config)
     terminalreporter.section("slowest tests of each area, seconds")
     for name in AREAS:
         slowest = sorted(seconds[name].items(), key=lambda item: -item[1])[:NUM_SLOWEST]
@@ -116,7 +117,7 @@ def pytest_terminal_summary(
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    minutes = minutes_of(session.config.stash[seconds_spent])
+    minutes = minutes_of(session.config)
     is_over = any(minutes[name] > SLACK * area.aim_minutes for name, area in AREAS.items())
     is_over |= sum(minutes.values()) > MAX_MINUTES
     is_asked = session.config.getoption("--budgets")

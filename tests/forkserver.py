@@ -33,8 +33,11 @@ ROOT = Path(__file__).parents[1]
 LAUNCHER = ["-m", "accelerate.commands.launch"]
 LIBRARIES = (
     *("torch", "torch.distributed.run", "accelerate", "accelerate.commands.launch"),
-    *("transformers", "deepspeed", "safetensors.torch", "wandb", "webdataset", "sklearn"),
-    *("cv2", "PIL.Image", "simplejpeg", "pyarrow.parquet", "fsspec", "pydantic", "yaml", "psutil"),
+    # What torch and DeepSpeed import when a model is first wrapped or trained.
+    *("torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "torch.onnx"),
+    *("torch._inductor.compile_fx", "deepspeed.module_inject", "deepspeed.moe", "networkx"),
+    *("setuptools", "transformers", "safetensors.torch", "wandb", "webdataset", "sklearn"),
+    *("cv2", "PIL.ImageOps", "simplejpeg", "pyarrow.parquet", "fsspec", "pydantic", "yaml"),
 )
 POLL_SECONDS = 0.01
 

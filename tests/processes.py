@@ -80,8 +80,9 @@ class Processes:
         return self._process.poll() is None
 
     def ranks(self) -> list[psutil.Process]:
-        """The launcher's children: one process per rank."""
-        return list(local.trainers(self.pid)) if self.running else []
+        """The launcher's children, one process per rank, in the order of their ranks."""
+        found = local.trainers(self.pid) if self.running else []
+        return sorted(found, key=lambda rank: rank.pid)  # started one after the other
 
     def everything(self) -> list[psutil.Process]:
         """The command and all its descendants that still run."""

@@ -69,12 +69,14 @@ def test_help_of_the_installed_script_answers_at_once(verb: list[str]):
     script = Path(sys.executable).with_name("latentmill")
     if not script.exists():
         pytest.skip(f"{script.name} is not installed beside this Python: run under `make test`")
-    seconds: list[float] = []
+    limit = 1.5 if verb[:1] == ["pack"] else 0.5  # `pack` loads numpy, pydantic and Pillow
     for _ in range(3):  # the best of three: other tests may be using the cores
         started = time.perf_counter()
         subprocess.run([script, *verb, "--help"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < (1.5 if verb[:1] == ["pack"] else 0.5)
+        seconds = time.perf_counter() - started
+        if seconds < limit:
+            return
+    pytest.fail(f"{seconds:.2f} s")
 
 
 def test_version():

@@ -278,6 +278,7 @@ def test_the_table_names_every_setting_and_nothing_else():
     assert sorted(CHANGES) == sorted(leaves(TrainConfig))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own compiler
 @pytest.mark.parametrize("path", CHANGES)
 def test_changing_a_setting_changes_the_run(path: str, world: World):

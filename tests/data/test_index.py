@@ -182,6 +182,7 @@ def test_wanted_members_follow_the_order_of_the_suffixes(tmp_path):
     assert table.suffix_counts() == {"jpg": 1, "png": 2, "txt": 1}
 
 
+@pytest.mark.slow
 def test_the_same_shards_give_the_same_bytes(shards, monkeypatch):
     build_index(shards, out=shards.parent / "one", workers=1)
     monkeypatch.setattr("pipeline.data.index.build.PARALLEL_FROM_BYTES", 0)

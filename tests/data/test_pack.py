@@ -77,7 +77,7 @@ def test_folder_is_copied_byte_for_byte(folder: Path, tmp_path: Path):
 
 
 def test_what_is_packed_is_what_the_stream_looks_for():
-    assert SUFFIXES == ImageDecode().suffixes
+    assert ImageDecode().suffixes == SUFFIXES
 
 
 def test_broken_images_are_listed(folder: Path, tmp_path: Path):
@@ -106,6 +106,7 @@ def test_members_are_plain_ustar(folder: Path, tmp_path: Path):
     assert data[257:265] == b"ustar\x0000"
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path):
     one = pack(Sprites(count=50, seed=3, shard_samples=8), tmp_path / "1")
     three = pack(Sprites(count=50, seed=3, shard_samples=8), tmp_path / "3", workers=3)

@@ -24,10 +24,10 @@ def test_memory_that_runs_out_in_one_process_is_the_runs_error(
     config, run = write_config(tmp_path, tiny_shards, 100_000), tmp_path / "run"
     # A micro-batch of float images, 36 MB, is more than the allocator keeps between steps.
     settings = ("batch_size=6000", "data.lanes=12", "model.backbone={kind: mlp, hidden: [8]}")
-    running = start_processes("pipeline.train", 2, config, *settings)
+    running = start_processes("pipeline.train", 2, config, *settings, forked=False)
     running.wait_for("step 2/", timeout=120)
     everybody = running.everything()
-    ranks = {int(rank.environ()["RANK"]): rank for rank in running.ranks()}
+    ranks = running.ranks()
     used = ranks[1].memory_info().vms
     resource.prlimit(ranks[1].pid, resource.RLIMIT_AS, (used // 2, used // 2))
     since = time.monotonic()

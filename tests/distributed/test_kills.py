@@ -35,7 +35,7 @@ def kills(strategy: str, few: int, many: int) -> list:
 
 def length(number: int) -> int:
     """Steps of a run that is still under way at the last of so many kills."""
-    return 300 + 150 * number
+    return 150 + 150 * number
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,9 @@ def undisturbed(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         folder = tmp_path_factory.mktemp(f"undisturbed-{strategy}")
         config = write_config(folder, tiny_shards, num_steps)
         argv = [*argv_of("pipeline.train", WORLD, strategy), str(config), *SETTINGS]
-        result = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT).wait(300)
+        result = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT, forked=True).wait(
+            300
+        )
         assert result.code == 0, result.output
         return result_of(folder / "run", num_steps)
 
@@ -64,7 +66,7 @@ def strike(running: Processes, victim: str, chance: random.Random) -> float:
         running.wait_for("images/s", timeout=120)
         time.sleep(chance.uniform(0, MAX_SECONDS))
     everybody = running.everything()
-    named = {f"rank {rank.environ()['RANK']}": rank for rank in running.ranks()}
+    named = {f"rank {number}": rank for number, rank in enumerate(running.ranks())}
     (named | {"launcher": everybody[0]})[victim].kill()
     killed = time.monotonic()
     _, left = psutil.wait_procs(everybody, timeout=PEERS_GONE_SECONDS)
@@ -110,7 +112,7 @@ def test_a_launcher_killed_while_its_processes_start_leaves_none_behind(
     tmp_path: Path, tiny_shards: Path, start_processes: Callable, seconds: float
 ):
     config = write_config(tmp_path, tiny_shards, 100_000)
-    running = start_processes("pipeline.train", WORLD, config)
+    running = start_processes("pipeline.train", WORLD, config, forked=False)
     while len(running.ranks()) < WORLD:
         time.sleep(0.01)
     time.sleep(seconds)

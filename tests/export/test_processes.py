@@ -82,6 +82,7 @@ def test_wrong_use_is_told_once(config: Path, run_processes: Callable, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_progress_names_rate_and_share(config: Path, run_processes: Callable):
     result = run_processes("pipeline.export", None, config, "formats=[{kind: parquet}]")
     assert result.code == 0, result.output

@@ -54,6 +54,7 @@ def mu_of(shards: list[Rows]) -> np.ndarray:
     return np.concatenate([rows.latents["mu"] for rows in shards])
 
 
+@pytest.mark.slow
 def test_pyarrow_datasets_and_webdataset(made: Path, shards: list[Rows], tmp_path: Path):
     """`load_dataset` gives each latent back as [C, H, W], not as one long list."""
     rows = shards[2]

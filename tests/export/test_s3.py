@@ -36,6 +36,9 @@ ALL_FORMATS = [{"kind": kind} for kind in READERS]
 URL = f"s3://{BUCKET}"
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def local(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export in all formats on the disk; not to be changed."""

@@ -76,6 +76,7 @@ def test_ddp_over_two_hosts_is_ddp_on_one_bit_for_bit(
     assert hosts.running() == []
 
 
+@pytest.mark.soak
 @pytest.mark.deepspeed
 def test_zero_trains_over_two_hosts(
     train: Callable[..., list[Processes]], hosts: Hosts, tiny_shards: Path, tmp_path: Path

@@ -139,7 +139,12 @@ def test_a_mistake_in_the_config_is_told_once(run_processes: Callable[..., Resul
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("num_processes", "number"),
-    [(1, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGTERM), (2, signal.SIGUSR1)],
+    [
+        (1, signal.SIGTERM),
+        (2, signal.SIGUSR1),
+        pytest.param(1, signal.SIGUSR1, marks=pytest.mark.soak),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.soak),
+    ],
 )
 def test_every_trainer_gets_the_signal_and_the_outcome_comes_back(
     start_processes: Callable[..., Processes],

@@ -48,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("slurm")
 
 
+@pytest.mark.soak
 def test_out_of_time_a_job_saves_queues_itself_again_and_ends_bit_for_bit_the_same(
     slurm: SlurmCluster,
     submit: Callable[..., int],
@@ -122,6 +123,7 @@ def cancel(slurm: SlurmCluster, number: int, run: Path) -> str:
     return log
 
 
+@pytest.mark.soak
 def test_scancel_of_a_job_of_one_process_saves_too(
     slurm: SlurmCluster, submit: Callable[..., int], tiny_shards: Path, tmp_path: Path
 ):

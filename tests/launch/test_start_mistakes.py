@@ -151,7 +151,9 @@ def run(tmp_path: Path, tiny_shards: Path, taken: int) -> Iterator[Callable[...,
 
     with ExitStack() as stack:
 
-        def to_the_end(start: Start, python: str = sys.executable) -> Result:
+        def to_the_end(
+            start: Start, python: str = sys.executable, *, forked: bool = True
+        ) -> Result:
             if start.topology is not None:
                 (tmp_path / "topology.yaml").write_text(filled(start.topology))
             if start.deepspeed is not None:
@@ -159,7 +161,8 @@ def run(tmp_path: Path, tiny_shards: Path, taken: int) -> Iterator[Callable[...,
             launcher = map(filled, start.launcher)
             argv = [python, *launcher, "-m", "pipeline.train", str(config), *start.overrides]
             env = {name: filled(value) for name, value in start.env.items()}
-            processes = Processes(argv, tmp_path / "log", env=env, cwd=ROOT)
+            log, forked = tmp_path / "log", forked and python == sys.executable
+            processes = Processes(argv, log, env=env, cwd=ROOT, forked=forked)
             stack.callback(lambda: processes.running and processes.kill())
             result = processes.wait(120)
             assert filled(start.message) in result.output
@@ -249,7 +252,7 @@ def test_on_cpus_deepspeed_trains_without_a_compiler(run: Callable[..., Result],
         overrides=("num_steps=2",),
         env=NOT_TOLD | {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "built")},
     )
-    result = run(start)
+    result = run(start, forked=False)
     assert result.code == 0, result.output
     assert num_processes(tmp_path / "run") == 2
     assert not (tmp_path / "built").exists()

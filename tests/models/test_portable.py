@@ -111,6 +111,7 @@ def test_every_kind_of_network_has_a_case():
         assert {case[place]["kind"] for case in CASES.values()} == kinds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["colour", "float32", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
 )

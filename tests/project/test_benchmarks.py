@@ -21,6 +21,7 @@ def measured(folder, *options):
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_ours_delivers_every_picture_once_and_what_is_absent_is_named(tmp_path, capsys):
     report = measured(tmp_path, "--parts", "ranks", "--worlds", 2)
     figures = report["sizes"]["16"]

@@ -77,6 +77,7 @@ def large(tmp_path_factory) -> Path:
     return write_config(tmp_path_factory.mktemp("bench") / "256", 256, count=1500, batch_size=64)
 
 
+@pytest.mark.slow
 def test_bench_data_names_every_stage_and_the_bottleneck(small):
     result = bench("data", small, "--images", 512, "--rounds", 1, "data.threads=1")
     stages = ["read", "read + parse", "decode (ceiling)", "stream", "stream + corruption"]
@@ -154,6 +155,7 @@ def write_export_config(train: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_bench_export_measures_and_leaves_nothing(small, tmp_path):
     config = write_export_config(small, tmp_path)
     result = bench("export", config, "--rounds", 1, "--processes", 2)
