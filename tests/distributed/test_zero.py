@@ -119,7 +119,7 @@ def test_it_takes_the_steps_of_one_process(two, reference, table, strategy: str,
 
 
 @pytest.mark.soak  # in test-all `test_elastic` changes the strategy three times
-@pytest.mark.parametrize(("writer", "reader"), permutations(STRATEGIES, 2))
+@pytest.mark.parametrize(("writer", "reader"), [*permutations(STRATEGIES, 2)])
 def test_it_goes_on_from_another_strategys_checkpoint(two, tmp_path, writer: str, reader: str):
     windows = tmp_path / "windows"
     expected = two(writer, *SETTINGS, windows=windows)
