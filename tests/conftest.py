@@ -17,7 +17,18 @@ from tests.processes import ROOT, Processes, Result, argv_of, env_of
 torch.set_num_threads(1)
 
 # A test counts for the first of these markers that it carries; without any, for "default".
-LANES = ("soak", "gpu", "slurm", "netns", "browser", "deepspeed", "fault", "distributed", "slow")
+LANES = (
+    "soak",
+    "gpu",
+    "slurm",
+    "netns",
+    "browser",
+    "deepspeed",
+    "fault",
+    "distributed",
+    "alone",
+    "slow",
+)
 DEFAULT = "default lane"  # what `make test` runs
 
 
@@ -32,7 +43,7 @@ class Area(NamedTuple):
 AREAS = {
     DEFAULT: Area(5),
     "main job": Area(5, ("training", "monitoring", "released", "gpu")),
-    "streaming": Area(5, ("data",)),
+    "streaming": Area(5, ("data", "commands/bench")),
     "strategies and clusters": Area(11, ("distributed", "checkpoints", "launch")),
     "export": Area(8, ("export", "latents")),
     "models": Area(4, ("models",)),
@@ -50,7 +61,9 @@ seconds_spent = pytest.StashKey[Seconds]()
 
 def area_of(test: str, lane: str) -> str:
     """The area whose budget a test's time counts for."""
-    return DEFAULT if lane == "default" else AREA_OF[test.split("/")[1]]
+    folders = test.split("/")[1:-1]
+    inner = "/".join(folders)
+    return DEFAULT if lane == "default" else AREA_OF.get(inner) or AREA_OF[folders[0]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

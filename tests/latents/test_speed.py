@@ -26,7 +26,7 @@ def ds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     return LatentDataset(write_export(out, shards, [request.param]))
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_random_access_by_key_takes_less_than_5_ms(ds: LatentDataset):
     assert len(ds) == NUM_ROWS
     seconds = []
@@ -43,7 +43,7 @@ def test_random_access_by_key_takes_less_than_5_ms(ds: LatentDataset):
     assert median < 5
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_an_epoch_of_batches_is_read_at_a_rate_that_feeds_a_model(ds: LatentDataset):
     start = time.perf_counter()
     num_rows = sum(len(batch) for batch in ds.batches(256))
