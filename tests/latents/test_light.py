@@ -146,8 +146,8 @@ def test_a_plain_installation_shows_the_help(light: Environment):
 @pytest.mark.parametrize(
     ("command", "missing"),
     [
-        ("latentmill pack sprites shards", "webdataset"),
-        ("latentmill bench data config.yaml", "yaml"),
+        ("latentmill pack sprites shards", "PIL"),
+        ("latentmill bench data config.yaml", "torch"),
         ("python -m pipeline.train config.yaml", "torch"),
         ("python -m pipeline.export config.yaml", "torch"),
         ("python -m pipeline.commands.demo", "torch"),

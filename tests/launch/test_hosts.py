@@ -88,6 +88,7 @@ def test_zero_trains_over_two_hosts(
     assert hosts.running() == []
 
 
+@pytest.mark.soak
 def test_cut_apart_both_hosts_end_and_the_same_command_ends_as_if_nothing_had_been(
     train: Callable[..., list[Processes]],
     hosts: Hosts,

@@ -38,7 +38,7 @@ def test_ours_delivers_every_picture_once_and_what_is_absent_is_named(tmp_path, 
     assert not any(check["holds"] for check in report["checks"]), "nothing was timed"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_speed_ranks_and_resume_are_measured_in_one_go(tmp_path, capsys):
     report = measured(tmp_path, "--worlds", 3)
     printed = capsys.readouterr().out

@@ -115,7 +115,7 @@ def test_neighbours_are_the_nearest_and_look_alike(world: World, tmp_path: Path)
     assert np.mean(same) > 0.6  # by chance 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_flow_draws_the_digits_it_is_asked_for(world: World, tmp_path: Path):
     printed = run_example("latent_flow", world.model, world.export, "flow.png", 150, cwd=tmp_path)
     loss = [float(value) for value in re.findall(r"^epoch \d+: loss ([\d.]+)$", printed, re.M)]
