@@ -4,7 +4,8 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.commands import verify
+from pipeline.commands.verify import HELP as VERIFY_HELP
+from pipeline.commands.verify import add_arguments as add_verify_arguments
 from pipeline.common.arguments import add_export_arguments, add_part, sentence
 from pipeline.common.console import print_report
 from pipeline.common.errors import DONE
@@ -28,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         part = add_part(parts, name, run_on_files, text)
         part.add_argument("out", help="directory or URL of the export")
         part.set_defaults(part=name)
-    checks = parts.add_parser("verify", help=verify.HELP, description=sentence(verify.HELP))
-    verify.add_arguments(checks)
+    checks = parts.add_parser("verify", help=VERIFY_HELP, description=sentence(VERIFY_HELP))
+    add_verify_arguments(checks)
 
 
 def run(arguments: argparse.Namespace) -> int:
