@@ -137,9 +137,8 @@ def become(argv: list[str], log: str, env: dict[str, str], cwd: str) -> None:
             os.dup2(target.fileno(), stream)
     sys.stdout.reconfigure(line_buffering=True)
     sys.stderr.reconfigure(line_buffering=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    default_signals()
+    own_media_folder()
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
@@ -147,6 +146,20 @@ def become(argv: list[str], log: str, env: dict[str, str], cwd: str) -> None:
         launch(argv[3:])
     else:
         run_target(argv[1:])
+
+
+def default_signals() -> None:
+    """Take signals as a new interpreter does: the parent's handlers stay in a fork."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def own_media_folder() -> None:
+    """Give W&B a staging folder of this command: the first command to end removes a shared one."""
+    folder = import_module("wandb.sdk.data_types._private").MEDIA_TMP
+    folder._finalizer.detach()
+    folder.__init__("wandb-media")
 
 
 def run_target(words: Sequence[str]) -> None:
@@ -195,6 +208,7 @@ def launch_one(prepare: Callable[[Any], tuple[list[str], dict[str, str]]], args:
 def run_rank(words: Sequence[str]) -> None:
     """Run the target, and its exit functions as an interpreter does; return if all went well."""
     code: Any = 0
+    default_signals()  # torchrun's would raise an exception in the middle of the command
     try:
         run_target(words)
     except SystemExit as error:

@@ -43,21 +43,16 @@ def submit(run_processes: Callable[..., Result], slurm: SlurmCluster) -> Callabl
     return hand_in
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("slurm")
-
-
 @pytest.mark.soak
 def test_out_of_time_a_job_saves_queues_itself_again_and_ends_bit_for_bit_the_same(
     slurm: SlurmCluster,
     submit: Callable[..., int],
     run_processes: Callable[..., Result],
     tiny_shards: Path,
-    folder: Path,
+    tmp_path: Path,
 ):
     """Two nodes x one process; Slurm itself sends the signal near the end of the time limit."""
-    config, run = write_config(folder, tiny_shards, 1_000_000), folder / "run"
+    config, run = write_config(tmp_path, tiny_shards, 1_000_000), tmp_path / "run"
     number = submit(config, "--time", "00:01:00", "--grace", 20)
     slurm.wait_until(lambda: outcome(run)["status"] == "preempted", 120)
     stopped = outcome(run)
@@ -68,7 +63,7 @@ def test_out_of_time_a_job_saves_queues_itself_again_and_ends_bit_for_bit_the_sa
     slurm.wait_until(lambda: slurm.state(number) == "PENDING", 30)
     slurm.ask("scontrol", "update", f"JobId={number}", "TimeLimit=10")
     steps = stopped["step"] + 20
-    write_config(folder, tiny_shards, steps)
+    write_config(tmp_path, tiny_shards, steps)
     slurm.wait_until(lambda: slurm.state(number) in ("COMPLETED", "FAILED"), 120)
     log = (run / f"slurm-{number}.out").read_text()
     assert slurm.state(number) == "COMPLETED", log
@@ -76,7 +71,7 @@ def test_out_of_time_a_job_saves_queues_itself_again_and_ends_bit_for_bit_the_sa
     assert f"step {stopped['step'] + 1}/{steps} " in log
     assert not (run / "STOP").exists()
 
-    once = folder / "once"
+    once = tmp_path / "once"
     argv = ("local", "--submit", "--processes", 2, config, f"run_dir={once}")
     uninterrupted = run_processes("launch", None, *argv)
     assert uninterrupted.code == 0, uninterrupted.output
@@ -84,10 +79,15 @@ def test_out_of_time_a_job_saves_queues_itself_again_and_ends_bit_for_bit_the_sa
 
 
 def test_an_export_is_an_array_whose_elements_go_on_and_gives_the_same_bytes(
-    slurm: SlurmCluster, submit: Callable[..., int], run_processes: Callable, folder: Path
+    slurm: SlurmCluster,
+    submit: Callable[..., int],
+    run_processes: Callable[..., Result],
+    tiny_shards: Path,
+    tmp_path: Path,
 ):
-    run = folder / "run"
-    assert outcome(run)["status"] == "done", "the test before trains it"
+    folder, run = tmp_path, tmp_path / "run"
+    trained = run_processes("pipeline.train", None, write_config(folder, tiny_shards, 5))
+    assert trained.code == 0, trained.output
     config = folder / "export.yaml"
     config.write_text(f"run: {run}\nout: {folder / 'array'}\nformats: [{{kind: tar}}]\n")
     number = submit(config, "--module", "pipeline.export")

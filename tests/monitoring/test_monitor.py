@@ -265,6 +265,7 @@ def test_offline_pieces_hold_every_step_once_over_kills(tmp_path, tiny_shards, s
     arguments = train_settings(tmp_path, tiny_shards, **settings | {"num_steps": 300})
     ended = start_processes("pipeline.train", None, *arguments).wait()
     assert ended.code == 0, ended.output
+    assert "W&B failed" not in ended.output, ended.output
 
     expected = logged(run_dir)
     assert list(expected) == list(range(0, 301, 10))
