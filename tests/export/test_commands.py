@@ -29,7 +29,15 @@ LIGHT = ("status", "finalize", "gc")  # of the verbs, those that need no torch
 Call = Callable[..., tuple[int, Any, str]]  # code, JSON on stdout or None, last line on stderr
 
 
-@pytest.fixture(params=["here", pytest.param("processes", marks=pytest.mark.slow)])
+WAYS = (
+    ("disk", "here"),
+    ("s3", "here"),
+    pytest.param("disk", "processes", marks=pytest.mark.slow),
+    pytest.param("s3", "processes", marks=pytest.mark.soak),
+)
+
+
+@pytest.fixture
 def latentmill(
     request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Call:
@@ -62,7 +70,7 @@ def latentmill(
     return call
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture
 def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where the export goes."""
     if request.param == "disk":
@@ -71,6 +79,7 @@ def out(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"s3://{BUCKET}/{tmp_path.name}/out"
 
 
+@pytest.mark.parametrize(("out", "latentmill"), WAYS, indirect=True)
 def test_from_the_plan_to_the_checked_export(
     run_dir: Path, data: Path, tmp_path: Path, out: str, latentmill: Call
 ):

@@ -79,7 +79,7 @@ def check_kills(starts: list[dict], kills: int, log: str) -> None:
         assert phases["publish"] + phases["between"]
 
 
-@counts(few=20, many=50, seeds=4)
+@counts(few=10, many=50, seeds=4)
 def test_killed_exports_have_the_same_bytes(
     run_dir: Path, data: Path, undisturbed: dict[str, str], tmp_path: Path, seed: int, kills: int
 ):
@@ -100,7 +100,7 @@ def remote_tree(url: str) -> dict[str, str]:
     }
 
 
-@counts(few=5, many=15, seeds=2)
+@counts(few=3, many=15, seeds=2)
 def test_killed_exports_to_s3_have_the_same_bytes(
     s3_endpoint: str,
     run_dir: Path,

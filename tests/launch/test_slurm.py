@@ -154,6 +154,7 @@ def test_a_port_in_use_is_passed_over_and_scancel_saves_and_is_the_end(
     assert slurm.state(number) == "CANCELLED"
 
 
+@pytest.mark.soak
 def test_the_last_restart_says_so_and_zero_trains_across_nodes(
     slurm: SlurmCluster, submit: Callable[..., int], tiny_shards: Path, tmp_path: Path
 ):

@@ -7,6 +7,8 @@ what was measured on an idle one, stand in LOG.md. `make soak` asks for more tha
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -68,13 +70,20 @@ def best_of_three(measure, good) -> dict:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Path:
-    return write_config(tmp_path_factory.mktemp("bench") / "64", 64, count=6000, batch_size=256)
+def config_of(tmp_path_factory) -> Callable[[int], Path]:
+    """A config, by the size of the pictures that it reads, which are made when first asked for."""
+
+    @cache
+    def make(size: int) -> Path:
+        count, batch_size = (6000, 256) if size == 64 else (1500, 64)
+        return write_config(tmp_path_factory.mktemp("bench") / "data", size, count, batch_size)
+
+    return make
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory) -> Path:
-    return write_config(tmp_path_factory.mktemp("bench") / "256", 256, count=1500, batch_size=64)
+@pytest.fixture
+def small(config_of) -> Path:
+    return config_of(64)
 
 
 @pytest.mark.alone
@@ -94,8 +103,8 @@ def test_bench_data_names_every_stage_and_the_bottleneck(small):
 @pytest.mark.parametrize(
     "size, bound", [(64, 0.65), pytest.param(256, 0.85, marks=pytest.mark.soak)]
 )
-def test_the_stream_runs_near_the_decode_ceiling(size, bound, small, large):
-    config, images = (small, 8192) if size == 64 else (large, 2048)
+def test_the_stream_runs_near_the_decode_ceiling(size, bound, config_of):
+    config, images = config_of(size), 8192 if size == 64 else 2048
 
     def measure():
         return bench("data", config, "--images", images, "corruptions=[]")
@@ -163,9 +172,9 @@ def write_export_config(train: Path, tmp_path: Path) -> Path:
     "size, share",
     [(64, 0.7), *(pytest.param(n, 0.75, marks=pytest.mark.soak) for n in (64, 256))],
 )
-def test_the_export_runs_near_what_decoding_and_encoding_leave(size, share, small, large, tmp_path):
+def test_the_export_runs_near_what_decoding_and_encoding_leave(size, share, config_of, tmp_path):
     """The goal is 0.75, on a machine that does nothing else."""
-    config = write_export_config(small if size == 64 else large, tmp_path)
+    config = write_export_config(config_of(size), tmp_path)
 
     def measure():
         return bench("export", config, "--rounds", 3, "--processes", 2)
