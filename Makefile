@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 # Tests of one process run in two processes, a file at a time; the others one after the other.
-AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
+AT_ONCE := -n 2 --dist loadfile
 OTHERS := alone or distributed or deepspeed or fault or netns or slurm or browser or gpu
 
 .DEFAULT_GOAL := help

@@ -83,15 +83,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every folder of tests has an area; files with slow tests come first.
-
-    Several processes take a file at a time, and would wait for one that came late.
-    """
+    """Every folder of tests has an area."""
     homeless = {item.nodeid for item in items if item.nodeid.split("/")[1] not in AREA_OF}
     if homeless:
         raise pytest.UsageError(f"no area in tests/conftest.py for {sorted(homeless)[0]}")
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
 
 
 class Stopwatch:
