@@ -53,8 +53,9 @@ def test_out_of_time_a_job_saves_queues_itself_again_and_ends_bit_for_bit_the_sa
 ):
     """Two nodes x one process; Slurm itself sends the signal near the end of the time limit."""
     config, run = write_config(tmp_path, tiny_shards, 1_000_000), tmp_path / "run"
-    number = submit(config, "--time", "00:01:00", "--grace", 20)
-    slurm.wait_until(lambda: outcome(run)["status"] == "preempted", 120)
+    # Slurm sends the signal up to a minute early (sbatch, --signal).
+    number = submit(config, "--time", "00:02:00", "--grace", 20)
+    slurm.wait_until(lambda: outcome(run)["status"] == "preempted", 180)
     stopped = outcome(run)
     assert stopped["message"] == f"stopped by the file {run / 'STOP'}"
     assert stopped["step"] > 0
