@@ -20,7 +20,7 @@ from tests.processes import CPU_ENV, ROOT
 
 NUM_DIGITS = 300
 NO_WARMUP = "optimizer.learning_rate.warmup_samples=0"
-# In fp32, for processors without bf16 are slow in it.
+# In fp32: processors that do not know bf16 are slow in it.
 SHORT = f"precision=fp32 num_steps=40 batch_size=32 {NO_WARMUP}"
 README = (ROOT / "README.md").read_text()
 PYTHON = shlex.quote(sys.executable)
