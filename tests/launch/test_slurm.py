@@ -53,7 +53,7 @@ def test_out_of_time_a_job_saves_queues_itself_again_and_ends_bit_for_bit_the_sa
 ):
     """Two nodes x one process; Slurm itself sends the signal near the end of the time limit."""
     config, run = write_config(tmp_path, tiny_shards, 1_000_000), tmp_path / "run"
-    # Slurm sends the signal up to a minute early (sbatch, --signal).
+    # One minute was over, less the grace, before the first step on a slow machine.
     number = submit(config, "--time", "00:02:00", "--grace", 20)
     slurm.wait_until(lambda: outcome(run)["status"] == "preempted", 180)
     stopped = outcome(run)
