@@ -4,20 +4,35 @@
 component's file; here stand the run's, and the rules that join several parts.
 """
 
-from typing import Self
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from pipeline.checkpoints.retention import CheckpointConfig
+from pipeline.common import strict
 from pipeline.common.component import Component
 from pipeline.common.precision import Precision
 from pipeline.corruptions import Corruption
+from pipeline.corruptions.latents import LatentTransforms
+from pipeline.data.order import default_lanes
 from pipeline.data.settings import DataConfig
 from pipeline.distributed.optimizer import AdamWConfig
 from pipeline.distributed.watchdog import WatchdogConfig
 from pipeline.losses.objective import Objective
+from pipeline.losses.players import Player
+from pipeline.losses.terms import AdversarialTerm
+from pipeline.metrics import LogLikelihood, Metric, SquaredError
 from pipeline.models.autoencoder import ModelConfig
 from pipeline.monitoring.monitor import MonitorConfig
+
+# Of the defaults below. Raised when one of them changes, so that a key that a file leaves out means
+# what it meant to whoever wrote it. Version 1 is commit 93dd2d6, whose files do not say so.
+VERSION = 2
+# By the version that changed them: dotted keys, and their defaults before.
+FORMER_DEFAULTS: Mapping[int, Mapping[str, Any]] = {}
 
 # What may differ when a run goes on, because it changes no number that the run computes, or is
 # meant to be extended. Names of whole sections cover what is in them.
@@ -30,6 +45,7 @@ MAY_CHANGE = (
     "checkpoint",
     "watchdog",
     "evaluation.every_steps",
+    "evaluation.metrics",
     "evaluation.patience",
     "data.threads",
     "data.remote",
@@ -41,6 +57,7 @@ class EvaluationConfig(Component):
 
     split: str = "held_out"
     every_steps: int = Field(default=1000, gt=0)
+    metrics: tuple[Metric, ...] = (SquaredError(), LogLikelihood())  # besides the objective's parts
     # End the run after so many evaluations in a row that were not better than the best one, by
     # checkpoint.keep.best; null: never.
     patience: int | None = Field(default=None, gt=0)
@@ -49,10 +66,12 @@ class EvaluationConfig(Component):
 class TrainConfig(Component):
     """A training run."""
 
+    version: int = Field(default=VERSION, ge=1, le=VERSION)  # of the defaults; see VERSION
     run_dir: str  # everything that the run writes
     data: DataConfig
     model: ModelConfig = ModelConfig()
     corruptions: tuple[Corruption, ...] = ()  # in this order; the target stays clean
+    latent_transforms: LatentTransforms = ()  # in this order, before the decoder
     objective: Objective = Objective()
     optimizer: AdamWConfig = AdamWConfig()
     batch_size: int = Field(
@@ -76,18 +95,41 @@ class TrainConfig(Component):
         """Samples that the whole run consumes."""
         return self.num_steps * self.batch_size
 
+    @property
+    def depends_on_processes(self) -> bool:
+        """Whether the loss depends on how a global batch is cut into micro-batches."""
+        return any(term.scope == "micro_batch" for term in self.objective.regularisers)
+
+    @property
+    def may_change(self) -> tuple[str, ...]:
+        """What may differ when this run goes on."""
+        fixed = ("accumulation",) if self.depends_on_processes else ()
+        return tuple(name for name in MAY_CHANGE if name not in fixed)
+
     def learning_rate_at(self, samples: int) -> float:
         """Learning rate of the update that follows `samples` seen samples."""
         return self.optimizer.learning_rate.at(samples, total_samples=self.total_samples)
 
+    def learning_rates_at(self, samples: int) -> dict[Player, float]:
+        """Learning rates of the players; 0 for one that does not play, which AdamW would decay."""
+        rates: dict[Player, float] = {"autoencoder": self.learning_rate_at(samples)}
+        if (term := self.objective.adversarial) is not None:
+            plays = term.discriminator_weight_at(samples) > 0
+            rates["discriminator"] = plays * term.discriminator.rate * rates["autoencoder"]
+        return rates
+
     def schedule_values(self, samples: int) -> dict[str, float]:
         """Return the values of all schedules, by metric name."""
-        values = {"optim/learning_rate": self.learning_rate_at(samples)}
-        for term, weight in zip(
-            self.objective.regularisers, self.objective.weights_at(samples), strict=True
-        ):
-            values[f"optim/weight_{term.kind}"] = weight
-        return values
+        weights = self.objective.weights_at(samples)
+        return {
+            "optim/learning_rate": self.learning_rate_at(samples),
+            **{f"optim/weight_{name}": weight for name, weight in weights.items()},
+        }
+
+    def resolved(self) -> Self:
+        """Return the config with what follows from other settings written down."""
+        lanes = self.data.lanes or default_lanes(self.batch_size)
+        return self.model_copy(update={"data": self.data.model_copy(update={"lanes": lanes})})
 
     def evaluates_at(self, step: int) -> bool:
         """Whether the held-out evaluation belongs to this step."""
@@ -111,19 +153,46 @@ class TrainConfig(Component):
     def _objective_is_defined(self) -> Self:
         kinds = [term.kind for term in self.objective.regularisers]
         for term in self.objective.regularisers:
-            if term.needs_random_posterior and self.model.bottleneck.kind == "deterministic":
+            bottleneck = self.model.bottleneck
+            if term.needs_density and not bottleneck.has_density:
                 raise ValueError(
                     f"regulariser {term.kind} needs a density, but model.bottleneck.kind is "
-                    "deterministic: take bottleneck gaussian, or leave the regulariser out"
+                    f"{bottleneck.kind}: take bottleneck gaussian, or leave the regulariser out"
+                )
+            if term.scope == "global_batch" and self.accumulation > 1:
+                raise ValueError(
+                    f"regulariser {term.kind} depends on the whole global batch, but accumulation "
+                    f"{self.accumulation} computes it in parts: set accumulation to 1 and take "
+                    "more processes"
                 )
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"objective.regularisers names a kind twice: {', '.join(kinds)}")
+        if sum(isinstance(term, AdversarialTerm) for term in self.objective.regularisers) > 1:
+            raise ValueError("objective.regularisers names two adversarial terms: one may play")
+        return self
+
+    @model_validator(mode="after")
+    def _emphasis_is_defined(self) -> Self:
+        if self.objective.emphasis.is_neutral:
+            return self
         masks = any(corruption.has_mask for corruption in self.corruptions)
-        if not self.objective.emphasis.is_neutral and not masks:
+        if not masks:
             raise ValueError(
                 "objective.emphasis weighs corrupted elements, but no corruption marks any: add "
                 "masking, salt_and_pepper or patch_mask, or leave emphasis out"
             )
+        if self.latent_transforms:
+            raise ValueError(
+                "objective.emphasis weighs corrupted elements, but latent_transforms move them: "
+                "leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_differ(self) -> Self:
+        kinds = [metric.kind for metric in self.evaluation.metrics]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"evaluation.metrics names a kind twice: {', '.join(kinds)}")
         return self
 
     @model_validator(mode="after")
@@ -167,3 +236,24 @@ class TrainConfig(Component):
                 "for longer"
             )
         return self
+
+
+def read_config(
+    path: Path | None, overrides: Sequence[str] = (), *, version: int = VERSION
+) -> TrainConfig:
+    """Read a config; see `strict.load`. version: of a file that names none."""
+    fill_in = partial(complete, version=version)
+    return strict.load(TrainConfig, path, overrides, complete=fill_in)
+
+
+def complete(
+    tree: dict[str, Any],
+    version: int,
+    former_defaults: Mapping[int, Mapping[str, Any]] = FORMER_DEFAULTS,
+) -> None:
+    """Put into a file's tree what a missing key meant to the version that wrote the file."""
+    written_by = tree.setdefault("version", version)
+    for changed_in, defaults in former_defaults.items():
+        if isinstance(written_by, int) and written_by < changed_in:
+            for path, value in defaults.items():
+                strict.set_default(tree, path, value)

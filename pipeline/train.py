@@ -16,10 +16,9 @@ if __name__ == "__main__":
     needs.check()  # before anything of the extra is imported
 
 from pipeline.checkpoints.manager import Checkpoints
-from pipeline.common import strict
 from pipeline.common.arguments import parse_train
 from pipeline.common.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, read_config
 from pipeline.data.order.mixture import reading_plan
 from pipeline.data.stream import open_stream
 from pipeline.data.stream.datasets import open_indexes
@@ -51,6 +50,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
     Raises UserError, before anything is written, if the processes, the data, the batch or the run
     directory do not fit.
     """
+    config = config.resolved()
     # The processes, their data, and the right to write.
     runtime = Runtime.start(accumulation=config.accumulation, patience=config.watchdog.patience)
     run_dir = Path(config.run_dir)
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_train(sys.argv[1:] if argv is None else argv)
     is_main = os.environ.get("RANK", "0") == "0"
     try:
-        config = strict.load(TrainConfig, arguments.config, arguments.overrides)
+        config = read_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
             if is_main:
                 print(describe(config), end="")

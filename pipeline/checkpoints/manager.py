@@ -213,15 +213,22 @@ def newest_good(directory: Path, runtime: Runtime) -> Path | None:
             quarantine(path, problem or "it does not verify on another process")
 
 
-def check_order(directory: Path, order: Mixture) -> None:
-    """Raise UserError if the newest readable checkpoint belongs to other data or another order."""
+def newest_state(directory: Path) -> tuple[Path, RunState] | None:
+    """Return the newest readable checkpoint, and where it stands."""
     for path in list_checkpoints(directory):
         try:
-            state = read_state(path)
+            return path, read_state(path)
         except (OSError, ValueError, TypeError):
             continue  # damaged: `newest_good` says so and sets it aside
+    return None
+
+
+def check_order(directory: Path, order: Mixture) -> None:
+    """Raise UserError if the newest readable checkpoint belongs to other data or another order."""
+    newest = newest_state(directory)
+    if newest is not None:
+        path, state = newest
         _check_data(state, order, path)
-        return
 
 
 def _check_data(state: RunState, order: Mixture, path: Path) -> None:

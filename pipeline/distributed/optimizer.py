@@ -8,6 +8,8 @@ from torch import nn
 
 from pipeline.common.component import Component
 from pipeline.common.schedules import WarmupCosine
+from pipeline.losses.players import PLAYERS, player_of
+from pipeline.losses.terms.adversarial import DiscriminatorConfig
 
 
 class AdamWConfig(Component):
@@ -23,16 +25,34 @@ class AdamWConfig(Component):
         default=None, gt=0
     )  # of the global batch's gradient; null: no clip
 
-    def build(self, model: nn.Module) -> torch.optim.AdamW:
-        """Return the optimizer; one fused kernel, which CPU and CUDA both have."""
-        decayed = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]
-        groups: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": self.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
+    def build(
+        self, model: nn.Module, opponent: DiscriminatorConfig | None = None
+    ) -> torch.optim.AdamW:
+        """Return the optimizer; one fused kernel, which CPU and CUDA both have.
+
+        Its groups: the parameters of each player, `player` by name, decayed and not.
+        """
+        groups: list[dict[str, Any]] = []
+        for player in PLAYERS:
+            own = [
+                parameter
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad and player_of(name) == player
+            ]
+            settings: dict[str, Any] = {"player": player}
+            if player == "discriminator" and opponent is not None:
+                settings["betas"] = (
+                    self.beta1 if opponent.beta1 is None else opponent.beta1,
+                    self.beta2 if opponent.beta2 is None else opponent.beta2,
+                )
+            for decay, some in (
+                (self.weight_decay, [p for p in own if p.ndim > 1]),
+                (0.0, [p for p in own if p.ndim <= 1]),
+            ):
+                if some:
+                    groups.append({"params": some, "weight_decay": decay, **settings})
         return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            groups,
             lr=self.learning_rate.peak,
             betas=(self.beta1, self.beta2),
             eps=self.epsilon,

@@ -3,7 +3,7 @@
 held-out split of every data set, in turn --each view: raw weights, averaged weights--> metrics
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +17,13 @@ from pipeline.data.index import Index
 from pipeline.data.index.reader import States
 from pipeline.data.order.mixture import Mixture
 from pipeline.data.settings import DataConfig
-from pipeline.data.stream import open_stream
+from pipeline.data.stream import Stream, open_stream
 from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.datasets import open_indexes, order_of
 from pipeline.data.stream.device import DeviceBatches
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import Strategy
-from pipeline.evaluation.reconstruction import evaluate
+from pipeline.evaluation.reconstruction import Measurement, evaluating
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.monitoring.monitor import Monitor
 from pipeline.training.build import check_data, make_forward, place_model
@@ -33,6 +33,7 @@ from pipeline.training.run_directory import check_ranks
 
 # Metric prefix -> what gives the model with those weights, for as long as the context lasts.
 Views = Mapping[str, Callable[[], AbstractContextManager[nn.Module]]]
+CHUNK_BYTES = 256 << 20  # per process
 PREFIXES: dict[str, Weights] = {"eval": "raw", "eval_ema": "ema"}
 
 
@@ -70,6 +71,8 @@ class HeldOut:
     forward: Forward
     runtime: Runtime
     quarantine: Quarantine  # takes samples that could not be used
+    # Read once for all views: so much at a time goes through one view's weights, then the other's.
+    chunk_bytes: int = CHUNK_BYTES
 
     def evaluate(
         self,
@@ -84,19 +87,31 @@ class HeldOut:
         Returns the metrics, as they are logged, and shows them on the monitor. before_batch: may
         raise, on all processes together.
         """
+        config, num_tombstones = self.config, 0.0
+        measurements = {
+            prefix: Measurement(
+                self.forward,
+                config.evaluation.metrics,
+                weights=config.objective.weights_at(step * config.batch_size),
+                num_images=config.monitor.num_images,
+            )
+            for prefix in views
+        }
+        for split in self.splits:
+            with self._stream(split) as stream:
+                batches = DeviceBatches(stream, self.runtime.device)
+                for chunk in chunks(batches, self.chunk_bytes if len(views) > 1 else 0):
+                    for prefix, view in views.items():
+                        with view() as model, evaluating(model):
+                            for batch in chunk:
+                                before_batch()
+                                for part in batch.split(config.accumulation):
+                                    measurements[prefix].add(model, part)
+                num_tombstones += self.quarantine.collect(stream)["data/tombstones"]
         metrics: dict[str, float] = {}
-        for prefix, view in views.items():
-            num_tombstones = [0.0]
-            with view() as model:
-                result = evaluate(
-                    model,
-                    self._batches(before_batch, num_tombstones),
-                    forward=self.forward,
-                    weights=self.config.objective.weights_at(step * self.config.batch_size),
-                    num_images=self.config.monitor.num_images,
-                    runtime=self.runtime,
-                )
-            result.metrics["tombstones"] = sum(num_tombstones)
+        for prefix, measurement in measurements.items():
+            result = measurement.result(self.runtime)
+            result.metrics["tombstones"] = num_tombstones
             metrics |= {f"{prefix}/{name}": value for name, value in result.metrics.items()}
             if monitor is not None and result.pictures is not None:
                 monitor.picture(step, prefix, result.pictures)
@@ -104,25 +119,38 @@ class HeldOut:
             monitor.log(step, metrics)
         return metrics
 
-    def _batches(
-        self, before_batch: Callable[[], None], num_tombstones: list[float]
-    ) -> Iterator[Batch]:
-        """Yield the batches of every split in turn; append its tombstones."""
-        runtime = self.runtime
-        for split in self.splits:
-            with open_stream(
-                split.data,
-                [split.index],
-                split.order,
-                [split.states],
-                rank=runtime.rank,
-                world=runtime.world,
-                device=runtime.device,
-            ) as stream:
-                for batch in DeviceBatches(stream, runtime.device):
-                    before_batch()
-                    yield batch
-                num_tombstones.append(self.quarantine.collect(stream)["data/tombstones"])
+    def _stream(self, split: HeldOutSplit) -> Stream:
+        """Open this process's part of a split."""
+        return open_stream(
+            split.data,
+            [split.index],
+            split.order,
+            [split.states],
+            rank=self.runtime.rank,
+            world=self.runtime.world,
+            device=self.runtime.device,
+        )
+
+
+def chunks(batches: Iterable[Batch], max_bytes: int) -> Iterator[list[Batch]]:
+    """Yield the batches in lists of at most `max_bytes`, but of one batch at least.
+
+    A list of several holds copies: a stream uses a batch's memory again.
+    """
+    chunk: list[Batch] = []
+    num_bytes = 0
+    for batch in batches:
+        size = sum(tensor.nbytes for tensor in batch.tensors())
+        if chunk and num_bytes + size > max_bytes:
+            yield chunk
+            chunk, num_bytes = [], 0
+        if size >= max_bytes:
+            yield [batch]
+            continue
+        chunk.append(batch.copy())
+        num_bytes += size
+    if chunk:
+        yield chunk
 
 
 def views_of(strategy: Strategy, config: TrainConfig) -> Views:
@@ -169,9 +197,9 @@ def evaluate_run(
     chosen = runtime.from_main(chosen)
     assert chosen is not None
 
-    def load(weights: Weights) -> AbstractContextManager[nn.Module]:
-        run = load_run(run_dir, step=chosen, weights=weights, config=config)
-        return nullcontext(place_model(run.model, config, runtime.device))
-
-    views: Views = {prefix: partial(load, PREFIXES[prefix]) for prefix in kept}
+    views: Views = {}
+    for prefix in kept:
+        run = load_run(run_dir, step=chosen, weights=PREFIXES[prefix], config=config)
+        model = place_model(run.model, config, runtime.device)
+        views[prefix] = partial(nullcontext, model)
     return {"step": chosen, **held_out.evaluate(views, chosen)}

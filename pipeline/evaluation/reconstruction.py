@@ -4,8 +4,7 @@ Corruption and posterior noise are keyed by sample alone, so two evaluations dif
 only. Likelihoods use one noise sample per image; the squared error uses the posterior's mean.
 """
 
-import math
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.common import rng
 from pipeline.common.precision import autocast
 from pipeline.data.stream import Batch
+from pipeline.distributed.gather import RowGather
 from pipeline.distributed.runtime import Runtime
-from pipeline.losses.objective import Losses, bits_per_dimension, negative_elbo
-from pipeline.losses.terms import gaussian_kl
+from pipeline.metrics import MetricBase, Seen
 from pipeline.models.autoencoder import Output
 from pipeline.monitoring.meter import Meter
 from pipeline.training.forward import Forward, Inputs
@@ -26,50 +26,134 @@ from pipeline.training.forward import Forward, Inputs
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over a split and pictures of its first samples."""
+    """Figures over a split and pictures of its first samples."""
 
     metrics: dict[str, float]  # names as in `metrics`, plus `samples`
     pictures: NDArray[np.uint8] | None  # [num_images * H, 4 * W, 3]; None: events are no images
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    forward: Forward,
-    weights: tuple[float, ...],
-    num_images: int,
-    runtime: Runtime,
-) -> Evaluation:
-    """Evaluate `model` as it stands on this process's part of a split; a collective.
+class Measurement:
+    """One model's evaluation: micro-batch by micro-batch, then what they come to."""
 
-    weights: the regularisers' weights in `loss`. num_images: rows of the picture.
-    """
-    meter = Meter(runtime.device)
-    pictures: NDArray[np.uint8] | None = None
-    learned_sigma2: Tensor | None = None
-    with _evaluating(model):
-        for batch in batches:
-            inputs = forward.inputs(batch, "evaluation")
-            output, losses = forward.run(model, inputs, weights=weights)
-            mean = _reconstruction(model, output, forward)
-            meter.add(evaluation_values(output, losses, inputs, mean, forward), inputs.weight)
-            learned_sigma2 = forward.likelihood.sigma2(output.learned)
-            if pictures is None and num_images:
-                pictures = picture_grid(inputs, mean, num_images)
-    metrics, num_samples = meter.reduce(runtime)
-    metrics["samples"] = num_samples
-    if "nats" in metrics and forward.likelihood.is_density:
-        num_elements = math.prod(forward.decode.event_shape)
-        metrics["bits_per_dimension"] = bits_per_dimension(metrics["nats"], num_elements)
-    if learned_sigma2 is not None:
-        metrics["sigma2"] = float(learned_sigma2)
-    return Evaluation(metrics, pictures)
+    def __init__(
+        self,
+        forward: Forward,
+        metrics: Sequence[MetricBase],
+        *,
+        weights: Mapping[str, float],
+        num_images: int,
+    ) -> None:
+        """weights: of the objective's terms in `loss`. num_images: rows of the picture."""
+        self._forward = forward
+        self._weights = weights
+        self._num_images = num_images
+        self._losses = Meter(forward.device)
+        self._tallies = [Tally(metric, forward.seed) for metric in metrics]
+        self._sigma2: Tensor | None = None
+        self._pictures: list[NDArray[np.uint8]] = []
+
+    @torch.no_grad()
+    def add(self, model: nn.Module, batch: Batch) -> None:
+        """Run `model`, which is in evaluation mode, on one micro-batch."""
+        forward = self._forward
+        inputs = forward.inputs(batch, "evaluation")
+        output, losses = forward.run(model, inputs, weights=self._weights)
+        mean = _reconstruction(model, output, forward)
+        values = {"loss": losses.total, "distortion": losses.distortion, **losses.terms}
+        self._losses.add(values, inputs.weight)
+        self._sigma2 = forward.likelihood.sigma2(output.learned)
+
+        def again(*arguments: Tensor, **settings: object) -> Output:
+            with autocast(forward.precision, forward.device):
+                return model(*arguments, **settings)
+
+        seen = Seen(
+            uid=batch.uid.to(forward.device),
+            weight=inputs.weight,
+            clean=inputs.clean,
+            corrupted=inputs.corrupted,
+            mean=mean,
+            output=output,
+            losses=losses,
+            likelihood=forward.likelihood,
+            model=again,
+        )
+        for tally in self._tallies:
+            tally.add(seen)
+        missing = self._num_images - sum(map(len, self._pictures))
+        if missing > 0 and (rows := picture_rows(inputs, mean, missing)) is not None:
+            self._pictures.append(rows)
+
+    def result(self, runtime: Runtime) -> Evaluation:
+        """Bring all processes' parts together; a collective."""
+        metrics, num_samples = self._losses.reduce(runtime)
+        for tally in self._tallies:
+            metrics |= tally.value(runtime)
+        metrics = {**dict(sorted(metrics.items())), "samples": num_samples}
+        if self._sigma2 is not None:
+            metrics["sigma2"] = float(self._sigma2)
+        return Evaluation(metrics, picture_grid(self._pictures))
+
+
+class Tally:
+    """What a metric has seen so far, of this process's part of a split."""
+
+    def __init__(self, metric: MetricBase, seed: int) -> None:
+        """seed: chooses the images whose rows are kept, where there are too many."""
+        self._metric, self._seed = metric, seed
+        self._sums: dict[str, Tensor] = {}
+        # Of the images with the smallest draws: uid, and the metric's row.
+        self._kept: list[Tensor] = []
+
+    def add(self, seen: Seen) -> None:
+        """Take in a micro-batch."""
+        for name, value in self._metric.sums(seen).items():
+            value = value.to(torch.float64)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        rows = self._metric.rows(seen)
+        if rows is not None:
+            counted = seen.weight > 0
+            uid, rows = seen.uid[counted], rows[counted]
+            kept = [uid, rows]
+            if self._kept:
+                kept = [torch.cat(pair) for pair in zip(self._kept, kept, strict=True)]
+            self._kept = self._chosen(*kept)
+
+    def value(self, runtime: Runtime) -> dict[str, float]:
+        """Return the metric's figures over all processes; a collective."""
+        shapes = {name: value.shape for name, value in self._sums.items()}
+        if shapes:
+            packed = torch.cat([value.flatten() for value in self._sums.values()])
+            parts = runtime.sum(packed).split([shape.numel() for shape in shapes.values()])
+            sums = {n: p.view(s) for (n, s), p in zip(shapes.items(), parts, strict=True)}
+        else:
+            sums = {}
+        rows = None
+        if self._kept:
+            uid, rows = self._chosen(*gather_rows(*self._kept, max_rows=self._metric.max_rows))
+            rows = rows[uid.argsort()]
+        return self._metric.value(sums, rows)
+
+    def _chosen(self, uid: Tensor, rows: Tensor) -> list[Tensor]:
+        """The same images whatever the processes: those whose draws are the smallest."""
+        zero = torch.zeros_like(uid)
+        draws = rng.sample_keys(self._seed, "evaluation/rows", epoch=zero, uid=uid)
+        chosen = draws.argsort()[: self._metric.max_rows]
+        return [uid[chosen], rows[chosen]]
+
+
+def gather_rows(uid: Tensor, rows: Tensor, *, max_rows: int) -> list[Tensor]:
+    """Return the rows of all processes, each of which has at most `max_rows`; a collective."""
+    gather, num_missing = RowGather(), max_rows - len(uid)
+    filled = torch.arange(max_rows, device=uid.device) < len(uid)
+    counted = gather(filled)
+    uid = torch.cat([uid, uid.new_zeros(num_missing)])
+    rows = torch.cat([rows, rows.new_zeros(num_missing, *rows.shape[1:])])
+    return [gather(uid)[counted], gather(rows)[counted]]
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
+def evaluating(model: nn.Module) -> Generator[None]:
     """Put the model into evaluation mode, and back, however the evaluation ends."""
     was_training = model.training
     model.eval()
@@ -80,10 +164,9 @@ def _evaluating(model: nn.Module) -> Generator[None]:
 
 
 def _reconstruction(model: nn.Module, output: Output, forward: Forward) -> Tensor:
-    """Decode the posterior's mean [B, *event]."""
-    assert output.posterior is not None
+    """Decode the posterior's mean [B, *event], or the code itself where it has no posterior."""
     assert output.decoded is not None
-    if output.posterior.logvar is None:
+    if output.posterior is None or output.posterior.logvar is None:
         return forward.likelihood.mean(output.decoded)
     with autocast(forward.precision, forward.device):
         decoded: Output = model(output.posterior.mu, mode="decode")
@@ -91,26 +174,18 @@ def _reconstruction(model: nn.Module, output: Output, forward: Forward) -> Tenso
     return forward.likelihood.mean(decoded.decoded)
 
 
-def evaluation_values(
-    output: Output, losses: Losses, inputs: Inputs, mean: Tensor, forward: Forward
-) -> dict[str, Tensor]:
-    """Return the values per image [B] that an evaluation averages."""
-    values = {"loss": losses.total, "distortion": losses.distortion, **losses.regularisers}
-    values["squared_error"] = (inputs.clean - mean).square().flatten(1).sum(1)
-    posterior = output.posterior
-    if posterior is not None and posterior.logvar is not None:
-        values["kl"] = gaussian_kl(posterior).flatten(1).sum(1)
-        if forward.likelihood.is_nats:
-            values["nats"] = negative_elbo(losses, posterior)
-    return values
-
-
-def picture_grid(inputs: Inputs, mean: Tensor, num_images: int) -> NDArray[np.uint8] | None:
-    """Return rows of clean | corrupted | reconstruction | absolute error, RGB bytes."""
+def picture_rows(inputs: Inputs, mean: Tensor, num_images: int) -> NDArray[np.uint8] | None:
+    """Return clean | corrupted | reconstruction | absolute error of images, [n, H, 4W, C] bytes."""
     if inputs.clean.ndim != 4 or inputs.clean.shape[1] not in (1, 3):
         return None
     columns = (inputs.clean, inputs.corrupted, mean, (inputs.clean - mean).abs())
     grid = torch.cat([column[:num_images].float() for column in columns], dim=3)  # [n, C, H, 4W]
-    rows = grid.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    picture = rows.reshape(-1, *rows.shape[2:])
+    return grid.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def picture_grid(rows: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8] | None:
+    """Return the rows one below another, as RGB."""
+    if not rows:
+        return None
+    picture = np.concatenate([row for part in rows for row in part])
     return np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))

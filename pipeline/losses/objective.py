@@ -1,6 +1,7 @@
-"""The objective: distortion + sum of weighted regularisers, one number per image.
+"""The objective: distortion + sum of weighted terms + penalties, one number per image.
 
-    loss_i = sum over elements of w_e * nll(x | z)_e  +  sum_k weight_k(t) * R_k(q(z | x_i))
+    loss_i = sum over elements of w_e * nll(x | z)_e  +  sum_k weight_k(t) * R_k(image i)
+           + the penalties of the bottleneck
 
 Sums over an image, never means: then beta multiplies what the formula says it multiplies, whatever
 the resolution. The mean over images is the caller's (`training.step`, `monitoring.meter`).
@@ -9,18 +10,46 @@ the resolution. The mean over images is the caller's (`training.step`, `monitori
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from pydantic import Field
 from torch import Tensor
 
 from pipeline.common.component import Component
 from pipeline.common.precision import widen
-from pipeline.losses.terms import Regulariser, gaussian_kl
+from pipeline.losses.terms import (
+    AdversarialTerm,
+    Game,
+    Networks,
+    Reconstruction,
+    Term,
+    TermBase,
+    gaussian_kl,
+)
 from pipeline.models.autoencoder import Output
 from pipeline.models.bottlenecks import Posterior
 from pipeline.models.likelihoods import Likelihood
+
+N = TypeVar("N", float, Tensor)
+
+
+class Gather(Protocol):
+    """Brings the rows of all processes together: [B, ...] of each -> [processes * B, ...].
+
+    In the order of the ranks, which is that of the slots. Gradients return to the process that owns
+    a row, summed over all. A collective.
+    """
+
+    @property
+    def rank(self) -> int:
+        """Whose rows stand at [rank * B, (rank + 1) * B) are this process's."""
+        ...
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes."""
+        ...
 
 
 class Emphasis(Component):
@@ -44,11 +73,22 @@ class Objective(Component):
     """What training minimises."""
 
     emphasis: Emphasis = Emphasis()
-    regularisers: tuple[Regulariser, ...] = ()
+    regularisers: tuple[Term, ...] = ()
 
-    def weights_at(self, samples: int) -> tuple[float, ...]:
-        """Return each regulariser's weight when `samples` samples have been seen."""
-        return tuple(term.weight_at(samples) for term in self.regularisers)
+    def weights_at(self, samples: int) -> dict[str, float]:
+        """Return the weights when `samples` samples have been seen: of each term, by its kind."""
+        weights: dict[str, float] = {}
+        for term in self.regularisers:
+            weights[term.kind] = term.weight_at(samples)
+            if isinstance(term, AdversarialTerm):
+                weights["discriminator"] = term.discriminator_weight_at(samples)
+        return weights
+
+    @property
+    def adversarial(self) -> AdversarialTerm | None:
+        """The term that a discriminator gives, if there is one."""
+        found = [term for term in self.regularisers if isinstance(term, AdversarialTerm)]
+        return found[0] if found else None
 
 
 @dataclass(frozen=True)
@@ -58,7 +98,7 @@ class Losses:
     total: Tensor
     distortion: Tensor  # with emphasis
     nll: Tensor  # without
-    regularisers: dict[str, Tensor]  # by kind, unweighted
+    terms: dict[str, Tensor]  # by kind, unweighted; and the bottleneck's penalties
     squared_error: Tensor  # sum over elements of (x - mean)^2, whatever the likelihood
 
 
@@ -68,16 +108,22 @@ def per_image_losses(
     *,
     likelihood: Likelihood,
     objective: Objective,
-    weights: Sequence[float],
+    weights: Mapping[str, float],
     mask: Tensor | None,
+    counted: Tensor,
+    networks: Networks,
+    gather: Gather,
+    game: Game | None = None,
 ) -> Losses:
     """Return the losses of every image against the clean `target` [B, *event] in [0, 1].
 
-    weights: one per regulariser, from `Objective.weights_at`. mask: bool [B, *event], the corrupted
-    elements; None counts every element as untouched.
+    weights: from `Objective.weights_at`. mask: bool [B, *event], the corrupted
+    elements; None counts every element as untouched. counted: bool [B], False where a slot holds no
+    sample. networks: those that the terms name. gather: see there. game: of the adversarial term,
+    which is left out without it.
     """
     assert output.decoded is not None
-    assert output.posterior is not None
+    assert output.code is not None
     target = widen(target).to(output.decoded.dtype)
     elements = likelihood.nll(output.decoded, target, output.learned)
     nll = elements.flatten(1).sum(1)
@@ -85,12 +131,48 @@ def per_image_losses(
     if not objective.emphasis.is_neutral:
         distortion = objective.emphasis.apply(elements, mask).flatten(1).sum(1)
     total = distortion
+    mean = likelihood.mean(output.decoded)
+    code = output.code
+    r = Reconstruction(target, mean, output.decoded, mask, code.posterior, code.z, code.ids)
     terms: dict[str, Tensor] = {}
-    for term, weight in zip(objective.regularisers, weights, strict=True):
-        terms[term.kind] = term.per_image(output.posterior)
-        total = total + weight * terms[term.kind]
-    error = (target - likelihood.mean(output.decoded.detach())).square().flatten(1).sum(1)
+    for term in objective.regularisers:
+        if isinstance(term, AdversarialTerm):
+            if game is None:
+                continue
+            value, own = _played(term, mean, game)
+            terms["discriminator"] = own
+            # Of no value to the autoencoder: only its gradient counts.
+            total = total + weights["discriminator"] * (own - own.detach())
+        elif term.scope == "global_batch":
+            value = _over_global_batch(term, r, counted, networks, gather)
+        else:
+            value = term.per_image(r, networks)
+        terms[term.kind] = value
+        total = total + weights[term.kind] * value
+    for name, penalty in (code.penalties or {}).items():
+        terms[name] = penalty
+        total = total + penalty
+    error = (target - mean.detach()).square().flatten(1).sum(1)
     return Losses(total, distortion, nll, terms, error)
+
+
+def _played(term: AdversarialTerm, mean: Tensor, game: Game) -> tuple[Tensor, Tensor]:
+    """Return the generator's loss, with its gradient at `mean`, and the discriminator's own [B]."""
+    pushed = (mean * game.gradient).flatten(1).sum(1)
+    generator = pushed - pushed.detach() + game.generator_loss
+    return generator, term.discriminator_loss(game.real, game.fake)
+
+
+def _over_global_batch(
+    term: TermBase, r: Reconstruction, counted: Tensor, networks: Networks, gather: Gather
+) -> Tensor:
+    """Return the term of this process's images [B], computed over those of all processes."""
+    counted_everywhere = gather(counted)
+    values = term.per_image(r.fetched(lambda rows: gather(rows)[counted_everywhere]), networks)
+    everywhere = values.new_zeros(len(counted_everywhere))
+    everywhere = everywhere.masked_scatter(counted_everywhere, values)
+    start = gather.rank * len(counted)
+    return everywhere[start : start + len(counted)]
 
 
 def negative_elbo(losses: Losses, posterior: Posterior) -> Tensor:
@@ -98,7 +180,7 @@ def negative_elbo(losses: Losses, posterior: Posterior) -> Tensor:
     return losses.nll + gaussian_kl(posterior).flatten(1).sum(1)
 
 
-def bits_per_dimension(nats_per_image: float, num_elements: int) -> float:
+def bits_per_dimension(nats_per_image: N, num_elements: int) -> N:
     """Convert the nats of a density over [0, 1] values to bits per element of 8-bit data.
 
     The density over grey levels 0..255 is 1/256 of it: 8 bits more.

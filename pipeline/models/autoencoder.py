@@ -1,6 +1,6 @@
 """The one model: backbone x bottleneck x likelihood.
 
-    x [B, *event] -> encoder -> bottleneck: q(z | x) -> z -> decoder -> decoded [B, *event]
+    x [B, *event] -> encoder -> bottleneck: Code(z, q(z | x)) -> decoder -> decoded [B, *event]
 
 Everything goes through `forward`, which also returns the likelihood's learned parameters: calling a
 sub-module, or using a parameter outside, would bypass the hooks of DDP and ZeRO.
@@ -10,7 +10,7 @@ sub-module, or using a parameter outside, would bypass the hooks of DDP and ZeRO
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -22,11 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.common.component import Component
 from pipeline.common.precision import widen
 from pipeline.models.backbones import Backbone, Burgess
-from pipeline.models.bottlenecks import Bottleneck, Gaussian, Posterior
+from pipeline.models.bottlenecks import Bottleneck, Code, Gaussian, Posterior
 from pipeline.models.likelihoods import Gaussian as GaussianLikelihood
 from pipeline.models.likelihoods import Learned, Likelihood
 
 Mode = Literal["autoencode", "encode", "decode"]
+Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (z, target) -> (z, target)
 
 
 class ModelConfig(Component):
@@ -43,10 +44,20 @@ class ModelConfig(Component):
 class Output:
     """What a forward pass gives; which fields are set depends on its mode."""
 
-    posterior: Posterior | None  # autoencode, encode
-    z: Tensor | None  # [B, *latent]; autoencode, decode
+    code: Code | None  # autoencode, encode
     decoded: Tensor | None  # [B, *event], what the likelihood takes; autoencode, decode
     learned: Learned  # the likelihood's own parameters
+    target: Tensor | None = None  # [B, *event], what decoded stands for, if one was given
+
+    @property
+    def posterior(self) -> Posterior | None:
+        """q(z | x), where there is one."""
+        return None if self.code is None else self.code.posterior
+
+    @property
+    def z(self) -> Tensor | None:
+        """The latents [B, *latent] that the encoder's output became."""
+        return None if self.code is None else self.code.z
 
 
 class LearnedParameters(nn.Module):
@@ -75,6 +86,7 @@ class AutoEncoder(nn.Module):
         self.event_shape = event_shape
         self.encoder = config.backbone.encoder(event_shape, config.bottleneck.num_statistics)
         self.decoder = config.backbone.decoder(event_shape, config.bottleneck.size)
+        self.bottleneck = config.bottleneck.build()
         self.likelihood = LearnedParameters(config.likelihood.initial())
 
     @property
@@ -83,21 +95,31 @@ class AutoEncoder(nn.Module):
         return self.config.backbone.latent_shape(self.event_shape, self.config.bottleneck.size)
 
     def forward(
-        self, x: Tensor, *, keys: Tensor | None = None, mode: Mode = "autoencode"
+        self,
+        x: Tensor,
+        *,
+        keys: Tensor | None = None,
+        mode: Mode = "autoencode",
+        target: Tensor | None = None,
+        transform: Transform | None = None,
     ) -> Output:
         """Run the parts that `mode` names.
 
         x: [B, *event] in [0, 1], or latents [B, *latent] in mode decode. keys: int64 [B], the keys
-        of the reparametrisation noise; None takes the posterior's mean.
+        of the reparametrisation noise; None takes the posterior's mean. target: [B, *event] in
+        [0, 1], what x should become. transform: of latents and target, before the decoder.
         """
         learned: Learned = self.likelihood()
         if mode == "decode":
-            return Output(None, x, widen(self._run(self.decoder, x)), learned)
-        posterior = self.config.bottleneck.posterior(self._run(self.encoder, x))
+            return Output(None, widen(self._run(self.decoder, x)), learned)
+        code: Code = self.bottleneck(self._run(self.encoder, x), keys)
         if mode == "encode":
-            return Output(posterior, None, None, learned)
-        z = posterior.sample(keys)
-        return Output(posterior, z, widen(self._run(self.decoder, z)), learned)
+            return Output(code, None, learned)
+        if transform is not None:
+            assert target is not None
+            z, target = transform(code.z, target)
+            code = code._replace(z=z)
+        return Output(code, widen(self._run(self.decoder, code.z)), learned, target)
 
     def reconstruct(self, z: Tensor) -> Tensor:
         """Return the pictures [B, *event] in [0, 1] that latents z [B, *latent] stand for.
@@ -149,6 +171,12 @@ def build_autoencoder(
 def num_parameters(model: nn.Module) -> int:
     """Count the trainable scalars."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def encoder_sha256(state: Mapping[str, Tensor]) -> str:
+    """Return the digest of all that makes latents: a decoder may be trained on, and it stays."""
+    parts = ("encoder.", "bottleneck.")
+    return tensors_sha256({name: t for name, t in state.items() if name.startswith(parts)})
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

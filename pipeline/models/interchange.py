@@ -80,6 +80,7 @@ class Description(Component):
     precision: Precision  # of the training; bf16 means parameters in fp32 under autocast
     weights: Literal["raw", "ema"]  # as trained, or their moving average
     weights_sha256: Sha256  # see `tensors_sha256`
+    encoder_sha256: Sha256 | None = None  # see there; None: written before models said so
     step: int = Field(ge=0)  # global batches that the weights have seen,
     samples_seen: int = Field(ge=0)  # and samples
     dataset_id: str

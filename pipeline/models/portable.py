@@ -45,12 +45,12 @@ class Encoder(nn.Module):
     def __init__(self, model: AutoEncoder, to_unit: ToUnit) -> None:
         super().__init__()
         self.network = model.encoder
-        self.bottleneck = model.config.bottleneck
+        self.bottleneck = model.bottleneck
         self.to_unit = to_unit
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return mu and, unless the bottleneck is deterministic, logvar: [B, *latent]."""
-        posterior = self.bottleneck.posterior(self.network(self.to_unit(x)))
+        posterior = self.bottleneck(self.network(self.to_unit(x))).posterior
         if posterior.logvar is None:
             return {"mu": posterior.mu}
         return {"mu": posterior.mu, "logvar": posterior.logvar}

@@ -10,6 +10,7 @@ Names and units (prefix `train/`, `eval/` or `eval_ema/`):
     sigma2             variance of an element given z (Gaussian likelihood only)
 and, without these prefixes:
     optim/learning_rate, optim/grad_norm (before clipping, mean over applied steps),
+    optim/grad_norm_discriminator (its part, with an adversarial term),
     optim/skipped_steps (since this start), optim/weight_kl (beta),
     perf/images_per_second, perf/data_wait_fraction (share of time in the stream's next()),
     data/samples_seen, data/epoch, data/images and data/tombstones (since this start)
@@ -69,6 +70,7 @@ class TrainingMeter:
         self._stream = stream
         self._losses = Meter(runtime.device)
         self._norm_sum = torch.zeros((), device=runtime.device)
+        self._discriminator_norm_sum: Tensor | None = None
         self._applied = torch.zeros((), device=runtime.device)
         self._num_steps = 0
         self._num_skipped = 0
@@ -78,14 +80,16 @@ class TrainingMeter:
     def add(self, losses: Losses, weight: Tensor) -> None:
         """Add a micro-batch."""
         values = {"loss": losses.total, "distortion": losses.distortion}
-        self._losses.add(
-            values | losses.regularisers | {"squared_error": losses.squared_error}, weight
-        )
+        self._losses.add(values | losses.terms | {"squared_error": losses.squared_error}, weight)
 
     def add_step(self, result: StepResult) -> None:
         """Add an optimizer step."""
         applied = result.applied
         self._norm_sum = self._norm_sum + result.grad_norm.where(applied > 0, 0.0).float()
+        if (norm := result.discriminator_norm) is not None:
+            norm = norm.where(applied > 0, 0.0).float()
+            held = self._discriminator_norm_sum
+            self._discriminator_norm_sum = norm if held is None else held + norm
         self._applied = self._applied + applied
         self._num_steps += 1
 
@@ -108,6 +112,10 @@ class TrainingMeter:
         stalled = self._runtime.sum(torch.tensor(stalled, device=self._runtime.device)).item()
         values = {f"train/{name}": value for name, value in means.items()}
         values["optim/grad_norm"] = norm_sum / applied if applied else math.nan
+        if self._discriminator_norm_sum is not None:
+            norm_sum = self._discriminator_norm_sum.item()
+            values["optim/grad_norm_discriminator"] = norm_sum / applied if applied else math.nan
+            self._discriminator_norm_sum = None
         self._num_skipped += self._num_steps - int(applied)
         values["optim/skipped_steps"] = self._num_skipped
         values["perf/images_per_second"] = num_images / seconds

@@ -1,9 +1,10 @@
 """From a config to the objects of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.common import strict
 from pipeline.common.errors import UserError
@@ -14,12 +15,16 @@ from pipeline.data.index.reader import States
 from pipeline.data.index.splits import ALL
 from pipeline.data.order.mixture import Mixture, reading_plan
 from pipeline.data.stream.datasets import check_shards, open_indexes, order_of
+from pipeline.distributed.gather import RowGather
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import Strategy
 from pipeline.distributed.strategies.ddp import DdpStrategy
 from pipeline.distributed.strategies.zero import ZeroStrategy
+from pipeline.losses.players import Players
 from pipeline.models.autoencoder import AutoEncoder, build_autoencoder, num_parameters
 from pipeline.training.forward import Forward, Inputs
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def check_data(config: TrainConfig, indexes: Sequence[Index]) -> tuple[States, ...]:
@@ -53,7 +58,15 @@ def make_order(config: TrainConfig, indexes: Sequence[Index]) -> Mixture:
 
 
 def make_forward(config: TrainConfig, device: torch.device) -> Forward:
-    """Return what turns batches into losses."""
+    """Return what turns batches into losses, with the frozen networks that it needs."""
+    builders: dict[str, Callable[[], nn.Module]] = {}
+    for term in config.objective.regularisers:
+        builders |= term.networks()
+    dtype = parameter_dtype(config.precision)
+    networks = {
+        name: build().to(device, dtype).eval().requires_grad_(False)
+        for name, build in builders.items()
+    }
     return Forward(
         decode=config.data.decode,
         corruptions=config.corruptions,
@@ -62,10 +75,28 @@ def make_forward(config: TrainConfig, device: torch.device) -> Forward:
         seed=config.seed,
         precision=config.precision,
         device=device,
+        latent_transforms=config.latent_transforms,
+        networks=networks,
+        gather=RowGather(),
     )
 
 
-def place_model(model: AutoEncoder, config: TrainConfig, device: torch.device) -> AutoEncoder:
+def build_trained(config: TrainConfig) -> nn.Module:
+    """Return what is trained, as it starts: the autoencoder, or with an opponent both `Players`."""
+    shape, dtype = config.data.decode.event_shape, parameter_dtype(config.precision)
+    autoencoder = build_autoencoder(config.model, shape, seed=config.seed, dtype=dtype)
+    if config.compile:
+        autoencoder.compile()
+    term = config.objective.adversarial
+    if term is None:
+        return autoencoder
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        discriminator = term.build_discriminator(shape)
+    return Players(autoencoder, discriminator.to(dtype), term)
+
+
+def place_model(model: M, config: TrainConfig, device: torch.device) -> M:
     """Move a model to its device and into the config's memory format."""
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     # torch's stubs leave this argument out
@@ -74,19 +105,14 @@ def place_model(model: AutoEncoder, config: TrainConfig, device: torch.device) -
 
 def make_strategy(config: TrainConfig, runtime: Runtime) -> Strategy:
     """Return the initial model, distributed over the processes."""
-    model = build_autoencoder(
-        config.model,
-        config.data.decode.event_shape,
-        seed=config.seed,
-        dtype=parameter_dtype(config.precision),
-    )
-    model = place_model(model, config, runtime.device)
-    if config.compile:
-        model.compile()
+    model = place_model(build_trained(config), config, runtime.device)
+    term = config.objective.adversarial
+    opponent = None if term is None else term.discriminator
     if runtime.uses_deepspeed:
         return ZeroStrategy(
             model,
             optimizer=config.optimizer,
+            opponent=opponent,
             ema_decay=config.ema_decay,
             accelerator=runtime.accelerator,
             micro_batch=config.batch_size // (runtime.world * config.accumulation),
@@ -95,6 +121,7 @@ def make_strategy(config: TrainConfig, runtime: Runtime) -> Strategy:
     return DdpStrategy(
         model,
         optimizer=config.optimizer,
+        opponent=opponent,
         ema_decay=config.ema_decay,
         accelerator=runtime.accelerator,
     )
@@ -108,13 +135,15 @@ def throw_away_loss(
     dtype = parameter_dtype(config.precision)
     x = torch.zeros(size, *config.data.decode.event_shape, dtype=dtype, device=runtime.device)
     keys = torch.zeros(size, dtype=torch.int64, device=runtime.device)
-    inputs = Inputs(x, x, None, keys, weight=torch.zeros(size, device=runtime.device))
-    _, losses = forward.run(strategy.model, inputs, weights=config.objective.weights_at(0))
+    inputs = Inputs(x, x, None, keys, weight=torch.ones(size, device=runtime.device))
+    weights = config.objective.weights_at(0)
+    _, losses = forward.run(strategy.model, inputs, weights=weights, samples=0)
     return losses.total.sum() * 0.0
 
 
 def describe(config: TrainConfig) -> str:
     """Return what --dry-run prints: the resolved config as YAML, sizes as comments."""
+    config = config.resolved()
     indexes = open_indexes(config.data)
     check_data(config, indexes)
     order = make_order(config, indexes)

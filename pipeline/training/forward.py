@@ -5,8 +5,9 @@
 # B samples
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from pipeline.common import rng
 from pipeline.common.precision import autocast, parameter_dtype
 from pipeline.corruptions import Corruption, corrupt
+from pipeline.corruptions.latents import LatentTransforms, transform
 from pipeline.data.decode import Decode
 from pipeline.data.stream import Batch
-from pipeline.losses.objective import Losses, Objective, per_image_losses
-from pipeline.models.autoencoder import Output
+from pipeline.losses.objective import Gather, Losses, Objective, per_image_losses
+from pipeline.losses.terms import Game, Networks
+from pipeline.models.autoencoder import Output, Transform
 from pipeline.models.likelihoods import Likelihood
 
 # Every use of randomness has a stream of its own. Evaluation ignores the epoch, so that two
@@ -47,6 +50,9 @@ class Forward:
     seed: int
     precision: str
     device: torch.device
+    latent_transforms: LatentTransforms
+    networks: Networks  # frozen ones, by which terms judge
+    gather: Gather  # for terms over the global batch
 
     def inputs(self, batch: Batch, use: Use) -> Inputs:
         """Move a batch to the device and corrupt it there."""
@@ -63,17 +69,42 @@ class Forward:
         return Inputs(clean, corrupted.x, corrupted.mask, noise_keys, weight)
 
     def run(
-        self, model: nn.Module, inputs: Inputs, *, weights: tuple[float, ...]
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        *,
+        weights: Mapping[str, float],
+        samples: int | None = None,
     ) -> tuple[Output, Losses]:
-        """Run the model on one micro-batch; `weights` are the regularisers' at this moment."""
+        """Run the model on one micro-batch; `weights` are the terms' at this moment.
+
+        samples: seen before this step of a training; in an evaluation, None, no latent is
+        transformed and no opponent plays.
+        """
+        settings: dict[str, Any] = {"keys": inputs.noise_keys}
+        if samples is not None and (self.latent_transforms or self.objective.adversarial):
+            settings["target"] = inputs.clean
+        if samples is not None and self.latent_transforms:
+            settings["transform"] = self._transform_at(samples)
         with autocast(self.precision, self.device):
-            output: Output = model(inputs.corrupted, keys=inputs.noise_keys)
+            result: Output | tuple[Output, Game] = model(inputs.corrupted, **settings)
+        output, game = result if isinstance(result, tuple) else (result, None)
         losses = per_image_losses(
             output,
-            inputs.clean,
+            inputs.clean if output.target is None else output.target,
             likelihood=self.likelihood,
             objective=self.objective,
             weights=weights,
             mask=inputs.mask,
+            counted=inputs.weight > 0,
+            networks=self.networks,
+            gather=self.gather,
+            game=game,
         )
         return output, losses
+
+    def _transform_at(self, samples: int) -> Transform:
+        """The transform of latents and targets, the same for a whole step."""
+        step = torch.tensor([samples], device=self.device)
+        key = rng.sample_keys(self.seed, "train/latents", epoch=torch.zeros_like(step), uid=step)
+        return lambda z, target: transform(z, target, self.latent_transforms, key)

@@ -20,11 +20,16 @@ from pipeline.checkpoints.folder import (
     read_weights,
 )
 from pipeline.checkpoints.retention import best_checkpoint
-from pipeline.common import strict
 from pipeline.common.errors import UserError
 from pipeline.common.precision import parameter_dtype
-from pipeline.config import TrainConfig
-from pipeline.models.autoencoder import AutoEncoder, build_autoencoder, tensors_sha256
+from pipeline.config import TrainConfig, read_config
+from pipeline.losses.players import player_of
+from pipeline.models.autoencoder import (
+    AutoEncoder,
+    build_autoencoder,
+    encoder_sha256,
+    tensors_sha256,
+)
 from pipeline.monitoring.monitor import read_records
 
 Step = int | Literal["best"]  # which checkpoint: that of a step, or the best evaluated one
@@ -40,6 +45,11 @@ class LoadedRun:
     weights_sha256: str  # see `tensors_sha256`
 
     @property
+    def encoder_sha256(self) -> str:
+        """What makes its latents; see `autoencoder.encoder_sha256`."""
+        return encoder_sha256(self.model.state_dict())
+
+    @property
     def step(self) -> int:
         """Global batches that the model was trained on."""
         return self.state.step
@@ -49,7 +59,7 @@ def load_config(run_dir: Path) -> TrainConfig:
     """Read the config of a run; raises UserError if there is no run."""
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
-    return strict.load(TrainConfig, run_dir / "config.yaml", [])
+    return read_config(run_dir / "config.yaml", version=1)
 
 
 def choose_checkpoint(
@@ -89,19 +99,21 @@ def load_run(
     """
     config = config or load_config(run_dir)
     path = choose_checkpoint(run_dir, config, step, weights)
-    state = read_weights(path, weights)
+    tensors = read_weights(path, weights)
+    state = {name: t for name, t in tensors.items() if player_of(name) == "autoencoder"}
     dtype = parameter_dtype(config.precision)
     shape = config.data.decode.event_shape
     model = build_autoencoder(config.model, shape, seed=config.seed, dtype=dtype)
-    check_shapes(model, state, f"{path} holds weights of another model than {run_dir}/config.yaml")
+    what = f"{path} holds weights of another model than {run_dir}/config.yaml"
+    check_shapes(model.state_dict(), state, what)
     model.load_state_dict(state)
     model.eval()
     return LoadedRun(model, config, read_state(path), tensors_sha256(state))
 
 
-def check_shapes(model: AutoEncoder, state: Mapping[str, Tensor], what: str) -> None:
+def check_shapes(model: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
     """Raise UserError, beginning with `what`, unless the tensors are those of the model."""
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: list(tensor.shape) for name, tensor in model.items()}
     found = {name: list(tensor.shape) for name, tensor in state.items()}
     differing = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
     if differing:

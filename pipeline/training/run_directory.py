@@ -18,32 +18,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-import torch
-
 from pipeline.checkpoints.folder import (
     is_whole,
     list_checkpoints,
     read_weights,
     remove_litter,
 )
-from pipeline.checkpoints.manager import check_order
+from pipeline.checkpoints.manager import check_order, newest_state
 from pipeline.common import strict
 from pipeline.common.errors import UserError
 from pipeline.common.files import write_atomic
-from pipeline.config import MAY_CHANGE, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.data.order.mixture import Mixture
 from pipeline.distributed.outcome import Failures, begin
 from pipeline.distributed.runtime import Runtime
-from pipeline.models.autoencoder import build_autoencoder
-from pipeline.training.loading import check_shapes
+from pipeline.losses.players import checkpoint_name
+from pipeline.training.build import build_trained
+from pipeline.training.loading import check_shapes, load_config
 
 
 def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) -> IO[bytes]:
     """Make the run directory this process's, and return the lock to hold; for the main process.
 
     Raises UserError if it cannot be written, if another process runs there, or if it belongs to a
-    run whose config differs in more than MAY_CHANGE and `accepted` name, or that met its samples in
-    another order.
+    run whose config differs in more than `may_change` and `accepted` name, or that met its samples
+    in another order.
     """
     run_dir = Path(config.run_dir)
     try:
@@ -87,11 +86,11 @@ def _take_over_config(
 ) -> None:
     path = run_dir / "config.yaml"
     if path.exists():
-        former = strict.load(TrainConfig, path, [])
-        changes = strict.difference(former, config)
-        _check_changes(run_dir, changes, accepted)
+        former = load_config(run_dir).resolved()
+        changes = [c for c in strict.difference(former, config) if c.path != "version"]
+        _check_changes(run_dir, changes, config.may_change, accepted)
         check_order(run_dir / "checkpoints", order)
-        recorded = [change for change in changes if not _covered(change.path, MAY_CHANGE)]
+        recorded = [change for change in changes if not _covered(change.path, config.may_change)]
         if recorded:
             newest = next(iter(list_checkpoints(run_dir / "checkpoints")), None)
             if newest is not None:
@@ -110,22 +109,25 @@ def _check_weights(run_dir: Path, config: TrainConfig) -> None:
     path = next((path for path in list_checkpoints(directory) if is_whole(path)), None)
     if path is None:  # all are damaged: `manager.newest_good` says so and sets them aside
         return
-    shape = config.data.decode.event_shape
-    model = build_autoencoder(config.model, shape, seed=config.seed, dtype=torch.float32)
+    model = build_trained(config).state_dict()
     what = f"{path} holds weights of another model than the changed config"
-    check_shapes(model, read_weights(path, "raw"), what)
+    named = {checkpoint_name(name): tensor for name, tensor in model.items()}
+    check_shapes(named, read_weights(path, "raw"), what)
 
 
 def _check_changes(
-    run_dir: Path, changes: Sequence[strict.Difference], accepted: Sequence[str]
+    run_dir: Path,
+    changes: Sequence[strict.Difference],
+    may_change: Sequence[str],
+    accepted: Sequence[str],
 ) -> None:
-    refused = [c for c in changes if not _covered(c.path, (*MAY_CHANGE, *accepted))]
+    refused = [c for c in changes if not _covered(c.path, (*may_change, *accepted))]
     if refused:
         lines = [f"  {c.path}: there {c.left!r}, now {c.right!r}" for c in refused]
         flags = " ".join(f"--accept-change={c.path}" for c in refused)
         raise UserError(
             f"{run_dir} holds a run with another config; a resumed run may change only "
-            f"{', '.join(MAY_CHANGE)}:\n"
+            f"{', '.join(may_change)}:\n"
             + "\n".join(lines)
             + "\nSet another run_dir, give the former values, or, if you mean it, add "
             + flags
@@ -150,6 +152,7 @@ def claimed(
     try:
         with runtime.together():
             if runtime.is_main:
+                _check_world(config, runtime.world)
                 lock = claim_run_dir(config, accepted, order)
                 attempt = begin(run_dir)
         failures = Failures(run_dir, runtime.from_main(attempt), runtime.rank, runtime.world)
@@ -158,6 +161,19 @@ def claimed(
     finally:
         if lock is not None:
             lock.close()
+
+
+def _check_world(config: TrainConfig, world: int) -> None:
+    """Raise UserError if the number of processes belongs to what is minimised, and has changed."""
+    newest = newest_state(Path(config.run_dir) / "checkpoints")
+    if config.depends_on_processes and newest is not None and newest[1].world != world:
+        terms = [t.kind for t in config.objective.regularisers if t.scope == "micro_batch"]
+        raise UserError(
+            f"{newest[0]} was trained on {newest[1].world} processes, and now there are {world}: "
+            f"the objective's {', '.join(terms)} is computed per micro-batch, so their number "
+            f"belongs to what is minimised. Start {newest[1].world} processes, or set another "
+            "run_dir."
+        )
 
 
 def check_ranks(config: TrainConfig, runtime: Runtime) -> None:

@@ -22,13 +22,13 @@ def train_step(
     it anew, page by page, which costs about a tenth of a step.
     """
     weights = config.objective.weights_at(samples)
-    strategy.set_learning_rate(config.learning_rate_at(samples))
+    strategy.set_learning_rates(config.learning_rates_at(samples))
     parts = batch.split(config.accumulation)
     held: object = None
     for number, part in enumerate(parts, start=1):
         inputs = forward.inputs(part, "train")
         with strategy.accumulate(is_last=number == len(parts)):
-            output, losses = forward.run(strategy.model, inputs, weights=weights)
+            output, losses = forward.run(strategy.model, inputs, weights=weights, samples=samples)
             # A constant divisor, not the sum of weights: engines average over ranks.
             strategy.backward((losses.total * inputs.weight).sum() / len(inputs.weight))
         meter.add(losses, inputs.weight)

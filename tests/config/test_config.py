@@ -1,13 +1,14 @@
 """The rules that join several settings, and what --dry-run says about a config."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipeline.common import strict
 from pipeline.common.errors import UserError
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, complete
 from pipeline.data.index.splits import SplitSpec
 from pipeline.train import main
 
@@ -27,6 +28,10 @@ CONTRADICTIONS = [
     (
         ["objective.regularisers=[{kind: kl}, {kind: kl, weight: 2.0}]"],
         "objective.regularisers names a kind twice: kl, kl",
+    ),
+    (
+        ["evaluation.metrics=[{kind: squared_error}, {kind: squared_error}]"],
+        "evaluation.metrics names a kind twice: squared_error, squared_error",
     ),
     (
         ["objective.emphasis.corrupted=2.0", "corruptions=[{kind: gaussian_noise}]"],
@@ -117,6 +122,30 @@ def test_a_config_does_not_change_after_it_was_read():
         config.seed = 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_a_missing_key_means_the_default_of_the_version_that_wrote_the_file():
+    former = {2: {"optimizer.beta2": 0.9, "objective.emphasis.corrupted": 2.0}}
+
+    def read(text: str, *overrides: str, version: int = 1) -> TrainConfig:
+        fill_in = partial(complete, version=version, former_defaults=former)
+        text = f"run_dir: r\ndata: {{path: d}}\ncorruptions: [{{kind: masking}}]\n{text}"
+        return strict.load(TrainConfig, None, overrides, text=text, complete=fill_in)
+
+    def values(config: TrainConfig) -> tuple[int, float, float]:
+        return config.version, config.optimizer.beta2, config.objective.emphasis.corrupted
+
+    assert values(read("")) == (1, 0.9, 2.0)
+    assert values(read("", version=2)) == (2, 0.999, 1.0)
+    assert values(read("version: 2")) == (2, 0.999, 1.0)
+    assert values(read("optimizer: {beta1: 0.8}")) == (1, 0.9, 2.0)
+    assert values(read("optimizer: {beta2: 0.8}")) == (1, 0.8, 2.0)
+    assert values(read("", "optimizer.beta2=0.7")) == (1, 0.7, 2.0)
+    written = read("")
+    assert strict.load(TrainConfig, None, [], text=strict.dump(written)) == written
+    for text in ("optimizer: 3", "version: 3", "version: one"):
+        with pytest.raises(UserError, match=text.partition(":")[0]):
+            read(text)
+
+
 def test_schedules_are_counted_in_samples_and_logged_by_name():
     config = load(
         "objective.regularisers=[{kind: kl, weight: {kind: linear, over_samples: 200}}]",
@@ -163,8 +192,9 @@ def test_a_dry_run_counts_and_writes_nothing(
         printed
     )
     # What it printed is the resolved config, and a valid input.
-    expected = strict.load(TrainConfig, path, overrides)
+    expected = strict.load(TrainConfig, path, overrides).resolved()
     assert strict.load(TrainConfig, None, [], text=printed) == expected
+    assert expected.data.lanes == 10
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
 
 

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from pipeline.corruptions import GaussianNoise, Masking, SaltAndPepper
+from pipeline.corruptions import Corruption, GaussianNoise, Masking, SaltAndPepper
 from pipeline.data.decode import ArrayDecode, ImageDecode
 from pipeline.data.index import Index
 from pipeline.data.index.reader import States
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import Quarantined
+from pipeline.distributed.gather import RowGather
 from pipeline.losses.objective import Objective
 from pipeline.models.likelihoods import SquaredError
 from pipeline.training.forward import Forward
@@ -97,6 +98,22 @@ def write_shards(
                 number += 1
 
 
+def forward_of(decode: ImageDecode | ArrayDecode, corruptions: Sequence[Corruption]) -> Forward:
+    """What makes inputs of batches, without a model's part."""
+    return Forward(
+        decode=decode,
+        corruptions=tuple(corruptions),
+        likelihood=SquaredError(),
+        objective=Objective(),
+        seed=SEED,
+        precision="fp32",
+        device=torch.device("cpu"),
+        latent_transforms=(),
+        networks={},
+        gather=RowGather(),
+    )
+
+
 def delivered(
     index: Index,
     *,
@@ -113,9 +130,7 @@ def delivered(
 ) -> list[Slot]:
     """What all ranks of a training get, in order of step and slot; `parts`: micro-batches."""
     data = DataConfig(path=str(index.path), decode=decode, **(SETTINGS | settings))
-    forward = Forward(
-        decode, CORRUPTIONS, SquaredError(), Objective(), SEED, "fp32", torch.device("cpu")
-    )
+    forward = forward_of(decode, CORRUPTIONS)
     slots: list[Slot] = []
     for rank in range(world):
         with open_stream(

@@ -22,14 +22,10 @@ from pipeline.data.decode import ImageDecode
 from pipeline.data.index import build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.settings import DataConfig
-from pipeline.losses.objective import Objective
-from pipeline.models.likelihoods import SquaredError
-from pipeline.training.forward import Forward
-from tests.data.streams import SEED, write_shards
+from tests.data.streams import SEED, forward_of, write_shards
 from tests.shards import open_stream, png, tiny_image
 
 SIZE = 16
-CPU = torch.device("cpu")
 EXAMPLES = {
     "horizontal_flip": HorizontalFlip(),
     "random_crop": RandomCrop(shorter_side=20),
@@ -218,9 +214,7 @@ def test_augmented_images_are_the_targets(tmp_path):
     write_shards(tmp_path / "shards", (24,))
     index = build_index(tmp_path / "shards", split=SplitSpec(fractions={"train": 1.0}))
     decode = ImageDecode(size=SIZE)
-    forward = Forward(
-        decode, (Masking(fraction=0.5),), SquaredError(), Objective(), SEED, "fp32", CPU
-    )
+    forward = forward_of(decode, [Masking(fraction=0.5)])
     x = {}
     for augmentations in ((), (HorizontalFlip(probability=1.0),)):
         data = DataConfig(

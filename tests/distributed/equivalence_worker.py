@@ -62,14 +62,17 @@ def record(config: TrainConfig, windows: Path | None = None) -> dict[str, Any]:
                     kept.save(step)
                     assert kept.finish()
             samples = step * config.batch_size
-            strategy.set_learning_rate(config.learning_rate_at(samples))
+            strategy.set_learning_rates(config.learning_rates_at(samples))
             parts = next(stream).split(config.accumulation)
             sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
             for number, part in enumerate(parts, start=1):
                 inputs = forward.inputs(part, "train")
                 with strategy.accumulate(is_last=number == len(parts)):
                     _, found = forward.run(
-                        strategy.model, inputs, weights=config.objective.weights_at(samples)
+                        strategy.model,
+                        inputs,
+                        weights=config.objective.weights_at(samples),
+                        samples=samples,
                     )
                     strategy.backward((found.total * inputs.weight).sum() / len(inputs.weight))
                 dtypes |= {str(value.dtype) for value in (found.total, found.distortion)}

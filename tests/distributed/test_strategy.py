@@ -38,7 +38,7 @@ def make(accelerator: Accelerator, initial: AutoEncoder):
         strategy = DdpStrategy(
             model, optimizer=config, ema_decay=ema_decay, accelerator=accelerator
         )
-        strategy.set_learning_rate(RATE)
+        strategy.set_learning_rates({"autoencoder": RATE})
         return strategy
 
     return make
@@ -185,7 +185,7 @@ def test_a_loaded_state_is_the_saved_one_and_goes_on_like_it(make):
     fresh.load_full_state(saved)
     assert digests(fresh.full_state()) == digests(saved)
     for strategy in (trained, fresh):
-        strategy.set_learning_rate(0.5 * RATE)
+        strategy.set_learning_rates({"autoencoder": 0.5 * RATE})
         update(strategy, 3)
     assert digests(fresh.full_state()) == digests(trained.full_state())
     assert digests(fresh.full_state()) != digests(saved)

@@ -15,7 +15,7 @@ from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.held_out import HeldOut, held_out_splits
-from pipeline.evaluation.reconstruction import evaluate
+from pipeline.evaluation.reconstruction import Measurement, evaluating
 from pipeline.models.autoencoder import build_autoencoder
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.training.build import check_data, make_forward
@@ -77,16 +77,17 @@ def stream_of(config, index):
 
 
 def evaluated(config, index, runtime, model=None, num_images=0):
-    forward = make_forward(config, torch.device("cpu"))
-    with stream_of(config, index) as stream:
-        return evaluate(
-            model or model_of(config),
-            stream,
-            forward=forward,
-            weights=config.objective.weights_at(0),
-            num_images=num_images,
-            runtime=runtime,
-        )
+    model = model or model_of(config)
+    measurement = Measurement(
+        make_forward(config, torch.device("cpu")),
+        config.evaluation.metrics,
+        weights=config.objective.weights_at(0),
+        num_images=num_images,
+    )
+    with stream_of(config, index) as stream, evaluating(model):
+        for batch in stream:
+            measurement.add(model, batch)
+    return measurement.result(runtime)
 
 
 def held_out(config, index):

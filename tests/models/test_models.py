@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from pipeline.losses.terms import Kl, gaussian_kl
+from pipeline.losses.terms import gaussian_kl
 from pipeline.models.autoencoder import ModelConfig, build_autoencoder, num_parameters
 from pipeline.models.backbones import Backbone, BackboneBase, Burgess, Mlp
 from pipeline.models.bottlenecks import LOGVAR_BOUND, Deterministic, Gaussian, Posterior
@@ -128,7 +128,7 @@ def test_reparametrisation() -> None:
 
 def test_gradients_flow_through_the_sample() -> None:
     statistics = torch.randn(8, 6, requires_grad=True)
-    z = Gaussian(size=3).posterior(statistics).sample(keys(8))
+    z = Gaussian(size=3).build()(statistics, keys(8)).z
     z.sum().backward()
     assert statistics.grad is not None
     assert torch.allclose(statistics.grad[:, :3], torch.ones(8, 3))
@@ -139,11 +139,11 @@ def test_gradients_flow_through_the_sample() -> None:
 def test_extreme_statistics_stay_finite(value: float) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         statistics = torch.full((2, 4), value, dtype=dtype, requires_grad=True)
-        posterior = Gaussian(size=2).posterior(statistics)
+        posterior = Gaussian(size=2).build()(statistics).posterior
         assert posterior.mu.dtype == torch.float32, "the loss must not be computed in bfloat16"
         assert posterior.logvar is not None
         assert posterior.logvar.abs().max() <= LOGVAR_BOUND
-        total = Kl().per_image(posterior).sum()
+        total = gaussian_kl(posterior).sum()
         assert total.isfinite()
         total.backward()
         assert statistics.grad is not None
@@ -153,13 +153,13 @@ def test_extreme_statistics_stay_finite(value: float) -> None:
 def test_small_log_variances_are_hardly_squashed() -> None:
     raw = torch.linspace(-3, 3, 101)
     statistics = torch.cat([torch.zeros_like(raw)[:, None], raw[:, None]], dim=1)
-    logvar = Gaussian(size=1).posterior(statistics).logvar
+    logvar = Gaussian(size=1).build()(statistics).posterior.logvar
     assert logvar is not None
     assert (logvar[:, 0] - raw).abs().max() < 0.03
 
 
 def test_deterministic_is_the_identity() -> None:
     statistics = torch.randn(3, 4)
-    posterior = Deterministic(size=4).posterior(statistics)
+    posterior = Deterministic(size=4).build()(statistics).posterior
     assert torch.equal(posterior.mu, statistics)
     assert posterior.logvar is None

@@ -52,7 +52,7 @@ def test_the_scaling_of_exported_latents_stands_in_the_config(
 
 
 def test_a_model_without_scaling_has_the_file_it_always_had(latents: Path, tmp_path: Path):
-    """Released models lack the new fields: written as before, they are read as before."""
+    """Released models lack what describes latents: written as before, they are read as before."""
     out = tmp_path / "out"
     export_model(latents / "run", out)
     former = {
@@ -65,6 +65,7 @@ def test_a_model_without_scaling_has_the_file_it_always_had(latents: Path, tmp_p
         "precision",
         "weights",
         "weights_sha256",
+        "encoder_sha256",
         "step",
         "samples_seen",
         "dataset_id",

@@ -82,7 +82,7 @@ def test_long_sums_do_not_drift(runtime):
 
 
 def step_result(norm):
-    return StepResult(torch.tensor(norm), torch.tensor(float(math.isfinite(norm))))
+    return StepResult(torch.tensor(norm), None, torch.tensor(float(math.isfinite(norm))))
 
 
 @pytest.fixture

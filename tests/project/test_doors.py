@@ -4,21 +4,16 @@ Each is really added to a copy of the tree, by hand as it were, and used from th
 `pytest -s` prints which files that touched.
 """
 
-import hashlib
 import io
 import json
-import shutil
-import subprocess
-import sys
 import tarfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.processes import ROOT
+from tests.house import House, copy_house
 
 VERB = '''
 """`latentmill count-down`: a verb that is thrown away again."""
@@ -108,63 +103,9 @@ class Stripes(PackSource):
 '''
 
 
-@dataclass
-class House:
-    """A copy of the tree, and what was done to it."""
-
-    root: Path
-    before: dict[str, str] = field(default_factory=dict)
-
-    def write(self, path: str, text: str) -> None:
-        """Add a file."""
-        assert not (self.root / path).exists()
-        (self.root / path).write_text(text.lstrip())
-
-    def insert(self, path: str, *texts: tuple[str, str]) -> None:
-        """Put a text behind another that stands once in a file."""
-        content = (self.root / path).read_text()
-        for behind, text in texts:
-            assert content.count(behind) == 1, f"{path} has not one {behind!r}"
-            content = content.replace(behind, behind + text)
-        (self.root / path).write_text(content)
-
-    def files(self) -> dict[str, str]:
-        """Every file with its hash, but what Python compiles."""
-        return {
-            path.relative_to(self.root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(self.root.rglob("*"))
-            if path.is_file() and path.suffix != ".pyc"
-        }
-
-    def touched(self) -> tuple[list[str], list[str]]:
-        """The files that are new, and those that differ; prints them."""
-        now = self.files()
-        assert self.before.keys() <= now.keys()
-        new = [path for path in now if path not in self.before]
-        changed = [path for path in self.before if now[path] != self.before[path]]
-        print()
-        for path in (*new, *changed):
-            print(f"{'new' if path in new else 'changed':<8} {path}")
-        return new, changed
-
-    def latentmill(self, *arguments: object) -> str:
-        """Run the copy's command line; what it printed."""
-        argv = [sys.executable, "-m", "pipeline", *map(str, arguments)]
-        done = subprocess.run(argv, cwd=self.root, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-
 @pytest.fixture
 def house(tmp_path: Path) -> House:
-    house = House(tmp_path / "house")
-    for top in ("pipeline", "launch", "configs"):
-        shutil.copytree(
-            ROOT / top, house.root / top, ignore=shutil.ignore_patterns("__pycache__", ".*")
-        )
-    shutil.copy(ROOT / "pyproject.toml", house.root)
-    house.before = house.files()
-    return house
+    return copy_house(tmp_path / "house")
 
 
 def greys(shards: Path) -> list[tuple[str, list[int]]]:

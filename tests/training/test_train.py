@@ -110,7 +110,7 @@ def test_the_run_directory_holds_what_it_promises(runs, variant, tiny_shards):
     assert outcome(run_dir) == {"status": "done", "exit_code": 0, "step": 60, "message": ""}
     config = strict.load(TrainConfig, run_dir / "config.yaml", [])
     path, *overrides = command(variant, run_dir, tiny_shards)
-    assert config == strict.load(TrainConfig, Path(path), overrides)
+    assert config == strict.load(TrainConfig, Path(path), overrides).resolved()
     checkpoints = list_checkpoints(run_dir / "checkpoints")
     assert [path.name for path in checkpoints] == ["step-60", "step-30"]
     pictures = sorted(path.name for path in (run_dir / "images").iterdir())

@@ -117,11 +117,7 @@ class OurLoop:
 
     def preload(self) -> list[Batch]:
         """The first batches, kept on the device."""
-        kept: list[Batch] = []
-        for _ in range(NUM_PRELOADED):
-            batch = next(self._batches)
-            kept.append(Batch(*(t.clone() for t in batch.tensors()), key_lookup=batch.key_lookup))
-        return kept
+        return [next(self._batches).copy() for _ in range(NUM_PRELOADED)]
 
     @property
     def wait_fraction(self) -> float:

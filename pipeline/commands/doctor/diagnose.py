@@ -21,7 +21,7 @@ from pipeline.commands.doctor.machine import (
 )
 from pipeline.common import strict
 from pipeline.common.errors import UserError
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, read_config
 from pipeline.data.index import Index
 from pipeline.data.order.mixture import Mixture
 from pipeline.data.settings import Source
@@ -67,7 +67,7 @@ def _read(
 ) -> tuple[TrainConfig | None, Parts | None]:
     """The whole config if it is valid, and what of it can be used."""
     try:
-        whole = strict.load(TrainConfig, path, overrides)
+        whole = read_config(path, overrides)
     except UserError as error:
         findings.append(Finding("config", "FAIL", str(error)))
     else:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.common import strict
 from pipeline.common.errors import UserError
-from pipeline.config import TrainConfig
+from pipeline.config import read_config
 from pipeline.data.index import Index
 from pipeline.data.index.splits import ALL
 from pipeline.data.order import Order
@@ -182,7 +182,7 @@ def _plan(request: Request) -> Plan:
         whole = {"batch_size": request.batch_size, "seed": request.seed}
         overrides = [*request.overrides, *(f"data.{number}" for number in given)]
         overrides += [f"{name}={value}" for name, value in whole.items() if value is not None]
-        config = strict.load(TrainConfig, Path(source), overrides)
+        config = read_config(Path(source), overrides)
         return Plan(config.data, config.seed, config.batch_size)
     if request.overrides:
         raise UserError(f"{source} is no .yaml: {request.overrides[0]} has nothing to override.")

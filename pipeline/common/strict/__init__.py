@@ -9,7 +9,7 @@ UserError. Nothing else feeds a config: no environment variable, no inheritance,
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -21,6 +21,7 @@ from pipeline.common.strict.explain import did_you_mean, explain
 from pipeline.common.strict.overrides import apply, parse_overrides
 
 M = TypeVar("M", bound=BaseModel)
+Complete = Callable[[dict[str, Any]], None]
 ABSENT = "(absent)"  # stands in a Difference for a value that one side does not have
 
 
@@ -36,13 +37,15 @@ def _read(path: Path) -> str:
 
 
 def _plain_tree(
-    text: str, overrides: Sequence[str], model: type[BaseModel]
+    text: str, overrides: Sequence[str], model: type[BaseModel], complete: Complete | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The file's tree with the overrides applied, and the problems up to there."""
+    """The file's tree, completed, with the overrides applied, and the problems up to there."""
     value, problems = parse(text)
     if value is not None and not isinstance(value, dict):
         problems.append("the file must be a mapping of settings, one `name: value` a line")
     tree = cast(dict[str, Any], value) if isinstance(value, dict) else {}
+    if complete is not None:
+        complete(tree)
     parsed, faults = parse_overrides(overrides)
     problems += faults
     for override in parsed:
@@ -54,15 +57,21 @@ def _plain_tree(
 
 
 def load(
-    model: type[M], path: Path | None, overrides: Sequence[str], *, text: str | None = None
+    model: type[M],
+    path: Path | None,
+    overrides: Sequence[str],
+    *,
+    text: str | None = None,
+    complete: Complete | None = None,
 ) -> M:
     """Read `path` (or `text`, or nothing but defaults), apply the overrides, validate as `model`.
 
-    Types are taken as written: "5" is no number, true is no 1. Raises UserError with all problems.
+    complete: puts what the file leaves out into its tree, in place. Types are taken as written: "5"
+    is no number, true is no 1. Raises UserError with all problems.
     """
     if text is None:
         text = "" if path is None else _read(path)
-    tree, problems = _plain_tree(text, overrides, model)
+    tree, problems = _plain_tree(text, overrides, model, complete)
     unreadable = not tree and bool(problems)  # then every required field would be missing, too
     try:
         # By way of JSON, pydantic's strict mode still takes a list for a tuple and a string for a
@@ -76,6 +85,17 @@ def load(
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError("\n  ".join([f"{where} has {count}:", *problems]))
     return loaded
+
+
+def set_default(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set the dotted `path` in a file's tree, unless the file does."""
+    *sections, key = path.split(".")
+    for name in sections:
+        section = tree.setdefault(name, {})
+        if not isinstance(section, dict):
+            return  # its type is wrong, which is said elsewhere
+        tree = cast(dict[str, Any], section)
+    tree.setdefault(key, value)
 
 
 def dump(model: BaseModel) -> str:

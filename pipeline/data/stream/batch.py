@@ -53,6 +53,10 @@ class Batch:
         """All that lies in memory of a device."""
         return (self.x, self.uid, self.epoch, self.weight, self.label)
 
+    def copy(self) -> "Batch":
+        """Copy to memory of its own, which the stream does not use again."""
+        return Batch(*(t.clone() for t in self.tensors()), key_lookup=self.key_lookup)
+
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device, asynchronously where the memory is pinned."""
         copies = (tensor.to(device, non_blocking=True) for tensor in self.tensors())

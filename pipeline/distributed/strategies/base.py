@@ -3,12 +3,15 @@
 Add a strategy: one file with a class that has these methods, and its name in `build.make_strategy`.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from pipeline.losses.players import Player, checkpoint_name, player_of
 
 Named = dict[str, Tensor]
 
@@ -17,8 +20,8 @@ Named = dict[str, Tensor]
 class FullState:
     """Canonical training state, by parameter name, of any strategy: see `checkpoints.folder`."""
 
-    model: Named  # parameters and buffers
-    ema: Named | None  # averaged parameters
+    model: Named  # parameters and buffers; of a discriminator, too
+    ema: Named | None  # averaged parameters, of the autoencoder
     exp_avg: Named  # Adam's first moments; empty before the first update
     exp_avg_sq: Named  # Adam's second moments; empty before the first update
     num_updates: int = field(default=0)  # updates applied: Adam's step, the EMA's clock
@@ -29,7 +32,26 @@ class StepResult:
     """What one optimizer step did, on the device."""
 
     grad_norm: Tensor  # of the mean gradient over the global batch, before clipping
+    discriminator_norm: Tensor | None  # the discriminator's part of it
     applied: Tensor  # 1.0, or 0.0 if the norm was not finite and the update was skipped
+
+
+class Parameters:
+    """The parameters of a trained module, by the names that a checkpoint gives them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        named = [(checkpoint_name(name), value) for name, value in module.named_parameters()]
+        self.all = dict(named)
+        # What has moments, and what an average follows.
+        self.trainable = {name: value for name, value in named if value.requires_grad}
+        self.averaged = {
+            name: value
+            for name, value in self.trainable.items()
+            if player_of(name) == "autoencoder"
+        }
+        self.discriminator = [
+            value for name, value in self.trainable.items() if player_of(name) == "discriminator"
+        ]
 
 
 def no_state(num_updates: int = 0) -> FullState:
@@ -53,8 +75,8 @@ class Strategy(Protocol):
         """Run the throw-away first backward: `loss` is a zero that depends on every parameter."""
         ...
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Set the rate of the next update; before its first backward."""
+    def set_learning_rates(self, rates: Mapping[Player, float]) -> None:
+        """Set the players' rates of the next update; before its first backward."""
         ...
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:

@@ -1,6 +1,6 @@
 """One process, or DistributedDataParallel over several: every process holds the whole model."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -10,8 +10,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.distributed.optimizer import AdamWConfig
 from pipeline.distributed.strategies.average import MovingAverage
-from pipeline.distributed.strategies.base import FullState, Named, StepResult, no_state, to_cpu
-from pipeline.models.autoencoder import AutoEncoder
+from pipeline.distributed.strategies.base import (
+    FullState,
+    Named,
+    Parameters,
+    StepResult,
+    no_state,
+    to_cpu,
+)
+from pipeline.losses.players import Player, checkpoint_name
+from pipeline.losses.terms.adversarial import DiscriminatorConfig
 
 
 class DdpStrategy:
@@ -19,20 +27,20 @@ class DdpStrategy:
 
     def __init__(
         self,
-        model: AutoEncoder,
+        model: nn.Module,
         *,
         optimizer: AdamWConfig,
+        opponent: DiscriminatorConfig | None = None,
         ema_decay: float | None,
         accelerator: Accelerator,
     ) -> None:
         """Wrap `model`; its parameters must be on the accelerator's device already."""
         self._accelerator = accelerator
-        self._names = [name for name, _ in model.named_parameters()]
-        self._parameters = list(model.parameters())
         self._module = model
+        self._parameters = Parameters(model)
         self._max_grad_norm = optimizer.max_grad_norm
-        self._optimizer = optimizer.build(model)
-        self._average = MovingAverage(self._parameters, ema_decay) if ema_decay else None
+        self._optimizer = optimizer.build(model, opponent)
+        self._average = MovingAverage(self._averaged(), ema_decay) if ema_decay else None
         self._num_updates = torch.zeros((), device=accelerator.device)
         self.model: nn.Module
         self.model, self._prepared = accelerator.prepare(model, self._optimizer)
@@ -49,10 +57,10 @@ class DdpStrategy:
         self._accelerator.backward(loss)
         self._prepared.zero_grad(set_to_none=True)
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Set the rate of the next update."""
+    def set_learning_rates(self, rates: Mapping[Player, float]) -> None:
+        """Set the players' rates of the next update."""
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = rates[group["player"]]
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Exchange gradients in the last micro-batch of a step only."""
@@ -69,10 +77,12 @@ class DdpStrategy:
         The decision stays on the device: fused AdamW takes it as `found_inf`, as a gradient scaler
         would hand it over, and leaves parameters, moments and its step as they were.
         """
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        trained = list(self._parameters.trainable.values())
+        norm = _norm(trained)
+        opponent = self._parameters.discriminator
+        opponents_norm = _norm(opponent) if opponent else None
         if self._max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(trained, self._max_grad_norm, norm)
         applied = norm.isfinite().to(torch.float32)
         # An attribute that torch's own GradScaler sets from outside; no stub knows it.
         setattr(self._optimizer, "found_inf", 1.0 - applied)  # noqa: B010
@@ -80,18 +90,18 @@ class DdpStrategy:
         self._prepared.zero_grad(set_to_none=True)
         self._num_updates += applied
         if self._average is not None:
-            self._average.advance(self._parameters, self._num_updates, applied)
-        return StepResult(grad_norm=norm, applied=applied)
+            self._average.advance(self._averaged(), self._num_updates, applied)
+        return StepResult(norm, opponents_norm, applied)
 
     @contextmanager
     def averaged(self) -> Generator[None]:
         """Exchange parameters and averages, and back."""
         assert self._average is not None, "no moving average is kept"
-        self._average.exchange(self._parameters)
+        self._average.exchange(self._averaged())
         try:
             yield
         finally:
-            self._average.exchange(self._parameters)
+            self._average.exchange(self._averaged())
 
     def full_state(self, *, wanted: bool = True, into: FullState | None = None) -> FullState:
         """Copy the state to the CPU; no communication, all processes hold the same."""
@@ -101,10 +111,10 @@ class DdpStrategy:
         into = into or no_state()
         ema: Named | None = None
         if self._average is not None:
-            averages = dict(zip(self._names, self._average.averages, strict=True))
+            averages = dict(zip(self._parameters.averaged, self._average.averages, strict=True))
             ema = _copies(averages, into.ema or {})
         return FullState(
-            model=_copies(self._module.state_dict(), into.model),
+            model=_copies(self._state(), into.model),
             ema=ema,
             exp_avg=_copies(self._moments("exp_avg"), into.exp_avg),
             exp_avg_sq=_copies(self._moments("exp_avg_sq"), into.exp_avg_sq),
@@ -113,15 +123,18 @@ class DdpStrategy:
 
     def load_full_state(self, state: FullState) -> None:
         """Overwrite parameters, buffers, averages and moments."""
-        self._module.load_state_dict(state.model, strict=True)
+        names = {checkpoint_name(name): name for name in self._module.state_dict()}
+        whole = {names.get(name, name): value for name, value in state.model.items()}
+        self._module.load_state_dict(whole, strict=True)
         if self._average is not None:
             # A run that turns its average on late starts it from the weights of that moment.
             source = state.ema if state.ema is not None else state.model
-            for name, average in zip(self._names, self._average.averages, strict=True):
+            columns = zip(self._parameters.averaged, self._average.averages, strict=True)
+            for name, average in columns:
                 average.copy_(source[name])
         self._num_updates.fill_(state.num_updates)
         self._optimizer.state.clear()  # a state before the first update has no moments
-        for name, parameter in zip(self._names, self._parameters, strict=True):
+        for name, parameter in self._parameters.trainable.items():
             if name not in state.exp_avg:
                 continue
             self._optimizer.state[parameter] = {
@@ -132,8 +145,21 @@ class DdpStrategy:
 
     def _moments(self, kind: str) -> Named:
         """One of Adam's moments by name; empty before the first update."""
-        states = [self._optimizer.state.get(p, {}) for p in self._parameters]
-        return {n: state[kind] for n, state in zip(self._names, states, strict=True) if state}
+        states = {n: self._optimizer.state.get(p) for n, p in self._parameters.trainable.items()}
+        return {name: state[kind] for name, state in states.items() if state}
+
+    def _averaged(self) -> list[nn.Parameter]:
+        """What the moving average follows."""
+        return list(self._parameters.averaged.values())
+
+    def _state(self) -> Named:
+        """Parameters and buffers, by the names of a checkpoint."""
+        return {checkpoint_name(name): t for name, t in self._module.state_dict().items()}
+
+
+def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The norm of their gradients together."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def _copies(values: Mapping[str, Tensor], into: Named) -> Named:

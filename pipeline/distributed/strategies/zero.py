@@ -8,7 +8,7 @@ checkpoints, schedulers and precision modes are not used. Facts about its intern
 relies on are tested in tests/distributed/.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any, cast
@@ -21,8 +21,22 @@ from torch import Tensor, nn
 from pipeline.common.errors import UserError
 from pipeline.distributed.optimizer import AdamWConfig
 from pipeline.distributed.strategies.average import MovingAverage
-from pipeline.distributed.strategies.base import FullState, Named, StepResult, no_state, to_cpu
-from pipeline.models.autoencoder import AutoEncoder
+from pipeline.distributed.strategies.base import (
+    FullState,
+    Named,
+    Parameters,
+    StepResult,
+    no_state,
+    to_cpu,
+)
+from pipeline.distributed.strategies.zero_engine import (
+    complete,
+    group_norms,
+    group_players,
+    judge_norms_in_float32,
+)
+from pipeline.losses.players import Player, checkpoint_name
+from pipeline.losses.terms.adversarial import DiscriminatorConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -32,9 +46,10 @@ class ZeroStrategy:
 
     def __init__(
         self,
-        model: AutoEncoder,
+        model: nn.Module,
         *,
         optimizer: AdamWConfig,
+        opponent: DiscriminatorConfig | None = None,
         ema_decay: float | None,
         accelerator: Accelerator,
         micro_batch: int,
@@ -48,20 +63,19 @@ class ZeroStrategy:
         model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         self._tools: Any = deepspeed.utils
         self._device = accelerator.device
-        self._names = [name for name, _ in model.named_parameters()]
-        self._parameters = list(model.parameters())
         self._module = model
+        self._parameters = Parameters(model)
         self._initial: FullState | None = FullState(
-            model={name: to_cpu(value) for name, value in model.state_dict().items()},
+            model={checkpoint_name(n): to_cpu(value) for n, value in model.state_dict().items()},
             ema=None,
             exp_avg={},
             exp_avg_sq={},
         )
         plugin: Any = accelerator.state.deepspeed_plugin
         self._stage = int(plugin.zero_stage)
-        _complete(plugin.deepspeed_config, optimizer, accelerator, micro_batch, precision)
+        complete(plugin.deepspeed_config, optimizer, accelerator, micro_batch, precision)
         self._engine: Any
-        self._engine, _ = accelerator.prepare(model, optimizer.build(model))
+        self._engine, _ = accelerator.prepare(model, optimizer.build(model, opponent))
         found = type(self._engine).__name__
         if not isinstance(self._engine, deepspeed.DeepSpeedEngine):
             raise RuntimeError(f"accelerate wrapped the model as {found}, not for DeepSpeed")
@@ -71,10 +85,11 @@ class ZeroStrategy:
                 f"file asks for {self._stage}: choose stage 1, 2 or 3."
             )
         if self._stage == 3:
-            _judge_norms_in_float32(self._engine.optimizer)
+            judge_norms_in_float32(self._engine.optimizer)
+        self._group_norms = group_norms(self._engine.optimizer)
         self.model: nn.Module = self._engine
         self._num_updates = torch.zeros((), device=self._device)
-        self._average = MovingAverage(self._held(), ema_decay) if ema_decay else None
+        self._average = MovingAverage(self._averaged(), ema_decay) if ema_decay else None
 
     def warm_up(self, loss: Tensor) -> None:
         """Take a throw-away step, which creates the moments, and restore the initial state."""
@@ -90,10 +105,10 @@ class ZeroStrategy:
         self.load_full_state(self._initial)
         self._initial = None
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Set the rate of the next update."""
+    def set_learning_rates(self, rates: Mapping[Player, float]) -> None:
+        """Set the players' rates of the next update."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = rates[group["player"]]
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Tell the engine whether this micro-batch ends the step."""
@@ -106,38 +121,45 @@ class ZeroStrategy:
 
     def step(self) -> StepResult:
         """Clip and update; the engine itself skips where the norm is not finite."""
+        self._group_norms.clear()
         self._engine.step()
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
         norm = norm.to(self._device)
         applied = torch.tensor(float(not self._engine.optimizer.overflow), device=self._device)
         self._num_updates += applied
         if self._average is not None:
-            self._average.advance(self._held(), self._num_updates, applied)
-        return StepResult(grad_norm=norm, applied=applied)
+            self._average.advance(self._averaged(), self._num_updates, applied)
+        return StepResult(norm, self._discriminator_norm(), applied)
 
     @contextmanager
     def averaged(self) -> Generator[None]:
         """Exchange parameters and averages, and back."""
         assert self._average is not None, "no moving average is kept"
         self._release()
-        self._average.exchange(self._held())
+        self._average.exchange(self._averaged())
         try:
             yield
         finally:
             self._release()
-            self._average.exchange(self._held())
+            self._average.exchange(self._averaged())
 
     def full_state(self, *, wanted: bool = True, into: FullState | None = None) -> FullState:
         """Gather parameters, averages and moments on the CPU; a collective."""
         into = into or no_state()
         model: Named = {}
         for name, buffer in self._module.named_buffers() if wanted else ():
+            name = checkpoint_name(name)
             model[name] = to_cpu(buffer, into.model.get(name))
-        model |= self._gathered(self._held(), wanted, into.model)
-        averages = self._average.averages if self._average else []
+        parameters = self._parameters
+        held = map(self._held, parameters.all.values())
+        model |= self._gathered(parameters.all, held, wanted, into.model)
+        ema: Named | None = None
+        if self._average is not None:
+            averages = self._average.averages
+            ema = self._gathered(parameters.averaged, averages, wanted, into.ema or {})
         return FullState(
             model=model,
-            ema=self._gathered(averages, wanted, into.ema or {}) if averages else None,
+            ema=ema,
             exp_avg=self._moments("exp_avg", wanted, into.exp_avg),
             exp_avg_sq=self._moments("exp_avg_sq", wanted, into.exp_avg_sq),
             num_updates=int(self._num_updates.item()),
@@ -148,11 +170,12 @@ class ZeroStrategy:
         """Overwrite parameters, buffers, averages, moments and Adam's step."""
         self._release()
         for name, buffer in self._module.named_buffers():
-            buffer.copy_(state.model[name])
-        held = self._held()
-        for place, (name, parameter) in enumerate(zip(self._names, self._parameters, strict=True)):
+            buffer.copy_(state.model[checkpoint_name(name)])
+        for name, parameter in self._parameters.all.items():
+            self._held(parameter).copy_(self._mine(parameter, state.model[name]))
+            if name not in self._parameters.trainable:
+                continue
             self._set(parameter, None, state.model[name])
-            held[place].copy_(self._mine(parameter, state.model[name]))
             for kind in MOMENTS:
                 moments: Named = getattr(state, kind)
                 value = moments.get(name)
@@ -165,8 +188,8 @@ class ZeroStrategy:
         if self._average is not None:
             # A run that turns its average on late starts it from the weights of that moment.
             source = state.ema if state.ema is not None else state.model
-            columns = zip(self._names, self._parameters, self._average.averages, strict=True)
-            for name, parameter, average in columns:
+            columns = zip(self._parameters.averaged.items(), self._average.averages, strict=True)
+            for (name, parameter), average in columns:
                 average.copy_(self._mine(parameter, source[name]))
 
     def _release(self) -> None:
@@ -178,11 +201,22 @@ class ZeroStrategy:
         if self._stage == 3:
             self._engine.optimizer._partition_all_parameters()
 
-    def _held(self) -> list[Tensor]:
-        """This process's part of every parameter: the whole, or under stage 3 its shard."""
-        if self._stage < 3:
-            return [parameter.data for parameter in self._parameters]
-        return [cast(Any, parameter).ds_tensor.data for parameter in self._parameters]
+    def _held(self, parameter: nn.Parameter) -> Tensor:
+        """This process's part of a parameter: the whole, or under stage 3 its shard."""
+        return parameter.data if self._stage < 3 else cast(Any, parameter).ds_tensor.data
+
+    def _averaged(self) -> list[Tensor]:
+        """What the moving average follows."""
+        return list(map(self._held, self._parameters.averaged.values()))
+
+    def _discriminator_norm(self) -> Tensor | None:
+        """The discriminator's part of the last step's gradient norm, without a host sync."""
+        if not self._parameters.discriminator:
+            return None
+        players = group_players(self._engine.optimizer)
+        columns = zip(players, self._group_norms, strict=True)
+        own = [norm.float() for player, norm in columns if player == "discriminator"]
+        return torch.linalg.vector_norm(torch.stack(own))
 
     def _mine(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         """This process's part of a whole value."""
@@ -210,16 +244,22 @@ class ZeroStrategy:
         moments: Named = {}
         if self._num_updates.item() == 0:
             return moments  # as in `ddp`: before the first update there are none
-        for name, parameter in zip(self._names, self._parameters, strict=True):
+        for name, parameter in self._parameters.trainable.items():
             whole = self._tools.safe_get_full_optimizer_state(parameter, kind)
             if wanted:
                 moments[name] = to_cpu(whole.view(self._shape(parameter)), into.get(name))
         return moments
 
-    def _gathered(self, held: Sequence[Tensor], wanted: bool, into: Named) -> Named:
+    def _gathered(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        held: Iterable[Tensor],
+        wanted: bool,
+        into: Named,
+    ) -> Named:
         """Whole values from what every process holds of them; a collective under stage 3."""
         whole: Named = {}
-        for name, parameter, mine in zip(self._names, self._parameters, held, strict=True):
+        for (name, parameter), mine in zip(parameters.items(), held, strict=True):
             shape = self._shape(parameter)
             if self._stage == 3:
                 parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -231,42 +271,3 @@ class ZeroStrategy:
 
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
         return torch.Size(cast(Any, parameter).ds_shape) if self._stage == 3 else parameter.shape
-
-
-def _judge_norms_in_float32(optimizer: Any) -> None:
-    """Have stage 3 skip a step if the square of the norm leaves float32, as `ddp` does.
-
-    Stages 1 and 2 do so; stage 3 adds the squares up in float64. It would apply a gradient whose
-    own squares, Adam's second moments, are infinite in float32: that parameter would never move
-    again.
-    """
-    original = optimizer._get_norm_groups
-
-    def norm_groups() -> list[Tensor]:
-        norms: list[Tensor] = original()  # of each group of parameters; -1: not finite
-        return [n.where(n.float().square().isfinite(), torch.inf) for n in norms]
-
-    optimizer._get_norm_groups = norm_groups
-
-
-def _complete(
-    config: dict[str, Any],
-    optimizer: AdamWConfig,
-    accelerator: Accelerator,
-    micro_batch: int,
-    precision: str,
-) -> None:
-    """Fill in what follows from our own config, so that it stands in one place only."""
-    config["train_micro_batch_size_per_gpu"] = micro_batch
-    config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
-    config["train_batch_size"] = (
-        micro_batch * accelerator.gradient_accumulation_steps * accelerator.num_processes
-    )
-    config["gradient_clipping"] = optimizer.max_grad_norm or 0.0
-    if precision == "bf16":
-        # Its autocast keeps fp32 weights, as ours does under DDP; gradients travel in fp32, too.
-        config["torch_autocast"] = {
-            "enabled": True,
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],
-        }

@@ -1,13 +1,55 @@
-"""What every regulariser offers to the objective."""
+"""What every term of the objective sees and offers.
 
-from torch import Tensor
+# B images of one micro-batch, or of a global batch: see `TermBase.scope`
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from torch import Tensor, nn
 
 from pipeline.common.component import Component
 from pipeline.common.schedules import Schedule, value_at
 from pipeline.models.bottlenecks import Posterior
 
+Networks = Mapping[str, nn.Module]  # frozen ones, by name
 
-class RegulariserBase(Component):
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Images, and what the model made of them; all float32 or float64 but mask and ids."""
+
+    clean: Tensor  # [B, *event] in [0, 1], the target
+    mean: Tensor  # [B, *event], the reconstruction in the range of the data, not clamped
+    decoded: Tensor  # [B, *event], the decoder's values: what the likelihood takes
+    mask: Tensor | None  # bool [B, *event], the corrupted elements
+    posterior: Posterior | None  # None: quantised codes
+    z: Tensor  # [B, *latent], what was decoded
+    ids: Tensor | None  # int64 [B, ...]: quantised codes
+
+    def fetched(self, fetch: Callable[[Tensor], Tensor]) -> "Reconstruction":
+        """Return one whose tensors are `fetch` of these, each when it is first asked for."""
+        return cast(Reconstruction, _Fetched(self, fetch))
+
+
+class _Fetched:
+    def __init__(self, r: Reconstruction, fetch: Callable[[Tensor], Tensor]) -> None:
+        self._r, self._fetch = r, fetch
+
+    def __getattr__(self, name: str) -> Tensor | Posterior | None:
+        """Fetch a field of the Reconstruction; once, for it is an attribute from then on."""
+        value = getattr(self._r, name)
+        if isinstance(value, Posterior):
+            logvar = None if value.logvar is None else self._fetch(value.logvar)
+            value = Posterior(self._fetch(value.mu), logvar)
+        elif value is not None:
+            value = self._fetch(value)
+        setattr(self, name, value)
+        return value
+
+
+class TermBase(Component):
     """weight(t) * R per image, in nats."""
 
     kind: str
@@ -18,10 +60,28 @@ class RegulariserBase(Component):
         return value_at(self.weight, samples)
 
     @property
-    def needs_random_posterior(self) -> bool:
-        """Whether the term is undefined for a deterministic bottleneck."""
+    def needs_density(self) -> bool:
+        """Whether the term is undefined for a bottleneck without a density."""
         return False
 
-    def per_image(self, posterior: Posterior) -> Tensor:
+    @property
+    def scope(self) -> Literal["image", "micro_batch", "global_batch"]:
+        """Which images an image's loss depends on.
+
+        image: on itself. global_batch: on all of the step, which `per_image` then gets from all
+        processes, without the slots that hold no sample. micro_batch: on those that one process
+        has at a time, so that processes and accumulation belong to what is minimised.
+        """
+        return "image"
+
+    def networks(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """Return the frozen networks that the term judges by: names, and what builds each.
+
+        Terms that give the same name share one network. It is built once, on the device, is in
+        evaluation mode, and no part of the model: no optimizer, average or checkpoint holds it.
+        """
+        return {}
+
+    def per_image(self, r: Reconstruction, networks: Networks) -> Tensor:
         """Return the unweighted term of every image [B]."""
         raise NotImplementedError

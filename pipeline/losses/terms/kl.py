@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.losses.terms.base import RegulariserBase
+from pipeline.losses.terms.base import Networks, Reconstruction, TermBase
 from pipeline.models.bottlenecks import Posterior
 
 
@@ -18,16 +18,18 @@ def gaussian_kl(posterior: Posterior) -> Tensor:
     return 0.5 * (posterior.mu.square() + torch.expm1(posterior.logvar) - posterior.logvar)
 
 
-class Kl(RegulariserBase):
+class Kl(TermBase):
     """KL(q(z | x) || N(0, I)) in closed form; `weight` is beta (Higgins et al. 2017, eq. 4)."""
 
     kind: Literal["kl"] = "kl"
 
     @property
-    def needs_random_posterior(self) -> bool:
+    def needs_density(self) -> bool:
         """A point has no density, so no divergence."""
         return True
 
-    def per_image(self, posterior: Posterior) -> Tensor:
+    def per_image(self, r: Reconstruction, networks: Networks) -> Tensor:
         """Return the divergence of every image [B], in nats."""
-        return gaussian_kl(posterior).flatten(1).sum(1)
+        del networks
+        assert r.posterior is not None
+        return gaussian_kl(r.posterior).flatten(1).sum(1)

@@ -1,4 +1,4 @@
-"""Bottlenecks: the encoder's output -> the posterior q(z | x) -> a latent z.
+"""Bottlenecks: the encoder's output -> a `Code`: posterior q(z | x), latent z, ids of entries.
 
 Add a kind: one file with a `BottleneckBase`, and its name below.
 """
@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.models.bottlenecks.base import BottleneckBase, Posterior
+from pipeline.models.bottlenecks.base import BottleneckBase, Code, Posterior
 from pipeline.models.bottlenecks.deterministic import Deterministic
 from pipeline.models.bottlenecks.gaussian import LOGVAR_BOUND, Gaussian
 
@@ -17,6 +17,7 @@ __all__ = [
     "LOGVAR_BOUND",
     "Bottleneck",
     "BottleneckBase",
+    "Code",
     "Deterministic",
     "Gaussian",
     "Posterior",

@@ -1,20 +1,21 @@
-"""What every bottleneck shares: the posterior q(z | x) that it makes, and its size.
+"""What every bottleneck shares: its size, and the code that it makes of the encoder's output.
 
 # B samples, Z latent channels (vector latents [B, Z], spatial ones [B, Z, H, W])
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.common import rng
 from pipeline.common.component import Component
 
 
-@dataclass(frozen=True)
-class Posterior:
+# What modules return to each other is a tuple with names: ZeRO-3 finds tensors in tuples, in lists
+# and in dicts only, and where it finds none, its hooks for the backward pass fail.
+class Posterior(NamedTuple):
     """q(z | x): a point, or a Gaussian with diagonal covariance; float32 or float64."""
 
     mu: Tensor  # [B, *latent]
@@ -28,8 +29,18 @@ class Posterior:
         return self.mu + torch.exp(0.5 * self.logvar) * noise
 
 
+class Code(NamedTuple):
+    """What a bottleneck makes of B samples."""
+
+    z: Tensor  # [B, *latent], what the decoder takes
+    posterior: Posterior | None  # None: quantised codes have none
+    ids: Tensor | None = None  # int64 [B, ...], which entries of a codebook
+    # Per image [B], by name: added to the loss as they are, and logged; None: none.
+    penalties: dict[str, Tensor] | None = None
+
+
 class BottleneckBase(Component):
-    """A kind of bottleneck over `size` latent channels."""
+    """Settings of a bottleneck over `size` latent channels."""
 
     size: int = Field(default=10, gt=0)  # latent channels Z
 
@@ -38,6 +49,14 @@ class BottleneckBase(Component):
         """Channels that the encoder must put out."""
         return self.size
 
-    def posterior(self, statistics: Tensor) -> Posterior:
-        """Return q(z | x) from the encoder's output `statistics` [B, num_statistics, ...]."""
+    @property
+    def has_density(self) -> bool:
+        """Whether the posterior is a density, so that it can be sampled and has a divergence."""
+        return False
+
+    def build(self) -> nn.Module:
+        """Return the module (statistics [B, num_statistics, ...], keys int64 [B] | None) -> Code.
+
+        keys: of the reparametrisation noise; without them z is the posterior's mean.
+        """
         raise NotImplementedError

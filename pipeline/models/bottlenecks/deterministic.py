@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.common.precision import widen
-from pipeline.models.bottlenecks.base import BottleneckBase, Posterior
+from pipeline.models.bottlenecks.base import BottleneckBase, Code, Posterior
 
 
 class Deterministic(BottleneckBase):
@@ -13,6 +13,16 @@ class Deterministic(BottleneckBase):
 
     kind: Literal["deterministic"] = "deterministic"
 
-    def posterior(self, statistics: Tensor) -> Posterior:
-        """Return the point posterior at `statistics` [B, Z, ...]."""
-        return Posterior(mu=widen(statistics), logvar=None)
+    def build(self) -> nn.Module:
+        """Return the identity, as a point posterior."""
+        return PointCode()
+
+
+class PointCode(nn.Module):
+    """The encoder's output is the code."""
+
+    def forward(self, statistics: Tensor, keys: Tensor | None = None) -> Code:
+        """Return the point posterior at `statistics` [B, Z, ...]; `keys` make no difference."""
+        del keys
+        z = widen(statistics)
+        return Code(z, Posterior(mu=z, logvar=None))

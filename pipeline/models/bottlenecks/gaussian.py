@@ -3,10 +3,10 @@
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.common.precision import widen
-from pipeline.models.bottlenecks.base import BottleneckBase, Posterior
+from pipeline.models.bottlenecks.base import BottleneckBase, Code, Posterior
 
 # Log-variances are squashed smoothly into (-20, 20): gradients never vanish as behind a hard clamp,
 # exp stays finite in float32, and near 0 the squashing is the identity to third order.
@@ -23,7 +23,21 @@ class Gaussian(BottleneckBase):
         """A mean and a log-variance per latent channel."""
         return 2 * self.size
 
-    def posterior(self, statistics: Tensor) -> Posterior:
-        """Return the Gaussian whose mean and log-variance halve `statistics` [B, 2Z, ...]."""
+    @property
+    def has_density(self) -> bool:
+        """A Gaussian is a density."""
+        return True
+
+    def build(self) -> nn.Module:
+        """Return the reparametrisation."""
+        return GaussianCode()
+
+
+class GaussianCode(nn.Module):
+    """Mean and log-variance, one half of the channels each, and a sample by them."""
+
+    def forward(self, statistics: Tensor, keys: Tensor | None = None) -> Code:
+        """Return the Gaussian that `statistics` [B, 2Z, ...] hold; see `BottleneckBase.build`."""
         mu, raw_logvar = widen(statistics).chunk(2, dim=1)
-        return Posterior(mu=mu, logvar=LOGVAR_BOUND * torch.tanh(raw_logvar / LOGVAR_BOUND))
+        posterior = Posterior(mu, LOGVAR_BOUND * torch.tanh(raw_logvar / LOGVAR_BOUND))
+        return Code(posterior.sample(keys), posterior)

@@ -1,0 +1,59 @@
+"""The autoencoder and the discriminator that it plays against, as one trained module.
+
+    corrupted -> autoencoder -> mean y -> discriminator -> the generator's loss -> its gradient at y
+    clean, y without its graph -> discriminator -> judgements
+
+One engine and one backward serve both players. The autoencoder's share of the game enters the loss
+as sum(y * gradient), whose own gradient is the generator's; the discriminator's parameters get the
+gradient of their own loss only. That equals an update of each player in turn, from the same
+weights, under DDP and every stage of ZeRO, where two backwards through one engine break.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.common.precision import widen
+from pipeline.losses.terms import AdversarialTerm, Game
+from pipeline.models.autoencoder import AutoEncoder, Output
+
+Player = Literal["autoencoder", "discriminator"]
+PLAYERS: tuple[Player, ...] = ("autoencoder", "discriminator")
+
+
+class Players(nn.Module):
+    """What is trained where the objective has an adversarial term."""
+
+    def __init__(
+        self, autoencoder: AutoEncoder, discriminator: nn.Module, term: AdversarialTerm
+    ) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.discriminator = discriminator
+        self._term = term
+
+    def forward(
+        self, x: Tensor, *, target: Tensor | None = None, **settings: object
+    ) -> Output | tuple[Output, Game]:
+        """Run the autoencoder, see there, and with the images `target` [B, *event] the game."""
+        output: Output = self.autoencoder(x, target=target, **settings)
+        if output.target is None:
+            return output
+        assert output.decoded is not None
+        mean = self.autoencoder.config.likelihood.mean(output.decoded).detach()
+        seen = mean.clone().requires_grad_()
+        loss = self._term.generator_loss(widen(self.discriminator(seen)))
+        [gradient] = torch.autograd.grad(loss.sum(), seen)
+        real, fake = widen(self.discriminator(torch.cat([output.target.to(mean), mean]))).chunk(2)
+        return output, Game(real, fake, loss.detach(), gradient)
+
+
+def checkpoint_name(name: str) -> str:
+    """Return a tensor's name in a checkpoint: the autoencoder's is the same without a game."""
+    return name.removeprefix("autoencoder.")
+
+
+def player_of(name: str) -> Player:
+    """Return whose parameter a name is, in the trained module or in a checkpoint."""
+    return "discriminator" if name.startswith("discriminator.") else "autoencoder"
