@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cores = os.cpu_count() or 1
     parser.add_argument("--threads", type=int, default=cores, help="that decode (%(default)s)")
     parser.add_argument("--level", choices=LEVELS, help="how deep, for an export (statistics)")
-    parser.add_argument("--run", help="run directory of an export's model: level encode")
+    parser.add_argument("--run", help="run or exported model behind an export: level encode")
     parser.add_argument("--tasks", type=int, default=2, help="encoded anew there (%(default)s)")
 
 

@@ -6,7 +6,7 @@ config -> prepare -> plan stored or compared -> run_worker -> complete? -> final
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.common import strict
@@ -31,7 +31,8 @@ def begin(config: ExportConfig, worker: Worker) -> tuple[Prepared, str]:
     prepared = prepare(config, worker)
     if not prepared.plan.tasks:
         raise UserError(f"The split {config.data.split!r} holds no sample: set data.split.")
-    return prepared, adopt_plan(prepared.export, prepared.plan)
+    plan, guarantee = adopt_plan(prepared.export, prepared.plan)
+    return replace(prepared, plan=plan), guarantee
 
 
 def work_through(prepared: Prepared, worker: Worker, should_stop: Callable[[], bool]) -> int:

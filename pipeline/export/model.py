@@ -65,7 +65,7 @@ def export_model(
     run = load_run(run_dir, step=step, weights=weights)
     state = run.state
     decode = run.config.data.decode
-    scaling = {} if latents is None else _read_scaling(latents, run.weights_sha256)
+    scaling = {} if latents is None else _read_scaling(latents, run)
     stored = _stored_values(decode)
     networks, files = _networks(run, stored, onnx, torch_export)
     description = Description(
@@ -78,6 +78,7 @@ def export_model(
         precision=run.config.precision,
         weights=weights,
         weights_sha256=run.weights_sha256,
+        encoder_sha256=run.encoder_sha256,
         step=state.step,
         samples_seen=state.position,
         dataset_id=state.dataset_id,
@@ -121,15 +122,16 @@ def _stored_values(decode: Decode) -> StoredValues:
     return StoredValues.model_validate({"dtype": decode.stored_dtype.name, "range": scale})
 
 
-def _read_scaling(latents: str, weights_sha256: str) -> dict[str, Any]:
-    """Return the scaling of a finished export by these weights; raise UserError without."""
+def _read_scaling(latents: str, run: LoadedRun) -> dict[str, Any]:
+    """Return the scaling of a finished export by this encoder; raise UserError without."""
     with LatentDataset(latents) as dataset:
-        if dataset.manifest.model_sha256 != weights_sha256:
+        manifest = dataset.manifest
+        if not (manifest.is_of(run.weights_sha256) or manifest.is_of(run.encoder_sha256)):
             raise UserError(
                 f"{latents} holds latents of another model: its weights_sha256 is "
-                f"{dataset.manifest.model_sha256}, that of the weights to be exported is "
-                f"{weights_sha256}. Give the --step and --weights that encoded them, or export the "
-                "latents again."
+                f"{manifest.model_sha256}, that of the weights to be exported is "
+                f"{run.weights_sha256}. Give the --step and --weights that encoded them, or export "
+                "the latents again."
             )
         statistics = dataset.statistics
     if statistics["num_rows"] == 0:

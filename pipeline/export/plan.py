@@ -81,11 +81,11 @@ def read_plan(export: ExportDir) -> Plan:
     return plan
 
 
-def adopt_plan(export: ExportDir, plan: Plan) -> str:
-    """Store the plan, or check that the stored one is the same.
+def adopt_plan(export: ExportDir, plan: Plan) -> tuple[Plan, str]:
+    """Store the plan, or check that the stored one is the same, and return it.
 
-    Returns what the place guarantees, in words. Raises UserError if it guarantees nothing or cannot
-    be written, or if the stored plan is another.
+    Returns also what the place guarantees, in words. Raises UserError if it guarantees nothing or
+    cannot be written, or if the stored plan is another.
     """
     text = canonical_json(plan.to_json())
     left_over = next(iter(export.store.sizes(DATA)), None)  # before the plan, which comes first
@@ -97,14 +97,17 @@ def adopt_plan(export: ExportDir, plan: Plan) -> str:
                 "it all, or set another out."
             )
         if export.store.create(PLAN, text):
-            return guarantee
+            return plan, guarantee
     except StoreError:
         raise
     except OSError as error:
         raise UserError(f"{export.root} cannot be written: {error.strerror}. Set out.") from error
     # By way of JSON, as stored: tuples are lists there.
     asked = json.loads(text)
-    stored = read_plan(export).to_json()
+    stored_plan = read_plan(export)
+    stored = stored_plan.to_json()
+    if "encoder_sha256" not in stored["fingerprint"]["model"]:  # by 93dd2d6, which did not say it
+        asked["fingerprint"]["model"].pop("encoder_sha256", None)
     # Other tasks follow from another data set, which is said by one line instead of one per shard.
     fingerprints = (stored["fingerprint"], asked["fingerprint"])
     differences = strict.difference(*fingerprints) or strict.difference(stored, asked)
@@ -118,4 +121,4 @@ def adopt_plan(export: ExportDir, plan: Plan) -> str:
             + "\n".join(shown)
             + f"\nSet another out, or give the former settings.{hint}"
         )
-    return guarantee
+    return stored_plan, guarantee

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline.common.errors import UserError
 from pipeline.common.precision import fix_arithmetic
@@ -25,16 +23,14 @@ from pipeline.data.settings import DataConfig
 from pipeline.data.storage import open_storage
 from pipeline.data.storage.opening import open_writable
 from pipeline.distributed.rendezvous import check_device
+from pipeline.export.encoders import OpenEncoder
 from pipeline.export.layout import ExportDir
 from pipeline.export.passthrough import JsonFields
 from pipeline.export.plan import Plan, Task
 from pipeline.export.run import Work
 from pipeline.export.settings import ExportConfig
-from pipeline.export.work import Encoder, Noise
+from pipeline.export.work import Encoding, Noise
 from pipeline.export.workers import Worker
-from pipeline.models.autoencoder import AutoEncoder
-from pipeline.models.bottlenecks import Posterior
-from pipeline.training.loading import LoadedRun, load_run
 
 CPU_THREADS = 1  # more would split sums differently; use more processes
 # Whatever turns bytes into pixels, pixels into latents, or latents into files.
@@ -69,22 +65,22 @@ def prepare(config: ExportConfig, worker: Worker) -> Prepared:
         torch.set_num_threads(CPU_THREADS)
     else:
         torch.cuda.set_device(device)
-    run = load_run(Path(config.run), step=config.step, weights=config.weights)
-    data = data_of(config, run.config.data)
+    opened = config.encoder.open(device)
+    data = data_of(config, opened)
     source = data.sources[0]
     index = Index.open(source.path, remote=data.remote)
     with closing(open_storage(source.root, data.remote)) as storage:
         index.check_shards(storage)
     tasks = tuple(make_tasks(index, data.split))
-    encoder = make_encoder(config, run.model, data, tasks, device)
-    fingerprint = make_fingerprint(config, run, data, index, encoder)
+    encoding = make_encoding(config, opened, tasks, device)
+    fingerprint = make_fingerprint(config, opened, data, index, encoding)
     plan = Plan(fingerprint, tasks)
 
     work = Work(
         read=partial(
             read_shards, data, index, batch_size=config.batch_size, pin=device.type == "cuda"
         ),
-        encoder=encoder,
+        encoder=encoding,
         writers=config.formats,
         max_bad_fraction=config.max_bad_fraction,
     )
@@ -102,8 +98,16 @@ def find_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def data_of(config: ExportConfig, trained: DataConfig) -> DataConfig:
-    """Return the run's data settings with the export's own put over them."""
+def data_of(config: ExportConfig, encoder: OpenEncoder) -> DataConfig:
+    """Return the settings of the data that the model knows, with the export's own over them."""
+    trained = encoder.data
+    if trained is None:
+        if config.data.path is None:
+            raise UserError(
+                f"{encoder.where} is a model without a data set: name the one to export by "
+                "data.path."
+            )
+        trained = DataConfig(path=config.data.path, decode=encoder.decode)
     own: dict[str, Any] = {"split": config.data.split, "threads": config.data.threads}
     if config.data.path is not None:
         own |= {"path": config.data.path, "shards": config.data.shards, "mixture": ()}
@@ -118,34 +122,21 @@ def data_of(config: ExportConfig, trained: DataConfig) -> DataConfig:
     return DataConfig.model_validate(trained.model_dump() | own)
 
 
-def make_encoder(
-    config: ExportConfig,
-    model: AutoEncoder,
-    data: DataConfig,
-    tasks: Sequence[Task],
-    device: torch.device,
-) -> Encoder:
+def make_encoding(
+    config: ExportConfig, encoder: OpenEncoder, tasks: Sequence[Task], device: torch.device
+) -> Encoding:
     """Return the function from stored values to latents; UserError for what cannot be stored."""
-    if "hflip" in config.views and data.decode.kind != "image":
+    if "hflip" in config.views and encoder.decode.kind != "image":
         raise UserError(
             f"views is [{', '.join(config.views)}], but the run's data.decode.kind is "
-            f"{data.decode.kind!r}: only images are mirrored. Set views to [identity]."
+            f"{encoder.decode.kind!r}: only images are mirrored. Set views to [identity]."
         )
-    model = model.to(device=device, dtype=torch.float32)
-
-    def encode(x: Tensor) -> Posterior:
-        posterior = model(x, mode="encode").posterior
-        assert posterior is not None
-        return posterior
-
-    with torch.inference_mode():
-        probe = encode(torch.zeros(1, *data.decode.event_shape, device=device))
-    return Encoder(
-        encode=encode,
-        to_unit=data.decode.to_unit,
+    return Encoding(
+        encode=encoder.encode,
+        to_unit=encoder.decode.to_unit,
         device=device,
         precision=config.precision,
-        stored=_stored(config, has_logvar=probe.logvar is not None),
+        stored=_stored(config, encoder),
         dtype=config.dtype,
         views=config.views,
         noise=_noise(config.seed, tasks) if config.store == "sample" else None,
@@ -153,12 +144,14 @@ def make_encoder(
     )
 
 
-def _stored(config: ExportConfig, *, has_logvar: bool) -> tuple[str, ...]:
-    if config.store != "sample":
-        return ("mu", "logvar") if has_logvar and config.store == "moments" else ("mu",)
-    if not has_logvar:
+def _stored(config: ExportConfig, encoder: OpenEncoder) -> tuple[str, ...]:
+    if config.store == "moments":
+        return encoder.outputs
+    if config.store == "mean":
+        return ("mu",)
+    if "logvar" not in encoder.outputs:
         raise UserError(
-            f"store is sample, but the model in {config.run} has a deterministic bottleneck: "
+            f"store is sample, but the model in {encoder.where} has a deterministic bottleneck: "
             "without a variance there is nothing to sample. Set store to mean."
         )
     return ("z",)
@@ -179,20 +172,16 @@ def make_tasks(index: Index, split: str) -> Iterator[Task]:
 
 
 def make_fingerprint(
-    config: ExportConfig, run: LoadedRun, data: DataConfig, index: Index, encoder: Encoder
+    config: ExportConfig,
+    encoder: OpenEncoder,
+    data: DataConfig,
+    index: Index,
+    encoding: Encoding,
 ) -> dict[str, Any]:
     """Return everything that decides a byte of the export; no path, host or time is among it."""
-    on_gpu = encoder.device.type == "cuda"
+    on_gpu = encoding.device.type == "cuda"
     return {
-        "model": {
-            "weights": config.weights,
-            "step": run.step,
-            "weights_sha256": run.weights_sha256,
-            # How the training saved memory is no property of the network.
-            "architecture": run.config.model.model_dump(
-                mode="json", exclude={"gradient_checkpointing"}
-            ),
-        },
+        "model": dict(encoder.identity),
         "data": {
             "dataset_id": index.dataset_id,
             "split": index.split_identity(data.split),
@@ -204,7 +193,7 @@ def make_fingerprint(
             "precision": config.precision,
             # Kernels, and with them the last bits, depend on it.
             "device": (
-                torch.cuda.get_device_name(encoder.device)
+                torch.cuda.get_device_name(encoding.device)
                 if on_gpu
                 else f"cpu {torch.backends.cpu.get_cpu_capability()}"
             ),
@@ -213,10 +202,10 @@ def make_fingerprint(
         "output": {
             "store": config.store,
             "views": list(config.views),
-            "fields": list(encoder.fields),
-            "seed": None if encoder.noise is None else encoder.noise.seed,
+            "fields": list(encoding.fields),
+            "seed": None if encoding.noise is None else encoding.noise.seed,
             "columns": config.columns,
-            "latent_shape": list(run.model.latent_shape),
+            "latent_shape": list(encoder.latent_shape),
             "dtype": config.dtype,
             "formats": [writer.model_dump(mode="json") for writer in config.formats],
         },

@@ -33,7 +33,7 @@ from pipeline.export.layout import ExportDir
 from pipeline.export.plan import Plan, Task
 from pipeline.export.progress import Progress
 from pipeline.export.statistics import partial_of, to_json
-from pipeline.export.work import Encoder, encode_task
+from pipeline.export.work import Encoding, encode_task
 from pipeline.export.workers import Worker
 from pipeline.latents.formats.writers import BaseWriter, Rows
 
@@ -48,7 +48,7 @@ class Work:
     """How tasks are done."""
 
     read: Callable[[Iterable[int]], Shards]  # numbers of shards -> their rows
-    encoder: Encoder
+    encoder: Encoding
     writers: Sequence[BaseWriter]
     max_bad_fraction: float
 

@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from pipeline.common.component import Component
 from pipeline.data.index.splits import ALL
+from pipeline.export.encoders import Encoder, EncoderBase, RunEncoder
 from pipeline.latents.formats.writers import (
     COLUMNS,
     FIELDS,
@@ -32,7 +33,9 @@ class ExportData(Component):
 class ExportConfig(Component):
     """Encode every sample of a dataset with a trained model."""
 
-    run: str  # the run directory
+    # The model: of a run, by the three settings below, or of anything that `model` names.
+    run: str | None = None  # the run directory
+    model: Encoder | None = None
     out: str  # the directory to fill, or an s3:// URL
     step: NonNegativeInt | Literal["best"] | None = None  # checkpoint; null = the newest
     weights: Literal["ema", "raw"] = "ema"  # averaged, or as trained
@@ -52,6 +55,25 @@ class ExportConfig(Component):
     formats: Annotated[tuple[Writer, ...], Field(min_length=1)] = (ParquetWriter(),)
     # A task with more failed rows than this is not committed: something else is wrong.
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
+
+    @property
+    def encoder(self) -> EncoderBase:
+        """What encodes."""
+        if self.model is not None:
+            return self.model
+        assert self.run is not None
+        return RunEncoder(path=self.run, step=self.step, weights=self.weights)
+
+    @model_validator(mode="after")
+    def _model_is_named_once(self) -> Self:
+        if (self.run is None) == (self.model is None):
+            raise ValueError(
+                "name the model either by run or by model, but "
+                + ("neither is given" if self.run is None else "both are given")
+            )
+        if self.model is not None and {"step", "weights"} & self.model_fields_set:
+            raise ValueError("step and weights belong to run: give them inside of model")
+        return self
 
     @model_validator(mode="after")
     def _seed_is_used(self) -> Self:

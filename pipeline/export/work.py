@@ -26,7 +26,6 @@ from pipeline.export.statistics import NOT_FINITE
 from pipeline.latents.formats.writers import Dtype, Rows
 from pipeline.latents.noise import sample
 from pipeline.latents.rows import field_of
-from pipeline.models.bottlenecks import Posterior
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,10 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """From stored values [B, *event] to what is stored of the posterior, of each view."""
+class Encoding:
+    """From stored values [B, *event] to what is stored of the latents, of each view."""
 
-    encode: Callable[[Tensor], Posterior]  # x [B, *event] in [0, 1]
+    encode: Callable[[Tensor], Mapping[str, Tensor]]  # as `OpenEncoder` has it
     to_unit: Callable[[Tensor], Tensor]
     device: torch.device
     precision: Literal["fp32", "bf16"]
@@ -56,37 +55,33 @@ class Encoder:
         """The names of all arrays that are stored, view by view."""
         return tuple(field_of(name, view) for view in self.views for name in self.stored)
 
-    def start(self, stored: Tensor) -> list[Posterior]:
+    def start(self, stored: Tensor) -> list[Mapping[str, Tensor]]:
         """Encode each view of a batch; on a GPU this returns before it is done."""
         with torch.inference_mode(), autocast(self.precision, self.device):
             x = self.to_unit(stored.to(self.device, non_blocking=True))
             return [self.encode(x.flip(-1) if view == "hflip" else x) for view in self.views]
 
     def finish(
-        self, posteriors: Sequence[Posterior], rows: NDArray[np.int64]
+        self, outputs: Sequence[Mapping[str, Tensor]], rows: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
         """Return field -> [B, *latent] in the stored dtype; what does not fit becomes inf.
 
-        posteriors: of `start`, for which this waits. rows: [B] row numbers in the export. Numbers
+        outputs: of `start`, for which this waits. rows: [B] row numbers in the export. Numbers
         of bfloat16 come as float32.
         """
         return {
-            field_of(name, view): self._store(self._values(posterior, name, rows, view))
-            for view, posterior in zip(self.views, posteriors, strict=True)
+            field_of(name, view): self._store(self._values(output, name, rows, view))
+            for view, output in zip(self.views, outputs, strict=True)
             for name in self.stored
         }
 
     def _values(
-        self, posterior: Posterior, name: str, rows: NDArray[np.int64], view: str
+        self, output: Mapping[str, Tensor], name: str, rows: NDArray[np.int64], view: str
     ) -> NDArray[np.float32]:
-        if name == "mu":
-            return _to_numpy(posterior.mu)
-        assert posterior.logvar is not None, "`stored` names only what the posterior has"
-        logvar = _to_numpy(posterior.logvar)
-        if name == "logvar":
-            return logvar
+        if name in output:
+            return _to_numpy(output[name])
         assert self.noise is not None, "z comes with its noise"
-        mu = _to_numpy(posterior.mu)
+        mu, logvar = _to_numpy(output["mu"]), _to_numpy(output["logvar"])
         return sample(mu, logvar, rows, seed=self.noise.seed, view=view)
 
     def _store(self, values: NDArray[np.float32]) -> NDArray[Any]:
@@ -103,7 +98,7 @@ def _to_numpy(values: Tensor) -> NDArray[np.float32]:
 def encode_task(
     shard: str,
     batches: Iterable[RowBatch],
-    encoder: Encoder,
+    encoder: Encoding,
     *,
     max_bad_fraction: float,
     on_rows: Callable[[int], None],
@@ -116,8 +111,8 @@ def encode_task(
     parts: list[Rows] = []
     faults: list[Fault] = []
     next_row = 0 if encoder.noise is None else encoder.noise.first_row[shard]
-    for batch, posteriors in _one_ahead(encoder, batches):
-        latents = encoder.finish(posteriors, next_row + np.arange(len(batch.x)))
+    for batch, outputs in _one_ahead(encoder, batches):
+        latents = encoder.finish(outputs, next_row + np.arange(len(batch.x)))
         rows, found = _rows_of(shard, batch, latents, encoder)
         parts.append(rows)
         faults.extend(found)
@@ -134,10 +129,10 @@ def encode_task(
 
 
 def _one_ahead(
-    encoder: Encoder, batches: Iterable[RowBatch]
-) -> Iterator[tuple[RowBatch, list[Posterior]]]:
+    encoder: Encoding, batches: Iterable[RowBatch]
+) -> Iterator[tuple[RowBatch, list[Mapping[str, Tensor]]]]:
     """Start each batch before the one before it is fetched: a GPU is never without work."""
-    waiting: tuple[RowBatch, list[Posterior]] | None = None
+    waiting: tuple[RowBatch, list[Mapping[str, Tensor]]] | None = None
     for batch in batches:
         started = (batch, encoder.start(batch.x))
         if waiting is not None:
@@ -148,7 +143,7 @@ def _one_ahead(
 
 
 def _rows_of(
-    shard: str, batch: RowBatch, padded: Mapping[str, NDArray[Any]], encoder: Encoder
+    shard: str, batch: RowBatch, padded: Mapping[str, NDArray[Any]], encoder: Encoding
 ) -> tuple[Rows, list[Fault]]:
     """Return a batch's rows without the padding, and its faults."""
     count = batch.num_rows

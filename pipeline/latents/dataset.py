@@ -57,9 +57,9 @@ class LatentDataset:
 
         root: a directory, or a URL. format: which of the stored ones to read; None = the fastest.
         normalized: latents per channel to mean 0 and standard deviation 1 of a sampled latent, as
-        float32, by the export's own statistics. weights_sha256: the model that must have encoded;
-        None = any. remote: attempts, limits and connections for a URL; None = the defaults.
-        cache_bytes: of remote ranges kept in memory.
+        float32, by the export's own statistics. weights_sha256: the model that must have encoded,
+        or its encoder_sha256; None = any. remote: attempts, limits and connections for a URL;
+        None = the defaults. cache_bytes: of remote ranges kept in memory.
         """
         self._arguments: dict[str, Any] = {
             "format": format,

@@ -32,6 +32,15 @@ class Manifest:
         return self.values["fingerprint"]["model"]["weights_sha256"]
 
     @property
+    def encoder_sha256(self) -> str | None:
+        """Identity of those that made the latents; None: written before exports said so."""
+        return self.values["fingerprint"]["model"].get("encoder_sha256")
+
+    def is_of(self, sha256: str) -> bool:
+        """Whether it holds latents of a model: the digest of all its weights, or its encoder's."""
+        return sha256 in (self.model_sha256, self.encoder_sha256)
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """The arrays stored per row: mu, and logvar where there is one, or z; then of views."""
         return tuple(self.values["fingerprint"]["output"]["fields"])
@@ -70,7 +79,7 @@ class Manifest:
 def read_manifest(files: Files, weights_sha256: str | None) -> Manifest:
     """Return the manifest; raise UserError unless the export is finished, whole and as expected.
 
-    weights_sha256: the model that must have encoded; None = any.
+    weights_sha256: the model that must have encoded, or its encoder's digest; None = any.
     """
     root = files.where("").rstrip("/")
     data, seal = files.read_whole(MANIFEST), files.read_whole(SUCCESS)
@@ -95,7 +104,7 @@ def read_manifest(files: Files, weights_sha256: str | None) -> Manifest:
             f"{root} has the format {values['format']!r}; this version reads {FORMAT!r}."
         )
     manifest = Manifest(values, digest)
-    if weights_sha256 not in (None, manifest.model_sha256):
+    if weights_sha256 is not None and not manifest.is_of(weights_sha256):
         raise UserError(
             f"{root} holds latents of another model: its weights_sha256 is "
             f"{manifest.model_sha256}, expected was {weights_sha256}. Export with the expected "

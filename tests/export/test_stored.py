@@ -23,12 +23,11 @@ from pipeline.export.__main__ import main
 from pipeline.export.statistics import partial_of
 from pipeline.export.verify.audit import _equal
 from pipeline.export.verify.levels import verify_export
-from pipeline.export.work import Encoder, encode_task
+from pipeline.export.work import Encoding, encode_task
 from pipeline.export.workers import Worker
 from pipeline.latents import NO_LABEL, LatentDataset
 from pipeline.latents.formats import READERS
 from pipeline.latents.formats.writers import ParquetWriter
-from pipeline.models.bottlenecks import Posterior
 from pipeline.training.loading import load_run
 from tests.export.world import make_config, make_run, run_export, tree
 
@@ -300,8 +299,8 @@ def test_a_row_is_valid_only_if_all_its_fields_are_finite():
         metadata=["null", "", None, "{}", "{}"],
         texts=["", None, None, "t", "t"],
     )
-    encoder = Encoder(
-        encode=lambda x: Posterior(mu=1e6 * x[:, :, :, 0], logvar=None),
+    encoder = Encoding(
+        encode=lambda x: {"mu": 1e6 * x[:, :, :, 0]},
         to_unit=lambda x: x,
         device=torch.device("cpu"),
         precision="fp32",

@@ -1,0 +1,33 @@
+"""A model that stands alone: what `latentmill export-model` wrote."""
+
+import json
+from typing import Literal
+
+import torch
+from pydantic import TypeAdapter
+
+from pipeline.data.decode import Decode
+from pipeline.export.encoders.base import EncoderBase, OpenEncoder, open_autoencoder
+from pipeline.models.interchange import from_pretrained, read_description
+
+
+class FolderEncoder(EncoderBase):
+    """An exported model. It knows how files are decoded, and no data set."""
+
+    kind: Literal["folder"] = "folder"
+    path: str
+
+    def open(self, device: torch.device) -> OpenEncoder:
+        """Load the folder; see `EncoderBase.open`."""
+        description = read_description(self.path)
+        decode: Decode = TypeAdapter(Decode).validate_json(json.dumps(description.decode))
+        return open_autoencoder(
+            from_pretrained(self.path),
+            device,
+            where=self.path,
+            decode=decode,
+            data=None,
+            weights=description.weights,
+            step=description.step,
+            weights_sha256=description.weights_sha256,
+        )
