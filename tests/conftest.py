@@ -47,7 +47,7 @@ AREAS = {
     "strategies and clusters": Area(11, ("distributed", "checkpoints", "launch")),
     "export": Area(8, ("export", "latents")),
     "models": Area(4, ("models",)),
-    "objectives": Area(4, ("losses", "corruptions")),
+    "objectives": Area(4, ("losses", "corruptions", "seams")),
     "evaluation": Area(3, ("evaluation",)),
     "users": Area(5, ("commands", "common", "config", "project")),
 }

@@ -1,0 +1,175 @@
+"""All that is asked of the members on one strategy and number of processes, in one start.
+
+    worker.py OUT CONFIG SETTING... -- JOB...
+
+Runs in a copy of the tree that has the members. Each job leaves OUT/JOB.npz or OUT/JOB.json.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.common import strict
+from pipeline.config import TrainConfig
+from pipeline.data.index import Index
+from pipeline.distributed.runtime import Runtime
+from pipeline.evaluation.held_out import HeldOut, held_out_splits, views_of
+from pipeline.evaluation.reconstruction import Tally
+from pipeline.metrics import Seen
+from pipeline.models.autoencoder import Output, build_autoencoder
+from pipeline.models.bottlenecks import Code, Posterior
+from pipeline.models.likelihoods import SquaredError
+from pipeline.monitoring.bad_samples import Quarantine
+from pipeline.training.build import check_data, make_forward, make_strategy, throw_away_loss
+from pipeline.training.forward import Inputs
+from tests.distributed.equivalence_worker import record
+
+PLAIN = (
+    "objective.emphasis={}",
+    "model.likelihood={kind: gaussian, sigma: 0.3}",
+    "optimizer.learning_rate={peak: 0.002, warmup_samples: 0}",
+    "optimizer.max_grad_norm=null",
+)
+JOBS = {
+    "edges": ("objective.regularisers=[{kind: kl}, {kind: edges, weight: 3.0}]",),
+    "no_edges": ("objective.regularisers=[{kind: kl}]",),
+    "spread": ("objective.regularisers=[{kind: kl}, {kind: spread, weight: 20.0}]",),
+    "duel": (
+        "objective.regularisers=[{kind: kl}, {kind: duel, weight: 20000.0, "
+        "discriminator: {weight: 10.0, rate: 2.0, beta1: 0.5}}]",
+    ),
+    "codebook": ("model.bottleneck={kind: codebook, size: 4}", "objective.regularisers=[]"),
+    "mirror": ("latent_transforms=[{kind: mirror}]",),
+    "evaluation": (
+        "evaluation.metrics=[{kind: squared_error}, {kind: log_likelihood}, {kind: covariance}, "
+        "{kind: median}]",
+    ),
+    "mirrored": ("latent_transforms=[{kind: mirror}]",),
+    "reduction": ("evaluation.metrics=[{kind: covariance}, {kind: median}]",),
+}
+
+
+def evaluation(config: TrainConfig) -> dict[str, Any]:
+    """Evaluate in one chunk, in many, and one view after the other; what the model got to see."""
+    runtime = Runtime.start(accumulation=config.accumulation)
+    indexes = [Index.open(config.data.path)]
+    forward = make_forward(config, runtime.device)
+    strategy = make_strategy(config, runtime)
+    strategy.warm_up(throw_away_loss(config, forward, strategy, runtime))
+    with torch.no_grad():  # the average is another model
+        before = strategy.full_state()
+        before.ema = {name: 1.5 * value for name, value in before.model.items()}
+        strategy.load_full_state(before)
+    splits = held_out_splits(config, indexes, check_data(config, indexes))
+    quarantine = Quarantine(Path(config.run_dir), config.data, runtime)
+    views = views_of(strategy, config)
+    sizes: set[int] = set()
+    hook = strategy.model.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
+
+    def run(chosen: Any, chunk_bytes: int) -> dict[str, float]:
+        held_out = HeldOut(config, splits, forward, runtime, quarantine, chunk_bytes)
+        return held_out.evaluate(chosen, step=0)
+
+    whole = run(views, 1 << 30)
+    several = run(views, 100_000)
+    single = run(views, 1)
+    two_passes: dict[str, float] = {}
+    for name, view in views.items():
+        two_passes |= run({name: view}, 1)
+    hook.remove()
+    after = strategy.full_state()
+    same = all(torch.equal(after.model[name], value) for name, value in before.model.items())
+    return {
+        "whole": whole,
+        "several": several,
+        "single": single,
+        "two_passes": two_passes,
+        "sizes": sorted(sizes),
+        "weights_stay": same,
+    }
+
+
+def mirrored(config: TrainConfig) -> dict[str, Any]:
+    """For several steps: whether z, and whether the target, is mirrored in each micro-batch."""
+    forward = make_forward(config, torch.device("cpu"))
+    shape = config.data.decode.event_shape
+    model = build_autoencoder(config.model, shape, seed=0, dtype=torch.float32)
+    x = torch.rand(4, *shape)
+    keys = torch.arange(4)
+    found: list[list[bool]] = []
+    for samples in range(0, 200, 8):
+        sides: list[bool] = []
+        for part in (slice(2), slice(2, 4)):
+            inputs = Inputs(x[part], x[part], None, keys[part], torch.ones(2))
+            weights = config.objective.weights_at(samples)
+            output, losses = forward.run(model, inputs, weights=weights, samples=samples)
+            target = output.target
+            evaluated, _ = forward.run(model, inputs, weights=weights)
+            assert torch.equal(evaluated.z, model(x[part], keys=keys[part]).z)
+            for now, plain, axis in ((output.z, evaluated.z, 1), (target, x[part], -1)):
+                assert torch.equal(now, plain) or torch.equal(now, plain.flip(axis))
+                sides.append(torch.equal(now, plain.flip(axis)))
+            error = (config.model.likelihood.mean(output.decoded) - target).square()
+            assert torch.allclose(losses.squared_error, error.flatten(1).sum(1))
+        found.append(sides)
+    return {"sides": found}
+
+
+def reduction(config: TrainConfig) -> dict[str, Any]:
+    """Metrics of recorded values, of which each process gets its share of every batch."""
+    runtime = Runtime.start(accumulation=config.accumulation)
+    recorded = torch.Generator().manual_seed(7)
+    num, size = 96, config.batch_size // runtime.world
+    z = torch.randn(num, 5, generator=recorded, dtype=torch.float64)
+    weight = (torch.rand(num, generator=recorded) > 0.1).float()
+    uid = torch.randperm(num, generator=recorded) + (1 << 48)
+    tallies = [Tally(metric, seed=3) for metric in config.evaluation.metrics]
+    first = runtime.rank * size
+    for start in range(first, num, config.batch_size):
+        for part in torch.arange(start, start + size).chunk(config.accumulation):
+            seen = Seen(
+                uid=uid[part],
+                weight=weight[part],
+                clean=torch.zeros(len(part), 5, dtype=torch.float64),
+                corrupted=z[part],
+                mean=z[part],
+                output=Output(Code(z[part], Posterior(z[part], None)), z[part], {}),
+                losses=None,
+                likelihood=SquaredError(),
+                model=lambda z, **_: Output(None, z, {}),
+            )
+            for tally in tallies:
+                tally.add(seen)
+    values: dict[str, float] = {}
+    for tally in tallies:
+        values |= tally.value(runtime)
+    return values
+
+
+def main(out: str, config: str, *words: str) -> None:
+    cut = words.index("--")
+    settings, jobs = words[:cut], words[cut + 1 :]
+    folder = Path(out)
+    for job in jobs:
+        overrides = [*PLAIN, *JOBS[job], f"run_dir={out}", "num_steps=6", *settings]
+        loaded = strict.load(TrainConfig, Path(config), overrides)
+        found = OTHERS.get(job, record)(loaded)
+        if Runtime.start(accumulation=loaded.accumulation).is_main:
+            if job in OTHERS:
+                (folder / f"{job}.json").write_text(json.dumps(found))
+            else:
+                np.savez(folder / f"{job}.npz", **found)
+    Runtime.start(accumulation=1).finish()
+
+
+Job = Callable[[TrainConfig], dict[str, Any]]
+OTHERS: dict[str, Job] = {"evaluation": evaluation, "mirrored": mirrored, "reduction": reduction}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
