@@ -51,6 +51,7 @@ class Measurement:
         self._tallies = [Tally(metric, forward.seed) for metric in metrics]
         self._sigma2: Tensor | None = None
         self._pictures: list[NDArray[np.uint8]] = []
+        self._held: object = None  # of the last micro-batch; see `training.step.train_step`
 
     @torch.no_grad()
     def add(self, model: nn.Module, batch: Batch) -> None:
@@ -80,6 +81,7 @@ class Measurement:
         )
         for tally in self._tallies:
             tally.add(seen)
+        self._held = seen
         missing = self._num_images - sum(map(len, self._pictures))
         if missing > 0 and (rows := picture_rows(inputs, mean, missing)) is not None:
             self._pictures.append(rows)
