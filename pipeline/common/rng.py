@@ -17,10 +17,19 @@ between devices.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def initial_weights(seed: int) -> Generator[None]:
+    """Let modules draw their first weights from `seed`; torch's own generator is left untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _signed(value: int) -> int:

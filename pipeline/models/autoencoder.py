@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.common import rng
 from pipeline.common.component import Component
 from pipeline.common.precision import widen
 from pipeline.models.backbones import Backbone, Burgess
@@ -162,8 +163,7 @@ def build_autoencoder(
     config: ModelConfig, event_shape: tuple[int, ...], *, seed: int, dtype: torch.dtype
 ) -> AutoEncoder:
     """Build a model whose weights depend on `seed` alone; the global generator is untouched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with rng.initial_weights(seed):
         model = AutoEncoder(config, event_shape)
     return model.to(dtype)
 

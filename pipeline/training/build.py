@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.common import strict
+from pipeline.common import rng, strict
 from pipeline.common.errors import UserError
 from pipeline.common.precision import parameter_dtype
 from pipeline.config import TrainConfig
@@ -63,10 +63,11 @@ def make_forward(config: TrainConfig, device: torch.device) -> Forward:
     for term in config.objective.regularisers:
         builders |= term.networks()
     dtype = parameter_dtype(config.precision)
-    networks = {
-        name: build().to(device, dtype).eval().requires_grad_(False)
-        for name, build in builders.items()
-    }
+    with rng.initial_weights(config.seed):
+        networks = {
+            name: build().to(device, dtype).eval().requires_grad_(False)
+            for name, build in builders.items()
+        }
     return Forward(
         decode=config.data.decode,
         corruptions=config.corruptions,
@@ -90,8 +91,7 @@ def build_trained(config: TrainConfig) -> nn.Module:
     term = config.objective.adversarial
     if term is None:
         return autoencoder
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with rng.initial_weights(config.seed):
         discriminator = term.build_discriminator(shape)
     return Players(autoencoder, discriminator.to(dtype), term)
 
