@@ -4,7 +4,7 @@
 component's file; here stand the run's, and the rules that join several parts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -31,8 +31,10 @@ from pipeline.monitoring.monitor import MonitorConfig
 # Of the defaults below. Raised when one of them changes, so that a key that a file leaves out means
 # what it meant to whoever wrote it. Version 1 is commit 93dd2d6, whose files do not say so.
 VERSION = 2
-# By the version that changed them: dotted keys, and their defaults before.
-FORMER_DEFAULTS: Mapping[int, Mapping[str, Any]] = {}
+# By the version that changed defaults: what puts those from before into a file's tree, where they
+# are missing; `strict.set_default` does so for a dotted key.
+FormerDefaults = Mapping[int, Callable[[dict[str, Any]], None]]
+FORMER_DEFAULTS: FormerDefaults = {}
 
 # What may differ when a run goes on, because it changes no number that the run computes, or is
 # meant to be extended. Names of whole sections cover what is in them.
@@ -45,7 +47,6 @@ MAY_CHANGE = (
     "checkpoint",
     "watchdog",
     "evaluation.every_steps",
-    "evaluation.metrics",
     "evaluation.patience",
     "data.threads",
     "data.remote",
@@ -239,21 +240,34 @@ class TrainConfig(Component):
 
 
 def read_config(
-    path: Path | None, overrides: Sequence[str] = (), *, version: int = VERSION
+    path: Path | None, overrides: Sequence[str] = (), *, version: int | None = None
 ) -> TrainConfig:
-    """Read a config; see `strict.load`. version: of a file that names none."""
-    fill_in = partial(complete, version=version)
-    return strict.load(TrainConfig, path, overrides, complete=fill_in)
+    """Read a config; see `strict.load`.
+
+    version: of a file that names none; None: that of the run which the file goes on with, so that
+    the same command resumes after an update, or the newest.
+    """
+
+    def read(version: int) -> TrainConfig:
+        fill_in = partial(fill_in_defaults, version=version)
+        return strict.load(TrainConfig, path, overrides, fill_in=fill_in)
+
+    if version is not None:
+        return read(version)
+    config = read(VERSION)
+    former = Path(config.run_dir) / "config.yaml"
+    if not former.is_file() or former == path:
+        return config
+    tree, _ = strict.parse(former.read_text(encoding="utf-8"))
+    found = tree.get("version", 1) if isinstance(tree, dict) else None
+    return read(found) if isinstance(found, int) and found < VERSION else config
 
 
-def complete(
-    tree: dict[str, Any],
-    version: int,
-    former_defaults: Mapping[int, Mapping[str, Any]] = FORMER_DEFAULTS,
+def fill_in_defaults(
+    tree: dict[str, Any], version: int, former_defaults: FormerDefaults = FORMER_DEFAULTS
 ) -> None:
     """Put into a file's tree what a missing key meant to the version that wrote the file."""
     written_by = tree.setdefault("version", version)
-    for changed_in, defaults in former_defaults.items():
+    for changed_in in sorted(former_defaults):
         if isinstance(written_by, int) and written_by < changed_in:
-            for path, value in defaults.items():
-                strict.set_default(tree, path, value)
+            former_defaults[changed_in](tree)

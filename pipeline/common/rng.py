@@ -25,10 +25,10 @@ from torch import Tensor
 
 
 @contextmanager
-def initial_weights(seed: int) -> Generator[None]:
-    """Let modules draw their first weights from `seed`; torch's own generator is left untouched."""
+def initial_weights(seed: int, part: str = "") -> Generator[None]:
+    """Let modules draw their first weights from (seed, part); torch's generator is untouched."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(_name_key(seed, part) if part else seed)
         yield
 
 

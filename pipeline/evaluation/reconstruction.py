@@ -132,26 +132,29 @@ class Tally:
             sums = {}
         rows = None
         if self._kept:
-            uid, rows = self._chosen(*gather_rows(*self._kept, max_rows=self._metric.max_rows))
+            uid, rows = self._kept
+            [chosen] = self._chosen(gather_rows(uid))
+            mine = torch.isin(uid, chosen)
+            uid, rows = gather_rows(uid[mine]), gather_rows(rows[mine])
             rows = rows[uid.argsort()]
         return self._metric.value(sums, rows)
 
-    def _chosen(self, uid: Tensor, rows: Tensor) -> list[Tensor]:
+    def _chosen(self, uid: Tensor, *columns: Tensor) -> list[Tensor]:
         """The same images whatever the processes: those whose draws are the smallest."""
         zero = torch.zeros_like(uid)
         draws = rng.sample_keys(self._seed, "evaluation/rows", epoch=zero, uid=uid)
         chosen = draws.argsort()[: self._metric.max_rows]
-        return [uid[chosen], rows[chosen]]
+        return [column[chosen] for column in (uid, *columns)]
 
 
-def gather_rows(uid: Tensor, rows: Tensor, *, max_rows: int) -> list[Tensor]:
-    """Return the rows of all processes, each of which has at most `max_rows`; a collective."""
-    gather, num_missing = RowGather(), max_rows - len(uid)
-    filled = torch.arange(max_rows, device=uid.device) < len(uid)
-    counted = gather(filled)
-    uid = torch.cat([uid, uid.new_zeros(num_missing)])
-    rows = torch.cat([rows, rows.new_zeros(num_missing, *rows.shape[1:])])
-    return [gather(uid)[counted], gather(rows)[counted]]
+def gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, of which each may have another number; a collective."""
+    gather = RowGather()
+    lengths = gather(torch.tensor([len(rows)], device=rows.device))
+    size = int(lengths.max())
+    padding = rows.new_zeros(size - len(rows), *rows.shape[1:])
+    is_row = torch.arange(size, device=rows.device) < lengths[:, None]
+    return gather(torch.cat([rows, padding]))[is_row.flatten()]
 
 
 @contextmanager

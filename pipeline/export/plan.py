@@ -10,11 +10,14 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.common import strict
 from pipeline.common.errors import StoreError, UserError
 from pipeline.common.files import canonical_json
 from pipeline.export.layout import COMMITS, DATA, PLAN, RUN, ExportDir
 from pipeline.latents.manifest import FORMAT
+from pipeline.models.autoencoder import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,17 @@ def read_plan(export: ExportDir) -> Plan:
     return plan
 
 
+def with_defaults(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored fingerprint with the settings of the model that came later, as they were."""
+    model = fingerprint["model"]
+    try:
+        settings = ModelConfig.model_validate_json(json.dumps(model["architecture"]))
+    except (ValidationError, KeyError):  # of another version: compared as it is
+        return dict(fingerprint)
+    architecture = settings.model_dump(mode="json", exclude={"gradient_checkpointing"})
+    return {**fingerprint, "model": {**model, "architecture": architecture}}
+
+
 def adopt_plan(export: ExportDir, plan: Plan) -> tuple[Plan, str]:
     """Store the plan, or check that the stored one is the same, and return it.
 
@@ -109,8 +123,10 @@ def adopt_plan(export: ExportDir, plan: Plan) -> tuple[Plan, str]:
     if "encoder_sha256" not in stored["fingerprint"]["model"]:  # by 93dd2d6, which did not say it
         asked["fingerprint"]["model"].pop("encoder_sha256", None)
     # Other tasks follow from another data set, which is said by one line instead of one per shard.
-    fingerprints = (stored["fingerprint"], asked["fingerprint"])
-    differences = strict.difference(*fingerprints) or strict.difference(stored, asked)
+    fingerprints = (with_defaults(stored["fingerprint"]), asked["fingerprint"])
+    differences = strict.difference(*fingerprints) or strict.difference(
+        {"tasks": stored["tasks"]}, {"tasks": asked["tasks"]}
+    )
     if differences:
         lines = [f"  {path}: there {left!r}, now {right!r}" for path, left, right in differences]
         shown = lines[:20] + ([f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else [])

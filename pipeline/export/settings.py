@@ -71,7 +71,7 @@ class ExportConfig(Component):
                 "name the model either by run or by model, but "
                 + ("neither is given" if self.run is None else "both are given")
             )
-        if self.model is not None and {"step", "weights"} & self.model_fields_set:
+        if self.model is not None and (self.step, self.weights) != (None, "ema"):
             raise ValueError("step and weights belong to run: give them inside of model")
         return self
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -143,10 +144,11 @@ def per_image_losses(
             terms["discriminator"] = own
             # Of no value to the autoencoder: only its gradient counts.
             total = total + weights["discriminator"] * (own - own.detach())
-        elif term.scope == "global_batch":
-            value = _over_global_batch(term, r, counted, networks, gather)
-        else:
+        elif term.scope == "image":
             value = term.per_image(r, networks)
+        else:
+            among = gather if term.scope == "global_batch" else None
+            value = _over_batch(term, r, counted, networks, among)
         terms[term.kind] = value
         total = total + weights[term.kind] * value
     for name, penalty in (code.penalties or {}).items():
@@ -158,20 +160,28 @@ def per_image_losses(
 
 def _played(term: AdversarialTerm, mean: Tensor, game: Game) -> tuple[Tensor, Tensor]:
     """Return the generator's loss, with its gradient at `mean`, and the discriminator's own [B]."""
-    pushed = (mean * game.gradient).flatten(1).sum(1)
-    generator = pushed - pushed.detach() + game.generator_loss
-    return generator, term.discriminator_loss(game.real, game.fake)
+    own = term.discriminator_loss(game.real, game.fake)
+    if game.generator is None:
+        return torch.zeros_like(own), own
+    loss, gradient = game.generator
+    carrier = (mean * gradient).flatten(1).sum(1)
+    return carrier - carrier.detach() + loss, own
 
 
-def _over_global_batch(
-    term: TermBase, r: Reconstruction, counted: Tensor, networks: Networks, gather: Gather
+def _over_batch(
+    term: TermBase, r: Reconstruction, counted: Tensor, networks: Networks, gather: Gather | None
 ) -> Tensor:
-    """Return the term of this process's images [B], computed over those of all processes."""
-    counted_everywhere = gather(counted)
-    values = term.per_image(r.fetched(lambda rows: gather(rows)[counted_everywhere]), networks)
-    everywhere = values.new_zeros(len(counted_everywhere))
-    everywhere = everywhere.masked_scatter(counted_everywhere, values)
-    start = gather.rank * len(counted)
+    """Return the term of this process's images [B], computed without slots that hold no sample.
+
+    gather: over the images of all processes, not of this one only.
+    """
+    if gather is None:
+        batch, start = counted, 0
+        values = term.per_image(r.fetched(lambda rows: rows[batch]), networks)
+    else:
+        batch, start = gather(counted), gather.rank * len(counted)
+        values = term.per_image(r.fetched(lambda rows: gather(rows)[batch]), networks)
+    everywhere = values.new_zeros(len(batch)).masked_scatter(batch, values)
     return everywhere[start : start + len(counted)]
 
 

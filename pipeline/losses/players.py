@@ -34,19 +34,35 @@ class Players(nn.Module):
         self._term = term
 
     def forward(
-        self, x: Tensor, *, target: Tensor | None = None, **settings: object
+        self,
+        x: Tensor,
+        *,
+        target: Tensor | None = None,
+        generator_plays: bool = True,
+        **settings: object,
     ) -> Output | tuple[Output, Game]:
-        """Run the autoencoder, see there, and with the images `target` [B, *event] the game."""
+        """Run the autoencoder, see there, and with the images `target` [B, *event] the game.
+
+        generator_plays: whether the autoencoder minimises its loss in the game now. That the
+        discriminator rests is its loss's weight 0 and its rate 0: engines want a gradient of every
+        parameter in every step.
+        """
         output: Output = self.autoencoder(x, target=target, **settings)
         if output.target is None:
             return output
         assert output.decoded is not None
         mean = self.autoencoder.config.likelihood.mean(output.decoded).detach()
+        generator = self._generator(mean) if generator_plays else None
+        real, fake = widen(self.discriminator(torch.cat([output.target.to(mean), mean]))).chunk(2)
+        return output, Game(real, fake, generator)
+
+    def _generator(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """The generator's loss [B] at the reconstructions, and its gradient there."""
         seen = mean.clone().requires_grad_()
         loss = self._term.generator_loss(widen(self.discriminator(seen)))
-        [gradient] = torch.autograd.grad(loss.sum(), seen)
-        real, fake = widen(self.discriminator(torch.cat([output.target.to(mean), mean]))).chunk(2)
-        return output, Game(real, fake, loss.detach(), gradient)
+        with torch.autocast(seen.device.type, enabled=False):
+            [gradient] = torch.autograd.grad(loss.sum(), seen)
+        return loss.detach(), gradient
 
 
 def checkpoint_name(name: str) -> str:

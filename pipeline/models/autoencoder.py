@@ -9,6 +9,7 @@ sub-module, or using a parameter outside, would bypass the hooks of DDP and ZeRO
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Output:
 
     @property
     def z(self) -> Tensor | None:
-        """The latents [B, *latent] that the encoder's output became."""
+        """The latents [B, *latent] that the encoder's output became, before any transform."""
         return None if self.code is None else self.code.z
 
 
@@ -116,11 +117,11 @@ class AutoEncoder(nn.Module):
         code: Code = self.bottleneck(self._run(self.encoder, x), keys)
         if mode == "encode":
             return Output(code, None, learned)
+        z = code.z
         if transform is not None:
             assert target is not None
-            z, target = transform(code.z, target)
-            code = code._replace(z=z)
-        return Output(code, widen(self._run(self.decoder, code.z)), learned, target)
+            z, target = transform(z, target)
+        return Output(code, widen(self._run(self.decoder, z)), learned, target)
 
     def reconstruct(self, z: Tensor) -> Tensor:
         """Return the pictures [B, *event] in [0, 1] that latents z [B, *latent] stand for.
@@ -173,10 +174,20 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def encoder_sha256(state: Mapping[str, Tensor]) -> str:
-    """Return the digest of all that makes latents: a decoder may be trained on, and it stays."""
+def encoder_sha256(model: AutoEncoder) -> str:
+    """Return the digest of all that makes latents: a decoder may be trained on, and it stays.
+
+    Weights of encoder and bottleneck, and the settings of backbone and bottleneck that are not the
+    defaults, so that a setting which comes later leaves the digests from before as they are.
+    """
     parts = ("encoder.", "bottleneck.")
-    return tensors_sha256({name: t for name, t in state.items() if name.startswith(parts)})
+    weights = {name: t for name, t in model.state_dict().items() if name.startswith(parts)}
+    settings = [
+        {"kind": part.kind, **part.model_dump(mode="json", exclude_defaults=True)}
+        for part in (model.config.backbone, model.config.bottleneck)
+    ]
+    text = json.dumps([settings, tensors_sha256(weights)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -50,10 +50,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return mu and, unless the bottleneck is deterministic, logvar: [B, *latent]."""
-        posterior = self.bottleneck(self.network(self.to_unit(x))).posterior
-        if posterior.logvar is None:
-            return {"mu": posterior.mu}
-        return {"mu": posterior.mu, "logvar": posterior.logvar}
+        return self.bottleneck(self.network(self.to_unit(x))).moments()
 
 
 class Decoder(nn.Module):

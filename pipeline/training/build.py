@@ -63,7 +63,7 @@ def make_forward(config: TrainConfig, device: torch.device) -> Forward:
     for term in config.objective.regularisers:
         builders |= term.networks()
     dtype = parameter_dtype(config.precision)
-    with rng.initial_weights(config.seed):
+    with rng.initial_weights(config.seed, "networks"):
         networks = {
             name: build().to(device, dtype).eval().requires_grad_(False)
             for name, build in builders.items()
@@ -91,7 +91,7 @@ def build_trained(config: TrainConfig) -> nn.Module:
     term = config.objective.adversarial
     if term is None:
         return autoencoder
-    with rng.initial_weights(config.seed):
+    with rng.initial_weights(config.seed, "discriminator"):
         discriminator = term.build_discriminator(shape)
     return Players(autoencoder, discriminator.to(dtype), term)
 
@@ -130,11 +130,12 @@ def make_strategy(config: TrainConfig, runtime: Runtime) -> Strategy:
 def throw_away_loss(
     config: TrainConfig, forward: Forward, strategy: Strategy, runtime: Runtime
 ) -> Tensor:
-    """Return a zero that depends on every parameter, from a micro-batch of zero-valued samples."""
+    """Return a zero that depends on every parameter, from a micro-batch of noise."""
     size = config.batch_size // (runtime.world * config.accumulation)
     dtype = parameter_dtype(config.precision)
-    x = torch.zeros(size, *config.data.decode.event_shape, dtype=dtype, device=runtime.device)
-    keys = torch.zeros(size, dtype=torch.int64, device=runtime.device)
+    # Rows that differ: a term over a batch may be undefined where all are the same.
+    keys = torch.arange(size, dtype=torch.int64, device=runtime.device) + runtime.rank * size
+    x = rng.uniform(keys, config.data.decode.event_shape).to(dtype)
     inputs = Inputs(x, x, None, keys, weight=torch.ones(size, device=runtime.device))
     weights = config.objective.weights_at(0)
     _, losses = forward.run(strategy.model, inputs, weights=weights, samples=0)

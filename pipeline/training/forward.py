@@ -82,10 +82,14 @@ class Forward:
         transformed and no opponent plays.
         """
         settings: dict[str, Any] = {"keys": inputs.noise_keys}
-        if samples is not None and (self.latent_transforms or self.objective.adversarial):
+        mask, term = inputs.mask, self.objective.adversarial
+        if samples is not None and (self.latent_transforms or term is not None):
             settings["target"] = inputs.clean
+        if samples is not None and term is not None:
+            settings["generator_plays"] = weights[term.kind] > 0
         if samples is not None and self.latent_transforms:
             settings["transform"] = self._transform_at(samples)
+            mask = None  # it marks elements where they were
         with autocast(self.precision, self.device):
             result: Output | tuple[Output, Game] = model(inputs.corrupted, **settings)
         output, game = result if isinstance(result, tuple) else (result, None)
@@ -95,7 +99,7 @@ class Forward:
             likelihood=self.likelihood,
             objective=self.objective,
             weights=weights,
-            mask=inputs.mask,
+            mask=mask,
             counted=inputs.weight > 0,
             networks=self.networks,
             gather=self.gather,

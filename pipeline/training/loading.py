@@ -47,7 +47,7 @@ class LoadedRun:
     @property
     def encoder_sha256(self) -> str:
         """What makes its latents; see `autoencoder.encoder_sha256`."""
-        return encoder_sha256(self.model.state_dict())
+        return encoder_sha256(self.model)
 
     @property
     def step(self) -> int:

@@ -3,12 +3,13 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.common import strict
 from pipeline.common.errors import UserError
-from pipeline.config import TrainConfig, complete
+from pipeline.config import VERSION, TrainConfig, fill_in_defaults, read_config
 from pipeline.data.index.splits import SplitSpec
 from pipeline.train import main
 
@@ -123,12 +124,14 @@ def test_a_config_does_not_change_after_it_was_read():
 
 
 def test_a_missing_key_means_the_default_of_the_version_that_wrote_the_file():
-    former = {2: {"optimizer.beta2": 0.9, "objective.emphasis.corrupted": 2.0}}
+    def before_2(tree: dict[str, Any]) -> None:
+        strict.set_default(tree, "optimizer.beta2", 0.9)
+        strict.set_default(tree, "objective.emphasis.corrupted", 2.0)
 
     def read(text: str, *overrides: str, version: int = 1) -> TrainConfig:
-        fill_in = partial(complete, version=version, former_defaults=former)
+        fill_in = partial(fill_in_defaults, version=version, former_defaults={2: before_2})
         text = f"run_dir: r\ndata: {{path: d}}\ncorruptions: [{{kind: masking}}]\n{text}"
-        return strict.load(TrainConfig, None, overrides, text=text, complete=fill_in)
+        return strict.load(TrainConfig, None, overrides, text=text, fill_in=fill_in)
 
     def values(config: TrainConfig) -> tuple[int, float, float]:
         return config.version, config.optimizer.beta2, config.objective.emphasis.corrupted
@@ -144,6 +147,26 @@ def test_a_missing_key_means_the_default_of_the_version_that_wrote_the_file():
     for text in ("optimizer: 3", "version: 3", "version: one"):
         with pytest.raises(UserError, match=text.partition(":")[0]):
             read(text)
+
+
+def test_a_file_that_cannot_be_parsed_has_one_problem(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text("run_dir: r\ndata: {path: x\n")
+    with pytest.raises(UserError, match="has 1 problem:\n  line 3, column 1: not valid YAML"):
+        read_config(path)
+
+
+def test_a_file_is_read_by_the_version_of_the_run_that_it_goes_on_with(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps({"run_dir": str(tmp_path / "run"), "data": {"path": "x"}}))
+    assert read_config(path).version == VERSION
+    (tmp_path / "run").mkdir()
+    written = tmp_path / "run" / "config.yaml"
+    for text, version in (("seed: 3", 1), ("version: 1", 1), (f"version: {VERSION}", VERSION)):
+        written.write_text(text)
+        assert read_config(path).version == version
+    written.write_text("seed: 3")
+    assert read_config(path, [f"version={VERSION}"]).version == VERSION
 
 
 def test_schedules_are_counted_in_samples_and_logged_by_name():

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from pipeline.checkpoints.folder import RunState, read_tensors, save_checkpoint
+from pipeline.common import strict
 from pipeline.common.errors import UserError
 from pipeline.export.model import export_model
 from pipeline.export.settings import ExportConfig
 from pipeline.export.verify.reencode import verify_with_run
 from pipeline.latents import LatentDataset
+from pipeline.models.autoencoder import ModelConfig, build_autoencoder, encoder_sha256
 from tests.export.world import NUM_SHARDS, SHARD_ROWS, make_config, run_export, tree
 
 
@@ -76,6 +78,25 @@ def test_a_trained_on_decoder_leaves_the_latents_valid(
         pass
     with pytest.raises(UserError, match="holds latents of another model"):
         LatentDataset(finished, weights_sha256=described["weights_sha256"])
+
+
+def test_the_encoders_digest_is_of_weights_and_settings():
+    def digest(*, seed: int = 0, **bottleneck: object) -> str:
+        config = ModelConfig.model_validate(
+            {"backbone": {"kind": "mlp", "hidden": (8,)}, "bottleneck": bottleneck}
+        )
+        return encoder_sha256(build_autoencoder(config, (4,), seed=seed, dtype=torch.float32))
+
+    gaussian = {"kind": "gaussian", "size": 2}
+    assert digest(**gaussian) == digest(**gaussian)
+    assert digest(**gaussian) != digest(**gaussian, seed=1)
+    # The same tensors, taken as moments or as the latent itself.
+    assert digest(**gaussian) != digest(kind="deterministic", size=4)
+
+
+def test_a_config_is_what_its_dump_says(folder: Path, tmp_path: Path):
+    config = config_of(folder, tmp_path / "out")
+    assert strict.load(ExportConfig, None, [], text=strict.dump(config)) == config
 
 
 @pytest.mark.parametrize(

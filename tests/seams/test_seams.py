@@ -86,6 +86,9 @@ def test_every_member_is_one_file_and_one_name_and_learns(alone, work: Work):
         assert np.isfinite(losses).all()
     first = {name: found[name]["gradients"][0] for name in ("edges", "no_edges")}
     assert first["edges"].shape == first["no_edges"].shape  # the frozen network is no parameter
+    # One rests: decay would shrink its weights at a loss of zero. The other trains.
+    for name, moved in found["rest"].items():
+        assert moved == (not name.startswith("discriminator.")), name
     # Both or neither, alike in all micro-batches of a step; some steps are, and some are not.
     assert {tuple(sides) for sides in found["mirrored"]["sides"]} == {(True,) * 4, (False,) * 4}
     changed = np.linalg.norm(first["edges"] - first["no_edges"])
@@ -109,7 +112,8 @@ def test_ddp_equals_one_process_in_float64(alone, work: Work, world: int):
 @pytest.mark.parametrize("strategy", ZERO)
 def test_zero_takes_the_steps_of_one_process(alone, work: Work, strategy: str):
     expected = alone(work, "--", *JOBS)
-    found = work(2, "--", *TRAINED, "evaluation", strategy=strategy)
+    found = work(2, "--", *TRAINED, "evaluation", "rest", strategy=strategy)
+    assert found["rest"] == expected["rest"]
     for name in TRAINED:
         apart = difference(found[name], expected[name])
         print(f"{strategy}, 2 processes, {name}: {apart}")
@@ -186,6 +190,21 @@ def test_what_depends_on_the_cut_of_a_batch_is_refused_where_the_cut_changes(
         assert said in refused.output, refused.output
     trained = train(None, "micro_batch", "num_steps=4", "accumulation=2")
     assert trained.code == 0, trained.output
+
+
+def test_codes_without_a_posterior_are_trained_and_not_exported(
+    run_processes: Callable[..., Result], house: House, config: Path, tmp_path: Path
+):
+    run = tmp_path / "run"
+    settings = (*PLAIN, *JOBS["codebook"], "num_steps=2", f"run_dir={run}")
+    trained = run_processes("pipeline.train", None, config, *settings, cwd=house.root)
+    assert trained.code == 0, trained.output
+    (tmp_path / "export.yaml").write_text(json.dumps({"run": str(run), "out": f"{run}-latents"}))
+    argv = ("pipeline.export", None, tmp_path / "export.yaml")
+    refused = run_processes(*argv, cwd=house.root)
+    assert refused.code == WRONG_USE
+    assert "bottleneck gives codes without a posterior" in refused.output
+    assert not Path(f"{run}-latents").exists()
 
 
 GAME_RUN = (

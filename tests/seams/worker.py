@@ -25,9 +25,12 @@ from pipeline.models.autoencoder import Output, build_autoencoder
 from pipeline.models.bottlenecks import Code, Posterior
 from pipeline.models.likelihoods import SquaredError
 from pipeline.monitoring.bad_samples import Quarantine
+from pipeline.monitoring.meter import TrainingMeter
 from pipeline.training.build import check_data, make_forward, make_strategy, throw_away_loss
 from pipeline.training.forward import Inputs
+from pipeline.training.step import train_step
 from tests.distributed.equivalence_worker import record
+from tests.shards import open_stream
 
 PLAIN = (
     "objective.emphasis={}",
@@ -40,8 +43,13 @@ JOBS = {
     "no_edges": ("objective.regularisers=[{kind: kl}]",),
     "spread": ("objective.regularisers=[{kind: kl}, {kind: spread, weight: 20.0}]",),
     "duel": (
-        "objective.regularisers=[{kind: kl}, {kind: duel, weight: 20000.0, "
+        "objective.regularisers=[{kind: kl}, {kind: duel, weight: 30000.0, "
         "discriminator: {weight: 10.0, rate: 2.0, beta1: 0.5}}]",
+    ),
+    "rest": (
+        "objective.regularisers=[{kind: kl}, {kind: duel, discriminator: {weight: 0.0}, "
+        "weight: {kind: linear, over_samples: 24}}]",
+        "optimizer.weight_decay=0.1",
     ),
     "codebook": ("model.bottleneck={kind: codebook, size: 4}", "objective.regularisers=[]"),
     "mirror": ("latent_transforms=[{kind: mirror}]",),
@@ -110,10 +118,14 @@ def mirrored(config: TrainConfig) -> dict[str, Any]:
             output, losses = forward.run(model, inputs, weights=weights, samples=samples)
             target = output.target
             evaluated, _ = forward.run(model, inputs, weights=weights)
-            assert torch.equal(evaluated.z, model(x[part], keys=keys[part]).z)
-            for now, plain, axis in ((output.z, evaluated.z, 1), (target, x[part], -1)):
-                assert torch.equal(now, plain) or torch.equal(now, plain.flip(axis))
-                sides.append(torch.equal(now, plain.flip(axis)))
+            assert torch.equal(output.z, evaluated.z)  # only what is decoded is mirrored
+            decoded = [model(z, mode="decode").decoded for z in (output.z, output.z.flip(1))]
+            for now, plain, mirrored in (
+                (output.decoded, *decoded),
+                (target, x[part], x[part].flip(-1)),
+            ):
+                assert torch.equal(now, plain) != torch.equal(now, mirrored)
+                sides.append(torch.equal(now, mirrored))
             error = (config.model.likelihood.mean(output.decoded) - target).square()
             assert torch.allclose(losses.squared_error, error.flatten(1).sum(1))
         found.append(sides)
@@ -167,8 +179,37 @@ def main(out: str, config: str, *words: str) -> None:
     Runtime.start(accumulation=1).finish()
 
 
+def rest(config: TrainConfig) -> dict[str, Any]:
+    """What moves in a few steps in which the discriminator rests, and decay is on."""
+    runtime = Runtime.start(accumulation=config.accumulation)
+    forward = make_forward(config, runtime.device)
+    strategy = make_strategy(config, runtime)
+    strategy.warm_up(throw_away_loss(config, forward, strategy, runtime))
+    before = strategy.full_state().model
+    stream = open_stream(
+        config.data,
+        index=Index.open(config.data.path),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        num_steps=config.num_steps,
+        rank=runtime.rank,
+        world=runtime.world,
+    )
+    with stream:
+        meter = TrainingMeter(runtime, stream)
+        for step, batch in enumerate(stream):
+            train_step(batch, step * config.batch_size, config, forward, strategy, meter)
+    after = strategy.full_state().model
+    return {name: not torch.equal(after[name], value) for name, value in before.items()}
+
+
 Job = Callable[[TrainConfig], dict[str, Any]]
-OTHERS: dict[str, Job] = {"evaluation": evaluation, "mirrored": mirrored, "reduction": reduction}
+OTHERS: dict[str, Job] = {
+    "evaluation": evaluation,
+    "mirrored": mirrored,
+    "reduction": reduction,
+    "rest": rest,
+}
 
 
 if __name__ == "__main__":

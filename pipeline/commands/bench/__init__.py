@@ -48,15 +48,17 @@ def run(arguments: argparse.Namespace) -> int:
     from pipeline.commands.bench.export import bench_export
     from pipeline.commands.bench.train import bench_train
     from pipeline.common import strict
-    from pipeline.config import TrainConfig
+    from pipeline.config import read_config
     from pipeline.export.settings import ExportConfig
 
     rounds = arguments.rounds
-    settings = ExportConfig if arguments.kind == "export" else TrainConfig
-    config = strict.load(settings, arguments.config, arguments.overrides)
-    if isinstance(config, ExportConfig):
-        result = bench_export(config, processes=arguments.processes, rounds=rounds)
-    elif arguments.kind == "data":
+    if arguments.kind == "export":
+        exported = strict.load(ExportConfig, arguments.config, arguments.overrides)
+        result = bench_export(exported, processes=arguments.processes, rounds=rounds)
+        print_report(asdict(result), arguments.json)
+        return DONE
+    config = read_config(arguments.config, arguments.overrides)
+    if arguments.kind == "data":
         result = bench_data(config, num_images=arguments.images, rounds=rounds)
     else:
         measure = bench_checkpoint if arguments.checkpoint else bench_train

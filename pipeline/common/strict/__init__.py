@@ -21,7 +21,7 @@ from pipeline.common.strict.explain import did_you_mean, explain
 from pipeline.common.strict.overrides import apply, parse_overrides
 
 M = TypeVar("M", bound=BaseModel)
-Complete = Callable[[dict[str, Any]], None]
+FillIn = Callable[[dict[str, Any]], None]
 ABSENT = "(absent)"  # stands in a Difference for a value that one side does not have
 
 
@@ -37,15 +37,15 @@ def _read(path: Path) -> str:
 
 
 def _plain_tree(
-    text: str, overrides: Sequence[str], model: type[BaseModel], complete: Complete | None
+    text: str, overrides: Sequence[str], model: type[BaseModel], fill_in: FillIn | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The file's tree, completed, with the overrides applied, and the problems up to there."""
+    """The file's tree, filled in, with the overrides applied, and the problems up to there."""
     value, problems = parse(text)
     if value is not None and not isinstance(value, dict):
         problems.append("the file must be a mapping of settings, one `name: value` a line")
     tree = cast(dict[str, Any], value) if isinstance(value, dict) else {}
-    if complete is not None:
-        complete(tree)
+    if fill_in is not None and not problems:
+        fill_in(tree)
     parsed, faults = parse_overrides(overrides)
     problems += faults
     for override in parsed:
@@ -62,16 +62,16 @@ def load(
     overrides: Sequence[str],
     *,
     text: str | None = None,
-    complete: Complete | None = None,
+    fill_in: FillIn | None = None,
 ) -> M:
     """Read `path` (or `text`, or nothing but defaults), apply the overrides, validate as `model`.
 
-    complete: puts what the file leaves out into its tree, in place. Types are taken as written: "5"
+    fill_in: puts what the file leaves out into its tree, in place. Types are taken as written: "5"
     is no number, true is no 1. Raises UserError with all problems.
     """
     if text is None:
         text = "" if path is None else _read(path)
-    tree, problems = _plain_tree(text, overrides, model, complete)
+    tree, problems = _plain_tree(text, overrides, model, fill_in)
     unreadable = not tree and bool(problems)  # then every required field would be missing, too
     try:
         # By way of JSON, pydantic's strict mode still takes a list for a tuple and a string for a

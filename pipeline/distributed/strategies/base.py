@@ -37,7 +37,7 @@ class StepResult:
 
 
 class Parameters:
-    """The parameters of a trained module, by the names that a checkpoint gives them."""
+    """Parameters and buffers of a trained module, by the names that a checkpoint gives them."""
 
     def __init__(self, module: nn.Module) -> None:
         named = [(checkpoint_name(name), value) for name, value in module.named_parameters()]
@@ -48,6 +48,10 @@ class Parameters:
             name: value
             for name, value in self.trainable.items()
             if player_of(name) == "autoencoder"
+        }
+        kept = module.state_dict().keys()  # a buffer may say that it is not to be kept
+        self.buffers = {
+            checkpoint_name(name): value for name, value in module.named_buffers() if name in kept
         }
         self.discriminator = [
             value for name, value in self.trainable.items() if player_of(name) == "discriminator"

@@ -147,8 +147,7 @@ class ZeroStrategy:
         """Gather parameters, averages and moments on the CPU; a collective."""
         into = into or no_state()
         model: Named = {}
-        for name, buffer in self._module.named_buffers() if wanted else ():
-            name = checkpoint_name(name)
+        for name, buffer in self._parameters.buffers.items() if wanted else ():
             model[name] = to_cpu(buffer, into.model.get(name))
         parameters = self._parameters
         held = map(self._held, parameters.all.values())
@@ -169,8 +168,8 @@ class ZeroStrategy:
     def load_full_state(self, state: FullState) -> None:
         """Overwrite parameters, buffers, averages, moments and Adam's step."""
         self._release()
-        for name, buffer in self._module.named_buffers():
-            buffer.copy_(state.model[checkpoint_name(name)])
+        for name, buffer in self._parameters.buffers.items():
+            buffer.copy_(state.model[name])
         for name, parameter in self._parameters.all.items():
             self._held(parameter).copy_(self._mine(parameter, state.model[name]))
             if name not in self._parameters.trainable:

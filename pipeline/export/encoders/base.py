@@ -48,30 +48,26 @@ def open_autoencoder(
     step: int,
     weights_sha256: str,
 ) -> OpenEncoder:
-    """Return one of our models, ready to encode in fp32."""
-    digest = encoder_sha256(model.state_dict())
+    """Return one of our models, ready to encode in fp32; UserError if it has no posterior."""
     model = model.to(device=device, dtype=torch.float32)
 
     def encode(x: Tensor) -> Mapping[str, Tensor]:
-        posterior = model(x, mode="encode").posterior
-        assert posterior is not None
-        if posterior.logvar is None:
-            return {"mu": posterior.mu}
-        return {"mu": posterior.mu, "logvar": posterior.logvar}
+        return model(x, mode="encode").code.moments()
 
-    has_density = model.config.bottleneck.has_density
+    with torch.inference_mode():
+        outputs = tuple(encode(torch.zeros(1, *model.event_shape, device=device)))
     return OpenEncoder(
         where=where,
         decode=decode,
         data=data,
         latent_shape=model.latent_shape,
-        outputs=("mu", "logvar") if has_density else ("mu",),
+        outputs=outputs,
         encode=encode,
         identity={
             "weights": weights,
             "step": step,
             "weights_sha256": weights_sha256,
-            "encoder_sha256": digest,
+            "encoder_sha256": encoder_sha256(model),
             # How the training saved memory is no property of the network.
             "architecture": model.config.model_dump(
                 mode="json", exclude={"gradient_checkpointing"}

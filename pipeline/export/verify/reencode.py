@@ -22,6 +22,7 @@ from pipeline.common.errors import UserError
 from pipeline.data.storage.opening import open_writable
 from pipeline.export.layout import MANIFEST, ExportDir, data_path
 from pipeline.export.manifest import Manifest, TaskEntry
+from pipeline.export.plan import with_defaults
 from pipeline.export.prepare import prepare
 from pipeline.export.run import Work
 from pipeline.export.settings import ExportConfig
@@ -68,18 +69,18 @@ def _verify_encoding(
     config = config_of(manifest.fingerprint, run, out, source, shards)
     prepared = prepare(config, Worker())
     asked = json.loads(json.dumps(prepared.plan.fingerprint))
-    differences = strict.difference(manifest.fingerprint, asked)
+    differences = strict.difference(with_defaults(manifest.fingerprint), asked)
     there, here = (part["model"].get("encoder_sha256") for part in (manifest.fingerprint, asked))
     if there is None:  # an export by 93dd2d6: the digest of all weights decides
-        told_by_others = ("model.encoder_sha256",)
+        beside_the_point = ("model.encoder_sha256",)
     elif there == here:  # the same latents, whatever became of the decoder
-        told_by_others = ("model.",)
+        beside_the_point = ("model.",)
     else:
-        told_by_others = ("model.weights_sha256",)
+        beside_the_point = ("model.weights_sha256",)
     problems = [
         f"{path}: the export has {there!r}, {run} {here!r}"
         for path, there, here in differences
-        if not path.startswith((*MAY_DIFFER, *told_by_others))
+        if not path.startswith((*MAY_DIFFER, *beside_the_point))
     ]
     if problems:
         is_elsewhere = source is None and any("dataset_id" in problem for problem in problems)

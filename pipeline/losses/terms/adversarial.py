@@ -55,5 +55,6 @@ class Game:
 
     real: Tensor  # [B, ...] the discriminator's judgement of the clean images,
     fake: Tensor  # [B, ...] and of the reconstructions, without the autoencoder's graph
-    generator_loss: Tensor  # [B], without a graph
-    gradient: Tensor  # [B, *event] of its sum at the reconstructions
+    # While the autoencoder plays: its loss [B], without a graph, and the gradient of the loss's sum
+    # at the reconstructions [B, *event].
+    generator: tuple[Tensor, Tensor] | None

@@ -25,7 +25,7 @@ class Reconstruction:
     decoded: Tensor  # [B, *event], the decoder's values: what the likelihood takes
     mask: Tensor | None  # bool [B, *event], the corrupted elements
     posterior: Posterior | None  # None: quantised codes
-    z: Tensor  # [B, *latent], what was decoded
+    z: Tensor  # [B, *latent], the sample of the posterior; latent transforms come after it
     ids: Tensor | None  # int64 [B, ...]: quantised codes
 
     def fetched(self, fetch: Callable[[Tensor], Tensor]) -> "Reconstruction":
@@ -69,8 +69,8 @@ class TermBase(Component):
         """Which images an image's loss depends on.
 
         image: on itself. global_batch: on all of the step, which `per_image` then gets from all
-        processes, without the slots that hold no sample. micro_batch: on those that one process
-        has at a time, so that processes and accumulation belong to what is minimised.
+        processes. micro_batch: on those that one process has at a time, so that processes and
+        accumulation belong to what is minimised. Both without the slots that hold no sample.
         """
         return "image"
 
@@ -83,5 +83,9 @@ class TermBase(Component):
         return {}
 
     def per_image(self, r: Reconstruction, networks: Networks) -> Tensor:
-        """Return the unweighted term of every image [B]."""
+        """Return the unweighted term of every image [B].
+
+        With scope `image` a slot without a sample is a black image, whose weight is 0: value and
+        gradient must be finite there.
+        """
         raise NotImplementedError

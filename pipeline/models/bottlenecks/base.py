@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.common import rng
 from pipeline.common.component import Component
+from pipeline.common.errors import UserError
 
 
 # What modules return to each other is a tuple with names: ZeRO-3 finds tensors in tuples, in lists
@@ -37,6 +38,18 @@ class Code(NamedTuple):
     ids: Tensor | None = None  # int64 [B, ...], which entries of a codebook
     # Per image [B], by name: added to the loss as they are, and logged; None: none.
     penalties: dict[str, Tensor] | None = None
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return mu and, where the posterior has one, logvar: what exports store.
+
+        Raises UserError if there is no posterior.
+        """
+        if self.posterior is None:
+            raise UserError(
+                "The model's bottleneck gives codes without a posterior: their mean and variance, "
+                "which exports hold, do not exist."
+            )
+        return {name: t for name, t in self.posterior._asdict().items() if t is not None}
 
 
 class BottleneckBase(Component):

@@ -28,12 +28,14 @@ class NearestCode(nn.Module):
         super().__init__()
         self.codes = nn.Parameter(torch.randn(NUM_CODES, size))
         self.commitment = commitment
+        # Not kept in checkpoints: it follows from the settings.
+        self.register_buffer("numbers", torch.arange(NUM_CODES), persistent=False)
 
     def forward(self, statistics: Tensor, keys: Tensor | None = None) -> Code:
         del keys
         found = widen(statistics)
         codes = self.codes.to(found.dtype)
-        ids = torch.cdist(found.detach(), codes.detach()).argmin(1)
+        ids = self.numbers[torch.cdist(found.detach(), codes.detach()).argmin(1)]
         chosen = codes[ids]
         penalties = {
             "codebook": (chosen - found.detach()).square().sum(1),
