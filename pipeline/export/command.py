@@ -11,10 +11,11 @@ from pathlib import Path
 
 from pipeline.common import strict
 from pipeline.common.errors import DONE, PREEMPTED, StoreError, UserError
+from pipeline.export.adopt import adopt_plan
 from pipeline.export.failures import quarantined, reason_of
 from pipeline.export.finalize import finalize
 from pipeline.export.layout import FAILURES, ExportDir
-from pipeline.export.plan import Plan, adopt_plan
+from pipeline.export.plan import Plan
 from pipeline.export.prepare import Prepared, prepare
 from pipeline.export.progress import Progress
 from pipeline.export.run import MAX_FAILURES_IN_A_ROW, Outcome, run_worker

@@ -10,14 +10,10 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
-from pydantic import ValidationError
-
-from pipeline.common import strict
-from pipeline.common.errors import StoreError, UserError
+from pipeline.common.errors import UserError
 from pipeline.common.files import canonical_json
-from pipeline.export.layout import COMMITS, DATA, PLAN, RUN, ExportDir
+from pipeline.export.layout import PLAN, ExportDir
 from pipeline.latents.manifest import FORMAT
-from pipeline.models.autoencoder import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -82,59 +78,3 @@ def read_plan(export: ExportDir) -> Plan:
             "an export filled (its setting `out`); `latentmill export plan CONFIG` begins one."
         )
     return plan
-
-
-def with_defaults(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stored fingerprint with the settings of the model that came later, as they were."""
-    model = fingerprint["model"]
-    try:
-        settings = ModelConfig.model_validate_json(json.dumps(model["architecture"]))
-    except (ValidationError, KeyError):  # of another version: compared as it is
-        return dict(fingerprint)
-    architecture = settings.model_dump(mode="json", exclude={"gradient_checkpointing"})
-    return {**fingerprint, "model": {**model, "architecture": architecture}}
-
-
-def adopt_plan(export: ExportDir, plan: Plan) -> tuple[Plan, str]:
-    """Store the plan, or check that the stored one is the same, and return it.
-
-    Returns also what the place guarantees, in words. Raises UserError if it guarantees nothing or
-    cannot be written, or if the stored plan is another.
-    """
-    text = canonical_json(plan.to_json())
-    left_over = next(iter(export.store.sizes(DATA)), None)  # before the plan, which comes first
-    try:
-        guarantee = export.store.check_exclusive(RUN)
-        if left_over is not None and find_plan(export) is None:
-            raise UserError(
-                f"{export.root} holds {left_over}, but no {PLAN} that says what it is of: remove "
-                "it all, or set another out."
-            )
-        if export.store.create(PLAN, text):
-            return plan, guarantee
-    except StoreError:
-        raise
-    except OSError as error:
-        raise UserError(f"{export.root} cannot be written: {error.strerror}. Set out.") from error
-    # By way of JSON, as stored: tuples are lists there.
-    asked = json.loads(text)
-    stored_plan = read_plan(export)
-    stored = stored_plan.to_json()
-    if "encoder_sha256" not in stored["fingerprint"]["model"]:  # by 93dd2d6, which did not say it
-        asked["fingerprint"]["model"].pop("encoder_sha256", None)
-    # Other tasks follow from another data set, which is said by one line instead of one per shard.
-    fingerprints = (with_defaults(stored["fingerprint"]), asked["fingerprint"])
-    differences = strict.difference(*fingerprints) or strict.difference(
-        {"tasks": stored["tasks"]}, {"tasks": asked["tasks"]}
-    )
-    if differences:
-        lines = [f"  {path}: there {left!r}, now {right!r}" for path, left, right in differences]
-        shown = lines[:20] + ([f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else [])
-        begun = export.store.sizes(COMMITS)
-        hint = "" if begun else " Nothing is done there yet: remove it to begin anew."
-        raise UserError(
-            f"{export.root} holds an export of something else:\n"
-            + "\n".join(shown)
-            + f"\nSet another out, or give the former settings.{hint}"
-        )
-    return stored_plan, guarantee

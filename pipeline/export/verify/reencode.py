@@ -20,9 +20,9 @@ from pydantic import TypeAdapter
 from pipeline.common import strict
 from pipeline.common.errors import UserError
 from pipeline.data.storage.opening import open_writable
+from pipeline.export.adopt import with_defaults
 from pipeline.export.layout import MANIFEST, ExportDir, data_path
 from pipeline.export.manifest import Manifest, TaskEntry
-from pipeline.export.plan import with_defaults
 from pipeline.export.prepare import prepare
 from pipeline.export.run import Work
 from pipeline.export.settings import ExportConfig
