@@ -256,7 +256,7 @@ def read_config(
         return read(version)
     config = read(VERSION)
     former = Path(config.run_dir) / "config.yaml"
-    if not former.is_file() or former == path:
+    if not former.is_file():
         return config
     tree, _ = strict.parse(former.read_text(encoding="utf-8"))
     found = tree.get("version", 1) if isinstance(tree, dict) else None

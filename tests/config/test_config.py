@@ -165,7 +165,8 @@ def test_a_file_is_read_by_the_version_of_the_run_that_it_goes_on_with(tmp_path:
     for text, version in (("seed: 3", 1), ("version: 1", 1), (f"version: {VERSION}", VERSION)):
         written.write_text(text)
         assert read_config(path).version == version
-    written.write_text("seed: 3")
+    written.write_text(path.read_text())  # its own config.yaml, of a version that did not say so
+    assert read_config(written).version == 1
     assert read_config(path, [f"version={VERSION}"]).version == VERSION
 
 
