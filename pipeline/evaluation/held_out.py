@@ -93,7 +93,8 @@ class HeldOut:
                 self.forward,
                 config.evaluation.metrics,
                 weights=config.objective.weights_at(step * config.batch_size),
-                num_images=config.monitor.num_images,
+                num_images=config.monitor.num_images if monitor else 0,
+                show=partial(monitor.picture, step, prefix) if monitor else lambda _: None,
             )
             for prefix in views
         }
@@ -110,11 +111,8 @@ class HeldOut:
                 num_tombstones += self.quarantine.collect(stream)["data/tombstones"]
         metrics: dict[str, float] = {}
         for prefix, measurement in measurements.items():
-            result = measurement.result(self.runtime)
-            result.metrics["tombstones"] = num_tombstones
-            metrics |= {f"{prefix}/{name}": value for name, value in result.metrics.items()}
-            if monitor is not None and result.pictures is not None:
-                monitor.picture(step, prefix, result.pictures)
+            result = {**measurement.result(self.runtime), "tombstones": num_tombstones}
+            metrics |= {f"{prefix}/{name}": value for name, value in result.items()}
         if monitor is not None:
             monitor.log(step, metrics)
         return metrics

@@ -4,9 +4,8 @@ Corruption and posterior noise are keyed by sample alone, so two evaluations dif
 only. Likelihoods use one noise sample per image; the squared error uses the posterior's mean.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,14 +23,6 @@ from pipeline.monitoring.meter import Meter
 from pipeline.training.forward import Forward, Inputs
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures over a split and pictures of its first samples."""
-
-    metrics: dict[str, float]  # names as in `metrics`, plus `samples`
-    pictures: NDArray[np.uint8] | None  # [num_images * H, 4 * W, 3]; None: events are no images
-
-
 class Measurement:
     """One model's evaluation: micro-batch by micro-batch, then what they come to."""
 
@@ -42,11 +33,16 @@ class Measurement:
         *,
         weights: Mapping[str, float],
         num_images: int,
+        show: Callable[[NDArray[np.uint8]], None],
     ) -> None:
-        """weights: of the objective's terms in `loss`. num_images: rows of the picture."""
+        """weights: of the objective's terms in `loss`.
+
+        show: gets the picture of the first `num_images` samples [num_images * H, 4 * W, 3], as soon
+        as it is complete; not where events are no images.
+        """
         self._forward = forward
         self._weights = weights
-        self._num_images = num_images
+        self._num_images, self._show = num_images, show
         self._losses = Meter(forward.device)
         self._tallies = [Tally(metric, forward.seed) for metric in metrics]
         self._sigma2: Tensor | None = None
@@ -85,16 +81,20 @@ class Measurement:
         missing = self._num_images - sum(map(len, self._pictures))
         if missing > 0 and (rows := picture_rows(inputs, mean, missing)) is not None:
             self._pictures.append(rows)
+            if len(rows) == missing:
+                self._show(picture_grid(self._pictures))
 
-    def result(self, runtime: Runtime) -> Evaluation:
-        """Bring all processes' parts together; a collective."""
+    def result(self, runtime: Runtime) -> dict[str, float]:
+        """Return the figures over all processes, and `samples`; a collective."""
         metrics, num_samples = self._losses.reduce(runtime)
         for tally in self._tallies:
             metrics |= tally.value(runtime)
         metrics = {**dict(sorted(metrics.items())), "samples": num_samples}
         if self._sigma2 is not None:
             metrics["sigma2"] = float(self._sigma2)
-        return Evaluation(metrics, picture_grid(self._pictures))
+        if 0 < sum(map(len, self._pictures)) < self._num_images:  # the split holds no more
+            self._show(picture_grid(self._pictures))
+        return metrics
 
 
 class Tally:
@@ -184,13 +184,12 @@ def picture_rows(inputs: Inputs, mean: Tensor, num_images: int) -> NDArray[np.ui
     if inputs.clean.ndim != 4 or inputs.clean.shape[1] not in (1, 3):
         return None
     columns = (inputs.clean, inputs.corrupted, mean, (inputs.clean - mean).abs())
-    grid = torch.cat([column[:num_images].float() for column in columns], dim=3)  # [n, C, H, 4W]
+    shown = (inputs.weight > 0).nonzero()[:num_images, 0]
+    grid = torch.cat([column[shown].float() for column in columns], dim=3)  # [n, C, H, 4W]
     return grid.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def picture_grid(rows: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8] | None:
+def picture_grid(rows: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     """Return the rows one below another, as RGB."""
-    if not rows:
-        return None
     picture = np.concatenate([row for part in rows for row in part])
     return np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))

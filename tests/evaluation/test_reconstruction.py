@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -76,18 +77,24 @@ def stream_of(config, index):
     )
 
 
+class Evaluated(NamedTuple):
+    metrics: dict[str, float]
+    pictures: list[np.ndarray]
+
+
 def evaluated(config, index, runtime, model=None, num_images=0):
-    model = model or model_of(config)
+    model, pictures = model or model_of(config), []
     measurement = Measurement(
         make_forward(config, torch.device("cpu")),
         config.evaluation.metrics,
         weights=config.objective.weights_at(0),
         num_images=num_images,
+        show=pictures.append,
     )
     with stream_of(config, index) as stream, evaluating(model):
         for batch in stream:
             measurement.add(model, batch)
-    return measurement.result(runtime)
+    return Evaluated(measurement.result(runtime), pictures)
 
 
 def held_out(config, index):
@@ -209,7 +216,7 @@ def test_the_model_comes_back_in_the_mode_it_had(tiny_shards, index, runtime):
 def test_pictures_are_clean_corrupted_reconstruction_error(tiny_shards, index, runtime):
     config = config_of(tiny_shards, "squared_error", "deterministic")
     model, count = model_of(config), 3
-    grid = evaluated(config, index, runtime, model, num_images=count).pictures
+    [grid] = evaluated(config, index, runtime, model, num_images=count).pictures
     assert grid.shape == (count * SIZE, 4 * SIZE, 3)
     assert grid.dtype == np.uint8
     with stream_of(config, index) as stream:
@@ -231,7 +238,10 @@ def test_pictures_are_clean_corrupted_reconstruction_error(tiny_shards, index, r
             expected = (image[0].clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
             assert np.abs(cells[column, row] - expected).max() <= 1
         assert np.array_equal(cells[0, row], tiny_image(numbers[row]))
-    assert evaluated(config, index, runtime, model).pictures is None
+    assert not evaluated(config, index, runtime, model).pictures
+    # A split with fewer samples than that: those that there are.
+    [grid] = evaluated(config, index, runtime, model, num_images=1000).pictures
+    assert len(grid) == sum(index.counts("held_out")) * SIZE
 
 
 def test_a_broken_sample_is_counted_listed_and_left_out(tmp_path, runtime):
