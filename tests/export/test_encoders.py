@@ -10,9 +10,11 @@ import torch
 from pipeline.checkpoints.folder import RunState, read_tensors, save_checkpoint
 from pipeline.common import strict
 from pipeline.common.errors import UserError
+from pipeline.export.command import begin
 from pipeline.export.model import export_model
 from pipeline.export.settings import ExportConfig
 from pipeline.export.verify.reencode import verify_with_run
+from pipeline.export.workers import Worker
 from pipeline.latents import LatentDataset
 from pipeline.models.autoencoder import ModelConfig, build_autoencoder, encoder_sha256
 from tests.export.world import NUM_SHARDS, SHARD_ROWS, make_config, run_export, tree
@@ -92,6 +94,18 @@ def test_the_encoders_digest_is_of_weights_and_settings():
     assert digest(**gaussian) != digest(**gaussian, seed=1)
     # The same tensors, taken as moments or as the latent itself.
     assert digest(**gaussian) != digest(kind="deterministic", size=4)
+
+
+def test_a_setting_that_came_after_a_plan_means_its_default(
+    run_dir: Path, finished: Path, tmp_path: Path
+):
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    plan = json.loads((out / "_run" / "plan.json").read_bytes())
+    likelihood = plan["fingerprint"]["model"]["architecture"]["likelihood"]
+    assert likelihood.pop("link", None) or likelihood.pop("sigma", None)
+    (out / "_run" / "plan.json").write_text(json.dumps(plan))
+    (out / "_SUCCESS").unlink()
+    begin(make_config(run_dir, out), Worker())  # refused, if absent were another than the default
 
 
 def test_a_config_is_what_its_dump_says(folder: Path, tmp_path: Path):
