@@ -13,11 +13,12 @@ from pipeline.losses.objective import (
     Emphasis,
     Losses,
     Objective,
+    _over_batch,
     bits_per_dimension,
     negative_elbo,
     per_image_losses,
 )
-from pipeline.losses.terms import Kl, gaussian_kl
+from pipeline.losses.terms import Kl, Reconstruction, TermBase, gaussian_kl
 from pipeline.models.autoencoder import ModelConfig, Output, build_autoencoder
 from pipeline.models.bottlenecks import Code, Posterior
 from pipeline.models.likelihoods import Bernoulli, Gaussian, LikelihoodBase, SquaredError
@@ -188,3 +189,27 @@ def test_learning_rate_schedule() -> None:
     assert rate.at(10, total_samples=110) == 1.0
     assert rate.at(60, total_samples=110) == pytest.approx(0.55)
     assert rate.at(110, total_samples=110) == pytest.approx(0.1)
+
+
+class Centred(TermBase):
+    """Of an image: how far its latent is from the mean of the micro-batch."""
+
+    kind: str = "centred"
+
+    @property
+    def scope(self):
+        return "micro_batch"
+
+    def per_image(self, r, networks):
+        del networks
+        return (r.z - r.z.mean(0)).square().sum(1)
+
+
+def test_a_slot_without_a_sample_is_no_part_of_a_micro_batch():
+    z = torch.tensor([[1.0], [math.nan], [5.0]], requires_grad=True)
+    r = Reconstruction(z, z, z, None, None, z, None)
+    values = _over_batch(Centred(), r, torch.tensor([True, False, True]), {}, None)
+    assert values.tolist() == [4.0, 0.0, 4.0]
+    values.sum().backward()
+    assert z.grad is not None
+    assert z.grad.flatten().tolist() == [-4.0, 0.0, 4.0]
