@@ -152,7 +152,7 @@ def _cpu_seconds() -> float:
     return sum(int(user) + int(system) for *_, user, system in (row[:13] for row in fields)) / TICKS
 
 
-def _forget(folder: Path) -> None:
+def _drop_from_page_cache(folder: Path) -> None:
     """Drop a folder's files from the page cache, so that reading them shows in `_bytes_read`."""
     for path in folder.rglob("*"):
         if path.is_file():
@@ -218,7 +218,7 @@ def _resume(loader: Loader, task: Task) -> dict[str, Any]:
 
     Imports of the loader's file are over before; what it imports later, in its workers too, counts.
     """
-    _forget(Path(task.pictures))
+    _drop_from_page_cache(Path(task.pictures))
     bytes_before, start = _bytes_read(), time.perf_counter()
     state = torch.load(task.state) if loader.has_state else None
     batches = loader.open(task, state).epoch(0)

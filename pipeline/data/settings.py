@@ -12,7 +12,7 @@ from pipeline.data.storage import RemotePolicy
 Positive = Annotated[int, Field(ge=1)]
 
 
-class Source(Component):
+class DataSource(Component):
     """One data set of a mixture."""
 
     path: str  # the directory or URL that holds `index/`
@@ -31,7 +31,7 @@ class DataConfig(Component):
     path: str | None = None  # the directory or URL that holds `index/`
     shards: str | None = None  # where the shards lie; None = in `path`
     # Several data sets instead of `path`, each endless by itself, mixed by weight.
-    mixture: tuple[Source, ...] = ()
+    mixture: tuple[DataSource, ...] = ()
     split: str = "train"  # a split that the index names, or "all"
     decode: Decode = ImageDecode()
     # In this order, keyed by sample and epoch; the model's target is the augmented image.
@@ -53,10 +53,10 @@ class DataConfig(Component):
     max_bad_in_row: Annotated[int, Field(ge=0)] = 100
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[DataSource, ...]:
         """The data sets: the one at `path`, or the mixture's."""
         if self.path is not None:
-            return (Source(path=self.path, shards=self.shards),)
+            return (DataSource(path=self.path, shards=self.shards),)
         return self.mixture
 
     @model_validator(mode="after")

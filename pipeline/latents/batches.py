@@ -99,4 +99,6 @@ def plan_steps(
         )
         shard, row = order.samples(positions)
         rows = (first_row[shard] + row).reshape(len(steps), -1)
-        yield from zip(rows, order.places(positions).repeated.reshape(rows.shape), strict=True)
+        yield from zip(
+            rows, order.lane_positions(positions).repeated.reshape(rows.shape), strict=True
+        )

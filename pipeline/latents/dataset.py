@@ -23,7 +23,13 @@ from pipeline.latents.fields import field_array
 from pipeline.latents.files import Files, LocalFiles, RemoteFiles, damaged
 from pipeline.latents.formats.reading import COLUMNS, NUMBERS, Ints
 from pipeline.latents.keys import KeyIndex, UnknownKeyError
-from pipeline.latents.manifest import Manifest, Scale, make_scale, read_manifest, read_statistics
+from pipeline.latents.manifest import (
+    LatentManifest,
+    Scale,
+    make_scale,
+    read_manifest,
+    read_statistics,
+)
 from pipeline.latents.rows import LatentRow, LatentRows
 from pipeline.latents.shards import Shards, choose_format
 
@@ -74,7 +80,7 @@ class LatentDataset:
             if is_url(root)
             else LocalFiles(Path(root))
         )
-        self.manifest: Manifest = read_manifest(self._files, weights_sha256)
+        self.manifest: LatentManifest = read_manifest(self._files, weights_sha256)
         self.format = choose_format(self.root, self.manifest, format)
         self.normalized = normalized
         scale = self._scale if normalized else None

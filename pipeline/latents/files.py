@@ -199,7 +199,7 @@ _FAULTS = (ValueError, LookupError, TypeError, SyntaxError, struct.error, pa.Arr
 
 
 @contextmanager
-def blaming(where: str) -> Generator[None]:
+def reported_as_damage(where: str) -> Generator[None]:
     """Turn what bytes that make no sense lead to into the error for a damaged file.
 
     What a store raises when it cannot read passes through: that is no damage.

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
-from pipeline.latents.files import ByteFile, blaming
+from pipeline.latents.files import ByteFile, reported_as_damage
 
 MAX_GROUPS = 64  # row groups kept, about 2 MB each
 
@@ -31,7 +31,7 @@ class KeyIndex:
     def __init__(self, file: ByteFile, where: str, task_names: list[str]) -> None:
         """Read the footer; raise UserError if it is damaged."""
         self._where = where
-        with blaming(where):
+        with reported_as_damage(where):
             self._file = pq.ParquetFile(file.arrow())
             metadata = self._file.metadata
             ranges = [
@@ -63,6 +63,6 @@ class KeyIndex:
         return found
 
     def _read_group(self, group: int) -> tuple[NDArray[np.uint64], Any]:
-        with blaming(self._where):
+        with reported_as_damage(self._where):
             table = self._file.read_row_group(group, use_threads=False).combine_chunks()
         return table["key_hash"].to_numpy(), table.drop_columns(["key_hash"])

@@ -20,7 +20,7 @@ MANIFEST, SUCCESS, PLAN = "manifest.json", "_SUCCESS", "_run/plan.json"
 
 
 @dataclass(frozen=True)
-class Manifest:
+class LatentManifest:
     """The manifest of a finished export."""
 
     values: Mapping[str, Any]
@@ -76,7 +76,7 @@ class Manifest:
         return [task["name"] for task in self.values["tasks"]]
 
 
-def read_manifest(files: Files, weights_sha256: str | None) -> Manifest:
+def read_manifest(files: Files, weights_sha256: str | None) -> LatentManifest:
     """Return the manifest; raise UserError unless the export is finished, whole and as expected.
 
     weights_sha256: the model that must have encoded, or its encoder's digest; None = any.
@@ -103,7 +103,7 @@ def read_manifest(files: Files, weights_sha256: str | None) -> Manifest:
         raise UserError(
             f"{root} has the format {values['format']!r}; this version reads {FORMAT!r}."
         )
-    manifest = Manifest(values, digest)
+    manifest = LatentManifest(values, digest)
     if weights_sha256 is not None and not manifest.is_of(weights_sha256):
         raise UserError(
             f"{root} holds latents of another model: its weights_sha256 is "
@@ -113,7 +113,7 @@ def read_manifest(files: Files, weights_sha256: str | None) -> Manifest:
     return manifest
 
 
-def read_statistics(files: Files, manifest: Manifest) -> dict[str, Any]:
+def read_statistics(files: Files, manifest: LatentManifest) -> dict[str, Any]:
     """Return latent_stats.json; raise UserError unless it is the manifest's."""
     entry = manifest.values["statistics"]
     data = files.read_whole(entry["path"])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.latents.portable import portable_cos_sin, portable_exp, portable_log
+from pipeline.latents.exact_math import portable_cos_sin, portable_exp, portable_log
 
 Keys = NDArray[np.uint64]
 

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
-from pipeline.latents.files import ByteFile, Files, blaming, damaged
+from pipeline.latents.files import ByteFile, Files, damaged, reported_as_damage
 from pipeline.latents.formats import READERS, ShardReader
 from pipeline.latents.formats.reading import COLUMNS, Ints, Layout
-from pipeline.latents.manifest import Manifest, Scale
+from pipeline.latents.manifest import LatentManifest, Scale
 
 MAX_OPEN_SHARDS = 128
 
@@ -21,7 +21,9 @@ Columns = dict[str, NDArray[Any]]
 class Shards:
     """All files of one format. Raises UserError for one that is missing or damaged."""
 
-    def __init__(self, files: Files, manifest: Manifest, kind: str, scale: Scale | None) -> None:
+    def __init__(
+        self, files: Files, manifest: LatentManifest, kind: str, scale: Scale | None
+    ) -> None:
         """`scale`: what latents are normalised by; None = they come as stored."""
         self._files, self._scale = files, scale
         self._tasks: list[dict[str, Any]] = manifest.values["tasks"]
@@ -33,7 +35,7 @@ class Shards:
     def read(self, shard: int, name: str, rows: Ints) -> NDArray[Any]:
         """Return a column, or a field of the latents, of some rows of one shard."""
         reader, where = self._reader(shard)
-        with blaming(where):
+        with reported_as_damage(where):
             if name in COLUMNS:
                 return reader.column(name, rows)
             values = reader.latents(name, rows)
@@ -62,7 +64,7 @@ class Shards:
         entries = self._entries(shard)
         where = self._files.where(entries[0]["path"])
         files = [self._open_file(entry) for entry in entries]
-        with blaming(where):
+        with reported_as_damage(where):
             reader = READERS[self._kind](files, self.layout)
         if len(reader) != self._tasks[shard]["rows"]:
             rows = self._tasks[shard]["rows"]
@@ -86,7 +88,7 @@ class Shards:
         return np.empty(num_rows, {"valid": np.bool_, "label": np.int64}.get(name, np.object_))
 
 
-def choose_format(root: str, manifest: Manifest, wanted: str | None) -> str:
+def choose_format(root: str, manifest: LatentManifest, wanted: str | None) -> str:
     """Return the format to read, the fastest if none is wanted; raise UserError without one."""
     stored = ", ".join(manifest.kinds)
     if wanted is not None and wanted not in manifest.kinds:

@@ -29,7 +29,7 @@ from pipeline.losses.terms import (
     TermBase,
     gaussian_kl,
 )
-from pipeline.models.autoencoder import Output
+from pipeline.models.autoencoder import ModelOutput
 from pipeline.models.bottlenecks import Posterior
 from pipeline.models.likelihoods import Likelihood
 
@@ -104,7 +104,7 @@ class Losses:
 
 
 def per_image_losses(
-    output: Output,
+    output: ModelOutput,
     target: Tensor,
     *,
     likelihood: Likelihood,
@@ -140,7 +140,7 @@ def per_image_losses(
         if isinstance(term, AdversarialTerm):
             if game is None:
                 continue
-            value, own = _played(term, mean, game)
+            value, own = _adversarial_loss(term, mean, game)
             terms["discriminator"] = own
             # Of no value to the autoencoder: only its gradient counts.
             total = total + weights["discriminator"] * (own - own.detach())
@@ -158,7 +158,7 @@ def per_image_losses(
     return Losses(total, distortion, nll, terms, error)
 
 
-def _played(term: AdversarialTerm, mean: Tensor, game: Game) -> tuple[Tensor, Tensor]:
+def _adversarial_loss(term: AdversarialTerm, mean: Tensor, game: Game) -> tuple[Tensor, Tensor]:
     """Return the generator's loss, with its gradient at `mean`, and the discriminator's own [B]."""
     own = term.discriminator_loss(game.real, game.fake)
     if game.generator is None:

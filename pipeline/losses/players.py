@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.common.precision import widen
 from pipeline.losses.terms import AdversarialTerm, Game
-from pipeline.models.autoencoder import AutoEncoder, Output
+from pipeline.models.autoencoder import AutoEncoder, ModelOutput
 
 Player = Literal["autoencoder", "discriminator"]
 PLAYERS: tuple[Player, ...] = ("autoencoder", "discriminator")
@@ -40,14 +40,14 @@ class Players(nn.Module):
         target: Tensor | None = None,
         generator_plays: bool = True,
         **settings: object,
-    ) -> Output | tuple[Output, Game]:
+    ) -> ModelOutput | tuple[ModelOutput, Game]:
         """Run the autoencoder, see there, and with the images `target` [B, *event] the game.
 
         generator_plays: whether the autoencoder minimises its loss in the game now. That the
         discriminator rests is its loss's weight 0 and its rate 0: engines want a gradient of every
         parameter in every step.
         """
-        output: Output = self.autoencoder(x, target=target, **settings)
+        output: ModelOutput = self.autoencoder(x, target=target, **settings)
         if output.target is None:
             return output
         assert output.decoded is not None

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from pipeline.common.component import Component
 from pipeline.losses.objective import Losses
-from pipeline.models.autoencoder import Output
+from pipeline.models.autoencoder import ModelOutput
 from pipeline.models.likelihoods import Likelihood
 
 
 @dataclass(frozen=True)
-class Seen:
+class EvaluatedBatch:
     """A micro-batch of an evaluation, and what the model made of it."""
 
     uid: Tensor  # int64 [B]
@@ -26,11 +26,11 @@ class Seen:
     clean: Tensor  # [B, *event] in [0, 1]
     corrupted: Tensor  # [B, *event], what the encoder saw
     mean: Tensor  # [B, *event], the reconstruction from the posterior's mean
-    output: Output  # by one sample of the posterior
+    output: ModelOutput  # by one sample of the posterior
     losses: Losses
     likelihood: Likelihood
     # Runs the model again, as `AutoEncoder.forward`: equally often on all processes.
-    model: Callable[..., Output]
+    model: Callable[..., ModelOutput]
 
     def total(self, values: Tensor) -> Tensor:
         """Return the weighted sum of values [B, ...] over the images, in float64 [...]."""
@@ -50,12 +50,12 @@ class MetricBase(Component):
         """How many images' rows are kept; the same ones on any number of processes."""
         return 0
 
-    def sums(self, seen: Seen) -> dict[str, Tensor]:
+    def sums(self, seen: EvaluatedBatch) -> dict[str, Tensor]:
         """Return what is added up over micro-batches and processes, in float64; any shapes."""
         del seen
         return {}
 
-    def rows(self, seen: Seen) -> Tensor | None:
+    def rows(self, seen: EvaluatedBatch) -> Tensor | None:
         """Return a row [B, ...] per image; `value` gets those of `max_rows` images at most."""
         del seen
         return None
@@ -68,11 +68,11 @@ class MetricBase(Component):
 class MeanMetric(MetricBase):
     """Means over the images."""
 
-    def per_image(self, seen: Seen) -> dict[str, Tensor]:
+    def per_image(self, seen: EvaluatedBatch) -> dict[str, Tensor]:
         """Return values [B] by the names of the figures; the same names for every micro-batch."""
         raise NotImplementedError
 
-    def sums(self, seen: Seen) -> dict[str, Tensor]:
+    def sums(self, seen: EvaluatedBatch) -> dict[str, Tensor]:
         """Return the number of images, and the sum of each value."""
         values = {name: seen.total(values) for name, values in self.per_image(seen).items()}
         return {"images": seen.weight.sum(dtype=torch.float64), **values}

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pipeline.losses.objective import bits_per_dimension, negative_elbo
 from pipeline.losses.terms import gaussian_kl
-from pipeline.metrics.base import MeanMetric, Seen
+from pipeline.metrics.base import EvaluatedBatch, MeanMetric
 
 
 class LogLikelihood(MeanMetric):
@@ -18,7 +18,7 @@ class LogLikelihood(MeanMetric):
 
     kind: Literal["log_likelihood"] = "log_likelihood"
 
-    def per_image(self, seen: Seen) -> dict[str, Tensor]:
+    def per_image(self, seen: EvaluatedBatch) -> dict[str, Tensor]:
         """Return the figures that the model has."""
         posterior = seen.output.posterior
         if posterior is None or posterior.logvar is None:

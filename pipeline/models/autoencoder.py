@@ -25,8 +25,7 @@ from pipeline.common.component import Component
 from pipeline.common.precision import widen
 from pipeline.models.backbones import Backbone, Burgess
 from pipeline.models.bottlenecks import Bottleneck, Code, Gaussian, Posterior
-from pipeline.models.likelihoods import Gaussian as GaussianLikelihood
-from pipeline.models.likelihoods import Learned, Likelihood
+from pipeline.models.likelihoods import GaussianLikelihood, Learned, Likelihood
 
 Mode = Literal["autoencode", "encode", "decode"]
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (z, target) -> (z, target)
@@ -43,7 +42,7 @@ class ModelConfig(Component):
 
 
 @dataclass(frozen=True)
-class Output:
+class ModelOutput:
     """What a forward pass gives; which fields are set depends on its mode."""
 
     code: Code | None  # autoencode, encode
@@ -104,7 +103,7 @@ class AutoEncoder(nn.Module):
         mode: Mode = "autoencode",
         target: Tensor | None = None,
         transform: Transform | None = None,
-    ) -> Output:
+    ) -> ModelOutput:
         """Run the parts that `mode` names.
 
         x: [B, *event] in [0, 1], or latents [B, *latent] in mode decode. keys: int64 [B], the keys
@@ -113,15 +112,15 @@ class AutoEncoder(nn.Module):
         """
         learned: Learned = self.likelihood()
         if mode == "decode":
-            return Output(None, widen(self._run(self.decoder, x)), learned)
+            return ModelOutput(None, widen(self._run(self.decoder, x)), learned)
         code: Code = self.bottleneck(self._run(self.encoder, x), keys)
         if mode == "encode":
-            return Output(code, None, learned)
+            return ModelOutput(code, None, learned)
         z = code.z
         if transform is not None:
             assert target is not None
             z, target = transform(z, target)
-        return Output(code, widen(self._run(self.decoder, z)), learned, target)
+        return ModelOutput(code, widen(self._run(self.decoder, z)), learned, target)
 
     def reconstruct(self, z: Tensor) -> Tensor:
         """Return the pictures [B, *event] in [0, 1] that latents z [B, *latent] stand for.
@@ -129,7 +128,7 @@ class AutoEncoder(nn.Module):
         The mean of p(x | z). For a model as `from_pretrained` gives it; one that is wrapped for a
         training must be called itself, which is `forward`.
         """
-        output: Output = self(z, mode="decode")
+        output: ModelOutput = self(z, mode="decode")
         assert output.decoded is not None
         return self.config.likelihood.mean(output.decoded).clamp(0, 1)
 

@@ -39,7 +39,7 @@ CHECKED_ROWS = (1, 5)
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-class Encoder(nn.Module):
+class PortableEncoder(nn.Module):
     """Stored values -> the posterior's parameters."""
 
     def __init__(self, model: AutoEncoder, to_unit: ToUnit) -> None:
@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         return self.bottleneck(self.network(self.to_unit(x))).moments()
 
 
-class Decoder(nn.Module):
+class PortableDecoder(nn.Module):
     """Latents -> the mean reconstruction."""
 
     def __init__(self, model: AutoEncoder) -> None:
@@ -96,7 +96,10 @@ def export_networks(
     rows = max(*CHECKED_ROWS, TRACED_ROWS)
     x = generator.uniform(*stored.range, (rows, *stored_shape)).astype(stored.dtype)
     z = generator.standard_normal((rows, *model.latent_shape), np.float32)
-    modules = {"encoder": (Encoder(model, to_unit), "x", x), "decoder": (Decoder(model), "z", z)}
+    modules = {
+        "encoder": (PortableEncoder(model, to_unit), "x", x),
+        "decoder": (PortableDecoder(model), "z", z),
+    }
     writers = {"onnx": _onnx} if onnx else {}
     writers |= {"pt2": _torch_export} if torch_export else {}
     networks: dict[str, Network] = {}

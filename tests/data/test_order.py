@@ -51,7 +51,7 @@ def order_of(shape: Shape, **changes) -> Order:
 
 def slots_of(order: Order, step: int, rank: int = 0, world: int = 1):
     positions = order.positions(step, rank=rank, world=world)
-    places = order.places(positions)
+    places = order.lane_positions(positions)
     shards, rows = order.samples(positions)
     weights = 1 - places.repeated.astype(int)
     samples = zip(shards.tolist(), rows.tolist(), strict=True)
@@ -146,7 +146,7 @@ def test_runs_of_a_lane_slot_are_its_positions(shape, first_turn):
             run = order.run_at(lane_slot, turn)
             assert run.next_turn > turn
             positions = np.arange(run.turn, run.next_turn) * shape.L + lane_slot
-            places = order.places(positions)
+            places = order.lane_positions(positions)
             assert set(places.epoch) == {run.epoch}
             assert set(places.lane) == {run.lane}
             assert set(places.repeated) == {run.repeated}

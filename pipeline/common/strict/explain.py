@@ -105,7 +105,7 @@ def _member_named(members: Sequence[Any], label: Part) -> Any:
     return Any
 
 
-class Place(NamedTuple):
+class ErrorLocation(NamedTuple):
     """Where an error is: what a person calls it, and what the types say about it."""
 
     path: list[Part]
@@ -113,7 +113,7 @@ class Place(NamedTuple):
     annotation: Any  # annotation of the value itself
 
 
-def locate(annotation: Any, location: Sequence[Part]) -> Place:
+def locate(annotation: Any, location: Sequence[Part]) -> ErrorLocation:
     """Walk pydantic's location along the annotations, dropping the labels of union members."""
     path: list[Part] = []
     holder: Any = annotation
@@ -125,7 +125,7 @@ def locate(annotation: Any, location: Sequence[Part]) -> Place:
             path.append(part)
         else:
             annotation = _member_named(members, part)
-    return Place(path, holder, annotation)
+    return ErrorLocation(path, holder, annotation)
 
 
 # How pydantic words an expectation, and how we do.
@@ -152,7 +152,7 @@ def _expectation(error: ErrorDetails) -> str:
     return message
 
 
-def _unknown_key(place: Place, given: Any) -> str:
+def _unknown_key(place: ErrorLocation, given: Any) -> str:
     model = as_model(place.holder)
     known = list(model.model_fields) if model else []
     hint = did_you_mean(place.path[-1], known) or f"; known keys: {', '.join(known)}"

@@ -52,7 +52,7 @@ def table_path(path: Path, shard_name: str) -> Path:
     return path / PurePosixPath(table_name(shard_name))
 
 
-def place_of(root: Path | str) -> str:
+def without_query(root: Path | str) -> str:
     """A root without its query, which may hold a secret."""
     return str(root).partition("?")[0]
 
@@ -142,7 +142,7 @@ def make_manifest(
     if len(suffixes) > MAX_SUFFIXES:
         del manifest["suffixes"]
     if any(entry.tag is not None for entry in entries):
-        manifest["tags_of"] = place_of(root)
+        manifest["tags_of"] = without_query(root)
     return manifest
 
 

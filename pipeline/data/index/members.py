@@ -19,7 +19,7 @@ Ints = NDArray[np.int64]
 MAX_GAP_BYTES = 32 << 10
 
 
-class Read(NamedTuple):
+class ShardRead(NamedTuple):
     """One read of a shard."""
 
     shard: int
@@ -27,7 +27,7 @@ class Read(NamedTuple):
     num_bytes: int
 
 
-def plan_reads(shard: Ints, offset: Ints, num_bytes: Ints) -> tuple[list[Read], Ints]:
+def plan_reads(shard: Ints, offset: Ints, num_bytes: Ints) -> tuple[list[ShardRead], Ints]:
     """Join ranges [n] of shards into few reads, to be laid one behind the other in memory.
 
     Returns them and where in that memory each range starts. Ranges at -1 are missing: they belong
@@ -50,7 +50,7 @@ def plan_reads(shard: Ints, offset: Ints, num_bytes: Ints) -> tuple[list[Read], 
     start[places] = address + shift[np.cumsum(is_first) - 1]
     firsts = places[first]
     columns = (shard[firsts].tolist(), offset[firsts].tolist(), length.tolist())
-    return list(map(Read, *columns)), start
+    return list(map(ShardRead, *columns)), start
 
 
 def read_ranges(storage: Storage, name: str, offset: Ints, num_bytes: Ints) -> list[bytes | None]:
@@ -63,7 +63,7 @@ def read_ranges(storage: Storage, name: str, offset: Ints, num_bytes: Ints) -> l
 
 
 def read_all(
-    storage: Storage, names: Sequence[str], reads: Sequence[Read], memory: memoryview
+    storage: Storage, names: Sequence[str], reads: Sequence[ShardRead], memory: memoryview
 ) -> None:
     """Make all reads, one behind the other in memory; `names` of the shards by their numbers."""
     for read in reads:

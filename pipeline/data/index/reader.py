@@ -18,7 +18,7 @@ from pipeline.data.index.manifest import (
     MANIFEST,
     IndexFiles,
     entry_from_json,
-    place_of,
+    without_query,
 )
 from pipeline.data.index.splits import ALL, SplitSpec
 from pipeline.data.index.table import ShardTable
@@ -145,7 +145,7 @@ class Index:
     def expected_state(self, shard: int, root: Path | str) -> ShardState:
         """What the store of `root` must say of a shard; its tag is known where it was indexed."""
         entry = self.shards[shard]
-        return ShardState(entry.bytes, entry.tag if place_of(root) == self._tags_of else None)
+        return ShardState(entry.bytes, entry.tag if without_query(root) == self._tags_of else None)
 
     def check_shards(self, shards: Path | str | Storage) -> States:
         """Look at every shard; raise UserError naming the first that is missing or has changed.

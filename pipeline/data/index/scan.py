@@ -124,17 +124,17 @@ def _write(task: ShardTask, storage: Storage, state: ShardState) -> None:
     stamp = task.stamp
     groups = _Groups(task, storage.where(task.name))
     label_at: dict[int, int] = {}  # by the offset of the member
-    with OnePass(storage, task.name, state.num_bytes) as bytes_of:
+    with OnePass(storage, task.name, state.num_bytes) as reader:
 
         def visit(name: str, offset: int, num_bytes: int) -> int:
-            groups.visit(bytes_of, name, offset, num_bytes)
+            groups.visit(reader, name, offset, num_bytes)
             if name.lower().endswith(f".{LABEL_SUFFIX}") and num_bytes <= MAX_LABEL_BYTES:
-                label_at[offset] = _parse_label(bytes_of.read(offset, num_bytes))
-            return bytes_of.crc32(offset, num_bytes) if task.deep else NO_CHECKSUM
+                label_at[offset] = _parse_label(reader.read(offset, num_bytes))
+            return reader.crc32(offset, num_bytes) if task.deep else NO_CHECKSUM
 
-        scan = TarScan(bytes_of.read, state.num_bytes, visit)
+        scan = TarScan(reader.read, state.num_bytes, visit)
         samples = list(group_samples(scan))
-        sha256 = bytes_of.sha256()
+        sha256 = reader.sha256()
     damage = scan.damage[:MAX_REPORTED_DAMAGE]
     if len(scan.damage) > len(damage):
         more = len(scan.damage) - len(damage)
@@ -191,10 +191,10 @@ class _Groups:
         self._where = where
         self._number_at: dict[int, int] = {}  # by the offset of the .json member
 
-    def visit(self, bytes_of: OnePass, name: str, offset: int, num_bytes: int) -> None:
+    def visit(self, reader: OnePass, name: str, offset: int, num_bytes: int) -> None:
         found = split_name(name) if self.field is not None else None
         if found is not None and found[1] == "json":
-            self.add(found[0], offset, bytes_of.read(offset, num_bytes))
+            self.add(found[0], offset, reader.read(offset, num_bytes))
 
     def add(self, key: str, offset: int, metadata: bytes) -> None:
         assert self.field is not None

@@ -22,7 +22,7 @@ from pipeline.data.index.one_pass import OnePass
 from pipeline.data.index.reader import Index
 from pipeline.data.index.scan import ShardEntry
 from pipeline.data.index.table import ShardTable
-from pipeline.data.pace import Pace, Progress
+from pipeline.data.progress import Progress, ProgressTracker
 from pipeline.data.storage import Storage, open_storage
 
 IMAGES = ImageDecode()  # the suffixes and the rules of a config that names none
@@ -86,7 +86,7 @@ def verify_shards(
     problems: list[str] = []
     bad: list[BadSample] = []
     num_bytes = sum(shard.bytes for shard in index.shards)
-    pace = Pace("verify", len(index.shards), num_bytes, progress)
+    tracker = ProgressTracker("verify", len(index.shards), num_bytes, progress)
     root = index.path if shards is None else shards
     with (
         closing(open_storage(root)) as storage,
@@ -94,7 +94,7 @@ def verify_shards(
     ):
         for number, shard in enumerate(index.shards):
             problems += _check_shard(index, number, storage, pool if decode else None, bad)
-            pace.add(shard.bytes)
+            tracker.add(shard.bytes)
     if bad:
         problems.append(f"{len(bad)} samples are bad")
     if index.num_duplicate_keys:
@@ -134,17 +134,17 @@ def _check_shard(
         yield f"{shard.name}: has {state.num_bytes} bytes, but was indexed with {shard.bytes}"
         return
     try:
-        with OnePass(storage, shard.name, shard.bytes) as bytes_of:
+        with OnePass(storage, shard.name, shard.bytes) as reader:
             if table is not None:
-                bad += _bad_samples(shard, table, bytes_of, pool)
-            if bytes_of.sha256() != shard.sha256:
+                bad += _bad_samples(shard, table, reader, pool)
+            if reader.sha256() != shard.sha256:
                 yield f"{shard.name}: has another content than was indexed (sha256)"
     except OSError as error:
         yield f"{shard.name}: cannot be read: {error}"
 
 
 def _bad_samples(
-    shard: ShardEntry, table: ShardTable, bytes_of: OnePass, pool: ThreadPoolExecutor | None
+    shard: ShardEntry, table: ShardTable, reader: OnePass, pool: ThreadPoolExecutor | None
 ) -> Iterator[BadSample]:
     """Yield what is wrong in one shard, sample by sample, as its bytes pass by."""
     decoding: deque[tuple[str, Future[DecodeError | None]]] = deque()
@@ -153,11 +153,11 @@ def _bad_samples(
         content, wrong = b"", list[str]()
         for suffix, (offset, num_bytes) in sample.members.items():
             is_wanted = pool is not None and suffix == image
-            piece = bytes_of.read(offset, num_bytes) if is_wanted else None
+            piece = reader.read(offset, num_bytes) if is_wanted else None
             content = content if piece is None else piece
             known = sample.checksums.get(suffix)
             if known is not None:
-                found = bytes_of.crc32(offset, num_bytes) if piece is None else zlib.crc32(piece)
+                found = reader.crc32(offset, num_bytes) if piece is None else zlib.crc32(piece)
                 wrong += [] if found == known else [f".{suffix}"]
         if wrong:
             reason = f"another content than was indexed: {', '.join(wrong)}"

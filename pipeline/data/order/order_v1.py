@@ -54,7 +54,7 @@ def default_lanes(batch_size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Places:
+class LanePositions:
     """Where stream positions point: epoch, lane and index in the lane; `repeated` = weight 0."""
 
     epoch: Ints
@@ -184,12 +184,12 @@ class Order:
             + slots // self.lane_share
         )
 
-    def places(self, positions: Ints) -> Places:
+    def lane_positions(self, positions: Ints) -> LanePositions:
         """Epoch, lane and index of stream positions."""
         epoch, offset = np.divmod(positions, self.epoch_length)
         repeated = offset >= self.num_samples
         offset = offset % self.num_samples
-        return Places(epoch, offset % self.lanes, offset // self.lanes, repeated)
+        return LanePositions(epoch, offset % self.lanes, offset // self.lanes, repeated)
 
     def run_at(self, lane_slot: int, turn: int) -> Run:
         """The run of consecutive turns of a lane slot that starts at `turn`."""
@@ -204,7 +204,7 @@ class Order:
 
     def samples(self, positions: Ints) -> tuple[Ints, Ints]:
         """(shard, row within the split's rows of the shard) at stream positions, any number."""
-        places = self.places(positions)
+        places = self.lane_positions(positions)
         shard, row = np.empty_like(positions), np.empty_like(positions)
         wanted = np.stack([places.epoch, places.lane, places.index // self.window_size])
         windows, which = np.unique(wanted, axis=1, return_inverse=True)

@@ -40,7 +40,7 @@ def lanes_that_read_once(batch_size: int, world: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Mix:
+class MixingStatistics:
     """How a batch mixes, over the simulated steps; opens are counted over all ranks as if one."""
 
     shards_per_batch: float
@@ -52,7 +52,7 @@ class Mix:
     num_steps: int
 
 
-def simulate(order: Order, num_steps: int | None = None) -> Mix:
+def simulate(order: Order, num_steps: int | None = None) -> MixingStatistics:
     """Go through consecutive steps from the start; None: an epoch, bounded as above."""
     if num_steps is None:
         num_steps = max(1, min(order.num_samples, MAX_SAMPLES) // order.batch_size)
@@ -65,7 +65,7 @@ def simulate(order: Order, num_steps: int | None = None) -> Mix:
         opens += np.bincount(first // order.lane_share, minlength=num_steps)
     distinct, pairs = _batch_statistics(shards.reshape(num_steps, -1))
     uniform_distinct, uniform_pairs = _uniform(order)
-    return Mix(
+    return MixingStatistics(
         shards_per_batch=distinct,
         uniform_shards_per_batch=uniform_distinct,
         same_shard_excess=pairs / uniform_pairs if uniform_pairs else 1.0,
@@ -118,7 +118,7 @@ def _uniform(order: Order) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Cost(Mix):
+class Cost(MixingStatistics):
     """A mix with its numbers, and what it costs on `world` ranks; bytes are the shards' own."""
 
     batch_size: int
@@ -132,7 +132,7 @@ class Cost(Mix):
     memory_per_rank: float  # encoded samples in memory, at most
 
 
-def cost(order: Order, mix: Mix, world: int, mean_bytes: float) -> Cost:
+def cost(order: Order, mix: MixingStatistics, world: int, mean_bytes: float) -> Cost:
     """Say what an order costs on `world` ranks, with samples of `mean_bytes` in the shards."""
     amplification = read_amplification(order.lanes, world)
     return Cost(

@@ -15,12 +15,12 @@ from pathlib import Path
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.manifest import IndexFiles
 from pipeline.data.index.splits import SplitSpec
-from pipeline.data.pace import Progress
 from pipeline.data.pack.files import BROKEN, SUMMARY
 from pipeline.data.pack.parts import plan_parts
 from pipeline.data.pack.shards import pack_locally, pack_remotely
 from pipeline.data.pack.sources import PackSource
 from pipeline.data.pack.sources.base import require_positive
+from pipeline.data.progress import Progress
 from pipeline.data.storage import is_url
 from pipeline.data.storage.opening import local_path
 

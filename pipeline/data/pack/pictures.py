@@ -8,8 +8,7 @@ from PIL import Image
 from pipeline.data.decode import DecodeError, ImageDecode
 from pipeline.data.decode.codecs import PixelRules, full_scale, read_pixels
 from pipeline.data.decode.fault import stable_reason
-from pipeline.data.pack.sources.base import Broken, Picture, Sample
-from pipeline.data.pack.sources.images import encode_png
+from pipeline.data.pack.sources.base import Broken, Picture, Sample, encode_png
 
 JPEG_QUALITY = 95  # of pictures that `resize` makes smaller; other formats are saved without loss
 

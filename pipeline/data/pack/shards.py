@@ -21,7 +21,6 @@ from typing import Any
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import create_exclusive, publish, write_atomic
-from pipeline.data.pace import Progress
 from pipeline.data.pack.files import (
     PLAN,
     STAGE,
@@ -35,6 +34,7 @@ from pipeline.data.pack.files import (
 from pipeline.data.pack.parts import PartRecord, part_paths, read_record, write_part
 from pipeline.data.pack.sources import Samples
 from pipeline.data.pool import worker_processes
+from pipeline.data.progress import Progress
 from pipeline.data.storage import open_storage
 from pipeline.data.storage.opening import open_writable
 from pipeline.data.storage.patterns import find_shards

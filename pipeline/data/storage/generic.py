@@ -10,11 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from pipeline.common.errors import UserError
-from pipeline.data.storage.answers import too_short
-from pipeline.data.storage.base import ShardReadError, ShardState, Storage
+from pipeline.data.storage.base import PinnedStates, ShardReadError, ShardState, Storage
 from pipeline.data.storage.filesystem import Filesystem, tag_in
-from pipeline.data.storage.pins import Pins
-from pipeline.data.storage.policy import Patience, RemotePolicy
+from pipeline.data.storage.policy import RemotePolicy, Retries
+from pipeline.data.storage.responses import too_short
 
 PERMANENT = (FileNotFoundError, PermissionError, NotImplementedError, ShardReadError)
 
@@ -27,7 +26,7 @@ class GenericStorage(Storage):
         self._files = Filesystem(root)
         self._path = self._files.path
         self._policy = policy
-        self._pins = Pins()
+        self._pinned_states = PinnedStates()
         self._stopped = threading.Event()
 
     def states(self, names: Iterable[str]) -> dict[str, ShardState | None]:
@@ -49,17 +48,17 @@ class GenericStorage(Storage):
                 if entry is not None and entry["type"] == "file":
                     # Listings may tell less than `info` does, so they pin the size alone.
                     states[name] = state = ShardState(entry["size"])
-                    self._pins.expect(name, state)
+                    self._pinned_states.expect(name, state)
         return states
 
     def expect(self, name: str, state: ShardState) -> None:
         """Say which state of a shard the index was made from."""
-        self._pins.expect(name, state)
+        self._pinned_states.expect(name, state)
 
     def read(self, name: str, offset: int, num_bytes: int) -> bytes:
         """Bytes [offset, offset + num_bytes) of a shard; raise ShardReadError if that fails."""
         where = self.where(name)
-        patience = Patience(self._policy, where, self.counters, self._stopped)
+        retries = Retries(self._policy, where, self.counters, self._stopped)
         while True:
             try:
                 with self.counters.lock:
@@ -70,7 +69,7 @@ class GenericStorage(Storage):
                     raise
                 raise ShardReadError(f"{where} cannot be read: {error!r}.") from error
             except Exception as error:  # noqa: BLE001 - every library has errors of its own
-                patience.after(error, has_progressed=False, is_reopened=False)
+                retries.after(error, has_progressed=False, is_reopened=False)
 
     def close(self) -> None:
         """End waiting reads."""
@@ -82,7 +81,7 @@ class GenericStorage(Storage):
 
     def _read_once(self, name: str, offset: int, num_bytes: int) -> bytes:
         where, place = self.where(name), self._place(name)
-        pinned = self._pins.get(name)
+        pinned = self._pinned_states.get(name)
         if pinned is None or pinned.tag is None:
             self._check(name)
         data = self._files().cat_file(place, start=offset, end=offset + num_bytes)
@@ -97,5 +96,5 @@ class GenericStorage(Storage):
         self._files().invalidate_cache()
         info = self._files().info(self._place(name))
         state = ShardState(info["size"], tag_in(info))
-        self._pins.check(name, self.where(name), state)
+        self._pinned_states.check(name, self.where(name), state)
         return state

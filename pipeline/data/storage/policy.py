@@ -1,6 +1,6 @@
-"""How patient the reading of remote shards is, and when it gives up.
+"""Retries of remote reads: how long to wait, and when to give up.
 
-a request fails --Patience.after--> wait (back-off with jitter, Retry-After) and try again,
+a request fails --Retries.after--> wait (back-off with jitter, Retry-After) and try again,
                                `--> ShardReadError that names the URL and the policy
 """
 
@@ -19,7 +19,7 @@ FIRST_BACKOFF_SECONDS = 0.25  # doubled by each failure in a row
 # From the system: no result depends on it, and the processes of a job must not draw the same.
 JITTER = random.SystemRandom()
 
-LOUD_FROM = 3  # failures in a row that are worth a warning
+WARN_FROM = 3  # failures in a row that are worth a warning
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class TransferError(Exception):
         self.retry_after = retry_after
 
 
-class Patience:
+class Retries:
     """The attempts at one range; raises ShardReadError when the policy is used up."""
 
     def __init__(
@@ -90,7 +90,7 @@ class Patience:
         if self._num_in_row >= self._policy.attempts or wait >= left or self.is_stopped:
             raise self._given_up(fault) from fault
         log.log(
-            logging.WARNING if self._num_in_row >= LOUD_FROM else logging.INFO,
+            logging.WARNING if self._num_in_row >= WARN_FROM else logging.INFO,
             "%s: %s; next attempt in %.1f s",
             self._where,
             fault,

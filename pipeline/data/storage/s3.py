@@ -53,7 +53,7 @@ class S3Storage(HttpStorage):
                 name = f"{above}{base}"
                 if name in states:
                     states[name] = state
-                    self._pins.expect(name, state)
+                    self._pinned_states.expect(name, state)
         return states
 
     def _list(self, folder: str, prefix: str) -> dict[str, ShardState]:

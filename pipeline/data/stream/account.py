@@ -62,7 +62,7 @@ class EpochCount(NamedTuple):
         return EpochCount(self.usable + other.usable, self.tombstones + other.tombstones)
 
 
-class Entry(NamedTuple):
+class BatchEntry(NamedTuple):
     """One batch, not yet in the books."""
 
     digest: int
@@ -81,7 +81,7 @@ class Account:
         self.epochs: dict[tuple[int, int], EpochCount] = {}  # (data set's ordinal, epoch)
         self._first_slot = first_slot
         self._ahead = ahead
-        self._waiting: deque[Entry] = deque()
+        self._waiting: deque[BatchEntry] = deque()
 
     def add(self, buffer: BatchBuffer) -> None:
         """Take a delivered batch into account, its tombstones buried."""
@@ -94,7 +94,7 @@ class Account:
         while self._waiting:
             self._book(self._waiting.popleft())
 
-    def _entry(self, buffer: BatchBuffer) -> Entry:
+    def _entry(self, buffer: BatchBuffer) -> BatchEntry:
         step = self.next_step + len(self._waiting)
         slots = np.arange(self._first_slot, self._first_slot + len(buffer.uid))
         epochs: dict[tuple[int, int], EpochCount] = {}
@@ -105,9 +105,9 @@ class Account:
             num_usable = int(np.count_nonzero(usable))
             place = (book >> EPOCH_BITS, book & (1 << EPOCH_BITS) - 1)
             epochs[place] = EpochCount(num_usable, len(usable) - num_usable)
-        return Entry(digest_of(step, slots, buffer.uid), epochs)
+        return BatchEntry(digest_of(step, slots, buffer.uid), epochs)
 
-    def _book(self, entry: Entry) -> None:
+    def _book(self, entry: BatchEntry) -> None:
         self.last_digest = entry.digest
         self.digest = (self.digest + entry.digest) % 2**64
         self.next_step += 1

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.decode import ArrayDecode, ImageDecode
-from pipeline.data.stream.slabs import Slab
+from pipeline.data.stream.read_buffers import ReadBuffer
 
 KeyLookup = Callable[[NDArray[np.int64]], list[str]]  # uids -> keys
 
@@ -86,7 +86,7 @@ class BatchBuffer:
     tensors: Batch
     slots: list[NDArray[Any]]  # one writable view per slot
     # Per slot: what was read, and where in it the member lies; None = the sample lacks it.
-    slabs: list[Slab | None] = field(default_factory=list[Slab | None])
+    read_buffers: list[ReadBuffer | None] = field(default_factory=list[ReadBuffer | None])
     starts: list[int] = field(default_factory=list[int])
     stops: list[int] = field(default_factory=list[int])
     crc32: list[int] = field(default_factory=list[int])  # -1 = not to be checked

@@ -89,7 +89,7 @@ class SampleNames:
             keys[chosen] = self._index_of[ordinal].keys_of(uids[chosen])
         return keys.tolist()
 
-    def place(self, uid: int) -> tuple[str, str]:
+    def key_and_shard(self, uid: int) -> tuple[str, str]:
         """Return the key of one sample, and its shard's name."""
         index = self._index_of[uid >> ORDINAL_SHIFT]
         shard, _ = index.locate(np.array([uid]))

@@ -23,9 +23,9 @@ from pipeline.data.order.mixture import Mixture, read_amplification
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream.account import Account, StreamCounters
 from pipeline.data.stream.batch import Batch, BatchBuffer, new_buffer
-from pipeline.data.stream.board import Board
 from pipeline.data.stream.datasets import DataSets
 from pipeline.data.stream.engine import Engine
+from pipeline.data.stream.sample_ring import SampleRing
 
 MAX_READ_AMPLIFICATION = 1.1
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def open_stream(
         for part in order.orders:
             _warn_of_amplification(part.lanes, world)
     on_gpu = device.type == "cuda"
-    board = Board(
+    ring = SampleRing(
         order,
         first_step=first_step,
         stop_step=_stop_step(order, first_step, num_steps),
@@ -85,17 +85,17 @@ def open_stream(
         num_draws=sets.augmenter.num_draws,
     )
     engine = Engine(
-        board,
+        ring,
         sets.fetchers,
         sets.slot_decoder(),
         [
-            new_buffer(data.decode, board.num_slots, sets.names.keys, pin=on_gpu)
+            new_buffer(data.decode, ring.num_slots, sets.names.keys, pin=on_gpu)
             for _ in range(data.prefetch + 1)
         ],
         decode_threads=data.threads,
         read_threads=sets.num_read_threads,
     )
-    account = Account(first_step, rank * board.num_slots, ahead=int(on_gpu))
+    account = Account(first_step, rank * ring.num_slots, ahead=int(on_gpu))
     return Stream(engine, sets, account)
 
 
@@ -173,7 +173,7 @@ class Stream(Iterator[Batch]):
             self.close()
             raise StopIteration
         if buffer.faults:
-            self._bury(buffer)
+            self._mark_bad(buffer)
         else:
             self._engine.counters.bad_in_row = 0
         self.account.add(buffer)
@@ -188,7 +188,7 @@ class Stream(Iterator[Batch]):
         """Stop the threads and wait for them; closing twice does nothing."""
         self._close()
 
-    def _bury(self, buffer: BatchBuffer) -> None:
+    def _mark_bad(self, buffer: BatchBuffer) -> None:
         """Turn faults into tombstones: the slot stays, black and at weight 0."""
         counters = self._engine.counters
         bad = {fault.slot for fault in buffer.faults}
@@ -203,7 +203,7 @@ class Stream(Iterator[Batch]):
             buffer.weight[slot] = 0
             counters.tombstones += 1
             uid = int(buffer.uid[slot])
-            key, shard = self._names.place(uid)
+            key, shard = self._names.key_and_shard(uid)
             self._quarantined.append(Quarantined(uid, key, shard, fault.stage, fault.reason))
 
 

@@ -15,7 +15,7 @@ from pipeline.models.likelihoods.base import Learned, LikelihoodBase, Link, appl
 LOG_SIGMA_FLOOR = -6.0
 
 
-class Gaussian(LikelihoodBase):
+class GaussianLikelihood(LikelihoodBase):
     """-ln N(x; mean, sigma^2) per element, constants included.
 
     With sigma: learned, one sigma for all elements is trained with the weights.

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline.metrics.base import MetricBase, Seen
+from pipeline.metrics.base import EvaluatedBatch, MetricBase
 
 
 class Covariance(MetricBase):
@@ -13,7 +13,7 @@ class Covariance(MetricBase):
 
     kind: Literal["covariance"] = "covariance"
 
-    def sums(self, seen: Seen) -> dict[str, Tensor]:
+    def sums(self, seen: EvaluatedBatch) -> dict[str, Tensor]:
         assert seen.output.posterior is not None
         mu = seen.output.posterior.mu.flatten(1).double()
         squares = seen.total(mu[:, :, None] * mu[:, None, :])

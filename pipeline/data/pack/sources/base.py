@@ -8,16 +8,22 @@ a description, the help text: one without a default is a positional argument, an
 function among a field's annotations reads the text, and `metavar` names the value.
 """
 
+import io
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
 from pipeline.common.component import Component
 from pipeline.common.errors import UserError
 
 NO_BOUND = 1 << 40
+SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of images: those of `ImageDecode().suffixes`
 
 
 @dataclass(frozen=True)
@@ -107,3 +113,10 @@ def require_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1.")
+
+
+def encode_png(image: NDArray[np.uint8]) -> bytes:
+    """Encode a grey [H, W] or colour [H, W, 3] picture without loss."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()

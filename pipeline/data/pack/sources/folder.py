@@ -22,8 +22,7 @@ from pydantic import Field
 from pipeline.common.arguments import size
 from pipeline.common.errors import UserError
 from pipeline.common.files import canonical_json, check_member_name
-from pipeline.data.pack.sources.base import PackSource, Picture, Sample, require_positive
-from pipeline.data.pack.sources.images import SUFFIXES
+from pipeline.data.pack.sources.base import SUFFIXES, PackSource, Picture, Sample, require_positive
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline.data.pack.sources.base import Broken, PackSource, Sample, require_positive
-from pipeline.data.pack.sources.images import encode_png
+from pipeline.data.pack.sources.base import Broken, PackSource, Sample, encode_png, require_positive
 
 SHAPES = ("square", "ellipse", "heart")  # the label of a sample is the index here
 SIZE_PX = 64

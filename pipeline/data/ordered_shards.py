@@ -21,7 +21,7 @@ from pipeline.data.index import Index
 from pipeline.data.index.splits import ALL
 from pipeline.data.order import Order
 from pipeline.data.order.slots import RankSlots
-from pipeline.data.raw import Sample, raw_samples
+from pipeline.data.raw_samples import Sample, raw_samples
 from pipeline.data.storage import RemotePolicy, open_storage
 from pipeline.data.storage.patterns import FoundShards, find_shards
 
@@ -30,7 +30,7 @@ MIN_READ_THREADS = 2
 State = dict[str, Any]
 
 
-class _Place(NamedTuple):
+class _StreamPosition(NamedTuple):
     """Where a rank stands: positions below T are done, and `taken` of its slots in T's step."""
 
     T: int
@@ -95,7 +95,7 @@ class OrderedShards(IterableDataset[Sample]):
         self._ranks = (rank, world)
         order = self.order  # made here, so that its mistakes show here
         self._end = None if epochs is None else epochs * order.epoch_length
-        self._start = _Place(0, 0)
+        self._start = _StreamPosition(0, 0)
         self._num_yielded = 0
         self._current = object()  # the iteration that may go on
         # In shared memory: so the main process knows of an iteration in a DataLoader's worker.
@@ -161,7 +161,7 @@ class OrderedShards(IterableDataset[Sample]):
                 f"The state's T = {T} is no multiple of batch_size = {size}, by which the steps "
                 f"are cut; it was saved with batch_size = {then[0]}."
             )
-        self._start, self._num_yielded = _Place(T, state["taken"]), 0
+        self._start, self._num_yielded = _StreamPosition(T, state["taken"]), 0
         self._current = object()
         self._runs_in_worker.fill_(False)
 
@@ -174,7 +174,7 @@ class OrderedShards(IterableDataset[Sample]):
         """For a DataLoader that spawns its worker: the order's caches are made anew there."""
         return {name: value for name, value in self.__dict__.items() if name != "order"}
 
-    def _samples(self, current: object, place: _Place) -> Iterator[Sample]:
+    def _samples(self, current: object, place: _StreamPosition) -> Iterator[Sample]:
         self._enter_worker()
         storage = open_storage(self._found.root, self._remote)
         threads = self._read_threads or max(storage.num_readers, MIN_READ_THREADS)
@@ -219,7 +219,7 @@ class OrderedShards(IterableDataset[Sample]):
         order = self.order
         return {"order_id": order.order_id, "dataset_id": order.dataset_id, "tail": order.tail}
 
-    def _place_after(self, num: int) -> _Place:
+    def _place_after(self, num: int) -> _StreamPosition:
         """Where this rank stands `num` samples after the start."""
         slots, size = self._slots(self._start.T), self.order.batch_size
         start, step, rest = self._start.T, slots.first_step, self._start.taken + num
@@ -229,10 +229,10 @@ class OrderedShards(IterableDataset[Sample]):
             step += 1 + steps
             start = step * size
         if self._end is None:
-            return _Place(start, rest)
+            return _StreamPosition(start, rest)
         if start >= self._end or (slots.is_over(step + 1) and rest >= len(slots.positions(step))):
-            return _Place(self._end, 0)
-        return _Place(start, rest)
+            return _StreamPosition(self._end, 0)
+        return _StreamPosition(start, rest)
 
 
 def _ranks(rank: int | None, world: int | None, batch_size: int) -> tuple[int, int]:

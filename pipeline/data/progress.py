@@ -6,7 +6,7 @@ from collections.abc import Callable
 Progress = Callable[[str], None]
 
 
-class Pace:
+class ProgressTracker:
     """Count what is done; tell `progress`, if there is one, after each shard."""
 
     def __init__(

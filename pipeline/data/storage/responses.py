@@ -27,7 +27,7 @@ UNSATISFIED = re.compile(r"bytes \*/(\d+)")
 
 
 @dataclass(frozen=True)
-class Answer:
+class RangeResponse:
     """The body holds `num_skipped` bytes to throw away, then `num_bytes` that were asked for."""
 
     state: ShardState
@@ -93,9 +93,9 @@ def too_short(where: str, size: int, stop: int) -> ShardReadError:
     )
 
 
-def check_answer(
+def check_response(
     where: str, status: int, headers: Mapping[str, str], offset: int, num_bytes: int
-) -> Answer:
+) -> RangeResponse:
     """Read an answer of status 206, 200 or 416 to the request for [offset, offset + num_bytes)."""
     encoding = headers.get("Content-Encoding", "identity")
     if encoding != "identity":
@@ -120,10 +120,12 @@ def check_answer(
     announced = whole_length(headers)
     if announced not in (None, length):
         raise TransferError(f"Content-Length {announced} for a range of {length} bytes")
-    return Answer(ShardState(size, tag_of(headers)), 0, length)
+    return RangeResponse(ShardState(size, tag_of(headers)), 0, length)
 
 
-def _check_whole(where: str, headers: Mapping[str, str], offset: int, num_bytes: int) -> Answer:
+def _check_whole(
+    where: str, headers: Mapping[str, str], offset: int, num_bytes: int
+) -> RangeResponse:
     size = whole_length(headers)
     if size is None:
         raise TransferError("the server ignores Range and does not say how long the shard is")
@@ -134,4 +136,4 @@ def _check_whole(where: str, headers: Mapping[str, str], offset: int, num_bytes:
             f"the server ignores Range, and {offset} bytes lie before the wanted ones (at most "
             f"{MAX_SKIPPED_BYTES} are skipped): shards need a server that knows byte ranges"
         )
-    return Answer(ShardState(size, tag_of(headers)), offset, num_bytes)
+    return RangeResponse(ShardState(size, tag_of(headers)), offset, num_bytes)

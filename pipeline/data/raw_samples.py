@@ -26,7 +26,7 @@ THREAD_NAME = "raw-read"
 
 Ints = NDArray[np.int64]
 Sample = dict[str, Any]
-Read = Callable[[Run, Ints], list[Sample]]
+ReadWindow = Callable[[Run, Ints], list[Sample]]
 
 
 def raw_samples(
@@ -43,7 +43,9 @@ def raw_samples(
     pool = ThreadPoolExecutor(threads, thread_name_prefix=THREAD_NAME)
     read = partial(_read_window, index, storage, slots.order, split)
     try:
-        lanes = {lane_slot: _Lane(slots, lane_slot, read, pool) for lane_slot in slots.lane_slots}
+        lanes = {
+            lane_slot: _LaneReader(slots, lane_slot, read, pool) for lane_slot in slots.lane_slots
+        }
         step = slots.first_step
         while not slots.is_over(step):
             for position in slots.positions(step).tolist():
@@ -53,11 +55,11 @@ def raw_samples(
         _stop(pool, storage)
 
 
-class _Lane:
+class _LaneReader:
     """One lane slot's samples, read one window ahead."""
 
     def __init__(
-        self, slots: RankSlots, lane_slot: int, read: Read, pool: ThreadPoolExecutor
+        self, slots: RankSlots, lane_slot: int, read: ReadWindow, pool: ThreadPoolExecutor
     ) -> None:
         self._slots, self._lane_slot, self._read, self._pool = slots, lane_slot, read, pool
         self._turn = slots.first_step * slots.order.lane_share

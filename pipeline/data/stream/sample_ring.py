@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from pipeline.data.order import Run
 from pipeline.data.order.mixture import Mixture
 from pipeline.data.stream.batch import BatchBuffer
-from pipeline.data.stream.fetch import Samples
+from pipeline.data.stream.fetch import FetchedSamples
 
 Ints = NDArray[np.int64]
 
 
-class Request(NamedTuple):
+class FetchRequest(NamedTuple):
     """A window of a lane to fetch, for the step at which its first sample is due."""
 
     step: int
@@ -27,7 +27,7 @@ class Request(NamedTuple):
     run: Run
 
 
-class Board:
+class SampleRing:
     """The steps ahead of a rank: which runs to request, which cells they fill, what is ready."""
 
     def __init__(
@@ -64,7 +64,7 @@ class Board:
         self._depth = max(self._steps_held(source) for source in range(len(order.orders)))
         self.missing = np.full(self._depth, self.num_slots)
         num_cells = self._depth * self.num_slots
-        self._slabs = np.full(num_cells, None, object)
+        self._read_buffers = np.full(num_cells, None, object)
         self._whole = np.zeros((5, num_cells), np.int64)  # uid, epoch, label, start, stop
         self._weight = np.zeros(num_cells, np.float32)
         self._crc32 = np.full(num_cells, -1, np.int64)
@@ -96,9 +96,9 @@ class Board:
         """Whether the next step's samples are all here."""
         return not self.is_done and self.missing[self.next_step % self._depth] == 0
 
-    def requests(self) -> list[Request]:
+    def requests(self) -> list[FetchRequest]:
         """What to fetch now, most urgent first; each is returned once."""
-        wanted: list[Request] = []
+        wanted: list[FetchRequest] = []
         limits = [self._limit(source) for source in range(len(self._order.orders))]
         for (source, lane_slot), turn in self._next_turn.items():
             if turn >= limits[source]:
@@ -109,7 +109,7 @@ class Board:
                 run = order.run_at(lane_slot, stop)
                 position = np.array([stop * order.lanes + lane_slot])
                 step = int(self._order.steps_of(source, position)[0])
-                wanted.append(Request(step, source, lane_slot, run))
+                wanted.append(FetchRequest(step, source, lane_slot, run))
                 stop = run.next_turn
             self._next_turn[source, lane_slot] = stop
         wanted.sort(key=lambda request: (request.step, request.source, request.lane_slot))
@@ -122,7 +122,7 @@ class Board:
             limit = min(limit, self._order.first_turn(source, 0, self.stop_step))
         return limit
 
-    def cells_of(self, request: Request) -> tuple[Ints, Ints]:
+    def cells_of(self, request: FetchRequest) -> tuple[Ints, Ints]:
         """(positions in the run's window, cells) of the samples that this rank delivers."""
         run = request.run
         turns = np.arange(run.turn, run.next_turn)
@@ -135,9 +135,9 @@ class Board:
         cells = (step % self._depth) * self.num_slots + slot
         return (turns - run.turn + run.start)[ours], cells[ours]
 
-    def fill(self, run: Run, cells: Ints, samples: Samples) -> None:
+    def fill(self, run: Run, cells: Ints, samples: FetchedSamples) -> None:
         """Put fetched samples into their cells; `arrived` tells the steps afterwards."""
-        self._slabs[cells] = samples.slabs
+        self._read_buffers[cells] = samples.read_buffers
         for row, values in enumerate((samples.uid, run.epoch, samples.label)):
             self._whole[row, cells] = values
         self._whole[3, cells] = samples.start
@@ -156,10 +156,10 @@ class Board:
         cells = slice(place * self.num_slots, (place + 1) * self.num_slots)
         buffer.uid[:], buffer.epoch[:], buffer.label[:], start, stop = self._whole[:, cells]
         buffer.weight[:] = self._weight[cells]
-        buffer.slabs = self._slabs[cells].tolist()
+        buffer.read_buffers = self._read_buffers[cells].tolist()
         buffer.starts, buffer.stops = start.tolist(), stop.tolist()
         buffer.crc32 = self._crc32[cells].tolist()
         buffer.draws = self._draws[cells].copy()
-        self._slabs[cells] = None
+        self._read_buffers[cells] = None
         self.missing[place] = self.num_slots
         self.next_step += 1

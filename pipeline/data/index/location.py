@@ -29,7 +29,7 @@ from pipeline.data.storage.writable import WritableStore
 FETCH_THREADS = 16
 
 
-class IndexPlace:
+class IndexLocation:
     """The directory in which an index is made, and the store that gets it, if it is remote."""
 
     def __init__(self, folder: Path, store: WritableStore | None) -> None:
@@ -55,7 +55,7 @@ class IndexPlace:
 
 
 @contextmanager
-def index_place(out: Path | str, shard_names: Sequence[str]) -> Generator[IndexPlace]:
+def index_location(out: Path | str, shard_names: Sequence[str]) -> Generator[IndexLocation]:
     """Open the place for an index in `out`, a directory or URL; raise UserError if it is no place
     to write to.
     """
@@ -63,7 +63,7 @@ def index_place(out: Path | str, shard_names: Sequence[str]) -> Generator[IndexP
         store = open_writable(str(out))
         with TemporaryDirectory(prefix="latentmill-index-") as folder:
             _fetch_tables(str(out), shard_names, Path(folder))
-            yield IndexPlace(Path(folder), store)
+            yield IndexLocation(Path(folder), store)
         return
     folder = Path(local_path(out))
     try:
@@ -73,7 +73,7 @@ def index_place(out: Path | str, shard_names: Sequence[str]) -> Generator[IndexP
             f"{folder / INDEX_DIRECTORY} cannot be created ({error.strerror}): name a directory "
             "that can be written with --out."
         ) from None
-    yield IndexPlace(folder, None)
+    yield IndexLocation(folder, None)
 
 
 def _fetch_tables(root: str, shard_names: Sequence[str], folder: Path) -> None:

@@ -28,7 +28,7 @@ from pipeline.data.storage import ShardReadError, Storage, open_storage
 METADATA_SUFFIXES = ("json",)
 TEXT_SUFFIXES = ("txt",)
 
-AHEAD = 2  # batches read and decoded before they are asked for
+READ_AHEAD = 2  # batches read and decoded before they are asked for
 
 Ints = NDArray[np.int64]
 
@@ -76,9 +76,9 @@ def read_shards(
 
     pin: put batches into memory that a GPU reads by itself.
     """
-    ahead = _Ahead(data, index, iter(shards), batch_size, pin)
+    ahead = _ReadAhead(data, index, iter(shards), batch_size, pin)
     try:
-        for visit, jobs in groupby(_in_advance(ahead.jobs(), AHEAD), lambda job: job[0]):
+        for visit, jobs in groupby(_in_advance(ahead.jobs(), READ_AHEAD), lambda job: job[0]):
             yield visit[1], (future.result() for _, future in jobs)
             ahead.left = visit
     finally:
@@ -99,7 +99,7 @@ def _in_advance(jobs: Iterator[Job], count: int) -> Iterator[Job]:
     yield from begun
 
 
-class _Ahead:
+class _ReadAhead:
     """The threads that read and decode, alive across shards; shards are opened one ahead."""
 
     def __init__(
@@ -110,7 +110,7 @@ class _Ahead:
         self._shards = enumerate(shards)
         self._storage = open_storage(data.sources[0].root, data.remote)
         self._decoders = ThreadPoolExecutor(data.threads, thread_name_prefix="rows-decode")
-        self._readers = ThreadPoolExecutor(AHEAD, thread_name_prefix="rows-read")
+        self._readers = ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="rows-read")
 
     def jobs(self) -> Iterator[Job]:
         """Begin the batches of all shards, one after the other."""
@@ -133,14 +133,14 @@ class _Ahead:
             pool.shutdown(wait=True, cancel_futures=True)
         self._storage.close()
 
-    def _open_next(self) -> "tuple[Visit, Future[ShardReader]] | None":
+    def _open_next(self) -> "tuple[Visit, Future[ShardRowReader]] | None":
         visit = next(self._shards, None)
         return None if visit is None else (visit, self._readers.submit(self._open, visit[1]))
 
-    def _read(self, opening: "Future[ShardReader]", start: int) -> RowBatch:
+    def _read(self, opening: "Future[ShardRowReader]", start: int) -> RowBatch:
         return opening.result().batch(start, self._decoders)
 
-    def _open(self, shard: int) -> "ShardReader":
+    def _open(self, shard: int) -> "ShardRowReader":
         entry = self._index.shards[shard]
         try:
             state = self._storage.states([entry.name])[entry.name]
@@ -152,10 +152,10 @@ class _Ahead:
                 "indexed: put it back, or run `latentmill index` and a new export."
             )
         size, pin = self._batch_size, self._pin
-        return ShardReader(self._data, self._index, shard, size, self._storage, pin=pin)
+        return ShardRowReader(self._data, self._index, shard, size, self._storage, pin=pin)
 
 
-class ShardReader:
+class ShardRowReader:
     """Reads and decodes batches of one shard; `rows`: the numbers of those of the split."""
 
     def __init__(

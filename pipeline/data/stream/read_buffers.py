@@ -14,7 +14,7 @@ from threading import Lock
 SMALLEST = 1 << 12
 
 
-class Slab:
+class ReadBuffer:
     """Memory of one read, at least as large as was asked for."""
 
     __slots__ = ("_home", "memory")
@@ -33,7 +33,7 @@ def rounded_size(num_bytes: int) -> int:
     return max(-(-num_bytes // step), 1) * step
 
 
-class Slabs:
+class ReadBufferPool:
     """The slabs of one stream; from any thread."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Slabs:
         self._most_used = 0
         self._lock = Lock()
 
-    def take(self, num_bytes: int) -> Slab:
+    def take(self, num_bytes: int) -> ReadBuffer:
         """Return memory for `num_bytes`, with whatever is in it."""
         wanted = rounded_size(num_bytes)
         with self._lock:
@@ -50,7 +50,7 @@ class Slabs:
             size = min(fitting, default=wanted)
             home = self._free.setdefault(size, deque())
             memory = home.pop() if home else self._new(size)
-        return Slab(memory, home)
+        return ReadBuffer(memory, home)
 
     def _new(self, size: int) -> bytearray:
         """Allocate; beyond the most that was ever in use, free slabs of other sizes make room."""
