@@ -1,4 +1,4 @@
-"""Raw samples of one rank: every member's bytes, in the order of its slots, read a window ahead.
+"""Raw samples of one rank: the bytes of every member, in slot order, read one window ahead.
 
 RankSlots -> stream positions, step by step -> windows of each lane -> byte ranges of all
 members (threads) -> dicts as webdataset's own reader makes them
@@ -32,7 +32,7 @@ ReadWindow = Callable[[Run, Ints], list[Sample]]
 def raw_samples(
     index: Index, slots: RankSlots, *, storage: Storage, split: str, threads: int
 ) -> Iterator[Sample]:
-    """Yield the samples of a rank's slots in their order.
+    """Yield the samples of a rank in slot order.
 
     Dicts: `__key__`, `__url__`, bytes by suffix, and `__local_path__` unless the shards are remote.
     At most two windows of each lane are in memory. Closes the storage at the end. Raises
@@ -67,7 +67,7 @@ class _LaneReader:
         self._next = self._request()
 
     def take(self) -> Sample:
-        """Return the next sample; an error met in reading it is raised here."""
+        """Return the next sample; raise the error of its read, if any."""
         while not self._samples:
             self._samples.extend(self._next.result())
             self._next = self._request()
@@ -92,12 +92,12 @@ def _read_window(
     shard, row = shard[positions], row[positions]
     samples: list[Sample] = [{}] * len(positions)
     for number in np.unique(shard).tolist():
-        places = np.flatnonzero(shard == number)
+        chosen = np.flatnonzero(shard == number)
         table, name = index.table(number), index.shards[number].name
-        rows = table.rows_of(index.split_number(split))[row[places]]
+        rows = table.rows_of(index.split_number(split))[row[chosen]]
         found = _read_shard(storage, name, table, rows)
-        for place, sample in zip(places.tolist(), found, strict=True):
-            samples[place] = sample
+        for i, sample in zip(chosen.tolist(), found, strict=True):
+            samples[i] = sample
     return samples
 
 
@@ -114,7 +114,7 @@ def _read_shard(storage: Storage, name: str, table: ShardTable, rows: Ints) -> I
 
 def _stop(pool: ThreadPoolExecutor, storage: Storage) -> None:
     if threading.current_thread().name.startswith(THREAD_NAME):
-        # The garbage collector came by in one of the pool's threads, which cannot wait for itself.
+        # Garbage collection may run in a thread of this pool, which cannot wait for itself.
         threading.Thread(target=_stop, args=(pool, storage)).start()
         return
     with closing(storage):

@@ -1,4 +1,4 @@
-"""The rows of all shards by number: the files of one format, opened as they are needed."""
+"""The rows of all shards by number: files of one format, opened when needed."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -19,12 +19,12 @@ Columns = dict[str, NDArray[Any]]
 
 
 class Shards:
-    """All files of one format. Raises UserError for one that is missing or damaged."""
+    """All files of one format. Raises UserError if one is missing or damaged."""
 
     def __init__(
         self, files: Files, manifest: LatentManifest, kind: str, scale: Scale | None
     ) -> None:
-        """`scale`: what latents are normalised by; None = they come as stored."""
+        """`scale`: normalises latents; None = as stored."""
         self._files, self._scale = files, scale
         self._tasks: list[dict[str, Any]] = manifest.values["tasks"]
         self._kind = kind
@@ -44,14 +44,14 @@ class Shards:
             return self._scale.apply(name, values, reader.column("valid", rows))
 
     def take(self, rows: Ints, names: Sequence[str]) -> Columns:
-        """Return columns of rows of the whole export, in the order of `rows`."""
+        """Return columns of rows of the whole export, in the sequence of `rows`."""
         shards = np.searchsorted(self.first_row, rows, side="right") - 1
         columns = {name: self._empty(name, len(rows)) for name in names}
         for shard in np.unique(shards).tolist():
-            places = np.flatnonzero(shards == shard)
-            inside = rows[places] - self.first_row[shard]
+            positions = np.flatnonzero(shards == shard)
+            inside = rows[positions] - self.first_row[shard]
             for name, values in columns.items():
-                values[places] = self.read(shard, name, inside)
+                values[positions] = self.read(shard, name, inside)
         return columns
 
     def _entries(self, shard: int) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ class Shards:
         return [file for file in self._tasks[shard]["files"] if file["path"].startswith(folder)]
 
     def _open(self, shard: int) -> tuple[ShardReader, str]:
-        """Return a shard's reader, and what to name in messages."""
+        """Return a shard's reader, and its first file's path for messages."""
         entries = self._entries(shard)
         where = self._files.where(entries[0]["path"])
         files = [self._open_file(entry) for entry in entries]

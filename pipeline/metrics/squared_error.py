@@ -12,6 +12,5 @@ class SquaredErrorMetric(MeanMetric):
 
     kind: Literal["squared_error"] = "squared_error"
 
-    def per_image(self, seen: EvaluatedBatch) -> dict[str, Tensor]:
-        """Return the error of the reconstruction from the posterior's mean."""
-        return {"squared_error": (seen.clean - seen.mean).square().flatten(1).sum(1)}
+    def per_image(self, batch: EvaluatedBatch) -> dict[str, Tensor]:
+        return {"squared_error": (batch.clean - batch.mean).square().flatten(1).sum(1)}

@@ -1,10 +1,10 @@
-"""Making an index: every shard is scanned, in worker processes, and the manifest comes last.
+"""Building an index: worker processes scan the shards, and the manifest is written last.
 
     shards --build_index--> <out>/index/tables/<shard>.arrow  (one per shard)
                             <out>/index/manifest.json         (last: atomic)
 
-The same shards and split rule give the same bytes, however many workers or restarts it took; local
-or remote, the same shards give the same dataset_id.
+The same shards and split rule give the same bytes for any number of workers and restarts, and the
+same dataset_id for local and remote shards.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from pipeline.data.progress import Progress, ProgressTracker
 from pipeline.data.storage import open_storage
 from pipeline.data.storage.patterns import FoundShards, find_shards
 
-PARALLEL_FROM_BYTES = 32 << 20  # below, starting worker processes takes longer than the work
+PARALLEL_FROM_BYTES = 32 << 20  # below it, starting worker processes costs more than it saves
 
 
 def build_index(
@@ -39,8 +39,8 @@ def build_index(
     """Index a directory, URL, glob or brace pattern of shards into `<out>/index`.
 
     `out`: a directory or URL, None = beside the shards. `deep`: with a checksum of every member.
-    Tables of unchanged shards are used again, so a stopped build goes on. Damage and duplicate keys
-    are reported in the result, not raised. Raises UserError.
+    Tables of unchanged shards are reused, so a stopped build can continue. Damage and duplicate
+    keys are reported in the result, not raised. Raises UserError.
     """
     found = find_shards(shards)
     for name in found.names:
@@ -94,7 +94,7 @@ def _scanned(tasks: Sequence[ShardTask], workers: int) -> Iterator[ScannedShard]
 
 
 def summary(index: Index) -> dict[str, Any]:
-    """Return what a person wants to know of an index that was just built."""
+    """Return the report of an index that was just built."""
     return {
         "index": index.path,
         "dataset_id": index.dataset_id,

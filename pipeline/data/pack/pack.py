@@ -5,7 +5,7 @@ source -> plan (which sample goes to which shard) -> parts, written by worker pr
        -> `pack.json`, last -> index with a checksum per member
 
 The same source and settings give the same bytes for any number of workers, local or remote; a pack
-that was killed goes on where it stopped when the same command is given again.
+that was killed continues when the same command is given again.
 """
 
 import json
@@ -54,7 +54,7 @@ def pack(
     """Pack a source into a directory or below a URL, and index the shards.
 
     Broken samples are left out and reported. Raises UserError for settings out of bounds, a source
-    without samples, and a place that holds something else.
+    without samples, and an `out` that holds other data.
     """
     limits = {"shard_bytes": source.shard_bytes, "shard_samples": source.shard_samples}
     require_positive(**limits, workers=workers)

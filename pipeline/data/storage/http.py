@@ -4,9 +4,9 @@
       `--> status, Content-Range, length and tag checked --> bytes; a fault --> Retries --> Range
            from the byte where it broke
 
-A server that ignores Range is put up with near the start of a shard (`responses.MAX_SKIPPED_BYTES`).
+A server that ignores Range works near the start of a shard only (`responses.MAX_SKIPPED_BYTES`).
 Credentials: in the URL (`https://user:password@host`), in its query, or in ~/.netrc. Proxies: from
-the environment (HTTPS_PROXY, NO_PROXY). Neither credentials nor queries stand in any message.
+the environment (HTTPS_PROXY, NO_PROXY). No message contains credentials or queries.
 """
 
 import netrc
@@ -70,7 +70,6 @@ class HttpStorage(Storage):
         return dict(zip(wanted, found, strict=True))
 
     def expect(self, name: str, state: ShardState) -> None:
-        """Say which state of a shard the index was made from."""
         self._pinned_states.expect(name, state)
 
     def read(self, name: str, offset: int, num_bytes: int) -> bytes:
@@ -78,7 +77,7 @@ class HttpStorage(Storage):
         longest = self._policy.part_bytes
         if num_bytes <= longest:
             return self._read_part(name, offset, num_bytes)
-        # Equal parts, so that none is left to go alone at the end.
+        # Equal parts, so that no small part is read alone at the end.
         num_parts = -(-num_bytes // longest)
         cuts = [offset + part * num_bytes // num_parts for part in range(num_parts + 1)]
         pieces = map_in_threads(
@@ -121,7 +120,7 @@ class HttpStorage(Storage):
         return b"".join(pieces)
 
     def _pieces(self, name: str, offset: int, num_bytes: int, retries: Retries) -> Iterator[bytes]:
-        """Send one request, check the answer, and yield the wanted bytes as they come."""
+        """Send one request, check the response, and yield the requested bytes as they arrive."""
         where = self.where(name)
         pinned = self._pinned_states.get(name)
         headers = {"Range": f"bytes={offset}-{offset + num_bytes - 1}"}
@@ -134,9 +133,9 @@ class HttpStorage(Storage):
                 raise changed(where, f"it is no longer {headers['If-Match']}, but {now}")
             if response.status not in (200, 206, 416):
                 raise _refusal(where, response)
-            answer = check_response(where, response.status, response.headers, offset, num_bytes)
-            self._pinned_states.check(name, where, answer.state)
-            yield from self._body(response, answer.num_skipped, answer.num_bytes, retries)
+            checked = check_response(where, response.status, response.headers, offset, num_bytes)
+            self._pinned_states.check(name, where, checked.state)
+            yield from self._body(response, checked.num_skipped, checked.num_bytes, retries)
         finally:
             _finish(response)
 
@@ -153,12 +152,12 @@ class HttpStorage(Storage):
             too_slow_at = 0.0
         while left:
             if retries.is_stopped or retries.seconds_left <= 0:
-                raise TransferError(f"{left} bytes of the answer were not there in time")
+                raise TransferError(f"{left} bytes of the response did not arrive in time")
             if retries.seconds_left < too_slow_at:
                 raise TransferError(f"slower than {self._policy.min_bytes_per_second} bytes/s")
             piece = response.read1(min(left, PIECE_BYTES), decode_content=False)
             if not piece:
-                raise TransferError(f"the answer ended {left} bytes early")
+                raise TransferError(f"the response ended {left} bytes early")
             left -= len(piece)
             if num_skipped:
                 with self.counters.lock:
@@ -187,7 +186,7 @@ class HttpStorage(Storage):
                     return _state_of(self.where(name), response)
                 finally:
                     if method == "HEAD":
-                        response.read()  # of nothing: the connection can be used again
+                        response.read()  # empty: lets the connection be reused
                     _finish(response)
             except (TransferError, HTTPError, OSError) as fault:
                 if isinstance(fault, ShardReadError):
@@ -228,13 +227,13 @@ class HttpStorage(Storage):
 
 
 def _finish(response: BaseHTTPResponse) -> None:
-    """Give the connection's place in the pool back; only a body that was read whole keeps it."""
+    """Release the connection; it is reused only if the body was read completely."""
     response.close()
     response.release_conn()
 
 
 def _state_of(where: str, response: BaseHTTPResponse) -> ShardState:
-    """The state that an answer to HEAD, or to GET of the first byte, tells."""
+    """The state in a response to HEAD, or to GET of the first byte."""
     size = whole_length(response.headers)
     if response.status == 206:
         return check_response(where, 206, response.headers, 0, 1).state
@@ -246,7 +245,7 @@ def _state_of(where: str, response: BaseHTTPResponse) -> ShardState:
 
 
 def _refusal(where: str, response: BaseHTTPResponse) -> Exception:
-    """The error for a status, with the first bytes of what the server says to it."""
+    """The error for a status, with the beginning of the response's body."""
     try:
         text = response.read1(MAX_ERROR_TEXT, decode_content=False).decode("utf-8", "replace")
     except HTTPError:
@@ -255,7 +254,7 @@ def _refusal(where: str, response: BaseHTTPResponse) -> Exception:
 
 
 def _raise_if_permanent(where: str, fault: Exception) -> None:
-    """A certificate that is not trusted stays so."""
+    """Raise ShardReadError for an untrusted certificate: a retry would not help."""
     if isinstance(fault, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(fault):
         raise ShardReadError(f"{where}: {fault}. This is not tried again.") from fault
 
@@ -277,6 +276,6 @@ def _credentials(root: str) -> dict[str, str]:
 
 
 def _shown(url: str) -> str:
-    """A URL as it may stand in logs."""
+    """Return a URL without secrets, for messages."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

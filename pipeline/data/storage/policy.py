@@ -16,7 +16,7 @@ from pipeline.common.component import Component
 from pipeline.data.storage.base import ShardReadError, TransferCounters
 
 FIRST_BACKOFF_SECONDS = 0.25  # doubled by each failure in a row
-# From the system: no result depends on it, and the processes of a job must not draw the same.
+# System randomness: results do not depend on it, and processes must draw different numbers.
 JITTER = random.SystemRandom()
 
 WARN_FROM = 3  # failures in a row that are worth a warning
@@ -27,26 +27,26 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class RemotePolicy(Component):
-    """The `data.remote` section: attempts, time limits and connections; none changes a number.
+    """The `data.remote` section: attempts, time limits and connections; no effect on results.
 
     A failed request is sent again after a random time of at most 0.25 s * 2^(failures in a row),
-    or what the server's Retry-After asks for. A transfer that broke goes on at the byte where it
-    broke, and counts as a new row of attempts if it brought at least one byte.
+    or of the server's Retry-After. A broken transfer continues at the byte where it broke; if it
+    brought at least one byte, the count of attempts starts again.
     """
 
-    attempts: Annotated[int, Field(ge=1)] = 8  # requests in a row that bring no new byte
-    timeout_seconds: Seconds = 20.0  # to connect, and between two pieces of an answer
-    deadline_seconds: Seconds = 300.0  # for one range or part, with all attempts and waits
+    attempts: Annotated[int, Field(ge=1)] = 8  # requests in a row without a new byte
+    timeout_seconds: Seconds = 20.0  # to connect, and between two pieces of a response
+    deadline_seconds: Seconds = 300.0  # for one range or part, including all attempts and waits
     max_wait_seconds: Seconds = 30.0  # between two attempts, whatever Retry-After says
-    # A transfer slower than this on average (after `timeout_seconds`) is broken off and goes on
-    # over another connection, which in large stores is mostly faster.
+    # A transfer slower than this on average (after `timeout_seconds`) continues over another
+    # connection, which is usually faster in large stores.
     min_bytes_per_second: Annotated[int, Field(ge=0)] = 16 << 10
     connections: Annotated[int, Field(ge=1)] = 16  # to one host, per process
-    part_bytes: Annotated[int, Field(ge=1)] = 8 << 20  # longer ranges are read as several at once
+    part_bytes: Annotated[int, Field(ge=1)] = 8 << 20  # longer ranges are read in parallel parts
 
 
 class TransferError(Exception):
-    """One attempt failed in a way that may pass; `retry_after`: seconds the server asks for."""
+    """One attempt failed for a temporary reason; `retry_after`: in seconds, from the server."""
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
@@ -54,7 +54,7 @@ class TransferError(Exception):
 
 
 class Retries:
-    """The attempts at one range; raises ShardReadError when the policy is used up."""
+    """The attempts at one range; raises ShardReadError when the limits are reached."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Retries:
         return self._stopped.is_set()
 
     def after(self, fault: Exception, *, has_progressed: bool, is_reopened: bool) -> None:
-        """Wait before the next attempt, or raise: `fault` is what ended the last one."""
+        """Wait before the next attempt, or raise; `fault`: the error of the last attempt."""
         self._num_attempts += 1
         self._num_in_row = 1 if has_progressed else self._num_in_row + 1
         left = self.seconds_left
@@ -103,7 +103,7 @@ class Retries:
             self._counters.num_reopened += is_reopened
 
     def _wait_seconds(self, retry_after: float | None) -> float:
-        """Full jitter: many readers that failed together do not come back together."""
+        """Full jitter: readers that failed at the same time retry at different times."""
         highest = FIRST_BACKOFF_SECONDS * 2.0 ** min(self._num_in_row - 1, 30)
         wait = JITTER.uniform(0, min(highest, self._policy.max_wait_seconds))
         if retry_after is not None:

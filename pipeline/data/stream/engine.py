@@ -3,9 +3,9 @@
     requests -> [read threads] -> ring -> (step complete, buffer free) -> chunks of slots
              -> [decode threads] -> buffer complete -> `take`
 
-What is computed never depends on which thread does it: every sample has its cell and its slot from
-the order. An exception in any thread ends the stream: `take` raises it. The engine knows nothing
-of the Stream object, so a stream that is dropped without being closed still stops its threads.
+Results never depend on which thread computes them: the order assigns every sample its cell and its
+slot. An exception in any thread ends the stream: `take` raises it. The engine holds no reference to
+the Stream object, so the threads also stop when a stream is dropped without being closed.
 """
 
 import threading
@@ -44,9 +44,9 @@ class Engine:
         decode_threads: int,
         read_threads: int,
     ) -> None:
-        """`fetchers`: one per data set. One of `buffers` is with the consumer, the others are being
-        filled or wait. `read_threads`: 0 = the decode threads fetch, too: fewer threads that take
-        turns with Python's lock.
+        """`fetchers`: one per data set. The consumer holds one of `buffers`; the others are being
+        filled or wait. `read_threads`: 0 = the decode threads fetch, too, so that fewer threads
+        compete for the GIL.
         """
         self.counters = StreamCounters()
         self._ring = ring
@@ -99,7 +99,7 @@ class Engine:
             return self._lent
 
     def stop(self) -> None:
-        """End all threads and wait for them; what they were doing is dropped."""
+        """End all threads and wait for them; unfinished work is dropped."""
         with self._changed:
             self._is_stopped = True
             self._changed.notify_all()
@@ -111,7 +111,7 @@ class Engine:
                 thread.join()
 
     def owns_current_thread(self) -> bool:
-        """Whether the caller runs in one of the engine's threads, where `stop` would hang."""
+        """Whether the caller runs in a thread of the engine, where `stop` would deadlock."""
         return threading.current_thread() in self._threads
 
     def _new_threads(self, count: int, name: str, queue: Queue) -> list[threading.Thread]:
@@ -123,7 +123,7 @@ class Engine:
             except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
                 self._fail(error)
 
-        # Daemons: a consumer that never closes its stream must not hang the interpreter's exit.
+        # Daemon threads: a stream that is never closed must not block the interpreter's exit.
         return [
             threading.Thread(target=loop, name=f"stream-{name}-{i}", daemon=True)
             for i in range(count)
@@ -143,7 +143,7 @@ class Engine:
         return bool(self._ahead) and self._ahead[0].num_chunks_left == 0
 
     def _advance(self) -> None:
-        """Hand out complete steps to free buffers, and request more; the lock is held."""
+        """Move complete steps to free buffers and request more; the caller holds the lock."""
         while self._free and self._ring.is_ready:
             buffer = self._free.pop()
             self._ring.take(buffer)
@@ -171,8 +171,7 @@ class Engine:
             self._advance()
 
     def _decode_chunk(self, buffer: BatchBuffer, start: int, stop: int) -> None:
-        # This loop holds Python's lock but for the decoding itself, and the other threads wait for
-        # it: as little as possible is done for each sample.
+        # This loop holds the GIL except while decoding: it does as little as possible per sample.
         decode_slot, chunk = self._decode_slot, slice(start, stop)
         columns = (buffer.read_buffers, buffer.starts, buffer.stops, buffer.crc32)
         samples = zip(range(start, stop), *(column[chunk] for column in columns), strict=True)

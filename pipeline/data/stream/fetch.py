@@ -1,10 +1,9 @@
-"""Bytes of samples: from rows of the index to pieces in memory, in few, long reads.
+"""Bytes of samples: from rows of the index to buffers in memory, by few, long reads.
 
     run of a lane -> rows of a few shards -> byte ranges, coalesced -> Storage -> read buffers,
                      and where in its buffer each sample's member lies
 
-What is done per sample is done for a whole window at once: a thread that handles samples one by one
-in Python keeps the decoding threads from running.
+All work is vectorised over a window: a loop over samples in Python would block decoding threads.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,7 +50,7 @@ class FetchedSamples:
 
 
 class Fetcher:
-    """Fetch what an order asks for; every method may be called from several threads at once."""
+    """Fetch the samples of an order's windows; thread-safe."""
 
     def __init__(
         self,
@@ -64,7 +63,7 @@ class Fetcher:
         draw: Draw,
         verify_checksums: bool = False,
     ) -> None:
-        """`verify_checksums`: hand the members' CRC-32 on, to be compared."""
+        """`verify_checksums`: return the members' CRC-32 for comparison."""
         self._index = index
         self._names = [shard.name for shard in index.shards]
         self._storage = storage
@@ -102,10 +101,10 @@ class Fetcher:
         numbers, firsts = np.unique(shard[by_shard], return_index=True)
         ends = [*firsts[1:].tolist(), len(shard)]
         for number, first, end in zip(numbers.tolist(), firsts.tolist(), ends, strict=True):
-            places = by_shard[first:end]
+            of_shard = by_shard[first:end]
             table = self._index.table(number)
             of_split = table.split_columns(self._split_number, self._suffixes)
-            found = of_split[:, row[places]]
+            found = of_split[:, row[of_shard]]
             found[4] += self._index.first_uids[number]
-            columns[:, places] = found
+            columns[:, of_shard] = found
         return columns

@@ -1,8 +1,8 @@
-"""Where fetched samples wait for their step: a ring of steps, one cell per slot.
+"""A ring buffer of the next steps: fetched samples wait here, one cell per slot.
 
-    runs, in any order of arrival --fill--> cells --take--> the batch buffer of the next step
+    fetched runs, in any sequence --fill--> cells --take--> the batch buffer of the next step
 
-Only `missing` needs the engine's lock; cells are written once by one thread each.
+Only `missing` needs the engine's lock: each cell is written once, by one thread.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,7 @@ class FetchRequest(NamedTuple):
 
 
 class SampleRing:
-    """The steps ahead of a rank: which runs to request, which cells they fill, what is ready."""
+    """The next steps of a rank: which runs to request, which cells they fill, what is ready."""
 
     def __init__(
         self,
@@ -41,8 +41,8 @@ class SampleRing:
         num_buffers: int = 1,
         num_draws: int = 0,
     ) -> None:
-        """`num_buffers`: steps that may be in decoding, their samples still in memory; `num_draws`:
-        random numbers that travel with each sample, for its augmentation.
+        """`num_buffers`: steps that may be decoded at a time, with their samples still in memory.
+        `num_draws`: random numbers per sample, for its augmentation.
         """
         self._order = order
         self.num_slots = order.batch_size // world
@@ -54,8 +54,8 @@ class SampleRing:
             for source in range(len(order.orders))
             for lane in self._lane_slots(source)
         }
-        # A window ahead of the one in decoding, so that no lane holds more than two; at least two
-        # steps ahead, where a step takes as much as a window.
+        # Request one window ahead of the one being decoded, so that no lane holds more than two,
+        # but at least two steps ahead, for steps as long as a window.
         self._turns_ahead: list[int] = []
         for source, one in enumerate(order.orders):
             turns_per_step = -(-order.most_per_step(source) // one.lanes)
@@ -71,7 +71,7 @@ class SampleRing:
         self._draws = np.zeros((num_cells, num_draws), np.float32)
 
     def _lane_slots(self, source: int) -> range:
-        """The lane slots that may meet this rank's slots; too many cost a little arithmetic."""
+        """The lane slots that may contain slots of this rank; superfluous ones cost little."""
         order = self._order.orders[source]
         if len(self._order.orders) > 1:
             return range(order.lanes)
@@ -80,7 +80,7 @@ class SampleRing:
         return range(self._first_slot // share, last_slot // share + 1)
 
     def _steps_held(self, source: int) -> int:
-        """How many steps the windows that may be requested at a time can touch."""
+        """Upper bound on the steps that the requested windows can span."""
         order = self._order.orders[source]
         turns = self._turns_ahead[source] + order.window_size + 3
         last = self._order.steps_of(source, np.array([turns * order.lanes]))
@@ -93,11 +93,11 @@ class SampleRing:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next step's samples are all here."""
+        """Whether all samples of the next step have arrived."""
         return not self.is_done and self.missing[self.next_step % self._depth] == 0
 
     def requests(self) -> list[FetchRequest]:
-        """What to fetch now, most urgent first; each is returned once."""
+        """Return new requests, the earliest step first; each is returned once."""
         wanted: list[FetchRequest] = []
         limits = [self._limit(source) for source in range(len(self._order.orders))]
         for (source, lane_slot), turn in self._next_turn.items():
@@ -116,7 +116,7 @@ class SampleRing:
         return wanted
 
     def _limit(self, source: int) -> int:
-        """Turns of a data set that may be requested now end before this one."""
+        """The first turn of a data set that may not be requested yet."""
         limit = self._order.first_turn(source, 0, self.next_step) + self._turns_ahead[source]
         if self.stop_step is not None:
             limit = min(limit, self._order.first_turn(source, 0, self.stop_step))
@@ -136,7 +136,7 @@ class SampleRing:
         return (turns - run.turn + run.start)[ours], cells[ours]
 
     def fill(self, run: Run, cells: Ints, samples: FetchedSamples) -> None:
-        """Put fetched samples into their cells; `arrived` tells the steps afterwards."""
+        """Put fetched samples into their cells; call `arrived` afterwards."""
         self._read_buffers[cells] = samples.read_buffers
         for row, values in enumerate((samples.uid, run.epoch, samples.label)):
             self._whole[row, cells] = values
@@ -151,9 +151,9 @@ class SampleRing:
         self.missing -= np.bincount(cells // self.num_slots, minlength=self._depth)
 
     def take(self, buffer: BatchBuffer) -> None:
-        """Move the next step's samples to a buffer and free their cells; the lock is held."""
-        place = self.next_step % self._depth
-        cells = slice(place * self.num_slots, (place + 1) * self.num_slots)
+        """Move the next step's samples to a buffer and free its cells; needs the lock."""
+        row = self.next_step % self._depth
+        cells = slice(row * self.num_slots, (row + 1) * self.num_slots)
         buffer.uid[:], buffer.epoch[:], buffer.label[:], start, stop = self._whole[:, cells]
         buffer.weight[:] = self._weight[cells]
         buffer.read_buffers = self._read_buffers[cells].tolist()
@@ -161,5 +161,5 @@ class SampleRing:
         buffer.crc32 = self._crc32[cells].tolist()
         buffer.draws = self._draws[cells].copy()
         self._read_buffers[cells] = None
-        self.missing[place] = self.num_slots
+        self.missing[row] = self.num_slots
         self.next_step += 1
