@@ -234,7 +234,7 @@ def test_default_lanes_is_the_largest_divisor_up_to_64():
     [
         ({"counts": [5], "batch_size": 6, "lanes": 4}, "data.lanes = 4 does not divide"),
         ({"counts": [0, 0], "batch_size": 6}, "no samples"),
-        ({"counts": [5], "batch_size": 6, "tail": "drop"}, "nothing is left"),
+        ({"counts": [5], "batch_size": 6, "tail": "drop"}, "no batch is left"),
         ({"counts": [1 << 25], "batch_size": 6}, "smaller shards"),
     ],
 )
