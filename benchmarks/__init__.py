@@ -1,1 +1,1 @@
-"""Our figures beside others' on the same data; each script prints a table and JSON."""
+"""Comparisons with other libraries on the same data; each script prints a table and JSON."""

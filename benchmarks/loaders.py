@@ -1,27 +1,27 @@
-"""Our stream beside other loaders, on the same JPEG pictures: speed, exactness, resume.
+"""Benchmark of our stream and other loaders on the same JPEG images: speed, exactness, resume.
 
     pictures.py --> each loader's own format, once --> a fresh process per measurement, interleaved
                 --> table on stdout, everything in --json
 
     python -m benchmarks.loaders [--rivals-python /tmp/rivals/bin/python] [--check]
 
-LitData and MosaicML streaming want a torch and a torchvision of their own, so they get their own
+LitData and MosaicML streaming need other versions of torch and torchvision, so they have their own
 environment (about 7 GB):
 
     python3.11 -m venv /tmp/rivals
     /tmp/rivals/bin/pip install torch==2.14.1 torchvision==0.29.1 mosaicml-streaming litdata \\
         datasets torchdata "huggingface-hub<1" simplejpeg pydantic opencv-python-headless pillow
 
-A loader runs in the first Python that has its packages: this one, then `--rivals-python`; one that
-runs in neither is named with the reason. Adding a loader: see benchmarks/rivals/__init__.py.
+A loader runs in the first Python that has its packages: this one, then `--rivals-python`. A loader
+that runs in neither is listed with the reason. Adding a loader: see benchmarks/rivals/__init__.py.
 
 Speed: images/s of a whole epoch, the second of its process (workers, files and code are warm), to a
 batch in the training process; 2 threads or 2 worker processes with 1 thread each, shuffled. The
 ceiling is 2 threads that decode the same bytes out of memory by simplejpeg, in the same rounds.
 CPU us/image is the processor time of all the loader's processes: the figure for a busy machine.
 Ranks: real processes with RANK, WORLD_SIZE and the like read the first size's pictures; every label
-is counted. Resume: a new process goes on in the middle of an epoch, the data dropped from the page
-cache; seconds and bytes off the disk to its first batch, without the imports of its file.
+is counted. Resume: a new process continues in the middle of an epoch, with a cold page cache;
+seconds and bytes off the disk to its first batch, without the imports of its file.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def measure_speed(
 
 
 def count_ids(ids: list[int], count: int) -> dict[str, int]:
-    """How many were delivered too often, and how many never."""
+    """Count samples that were delivered too often, and samples that were never delivered."""
     distinct = len(set(ids))
     return {"duplicates": len(ids) - distinct, "misses": count - distinct}
 
@@ -158,12 +158,12 @@ def measure_resume(runner: Runner, name: str, **task: Any) -> dict[str, Any]:
 
 
 def prepare(options: argparse.Namespace, runner: Runner, size: int, count: int) -> dict[str, Any]:
-    """Have the pictures in every loader's format; return what all tasks of this size share."""
-    place = options.data / f"{size}px-{count}-seed{options.seed}"
-    _say(f"{size} px: {count} pictures in {place}")
-    make_pictures(place, size=size, count=count, seed=options.seed)
+    """Write the pictures in every loader's format; return the task settings of this size."""
+    folder = options.data / f"{size}px-{count}-seed{options.seed}"
+    _say(f"{size} px: {count} pictures in {folder}")
+    make_pictures(folder, size=size, count=count, seed=options.seed)
     task = {
-        "pictures": str(place),
+        "pictures": str(folder),
         "count": count,
         "size": size,
         "batch_size": options.batch,

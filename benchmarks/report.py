@@ -5,9 +5,9 @@ from typing import Any
 
 from benchmarks.rivals import CEILING, LABELS, OURS
 
-# Issue: ours over the best rival, whatever its decoder, by pixels of a side.
+# Required ratio of ours to the best rival with any decoder, by pixels of a side.
 BEST_RIVAL_BOUNDS = {"64": 2.5, "256": 1.5}
-# Ours over each of these as it comes, at 64 px.
+# Required ratio of ours to each of these with its own decoder, at 64 px.
 AS_THEY_COME_BOUND = 4.0
 AS_THEY_COME = ("stock_webdataset", "lightning_litdata", "mosaicml_streaming")
 
@@ -102,8 +102,8 @@ def _print_table(header: str, rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
     for row in (names, ["-" * width for width in widths], *rows):
         cells = [
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         print(f"| {' | '.join(cells)} |")
     print()

@@ -1,4 +1,4 @@
-"""Runs of loaders in processes of their own: which Python, which environment, what came back."""
+"""Runs of loaders in separate processes: interpreter, environment, result."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ENVIRONMENT = {
 
 
 class MeasurementError(Exception):
-    """A loader's process ended badly; the text is the end of what it said."""
+    """A loader's process failed; the text is the last line of its output."""
 
 
 class Runner:
@@ -91,8 +91,8 @@ class Runner:
             # GLOBAL_RANK is what LitData calls RANK.
             ranks = {"RANK": rank, "GLOBAL_RANK": rank, "LOCAL_RANK": rank}
             worlds = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment |= {key: str(it) for key, it in (ranks | worlds | meeting).items()}
+            rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment |= {key: str(it) for key, it in (ranks | worlds | rendezvous).items()}
         result, log = files / "result.json", files / "log"
         with log.open("wb") as file:
             process = subprocess.Popen(
@@ -110,7 +110,7 @@ def _result(process: subprocess.Popen[bytes], result: Path, log: Path) -> Any:
     try:
         code = process.wait(TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
-        raise MeasurementError(f"no end after {TIMEOUT_SECONDS} s") from None
+        raise MeasurementError(f"not finished after {TIMEOUT_SECONDS} s") from None
     if code != 0:
         lines = log.read_text(errors="replace").strip().splitlines()
         raise MeasurementError(lines[-1] if lines else f"exit code {code}")

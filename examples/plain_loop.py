@@ -12,7 +12,7 @@ import torch
 import webdataset as wds
 from torch import nn
 
-from pipeline.data.wds import OrderedShards
+from pipeline.data.ordered_shards import OrderedShards
 
 BATCH_SIZE = 64  # over all ranks; this loop is one rank, see OrderedShards(rank=, world=)
 

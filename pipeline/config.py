@@ -24,7 +24,7 @@ from pipeline.distributed.watchdog import WatchdogConfig
 from pipeline.losses.objective import Objective
 from pipeline.losses.players import Player
 from pipeline.losses.terms import AdversarialTerm
-from pipeline.metrics import LogLikelihood, Metric, SquaredError
+from pipeline.metrics import LogLikelihood, Metric, SquaredErrorMetric
 from pipeline.models.autoencoder import ModelConfig
 from pipeline.monitoring.monitor import MonitorConfig
 
@@ -58,7 +58,8 @@ class EvaluationConfig(Component):
 
     split: str = "held_out"
     every_steps: int = Field(default=1000, gt=0)
-    metrics: tuple[Metric, ...] = (SquaredError(), LogLikelihood())  # besides the objective's parts
+    # Besides the parts of the objective.
+    metrics: tuple[Metric, ...] = (SquaredErrorMetric(), LogLikelihood())
     # End the run after so many evaluations in a row that were not better than the best one, by
     # checkpoint.keep.best; null: never.
     patience: int | None = Field(default=None, gt=0)

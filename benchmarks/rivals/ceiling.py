@@ -1,4 +1,4 @@
-"""The ceiling: threads that decode the same bytes, in memory already, and do nothing else."""
+"""The ceiling: threads that only decode the same bytes, already in memory."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +26,8 @@ class _InMemory:
         yield torch.arange(len(self._data)), torch.from_numpy(self._slots[0])
 
     def _decode(self, part: Sequence[bytes], slots: np.ndarray) -> None:
-        for place, data in enumerate(part):
-            simplejpeg.decode_jpeg(data, "RGB", buffer=slots[place % len(slots)])
+        for number, data in enumerate(part):
+            simplejpeg.decode_jpeg(data, "RGB", buffer=slots[number % len(slots)])
 
     def state(self) -> Any:
         raise NotImplementedError("no loader: there is nothing to resume")

@@ -1,4 +1,4 @@
-"""Ours: `open_stream` over the webdataset shards, which stay as they are; an index lies beside."""
+"""Ours: `open_stream` over the unchanged webdataset shards and an index."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +53,7 @@ class _Epochs:
             yield batch.label[counts], batch.x if counts.all() else batch.x[counts]
 
     def state(self) -> int:
-        """A step number is all there is."""
+        """The state is the step number."""
         return self._next_step
 
 

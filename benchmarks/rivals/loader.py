@@ -1,10 +1,10 @@
-"""What the benchmark asks of a loader, and the process that one measurement runs in.
+"""The interface of loaders, and the process that runs one measurement.
 
     python -m benchmarks.rivals.NAME TASK.json RESULT.json
 
-`serve(LOADER)` stands at the end of every loader's file: it does one action of a task and writes
-its figures. Only this file measures, so every loader is measured alike. It needs torch, and nothing
-of ours until a task asks for our decoder: it also runs in environments of the rivals.
+Every loader's file ends with `serve(LOADER)`, which runs one action of a task and writes its
+figures. Only this file measures, so all loaders are measured alike. It needs torch, and our package
+only for tasks with our decoder, so it also runs in the rivals' environment.
 """
 
 import importlib.metadata
@@ -56,7 +56,7 @@ class Session(Protocol):
         ...
 
     def state(self) -> Any:
-        """Return where the epoch stands, as torch.save takes it."""
+        """Return the state of the current epoch, for torch.save."""
         ...
 
 
@@ -152,7 +152,7 @@ def _cpu_seconds() -> float:
     return sum(int(user) + int(system) for *_, user, system in (row[:13] for row in fields)) / TICKS
 
 
-def _forget(folder: Path) -> None:
+def _drop_from_page_cache(folder: Path) -> None:
     """Drop a folder's files from the page cache, so that reading them shows in `_bytes_read`."""
     for path in folder.rglob("*"):
         if path.is_file():
@@ -216,9 +216,9 @@ def _stop(loader: Loader, task: Task) -> dict[str, Any]:
 def _resume(loader: Loader, task: Task) -> dict[str, Any]:
     """Seconds and bytes to the first batch after the stop, data on disk, code in memory; the rest.
 
-    Imports of the loader's file are over before; what it imports later, in its workers too, counts.
+    Excludes the imports of the loader's file, but includes later ones, also in its workers.
     """
-    _forget(Path(task.pictures))
+    _drop_from_page_cache(Path(task.pictures))
     bytes_before, start = _bytes_read(), time.perf_counter()
     state = torch.load(task.state) if loader.has_state else None
     batches = loader.open(task, state).epoch(0)

@@ -24,7 +24,7 @@ from benchmarks.rivals.loader import (
 )
 
 
-class _Files(Dataset[tuple[int, Tensor]]):
+class _FileDataset(Dataset[tuple[int, Tensor]]):
     def __init__(self, task: Task) -> None:
         self._paths = [str(path) for path in files_of(task)]
         self._decoder = OurDecoder(task.size) if task.our_decoder else None
@@ -39,7 +39,7 @@ class _Files(Dataset[tuple[int, Tensor]]):
             return number, pil_to_tensor(Image.open(file))
 
 
-class _Rest(Sampler[int]):
+class _SkipFirst(Sampler[int]):
     """A sampler without its first numbers."""
 
     def __init__(self, sampler: DistributedSampler[Any], first: int) -> None:
@@ -68,7 +68,7 @@ class _Session(TorchSession):
         return self._num_seen
 
 
-class Files:
+class TorchFiles:
     packages = ("pillow",)
     decoders = ("stock", "ours")
     has_state = True
@@ -77,9 +77,9 @@ class Files:
         """Nothing: the files are there."""
 
     def open(self, task: Task, state: int | None) -> _Session:
-        files = _Files(task)
+        files = _FileDataset(task)
         sampler = DistributedSampler(files, task.world, task.rank, shuffle=True, seed=task.seed)
-        rest: Sequence[int] | Sampler[int] = _Rest(sampler, state) if state else sampler
+        rest: Sequence[int] | Sampler[int] = _SkipFirst(sampler, state) if state else sampler
         loader = DataLoader(
             files,
             batch_size=task.batch_size,
@@ -92,4 +92,4 @@ class Files:
 
 
 if __name__ == "__main__":
-    serve(Files())
+    serve(TorchFiles())

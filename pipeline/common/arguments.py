@@ -1,4 +1,4 @@
-"""Arguments of command lines: what one of them may be, and those that several commands share.
+"""Arguments of command lines: their types, and those that several commands share.
 
 Imports nothing heavy: `--help` answers without torch.
 """
@@ -57,7 +57,7 @@ def sentence(text: str) -> str:
 
 
 def bind(parser: argparse.ArgumentParser, run: Run) -> None:
-    """Have a verb, or a part of one, call `run`; adds the options that every verb has."""
+    """Let a verb, or a part of one, call `run`; add the options of every verb."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(call=run)
 
@@ -82,12 +82,14 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `pipeline.export` and `latentmill export run` are told."""
+    """Add the arguments of `pipeline.export` and `latentmill export run`."""
     parser.add_argument("config", type=Path, help="YAML file, see configs/export/")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings in place of its")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="settings that override the file's"
+    )
     parser.add_argument("--worker", metavar="i/n", help="be worker i (from 0) of n")
     parser.add_argument(
-        "--retry-failed", action="store_true", help="let tasks out of quarantine before"
+        "--retry-failed", action="store_true", help="try tasks again that failed too often"
     )
 
 

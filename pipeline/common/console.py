@@ -17,10 +17,10 @@ def warn(text: str) -> None:
 
 
 def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:
-    """The fields one a line; nested mappings and long lists below their name."""
+    """Return one line per field; nested mappings and long lists follow below their name."""
     lines: list[str] = []
     for name, value in fields.items():
-        # Metrics (eval_ema/kl) keep the names under which they are logged.
+        # Metrics (eval_ema/kl) keep their logged names.
         label = indent + (name if "/" in name else name.replace("_", " "))
         if isinstance(value, dict) and value:
             lines += [label, *_lines(value, indent + "  ")]

@@ -1,4 +1,4 @@
-"""Errors that a person can mend, and the exit codes of every command."""
+"""Errors that a user can correct, and the exit codes of every command."""
 
 DONE = 0
 FAILED = 1
@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 class StoreError(OSError):
-    """A remote store does not do what was asked, now: the network or the service, nobody's mistake.
+    """A remote store fails temporarily, because of the network or the service.
 
-    Printed as one paragraph, exit code 1: the same command goes on where it stopped.
+    Printed as one paragraph, exit code 1: the same command continues where it stopped.
     """

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: the few primitives below pack, checkpoint and export.
+"""Files that are either complete or absent: the primitives of pack, checkpoint and export.
 
 A reader never sees half a file under its final name, and a name that was published survives a
 power cut: content is written under a temporary name, flushed to the disk, and then renamed or
@@ -29,7 +29,7 @@ def sha256_file(path: Path) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one byte string that stands for `value` in hashes: sorted keys, no spaces, no NaN."""
+    """The canonical bytes of `value` for hashes: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -52,7 +52,7 @@ def sync_directory(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """An unused name beside `path`, recognisable as litter by its infix `.tmp-`."""
+    """An unused name beside `path`, recognisable as temporary by its infix `.tmp-`."""
     return path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")
 
 
@@ -89,14 +89,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def create_exclusive(path: Path, data: bytes) -> bool:
     """Create `path` with `data` unless it exists; tell whether this call created it.
 
-    The hard link is the one atomic instant: of any number of racing callers exactly one wins, and
-    nobody ever sees a partial file (works on local disks, NFS, Lustre).
+    The hard link is atomic: exactly one of several concurrent callers succeeds, and no reader sees
+    a partial file (works on local disks, NFS, Lustre).
     """
     temporary = _write_temporary(path, data)
     try:
         os.link(temporary, path)
     except FileExistsError:
-        # NFS asks again when an answer is lost, and is refused what it has done itself.
+        # NFS repeats a request whose reply was lost, and the repeated link fails.
         if not _is_link(temporary, path):
             return False
     finally:

@@ -1,8 +1,8 @@
-"""What the extra `train` brings, and what a command says where it is missing.
+"""The packages of the extra `train`, and the message if they are missing.
 
-A plain `pip install latentmill` holds what `pipeline.latents` needs to read an export. Whatever
-needs more ends with one paragraph and exit code 2: modules that are run by `python -m` call `check`
-before they import the rest; `latentmill VERB` looks up in `missing` what it could not import.
+A plain `pip install latentmill` installs what `pipeline.latents` needs to read an export. Commands
+that need more end with one paragraph and exit code 2: modules that are run by `python -m` call
+`check` before other imports; `latentmill VERB` compares a failed import with `missing`.
 """
 
 import sys
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 from pipeline.common.errors import WRONG_USE
 
-# The extra's packages under the names that they are imported by.
+# The import names of the extra's packages.
 TRAIN = (
     "accelerate",
     "cv2",
@@ -33,12 +33,12 @@ def is_missing(name: str) -> bool:
 
 
 def missing() -> list[str]:
-    """Which of them are not installed; imports none."""
+    """Return the packages that are not installed; imports none."""
     return [name for name in TRAIN if is_missing(name)]
 
 
 def remedy(names: Sequence[str]) -> str:
-    """Say that `names` are missing, and what to install."""
+    """Return the message that `names` are missing, and what to install."""
     return (
         f"not installed here: {', '.join(names)}. A light installation of latentmill reads exports "
         "only; `pip install 'latentmill[train]'` adds what packing, training and exporting need."
@@ -46,7 +46,7 @@ def remedy(names: Sequence[str]) -> str:
 
 
 def check() -> None:
-    """End the program, as wrong use, where something of the extra is missing."""
+    """Exit with code 2 if a package of the extra is missing."""
     names = missing()
     if names:
         print(f"error: {remedy(names)}", file=sys.stderr)

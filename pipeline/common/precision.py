@@ -1,6 +1,6 @@
-"""Which arithmetic a run uses, in one place for training, evaluation and export.
+"""The arithmetic of a run, for training, evaluation and export.
 
-fp32: everything in float32, on GPUs, too (no TF32). bf16: parameters, losses and optimizer in
+fp32: everything in float32, also on GPUs (no TF32). bf16: parameters, losses and optimizer in
 float32, matrix products and convolutions in bfloat16 by autocast. fp64: everything in float64, for
 proofs of equality between topologies. fp16 is refused: with DeepSpeed's autocast every step is
 skipped without the scaler noticing (LOG.md), and bf16 needs no scaler.
@@ -23,7 +23,7 @@ Precision = Annotated[Literal["fp32", "bf16", "fp64"], BeforeValidator(_refuse_f
 
 
 def fix_arithmetic() -> None:
-    """Fix, for this process, what would let equal inputs give different bits on a GPU."""
+    """Make GPU arithmetic of this process deterministic: equal inputs give equal bits."""
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
@@ -41,5 +41,5 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def widen(x: Tensor) -> Tensor:
-    """Return x in float32 at least: the entry to what autocast must not narrow."""
+    """Return x in at least float32, before operations that must not run in bfloat16."""
     return x if x.dtype == torch.float64 else x.float()

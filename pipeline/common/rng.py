@@ -1,4 +1,4 @@
-"""Random tensors as pure functions of (seed, stream, epoch, uid, element): no state, no order.
+"""Random tensors as pure functions of (seed, stream, epoch, uid, element), without state.
 
     sample_keys(seed, stream, epoch, uid) -> one 64-bit key per sample
     substream(keys, name)                 -> independent keys for one use (a severity, a mask ...)
@@ -7,7 +7,7 @@
 
 A sample therefore meets the same corruption and the same reparametrisation noise on any number of
 processes, in any batch and after any restart. Bits are SplitMix64 (Steele, Lea and Flood 2014,
-"Fast splittable pseudorandom number generators", fig. 16) with a gamma of each sample's own; the
+"Fast splittable pseudorandom number generators", fig. 16) with a different gamma per sample; the
 arithmetic is wrapping int64, so they are identical on CPU and CUDA. Uniforms are exact multiples
 of 2^-24 and identical everywhere too; normals go through log and cos, which may differ by an ulp
 between devices.

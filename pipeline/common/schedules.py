@@ -27,7 +27,7 @@ class LinearSchedule(Component):
         return self.start + (self.end - self.start) * fraction
 
 
-# A plain number is a constant.
+# A plain number is a constant schedule.
 Schedule = Annotated[float, Field(ge=0)] | LinearSchedule
 
 

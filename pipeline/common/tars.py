@@ -1,7 +1,7 @@
-"""Reproducible tars: the same samples in the same order give the same bytes, anywhere, any day.
+"""Reproducible tars: the same samples in the same order always give the same bytes.
 
-pack and the tar writer of the export write through here. The container is webdataset's own
-`TarWriter`, pinned to ustar with fixed time, owner and mode; its tarfile default would be PAX.
+Used by pack and by the tar writer of the export. The container is webdataset's own `TarWriter`,
+set to ustar with fixed time, owner and mode; tarfile's default would be PAX.
 """
 
 import os
@@ -23,8 +23,8 @@ WriteSample = Callable[[str, Mapping[str, bytes]], None]
 def open_tar(path: Path) -> Generator[WriteSample, None, None]:
     """Create `path` and yield a function that appends one sample's members, sorted by suffix.
 
-    The file is flushed to the disk on a clean exit. After an error a part of it may lie there: give
-    a temporary name and publish afterwards.
+    The file is flushed to the disk on a clean exit. After an error an incomplete file may remain:
+    use a temporary name and publish afterwards.
     """
     with path.open("xb") as file:
         # mtime=0 is an integer: a float would be written as a PAX record.
@@ -41,7 +41,7 @@ def open_tar(path: Path) -> Generator[WriteSample, None, None]:
             yield write
             writer.close()
         except BaseException:
-            # Else its destructor writes what it still holds into a file that is closed by then.
+            # Otherwise its destructor would write buffered data into the closed file.
             writer.tarstream.fileobj.closed = True  # pyright: ignore[reportAttributeAccessIssue]
             raise
         file.flush()

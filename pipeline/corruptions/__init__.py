@@ -1,7 +1,7 @@
 """Corruptions: clean batch in [0, 1] and one key per sample -> corrupted batch and mask.
 
 Add a kind: one file with a Component whose `__call__(x, keys) -> Corrupted`, and its name below.
-A kind that suits some event shapes only says so in `check_event`.
+A kind for some event shapes only checks them in `check_event`.
 
 # B samples; event = the shape of one sample
 """
@@ -25,14 +25,14 @@ Corruption = Annotated[
 
 
 def corrupt(x: Tensor, corruptions: Sequence[Corruption], keys: Tensor) -> Corrupted:
-    """Apply the corruptions in order to x [B, *event]; the mask is the union of theirs.
+    """Apply the corruptions one after the other to x [B, *event]; the mask is the union of theirs.
 
-    `keys` int64 [B] come from `rng.sample_keys`; equal corruptions at two places in the list draw
-    different noise.
+    `keys` int64 [B] come from `rng.sample_keys`; equal corruptions at two positions in the
+    list draw different noise.
     """
     mask: Tensor | None = None
-    for place, corruption in enumerate(corruptions):
-        x, added = corruption(x, rng.substream(keys, f"{place}/{corruption.kind}"))
+    for index, corruption in enumerate(corruptions):
+        x, added = corruption(x, rng.substream(keys, f"{index}/{corruption.kind}"))
         if added is not None:
             mask = added if mask is None else mask | added
     return Corrupted(x, mask)

@@ -10,7 +10,7 @@ from pipeline.common.component import Component
 
 
 class Corrupted(NamedTuple):
-    """A corrupted batch and, where single elements were replaced, which."""
+    """A corrupted batch, and which elements were replaced."""
 
     x: Tensor  # [B, *event], same dtype as the clean batch
     mask: Tensor | None  # bool [B, *event], True = replaced; None: no element is singled out

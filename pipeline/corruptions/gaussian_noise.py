@@ -16,11 +16,11 @@ class GaussianNoise(CorruptionBase):
 
     @property
     def has_mask(self) -> bool:
-        """Noise falls on all elements alike."""
+        """No mask: noise is added to all elements."""
         return False
 
     def __call__(self, x: Tensor, keys: Tensor) -> Corrupted:
-        """Corrupt x [B, *event] with noise drawn from keys [B]."""
+        """Add noise, drawn from keys [B], to x [B, *event]."""
         noise = rng.normal(rng.substream(keys, "noise"), x.shape[1:])
         sigma = draw_severity(self.sigma, keys, like=x)
         return Corrupted(x + (sigma * noise).to(x.dtype), mask=None)

@@ -1,4 +1,4 @@
-"""Worker processes for pack and index: started afresh, and gone when their parent is."""
+"""Worker processes for pack and index: spawned, not forked; they end with their parent."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 def _begin() -> None:
-    """Leave Ctrl-C to the parent, which ends us; end when it was killed."""
+    """Ignore Ctrl-C, which the parent handles; end this process if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -19,15 +19,15 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)  # nobody is left who could read a result
+        os._exit(1)  # no process is left to read a result
 
 
 @contextmanager
 def worker_processes(count: int) -> Generator[ProcessPoolExecutor]:
-    """Start `count` processes, not by forking: a fork would copy the locks of our threads.
+    """Spawn `count` processes: a fork would copy locks that other threads hold.
 
-    On an error the work that has not begun is dropped, and what has begun is finished. Ctrl-C ends
-    that, too: a worker may be ended at any instruction, as everything that it writes appears whole.
+    After an error, pending work is cancelled and running work is finished. Ctrl-C also terminates
+    running work: that is safe at any instruction, because every file is published whole.
     """
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")

@@ -12,12 +12,12 @@ from pipeline.data.storage import RemotePolicy
 Positive = Annotated[int, Field(ge=1)]
 
 
-class Source(Component):
+class DataSource(Component):
     """One data set of a mixture."""
 
     path: str  # the directory or URL that holds `index/`
     shards: str | None = None  # where the shards lie; None = in `path`
-    weight: Annotated[int, Field(ge=1, le=10_000)] = 1  # its part of the mixture's sum of weights
+    weight: Annotated[int, Field(ge=1, le=10_000)] = 1  # relative to the sum of all weights
 
     @property
     def root(self) -> str:
@@ -31,32 +31,32 @@ class DataConfig(Component):
     path: str | None = None  # the directory or URL that holds `index/`
     shards: str | None = None  # where the shards lie; None = in `path`
     # Several data sets instead of `path`, each endless by itself, mixed by weight.
-    mixture: tuple[Source, ...] = ()
+    mixture: tuple[DataSource, ...] = ()
     split: str = "train"  # a split that the index names, or "all"
     decode: Decode = ImageDecode()
-    # In this order, keyed by sample and epoch; the model's target is the augmented image.
+    # Applied in this order, keyed by sample and epoch; the target is the augmented image, too.
     augmentations: tuple[Augmentation, ...] = ()
     lanes: Positive | None = None  # L; None = the largest divisor of the global batch up to 64
     interleave: Annotated[int, Field(ge=1, le=1024)] = 8  # K: shards that one lane reads at a time
     window: Annotated[int, Field(ge=1, le=1 << 20)] = 256  # S: samples per shuffled window
-    threads: Positive = 2  # that decode, per process
-    # That fetch, per process; 0 = those that decode do it, too. None = 0 where shards lie on a disk
-    # of this machine, 8 on a network file system, one per connection for remote ones.
+    threads: Positive = 2  # decoding threads per process
+    # Fetching threads per process; 0 = the decoding threads fetch, too. None = 0 for a local disk,
+    # 8 for a network file system, one per connection for remote shards.
     read_threads: Annotated[int, Field(ge=0)] | None = None
     remote: RemotePolicy = RemotePolicy()  # for shards and indexes behind URLs
     prefetch: Positive = 2  # batches decoded ahead
     # Compare every member read with the CRC-32 that `pack` and `index --deep` wrote down.
     verify_checksums: bool = False
-    # Of the samples delivered (counted as at least 1000): above it, the run stops.
+    # The run stops above this fraction of the delivered samples (counted as at least 1000).
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    # Samples one after the other, as one process delivers them: with one more, the run stops, too.
+    # The run also stops at more than this many bad samples in a row in one process.
     max_bad_in_row: Annotated[int, Field(ge=0)] = 100
 
     @property
-    def sources(self) -> tuple[Source, ...]:
-        """The data sets: the one at `path`, or the mixture's."""
+    def sources(self) -> tuple[DataSource, ...]:
+        """The data sets: the one at `path`, or those of the mixture."""
         if self.path is not None:
-            return (Source(path=self.path, shards=self.shards),)
+            return (DataSource(path=self.path, shards=self.shards),)
         return self.mixture
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from pipeline.common.errors import UserError
 from pipeline.data.decode import Decode
 from pipeline.data.index import Index
-from pipeline.data.rows import read_shards
+from pipeline.data.sequential import read_shards
 from pipeline.data.settings import DataConfig
 from pipeline.evaluation.probe import Score, probe_features
 from pipeline.latents.files import LocalFiles

@@ -17,8 +17,8 @@ from pipeline.common.precision import autocast
 from pipeline.data.stream import Batch
 from pipeline.distributed.gather import RowGather
 from pipeline.distributed.runtime import Runtime
-from pipeline.metrics import MetricBase, Seen
-from pipeline.models.autoencoder import Output
+from pipeline.metrics import EvaluatedBatch, MetricBase
+from pipeline.models.autoencoder import ModelOutput
 from pipeline.monitoring.meter import Meter
 from pipeline.training.forward import Forward, Inputs
 
@@ -60,11 +60,11 @@ class Measurement:
         self._losses.add(values, inputs.weight)
         self._sigma2 = forward.likelihood.sigma2(output.learned)
 
-        def again(*arguments: Tensor, **settings: object) -> Output:
+        def again(*arguments: Tensor, **settings: object) -> ModelOutput:
             with autocast(forward.precision, forward.device):
                 return model(*arguments, **settings)
 
-        seen = Seen(
+        seen = EvaluatedBatch(
             uid=batch.uid.to(forward.device),
             weight=inputs.weight,
             clean=inputs.clean,
@@ -107,7 +107,7 @@ class Tally:
         # Of the images with the smallest draws: uid, and the metric's row.
         self._kept: list[Tensor] = []
 
-    def add(self, seen: Seen) -> None:
+    def add(self, seen: EvaluatedBatch) -> None:
         """Take in a micro-batch."""
         for name, value in self._metric.sums(seen).items():
             value = value.to(torch.float64)
@@ -168,13 +168,13 @@ def evaluating(model: nn.Module) -> Generator[None]:
         model.train(was_training)
 
 
-def _reconstruction(model: nn.Module, output: Output, forward: Forward) -> Tensor:
+def _reconstruction(model: nn.Module, output: ModelOutput, forward: Forward) -> Tensor:
     """Decode the posterior's mean [B, *event], or the code itself where it has no posterior."""
     assert output.decoded is not None
     if output.posterior is None or output.posterior.logvar is None:
         return forward.likelihood.mean(output.decoded)
     with autocast(forward.precision, forward.device):
-        decoded: Output = model(output.posterior.mu, mode="decode")
+        decoded: ModelOutput = model(output.posterior.mu, mode="decode")
     assert decoded.decoded is not None
     return forward.likelihood.mean(decoded.decoded)
 

@@ -18,7 +18,7 @@ import torch
 from pipeline.common.errors import UserError
 from pipeline.common.precision import fix_arithmetic
 from pipeline.data.index import Index
-from pipeline.data.rows import read_shards
+from pipeline.data.sequential import read_shards
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import open_storage
 from pipeline.data.storage.opening import open_writable

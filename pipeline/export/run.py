@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.common.errors import UserError
-from pipeline.data.rows import RowBatch
+from pipeline.data.sequential import RowBatch
 from pipeline.export.commit import Commit, Fault, commit, drop, publish_commit, stage_rows
 from pipeline.export.failures import (
     MAX_ATTEMPTS,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.latents.portable import portable_exp
+from pipeline.latents.exact_math import portable_exp
 
 # Beyond this many channels the covariance is left out: its partials travel in the commit records,
 # about 165 KB each at 128 channels.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.common.precision import autocast
 from pipeline.data.decode.fault import stable_reason
-from pipeline.data.rows import RowBatch
+from pipeline.data.sequential import RowBatch
 from pipeline.export.commit import Fault
 from pipeline.export.failures import RejectedError
 from pipeline.export.passthrough import JsonFields

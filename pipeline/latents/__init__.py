@@ -5,7 +5,7 @@
     data/<kind>/<shard> --formats/--> arrays, by memory map where the files are local
     (seed, epoch, step, rank) --batches.py, by order-v1--> row numbers -> LatentRows
 
-Nothing here imports torch, so whoever trains on latents needs numpy and pyarrow alone.
+Nothing here imports torch: reading latents needs numpy and pyarrow only.
 """
 
 from pipeline.latents.dataset import LatentDataset

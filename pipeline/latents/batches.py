@@ -1,8 +1,8 @@
-"""Which rows stand in which batch: order-v1 of `pipeline.data.order` over the shards of an export.
+"""Which rows form which batch: order-v1 of `pipeline.data.order` over the shards of an export.
 
     (batch_size, seed, epoch, step, rank) -> positions -> (shard, row) -> row numbers, weights
 
-The steps of an epoch are planned some at a time, as many as share the order's windows.
+The steps of an epoch are planned in groups that share windows of the order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pipeline.common.errors import UserError
 from pipeline.data.order import Order
 
-# Fewer than training's: lanes x interleave shards are open at a time, and of a remote export a row
-# group of each is in memory.
+# Fewer than in training: lanes x interleave shards are open at a time, and of a remote export one
+# row group of each is in memory.
 MAX_LANES, INTERLEAVE = 8, 4
 WINDOW = 256
 
@@ -25,7 +25,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the steps' rows is read here: slots of a rank, every n-th step of a worker."""
+    """The part of the rows to read: the slots of a rank, every n-th step of a worker."""
 
     rank: int = 0
     world: int = 1
@@ -85,7 +85,7 @@ def steps_per_epoch(order: Order) -> int:
 def plan_steps(
     order: Order, first_row: Ints, *, epoch: int, start: int, share: Share
 ) -> Iterator[tuple[Ints, NDArray[np.bool_]]]:
-    """Yield for each step from `start` on its row numbers [b], and which only repeat a row [b].
+    """Yield the row numbers [b] of each step from `start` on, and which of them are repeats [b].
 
     first_row: of each shard.
     """
@@ -99,4 +99,6 @@ def plan_steps(
         )
         shard, row = order.samples(positions)
         rows = (first_row[shard] + row).reshape(len(steps), -1)
-        yield from zip(rows, order.places(positions).repeated.reshape(rows.shape), strict=True)
+        yield from zip(
+            rows, order.lane_positions(positions).repeated.reshape(rows.shape), strict=True
+        )

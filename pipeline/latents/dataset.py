@@ -23,7 +23,13 @@ from pipeline.latents.fields import field_array
 from pipeline.latents.files import Files, LocalFiles, RemoteFiles, damaged
 from pipeline.latents.formats.reading import COLUMNS, NUMBERS, Ints
 from pipeline.latents.keys import KeyIndex, UnknownKeyError
-from pipeline.latents.manifest import Manifest, Scale, make_scale, read_manifest, read_statistics
+from pipeline.latents.manifest import (
+    LatentManifest,
+    Scale,
+    make_scale,
+    read_manifest,
+    read_statistics,
+)
 from pipeline.latents.rows import LatentRow, LatentRows
 from pipeline.latents.shards import Shards, choose_format
 
@@ -33,14 +39,13 @@ Tail = Literal["mask", "drop"]
 
 
 class LatentDataset:
-    """A finished export, in the order of its shards and their rows.
+    """A finished export, as a sequence of rows, shard by shard.
 
         ds = LatentDataset("latents", normalized=True)
         ds[5], ds[10:20], ds.by_key("000000123"), ds.column("label")
         for batch in ds.batches(256, seed=0, epoch=0, rank=r, world=w, start=step): ...
 
-    Files are opened as they are needed, at most 128 shards at a time; a pickled or forked copy
-    opens its own.
+    Files are opened when needed, at most 128 shards at a time; a pickled copy opens its own.
     """
 
     def __init__(
@@ -57,8 +62,8 @@ class LatentDataset:
 
         root: a directory, or a URL. format: which of the stored ones to read; None = the fastest.
         normalized: latents per channel to mean 0 and standard deviation 1 of a sampled latent, as
-        float32, by the export's own statistics. weights_sha256: the model that must have encoded,
-        or its encoder_sha256; None = any. remote: attempts, limits and connections for a URL;
+        float32, by the export's own statistics. weights_sha256: the expected model, or its
+        encoder_sha256; None = any. remote: attempts, limits and connections for a URL;
         None = the defaults. cache_bytes: of remote ranges kept in memory.
         """
         self._arguments: dict[str, Any] = {
@@ -74,7 +79,7 @@ class LatentDataset:
             if is_url(root)
             else LocalFiles(Path(root))
         )
-        self.manifest: Manifest = read_manifest(self._files, weights_sha256)
+        self.manifest: LatentManifest = read_manifest(self._files, weights_sha256)
         self.format = choose_format(self.root, self.manifest, format)
         self.normalized = normalized
         scale = self._scale if normalized else None
@@ -119,8 +124,8 @@ class LatentDataset:
         return read_statistics(self._files, self.manifest)
 
     def denormalize(self, z: NDArray[Any]) -> NDArray[np.float32]:
-        """Return latents as the model's decoder takes them, from normalised ones: mu or z of rows
-        read with normalized=True, or new ones of their kind.
+        """Return latents for the model's decoder from normalised ones: mu or z of rows read with
+        normalized=True, or generated ones.
 
         z: [n, *latent_shape]. Raises UserError for another shape, or an export without statistics.
         """
@@ -165,13 +170,13 @@ class LatentDataset:
             )
         if len(rows) > 1:
             raise UserError(
-                f"{len(rows)} rows of {self.root} have the key {key!r}, as the data set has it "
+                f"{len(rows)} rows of {self.root} have the key {key!r}, which the data set holds "
                 f"more than once: rows {', '.join(map(str, rows[:10]))}; read them by number."
             )
         return self[rows[0]]
 
     def rows_of_key(self, key: str) -> list[int]:
-        """Return the numbers of all rows with a key; mostly one, none if there is no such key."""
+        """Return the numbers of all rows with a key: none, one, or several."""
         return [int(self._shards.first_row[task]) + row for task, row in self._key_index.find(key)]
 
     def column(self, name: str) -> NDArray[Any]:
@@ -213,11 +218,11 @@ class LatentDataset:
     ) -> Iterator[LatentRows]:
         """Yield one epoch's batches from step `start` on; raise UserError on numbers that clash.
 
-        batch_size: rows of a step over all ranks; each rank gets its equal part, so that the parts
-        in order of rank are the same batch for any world. worker of workers: takes every n-th step,
-        so a DataLoader(batch_size=None) gives the steps in order. tail: under `mask` every row
-        comes once, and repeats of weight 0 fill the last batch; `drop` leaves out what fills none.
-        lanes, interleave, window: how far rows are mixed, see pipeline.data.order; None = the
+        batch_size: rows of a step over all ranks. Each rank gets an equal part, and the parts by
+        rank form the same batch for any world. worker of workers: takes every n-th step, so a
+        DataLoader(batch_size=None) gives the steps in order. tail: `mask` yields every row once and
+        fills the last batch with repeats of weight 0; `drop` leaves out the incomplete batch.
+        lanes, interleave, window: how far rows are mixed, see pipeline.data.order; lanes None = the
         largest divisor of batch_size up to 8. About lanes x interleave shards are in use at a time,
         of which 128 stay open.
         """

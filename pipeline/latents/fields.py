@@ -1,4 +1,4 @@
-"""Typed values of a field of the samples' JSON; one rule for who writes and who reads them."""
+"""Typed values of a field of the samples' JSON; the same rule for writing and reading."""
 
 import json
 import re
@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 
 FieldType = Literal["int64", "float64", "string", "bool"]
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # escaped in JSON, but no text: UTF-8 has none
-# What stands for a value that a row lacks, which only a row that is not valid may.
+_SURROGATE = re.compile("[\ud800-\udfff]")  # valid as JSON escapes, but not in UTF-8
+# Replaces a missing value, which only invalid rows may have.
 _NOTHING: dict[FieldType, Any] = {"int64": 0, "float64": 0.0, "string": "", "bool": False}
 
 
 def parse_texts(texts: Sequence[str | None]) -> list[Any]:
-    """Return the value of each JSON text; None where there is none, or no JSON."""
+    """Return the value of each JSON text; None for a missing or invalid text."""
     return [None if text is None else _parse(text) for text in texts]
 
 
 def typed_values(parsed: Sequence[Any], name: str, kind: FieldType) -> list[Any]:
-    """Return the value of a field in each parsed text; None where it has none of this type.
+    """Return the value of a field in each parsed text; None if missing or of another type.
 
-    name: dots lead into objects, as in a split's `json.FIELD`.
+    name: dots separate nested objects, as in a split's `json.FIELD`.
     """
     parts = name.split(".")
     return [_typed(_look_up(value, parts), kind) for value in parsed]

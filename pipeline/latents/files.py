@@ -1,4 +1,4 @@
-"""The bytes of an export: local files by memory map, others by ranged reads.
+"""The bytes of an export: local files by memory map, remote ones by range requests.
 
 LocalFiles.open, RemoteFiles.open -> ByteFile.view(offset, size) -> uint8 array
 """
@@ -27,15 +27,15 @@ class ByteFile(ABC):
     """One open file of `size` bytes."""
 
     size: int
-    is_mapped: bool  # into memory: a view costs nothing
+    is_mapped: bool  # into memory, so that a view costs nothing
 
     @abstractmethod
     def view(self, offset: int, size: int) -> Bytes:
-        """Return bytes [offset, offset + size), not to be written to."""
+        """Return bytes [offset, offset + size), read only."""
 
     @abstractmethod
     def arrow(self) -> Any:
-        """Return the file as pyarrow opens one."""
+        """Return a file object for pyarrow."""
 
 
 class Files(ABC):
@@ -50,7 +50,7 @@ class Files(ABC):
         """Open a file; raise FileNotFoundError when it is missing."""
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
-        """Give back what is held open; reading again afterwards is allowed."""
+        """Close what is open; reading again afterwards is allowed."""
 
     def read_whole(self, name: str) -> bytes | None:
         """Return all bytes of a small file; None if it is missing."""
@@ -66,7 +66,7 @@ class _MappedFile(ByteFile):
 
     def __init__(self, path: Path) -> None:
         self.size = path.stat().st_size
-        empty = np.zeros(0, np.uint8)  # which no system maps
+        empty = np.zeros(0, np.uint8)  # an empty file cannot be mapped
         self._bytes: Bytes = np.asarray(np.memmap(path, np.uint8, "r")) if self.size else empty
 
     def view(self, offset: int, size: int) -> Bytes:
@@ -83,7 +83,6 @@ class LocalFiles(Files):
         self._root = root
 
     def where(self, name: str) -> str:
-        """Return the path of a file."""
         return str(self._root / name)
 
     def open(self, name: str) -> ByteFile:
@@ -92,7 +91,7 @@ class LocalFiles(Files):
 
 
 class _RangeCache:
-    """The ranges read last, up to a number of bytes; safe from any thread."""
+    """A cache of the most recently read ranges, up to a number of bytes; thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -138,7 +137,7 @@ class _Seekable(io.RawIOBase):
 
     def __init__(self, file: _RemoteFile) -> None:
         super().__init__()
-        self._file, self._place = file, 0
+        self._file, self._position = file, 0
 
     def readable(self) -> bool:
         return True
@@ -147,30 +146,29 @@ class _Seekable(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._place
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.size}[whence]
-        self._place = start + offset
-        return self._place
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
+        self._position = start + offset
+        return self._position
 
     def read(self, size: int = -1) -> bytes:
-        left = max(0, self._file.size - self._place)
+        left = max(0, self._file.size - self._position)
         size = left if size < 0 else min(size, left)
-        data = self._file.view(self._place, size).tobytes()
-        self._place += size
+        data = self._file.view(self._position, size).tobytes()
+        self._position += size
         return data
 
 
 class RemoteFiles(Files):
-    """Files in a store; the ranges read last are kept, up to `cache_bytes`."""
+    """Files in a store; recently read ranges are cached, up to `cache_bytes`."""
 
     def __init__(self, store: Storage, cache_bytes: int) -> None:
         self._store = store
         self._cache = _RangeCache(cache_bytes)
 
     def where(self, name: str) -> str:
-        """Return the URL of a file."""
         return self._store.where(name)
 
     def open(self, name: str) -> ByteFile:
@@ -186,23 +184,23 @@ class RemoteFiles(Files):
 
 
 def damaged(where: str, what: str) -> UserError:
-    """Return the error for a file that is not as the manifest says."""
+    """Return the error for a file that does not match the manifest."""
     return UserError(
         f"{where} {what}: the export is damaged or was copied in part. `latentmill verify` on its "
-        "directory lists all that is wrong; copy the file again, or give the export command again "
-        "in an empty directory."
+        "directory lists all problems; copy the file again, or repeat the export into an empty "
+        "directory."
     )
 
 
-# What readers meet in bytes that make no sense, pyarrow's included.
+# Errors of readers, including pyarrow, for damaged bytes.
 _FAULTS = (ValueError, LookupError, TypeError, SyntaxError, struct.error, pa.ArrowException)
 
 
 @contextmanager
-def blaming(where: str) -> Generator[None]:
-    """Turn what bytes that make no sense lead to into the error for a damaged file.
+def reported_as_damage(where: str) -> Generator[None]:
+    """Turn errors that damaged bytes cause into the error for a damaged file.
 
-    What a store raises when it cannot read passes through: that is no damage.
+    Errors of a store that cannot be read pass through: they are not damage.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What an export says of itself: manifest.json, sealed by _SUCCESS, and latent_stats.json."""
+"""The description of an export: manifest.json, whose hash _SUCCESS holds, and latent_stats.json."""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ from pipeline.common.errors import UserError
 from pipeline.latents.fields import FieldType
 from pipeline.latents.files import Files, damaged
 
-# As pipeline.export writes them, which is a higher layer; tests hold the two together.
+# The same as in pipeline.export, a higher layer; tests compare the two.
 FORMAT = "latentmill-export-v1"
 MANIFEST, SUCCESS, PLAN = "manifest.json", "_SUCCESS", "_run/plan.json"
 
 
 @dataclass(frozen=True)
-class Manifest:
+class LatentManifest:
     """The manifest of a finished export."""
 
     values: Mapping[str, Any]
@@ -33,21 +33,21 @@ class Manifest:
 
     @property
     def encoder_sha256(self) -> str | None:
-        """Identity of those that made the latents; None: written before exports said so."""
+        """Identity of the encoder's weights; None in older exports."""
         return self.values["fingerprint"]["model"].get("encoder_sha256")
 
     def is_of(self, sha256: str) -> bool:
-        """Whether it holds latents of a model: the digest of all its weights, or its encoder's."""
+        """Whether the latents are of a model, by the digest of its weights or of its encoder."""
         return sha256 in (self.model_sha256, self.encoder_sha256)
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The arrays stored per row: mu, and logvar where there is one, or z; then of views."""
+        """The arrays stored per row: mu and, if stored, logvar, or z; then those of views."""
         return tuple(self.values["fingerprint"]["output"]["fields"])
 
     @property
     def columns(self) -> dict[str, FieldType]:
-        """The fields of the samples' JSON that are columns of their own."""
+        """The fields of the samples' JSON that are stored as columns."""
         return self.values["fingerprint"]["output"].get("columns", {})
 
     @property
@@ -76,10 +76,10 @@ class Manifest:
         return [task["name"] for task in self.values["tasks"]]
 
 
-def read_manifest(files: Files, weights_sha256: str | None) -> Manifest:
-    """Return the manifest; raise UserError unless the export is finished, whole and as expected.
+def read_manifest(files: Files, weights_sha256: str | None) -> LatentManifest:
+    """Return the manifest; raise UserError unless the export is finished, undamaged and expected.
 
-    weights_sha256: the model that must have encoded, or its encoder's digest; None = any.
+    weights_sha256: the expected model, or its encoder's digest; None = any.
     """
     root = files.where("").rstrip("/")
     data, seal = files.read_whole(MANIFEST), files.read_whole(SUCCESS)
@@ -91,7 +91,7 @@ def read_manifest(files: Files, weights_sha256: str | None) -> Manifest:
             )
         raise UserError(
             f"{root} holds an unfinished export: {SUCCESS} is not there. Give the export command "
-            "again, it goes on where it stopped; only a finished export can be read."
+            "again: it continues where it stopped. Only a finished export can be read."
         )
     if data is None:
         raise damaged(files.where(MANIFEST), "is missing")
@@ -103,7 +103,7 @@ def read_manifest(files: Files, weights_sha256: str | None) -> Manifest:
         raise UserError(
             f"{root} has the format {values['format']!r}; this version reads {FORMAT!r}."
         )
-    manifest = Manifest(values, digest)
+    manifest = LatentManifest(values, digest)
     if weights_sha256 is not None and not manifest.is_of(weights_sha256):
         raise UserError(
             f"{root} holds latents of another model: its weights_sha256 is "
@@ -113,7 +113,7 @@ def read_manifest(files: Files, weights_sha256: str | None) -> Manifest:
     return manifest
 
 
-def read_statistics(files: Files, manifest: Manifest) -> dict[str, Any]:
+def read_statistics(files: Files, manifest: LatentManifest) -> dict[str, Any]:
     """Return latent_stats.json; raise UserError unless it is the manifest's."""
     entry = manifest.values["statistics"]
     data = files.read_whole(entry["path"])
@@ -126,13 +126,13 @@ def read_statistics(files: Files, manifest: Manifest) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Scale:
-    """Per channel mean and standard deviation of a sampled latent, shaped to broadcast on rows."""
+    """Mean and standard deviation per channel of a sampled latent; broadcasts over rows."""
 
     mean: NDArray[np.float32]  # [C, 1, ...]
-    std: NDArray[np.float32]  # [C, 1, ...]; 1 where a channel never varies, which so becomes 0
+    std: NDArray[np.float32]  # [C, 1, ...]; 1 for a constant channel, which then becomes 0
 
     def apply(self, field: str, values: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[Any]:
-        """Return normalised float32 `values` [n, C, ...]; rows that are not valid stay zeros."""
+        """Return normalised float32 `values` [n, C, ...]; invalid rows stay zeros."""
         if field.startswith("logvar"):
             scaled = values - 2 * np.log(self.std)
         else:
@@ -141,7 +141,7 @@ class Scale:
         return scaled
 
     def invert(self, values: NDArray[Any]) -> NDArray[np.float32]:
-        """Undo `apply` for `values` [n, C, ...] of mu or z: as float32, as the model has them."""
+        """Undo `apply` for `values` [n, C, ...] of mu or z: latents of the model, in float32."""
         return np.asarray(values, np.float32) * self.std + self.mean
 
 
@@ -149,7 +149,7 @@ def make_scale(statistics: Mapping[str, Any], num_axes: int, root: str) -> Scale
     """Return the scale from latents_mean and latents_std; raise UserError where there is none."""
     if "latents_mean" not in statistics:
         raise UserError(
-            f"{root} holds no valid row, so there is nothing to normalise by: normalized=False."
+            f"{root} holds no valid row, so it has no statistics: read it with normalized=False."
         )
     shape = (-1, *(1 for _ in range(num_axes - 1)))
     std = np.array(statistics["latents_std"], np.float32).reshape(shape)

@@ -1,10 +1,10 @@
-"""Sampled latents z = mu + sigma eps, the same bits wherever they are drawn; and their noise.
+"""Sampled latents z = mu + sigma eps and their noise: the same bits on every machine.
 
-`sample` is the one formula: the reader draws by it from stored moments, and an export of
-`store: sample` stores what it gives. The noise is `pipeline.common.rng` in numpy: the same keys and
-uniforms to the bit, as they are integer arithmetic and exact scaling. Normals are computed in
-float64, portably, and rounded, where `pipeline.common.rng` takes float32 logarithms and cosines of
-the device: the two differ by some 1e-6 at most.
+`sample` is used twice: the reader draws from stored moments with it, and an export with
+`store: sample` stores its result. The noise is `pipeline.common.rng` in numpy: keys and uniforms
+have the same bits, because they are integer arithmetic and exact scaling. Normals are computed
+portably in float64 and rounded, while `pipeline.common.rng` uses float32 logarithms and cosines
+of the device: the two differ by at most about 1e-6.
 
 # B samples
 """
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.latents.portable import portable_cos_sin, portable_exp, portable_log
+from pipeline.latents.exact_math import portable_cos_sin, portable_exp, portable_log
 
 Keys = NDArray[np.uint64]
 
 STREAM = "latents"
-_CACHED_VALUES = 1 << 14  # computed at once, so that they stay in the processor's cache
+_CACHED_VALUES = 1 << 14  # values per chunk, which fits into the processor's cache
 
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
@@ -50,7 +50,7 @@ def sample_keys(seed: int, stream: str, *, epoch: int, uid: NDArray[np.int64]) -
 
 
 def _pairs(keys: Keys, num_elements: int) -> NDArray[np.float64]:
-    """Two uniforms each for as many pairs as hold `num_elements`: [B, pairs, 2] in [0, 1)."""
+    """Return uniforms [B, pairs, 2] on [0, 1), enough pairs for `num_elements`."""
     counter = np.arange(1, (num_elements + 1) // 2 + 1, dtype=np.uint64)
     gamma = _mix(keys ^ _GAMMA_SALT) | np.uint64(1)
     state = _mix(gamma[:, None] * counter + keys[:, None])
@@ -96,6 +96,6 @@ def sample(
     """
     stream = STREAM if view == "identity" else f"{STREAM}/{view}"
     eps = normal(sample_keys(seed, stream, epoch=epoch, uid=rows), mu.shape[1:])
-    with np.errstate(over="ignore", invalid="ignore"):  # moments that are not finite stay so
+    with np.errstate(over="ignore", invalid="ignore"):  # non-finite moments stay non-finite
         sigma: NDArray[Any] = portable_exp(0.5 * logvar.astype(np.float64)).astype(np.float32)
         return mu.astype(np.float32) + sigma * eps

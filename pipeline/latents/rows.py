@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipeline.common.errors import UserError
 from pipeline.latents.noise import sample
 
-NO_LABEL = -1  # as pipeline.latents.formats.writers has it
+NO_LABEL = -1  # the same as in pipeline.latents.formats.writers
 
 # Column of texts, row numbers -> its values.
 LookUp = Callable[[str, NDArray[np.int64]], list[Any]]
@@ -19,7 +19,7 @@ Latents = Mapping[str, NDArray[Any]]
 
 
 def field_of(name: str, view: str) -> str:
-    """Return how `mu`, `logvar` or `z` of a view is named among the fields of an export."""
+    """Return the field name of `mu`, `logvar` or `z` of a view."""
     return name if view == "identity" else f"{name}_{view}"
 
 
@@ -58,7 +58,7 @@ class LatentRow:
 
 @dataclass(frozen=True)
 class LatentRows:
-    """n rows; those that are not valid hold zeros, those of weight 0 only fill a batch."""
+    """n rows; invalid ones hold zeros, and weight 0 marks them and repeats that fill a batch."""
 
     index: NDArray[np.int64]  # [n] row numbers in the export
     valid: NDArray[np.bool_]  # [n]
@@ -66,14 +66,14 @@ class LatentRows:
     latents: Latents  # field -> [n, *latent_shape]
     weight: NDArray[np.float32]  # [n] 1, or 0: not valid, or a repeat at the end of an epoch
     look_up: LookUp = field(repr=False)
-    view_name: str = "identity"  # that `mu`, `logvar` and `sample` are of
+    view_name: str = "identity"  # the view of `mu`, `logvar` and `sample`
 
     def __len__(self) -> int:
         return len(self.index)
 
     @property
     def keys(self) -> list[str]:
-        """The rows' keys [n], looked up in the files (most steps of a training never ask)."""
+        """The rows' keys [n], looked up in the files only when requested."""
         return self.look_up("key", self.index)
 
     @property
@@ -108,26 +108,26 @@ class LatentRows:
             )
         return replace(self, view_name=name)
 
-    def row(self, place: int) -> LatentRow:
-        """Return one of the rows."""
-        number = self.index[place : place + 1]
+    def row(self, position: int) -> LatentRow:
+        """Return the row at `position`; looks up its key, metadata and text."""
+        number = self.index[position : position + 1]
         return LatentRow(
             int(number[0]),
             self.look_up("key", number)[0],
-            bool(self.valid[place]),
-            int(self.labels[place]),
+            bool(self.valid[position]),
+            int(self.labels[position]),
             self.look_up("metadata", number)[0],
             self.look_up("text", number)[0],
-            {name: values[place] for name, values in self.latents.items()},
+            {name: values[position] for name, values in self.latents.items()},
         )
 
     def sample(self, *, seed: int = 0, epoch: int = 0) -> NDArray[np.float32]:
-        """Return z = mu + sigma * eps [n, *latent_shape]; rows that are not valid stay zeros.
+        """Return z = mu + sigma * eps [n, *latent_shape]; invalid rows stay zeros.
 
-        eps depends on (seed, epoch, view, row number, element) alone: not on batches, ranks,
-        restarts, processors. An export of `store: sample` holds one draw, that of its own seed and
-        epoch 0, and gives it whatever is asked for. Rows read with normalized=True give normalised
-        samples. Raises UserError when the export holds means alone.
+        eps depends only on (seed, epoch, view, row number, element): not on batches, ranks,
+        restarts, processors. An export of `store: sample` holds one draw, of its own seed and
+        epoch 0, and returns it for any seed and epoch. Rows read with normalized=True give
+        normalised samples. Raises UserError if the export holds means only.
         """
         stored = self.latents.get(field_of("z", self.view_name))
         if stored is not None:

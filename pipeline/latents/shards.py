@@ -1,4 +1,4 @@
-"""The rows of all shards by number: the files of one format, opened as they are needed."""
+"""The rows of all shards by number: files of one format, opened when needed."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
-from pipeline.latents.files import ByteFile, Files, blaming, damaged
+from pipeline.latents.files import ByteFile, Files, damaged, reported_as_damage
 from pipeline.latents.formats import READERS, ShardReader
 from pipeline.latents.formats.reading import COLUMNS, Ints, Layout
-from pipeline.latents.manifest import Manifest, Scale
+from pipeline.latents.manifest import LatentManifest, Scale
 
 MAX_OPEN_SHARDS = 128
 
@@ -19,10 +19,12 @@ Columns = dict[str, NDArray[Any]]
 
 
 class Shards:
-    """All files of one format. Raises UserError for one that is missing or damaged."""
+    """All files of one format. Raises UserError if one is missing or damaged."""
 
-    def __init__(self, files: Files, manifest: Manifest, kind: str, scale: Scale | None) -> None:
-        """`scale`: what latents are normalised by; None = they come as stored."""
+    def __init__(
+        self, files: Files, manifest: LatentManifest, kind: str, scale: Scale | None
+    ) -> None:
+        """`scale`: normalises latents; None = as stored."""
         self._files, self._scale = files, scale
         self._tasks: list[dict[str, Any]] = manifest.values["tasks"]
         self._kind = kind
@@ -33,7 +35,7 @@ class Shards:
     def read(self, shard: int, name: str, rows: Ints) -> NDArray[Any]:
         """Return a column, or a field of the latents, of some rows of one shard."""
         reader, where = self._reader(shard)
-        with blaming(where):
+        with reported_as_damage(where):
             if name in COLUMNS:
                 return reader.column(name, rows)
             values = reader.latents(name, rows)
@@ -42,14 +44,14 @@ class Shards:
             return self._scale.apply(name, values, reader.column("valid", rows))
 
     def take(self, rows: Ints, names: Sequence[str]) -> Columns:
-        """Return columns of rows of the whole export, in the order of `rows`."""
+        """Return columns of rows of the whole export, in the sequence of `rows`."""
         shards = np.searchsorted(self.first_row, rows, side="right") - 1
         columns = {name: self._empty(name, len(rows)) for name in names}
         for shard in np.unique(shards).tolist():
-            places = np.flatnonzero(shards == shard)
-            inside = rows[places] - self.first_row[shard]
+            positions = np.flatnonzero(shards == shard)
+            inside = rows[positions] - self.first_row[shard]
             for name, values in columns.items():
-                values[places] = self.read(shard, name, inside)
+                values[positions] = self.read(shard, name, inside)
         return columns
 
     def _entries(self, shard: int) -> list[dict[str, Any]]:
@@ -58,11 +60,11 @@ class Shards:
         return [file for file in self._tasks[shard]["files"] if file["path"].startswith(folder)]
 
     def _open(self, shard: int) -> tuple[ShardReader, str]:
-        """Return a shard's reader, and what to name in messages."""
+        """Return a shard's reader, and its first file's path for messages."""
         entries = self._entries(shard)
         where = self._files.where(entries[0]["path"])
         files = [self._open_file(entry) for entry in entries]
-        with blaming(where):
+        with reported_as_damage(where):
             reader = READERS[self._kind](files, self.layout)
         if len(reader) != self._tasks[shard]["rows"]:
             rows = self._tasks[shard]["rows"]
@@ -86,7 +88,7 @@ class Shards:
         return np.empty(num_rows, {"valid": np.bool_, "label": np.int64}.get(name, np.object_))
 
 
-def choose_format(root: str, manifest: Manifest, wanted: str | None) -> str:
+def choose_format(root: str, manifest: LatentManifest, wanted: str | None) -> str:
     """Return the format to read, the fastest if none is wanted; raise UserError without one."""
     stored = ", ".join(manifest.kinds)
     if wanted is not None and wanted not in manifest.kinds:

@@ -3,8 +3,8 @@
     loss_i = sum over elements of w_e * nll(x | z)_e  +  sum_k weight_k(t) * R_k(image i)
            + the penalties of the bottleneck
 
-Sums over an image, never means: then beta multiplies what the formula says it multiplies, whatever
-the resolution. The mean over images is the caller's (`training.step`, `monitoring.meter`).
+Losses are sums over an image, never means, so that beta has its meaning from the formula at any
+resolution. The caller averages over images (`training.step`, `monitoring.meter`).
 
 # B samples
 """
@@ -29,7 +29,7 @@ from pipeline.losses.terms import (
     TermBase,
     gaussian_kl,
 )
-from pipeline.models.autoencoder import Output
+from pipeline.models.autoencoder import ModelOutput
 from pipeline.models.bottlenecks import Posterior
 from pipeline.models.likelihoods import Likelihood
 
@@ -37,15 +37,15 @@ N = TypeVar("N", float, Tensor)
 
 
 class Gather(Protocol):
-    """Brings the rows of all processes together: [B, ...] of each -> [processes * B, ...].
+    """Gathers the rows of all processes: [B, ...] of each -> [processes * B, ...].
 
-    In the order of the ranks, which is that of the slots. Gradients return to the process that owns
-    a row, summed over all. A collective.
+    Rows are sorted by rank, and so by slot. The gradient of a row is summed over all processes and
+    returned to the process that owns it. A collective operation.
     """
 
     @property
     def rank(self) -> int:
-        """Whose rows stand at [rank * B, (rank + 1) * B) are this process's."""
+        """The rank of this process, whose rows are [rank * B, (rank + 1) * B)."""
         ...
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Objective(Component):
 
     @property
     def adversarial(self) -> AdversarialTerm | None:
-        """The term that a discriminator gives, if there is one."""
+        """The adversarial term, if there is one."""
         found = [term for term in self.regularisers if isinstance(term, AdversarialTerm)]
         return found[0] if found else None
 
@@ -100,11 +100,11 @@ class Losses:
     distortion: Tensor  # with emphasis
     nll: Tensor  # without
     terms: dict[str, Tensor]  # by kind, unweighted; and the bottleneck's penalties
-    squared_error: Tensor  # sum over elements of (x - mean)^2, whatever the likelihood
+    squared_error: Tensor  # sum over elements of (x - mean)^2, for any likelihood
 
 
 def per_image_losses(
-    output: Output,
+    output: ModelOutput,
     target: Tensor,
     *,
     likelihood: Likelihood,
@@ -120,8 +120,8 @@ def per_image_losses(
 
     weights: from `Objective.weights_at`. mask: bool [B, *event], the corrupted
     elements; None counts every element as untouched. counted: bool [B], False where a slot holds no
-    sample. networks: those that the terms name. gather: see there. game: of the adversarial term,
-    which is left out without it.
+    sample. networks: frozen networks that the terms name. gather: see `Gather`. game: of the
+    adversarial term, which is left out without it.
     """
     assert output.decoded is not None
     assert output.code is not None
@@ -140,9 +140,9 @@ def per_image_losses(
         if isinstance(term, AdversarialTerm):
             if game is None:
                 continue
-            value, own = _played(term, mean, game)
+            value, own = _adversarial_loss(term, mean, game)
             terms["discriminator"] = own
-            # Of no value to the autoencoder: only its gradient counts.
+            # The value must not change the loss: only its gradient is needed.
             total = total + weights["discriminator"] * (own - own.detach())
         elif term.scope == "image":
             value = term.per_image(r, networks)
@@ -158,8 +158,8 @@ def per_image_losses(
     return Losses(total, distortion, nll, terms, error)
 
 
-def _played(term: AdversarialTerm, mean: Tensor, game: Game) -> tuple[Tensor, Tensor]:
-    """Return the generator's loss, with its gradient at `mean`, and the discriminator's own [B]."""
+def _adversarial_loss(term: AdversarialTerm, mean: Tensor, game: Game) -> tuple[Tensor, Tensor]:
+    """Return the losses [B] of the generator, with its gradient at `mean`, and discriminator."""
     own = term.discriminator_loss(game.real, game.fake)
     if game.generator is None:
         return torch.zeros_like(own), own
@@ -173,7 +173,7 @@ def _over_batch(
 ) -> Tensor:
     """Return the term of this process's images [B], computed without slots that hold no sample.
 
-    gather: over the images of all processes, not of this one only.
+    gather: None = over the images of this process only.
     """
     if gather is None:
         batch, start = counted, 0

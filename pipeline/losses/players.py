@@ -3,10 +3,10 @@
     corrupted -> autoencoder -> mean y -> discriminator -> the generator's loss -> its gradient at y
     clean, y without its graph -> discriminator -> judgements
 
-One engine and one backward serve both players. The autoencoder's share of the game enters the loss
-as sum(y * gradient), whose own gradient is the generator's; the discriminator's parameters get the
-gradient of their own loss only. That equals an update of each player in turn, from the same
-weights, under DDP and every stage of ZeRO, where two backwards through one engine break.
+Both players share one engine and one backward pass. The generator's loss enters the total as
+sum(y * gradient), whose gradient at y is that of the generator; the discriminator's parameters get
+the gradient of their own loss only. This equals one update of each player from the same weights,
+under DDP and every stage of ZeRO, where two backward passes through one engine fail.
 """
 
 from typing import Literal
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.common.precision import widen
 from pipeline.losses.terms import AdversarialTerm, Game
-from pipeline.models.autoencoder import AutoEncoder, Output
+from pipeline.models.autoencoder import AutoEncoder, ModelOutput
 
 Player = Literal["autoencoder", "discriminator"]
 PLAYERS: tuple[Player, ...] = ("autoencoder", "discriminator")
@@ -40,14 +40,14 @@ class Players(nn.Module):
         target: Tensor | None = None,
         generator_plays: bool = True,
         **settings: object,
-    ) -> Output | tuple[Output, Game]:
-        """Run the autoencoder, see there, and with the images `target` [B, *event] the game.
+    ) -> ModelOutput | tuple[ModelOutput, Game]:
+        """Run the autoencoder and, if `target` [B, *event] is given, the discriminator.
 
-        generator_plays: whether the autoencoder minimises its loss in the game now. That the
-        discriminator rests is its loss's weight 0 and its rate 0: engines want a gradient of every
-        parameter in every step.
+        generator_plays: whether the autoencoder minimises its adversarial loss in this step. An
+        idle discriminator has loss weight 0 and learning rate 0, because engines require a gradient
+        of every parameter in every step.
         """
-        output: Output = self.autoencoder(x, target=target, **settings)
+        output: ModelOutput = self.autoencoder(x, target=target, **settings)
         if output.target is None:
             return output
         assert output.decoded is not None
@@ -66,10 +66,10 @@ class Players(nn.Module):
 
 
 def checkpoint_name(name: str) -> str:
-    """Return a tensor's name in a checkpoint: the autoencoder's is the same without a game."""
+    """Return a tensor's name in a checkpoint; the autoencoder's has no prefix."""
     return name.removeprefix("autoencoder.")
 
 
 def player_of(name: str) -> Player:
-    """Return whose parameter a name is, in the trained module or in a checkpoint."""
+    """Return the player of a parameter, by its name in the module or in a checkpoint."""
     return "discriminator" if name.startswith("discriminator.") else "autoencoder"

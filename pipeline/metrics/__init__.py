@@ -7,10 +7,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.metrics.base import MeanMetric, MetricBase, Seen
+from pipeline.metrics.base import EvaluatedBatch, MeanMetric, MetricBase
 from pipeline.metrics.likelihood import LogLikelihood
-from pipeline.metrics.squared_error import SquaredError
+from pipeline.metrics.squared_error import SquaredErrorMetric
 
-Metric = Annotated[SquaredError | LogLikelihood, Field(discriminator="kind")]
+Metric = Annotated[SquaredErrorMetric | LogLikelihood, Field(discriminator="kind")]
 
-__all__ = ["LogLikelihood", "MeanMetric", "Metric", "MetricBase", "Seen", "SquaredError"]
+__all__ = [
+    "EvaluatedBatch",
+    "LogLikelihood",
+    "MeanMetric",
+    "Metric",
+    "MetricBase",
+    "SquaredErrorMetric",
+]

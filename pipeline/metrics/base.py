@@ -1,6 +1,6 @@
-"""What every metric sees and offers.
+"""The inputs and the interface of metrics.
 
-    each micro-batch --sums, rows--> all processes together --value--> figures
+    each micro-batch --sums, rows--> sum or gather over all processes --value--> figures
 
 # B images of a micro-batch
 """
@@ -13,51 +13,51 @@ from torch import Tensor
 
 from pipeline.common.component import Component
 from pipeline.losses.objective import Losses
-from pipeline.models.autoencoder import Output
+from pipeline.models.autoencoder import ModelOutput
 from pipeline.models.likelihoods import Likelihood
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A micro-batch of an evaluation, and what the model made of it."""
+class EvaluatedBatch:
+    """A micro-batch of an evaluation, with the outputs of the model."""
 
     uid: Tensor  # int64 [B]
     weight: Tensor  # float32 [B], 0 where the slot holds no sample
     clean: Tensor  # [B, *event] in [0, 1]
     corrupted: Tensor  # [B, *event], what the encoder saw
     mean: Tensor  # [B, *event], the reconstruction from the posterior's mean
-    output: Output  # by one sample of the posterior
+    output: ModelOutput  # by one sample of the posterior
     losses: Losses
     likelihood: Likelihood
-    # Runs the model again, as `AutoEncoder.forward`: equally often on all processes.
-    model: Callable[..., Output]
+    # `AutoEncoder.forward`, to run the model again: equally often on all processes.
+    model: Callable[..., ModelOutput]
 
     def total(self, values: Tensor) -> Tensor:
         """Return the weighted sum of values [B, ...] over the images, in float64 [...]."""
         weight = self.weight.view(-1, *[1] * (values.ndim - 1))
-        # What a slot without a sample holds may be infinite: it must not reach the sum by 0 * inf.
+        # Values of slots without a sample may be infinite: `where` avoids 0 * inf in the sum.
         weighted = (values * weight).where(weight > 0, 0.0)
         return weighted.sum(0, dtype=torch.float64)
 
 
 class MetricBase(Component):
-    """A figure, or several, of a held-out split."""
+    """One or several figures of a held-out split."""
 
     kind: str
 
     @property
     def max_rows(self) -> int:
-        """How many images' rows are kept; the same ones on any number of processes."""
+        """Number of images whose rows are kept; the same images on any number of processes."""
         return 0
 
-    def sums(self, seen: Seen) -> dict[str, Tensor]:
+    def sums(self, batch: EvaluatedBatch) -> dict[str, Tensor]:
         """Return what is added up over micro-batches and processes, in float64; any shapes."""
-        del seen
+        del batch
         return {}
 
-    def rows(self, seen: Seen) -> Tensor | None:
-        """Return a row [B, ...] per image; `value` gets those of `max_rows` images at most."""
-        del seen
+    def rows(self, batch: EvaluatedBatch) -> Tensor | None:
+        """Return a row [B, ...] per image; `value` gets the rows of at most `max_rows` images."""
+        del batch
         return None
 
     def value(self, sums: Mapping[str, Tensor], rows: Tensor | None) -> dict[str, float]:
@@ -68,14 +68,14 @@ class MetricBase(Component):
 class MeanMetric(MetricBase):
     """Means over the images."""
 
-    def per_image(self, seen: Seen) -> dict[str, Tensor]:
+    def per_image(self, batch: EvaluatedBatch) -> dict[str, Tensor]:
         """Return values [B] by the names of the figures; the same names for every micro-batch."""
         raise NotImplementedError
 
-    def sums(self, seen: Seen) -> dict[str, Tensor]:
+    def sums(self, batch: EvaluatedBatch) -> dict[str, Tensor]:
         """Return the number of images, and the sum of each value."""
-        values = {name: seen.total(values) for name, values in self.per_image(seen).items()}
-        return {"images": seen.weight.sum(dtype=torch.float64), **values}
+        values = {name: batch.total(values) for name, values in self.per_image(batch).items()}
+        return {"images": batch.weight.sum(dtype=torch.float64), **values}
 
     def value(self, sums: Mapping[str, Tensor], rows: Tensor | None) -> dict[str, float]:
         """Return the means; NaN without an image."""

@@ -2,7 +2,7 @@
 
     x [B, *event] -> encoder -> bottleneck: Code(z, q(z | x)) -> decoder -> decoded [B, *event]
 
-Everything goes through `forward`, which also returns the likelihood's learned parameters: calling a
+All uses go through `forward`, which also returns the likelihood's learned parameters: calling a
 sub-module, or using a parameter outside, would bypass the hooks of DDP and ZeRO.
 
 # B samples; event = shape of one sample; latent = shape of one latent
@@ -25,8 +25,7 @@ from pipeline.common.component import Component
 from pipeline.common.precision import widen
 from pipeline.models.backbones import Backbone, Burgess
 from pipeline.models.bottlenecks import Bottleneck, Code, Gaussian, Posterior
-from pipeline.models.likelihoods import Gaussian as GaussianLikelihood
-from pipeline.models.likelihoods import Learned, Likelihood
+from pipeline.models.likelihoods import GaussianLikelihood, Learned, Likelihood
 
 Mode = Literal["autoencode", "encode", "decode"]
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (z, target) -> (z, target)
@@ -43,13 +42,13 @@ class ModelConfig(Component):
 
 
 @dataclass(frozen=True)
-class Output:
-    """What a forward pass gives; which fields are set depends on its mode."""
+class ModelOutput:
+    """The result of a forward pass; which fields are set depends on the mode."""
 
     code: Code | None  # autoencode, encode
-    decoded: Tensor | None  # [B, *event], what the likelihood takes; autoencode, decode
+    decoded: Tensor | None  # [B, *event], the input of the likelihood; autoencode, decode
     learned: Learned  # the likelihood's own parameters
-    target: Tensor | None = None  # [B, *event], what decoded stands for, if one was given
+    target: Tensor | None = None  # [B, *event], the target of `decoded`, if one was given
 
     @property
     def posterior(self) -> Posterior | None:
@@ -58,13 +57,14 @@ class Output:
 
     @property
     def z(self) -> Tensor | None:
-        """The latents [B, *latent] that the encoder's output became, before any transform."""
+        """The latents [B, *latent] of the bottleneck, before any transform."""
         return None if self.code is None else self.code.z
 
 
 class LearnedParameters(nn.Module):
-    """The likelihood's own parameters. Called like a module, so that ZeRO-3 gathers them; copies
-    outlive the call, while ZeRO-3 takes a parameter's memory away after it.
+    """The likelihood's own parameters: a module, so that ZeRO-3 gathers them.
+
+    `forward` returns copies, because ZeRO-3 frees a parameter's memory after the call.
     """
 
     def __init__(self, values: Learned) -> None:
@@ -73,7 +73,7 @@ class LearnedParameters(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
 
     def forward(self) -> Learned:
-        """Copies by name, which pass gradients on."""
+        """Return copies by name; gradients flow through them."""
         return {name: value.clone() for name, value in self.named_parameters()}
 
 
@@ -93,7 +93,7 @@ class AutoEncoder(nn.Module):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one latent."""
+        """(Z,) or (Z, H, W), as the backbone determines it."""
         return self.config.backbone.latent_shape(self.event_shape, self.config.bottleneck.size)
 
     def forward(
@@ -104,7 +104,7 @@ class AutoEncoder(nn.Module):
         mode: Mode = "autoencode",
         target: Tensor | None = None,
         transform: Transform | None = None,
-    ) -> Output:
+    ) -> ModelOutput:
         """Run the parts that `mode` names.
 
         x: [B, *event] in [0, 1], or latents [B, *latent] in mode decode. keys: int64 [B], the keys
@@ -113,23 +113,22 @@ class AutoEncoder(nn.Module):
         """
         learned: Learned = self.likelihood()
         if mode == "decode":
-            return Output(None, widen(self._run(self.decoder, x)), learned)
+            return ModelOutput(None, widen(self._run(self.decoder, x)), learned)
         code: Code = self.bottleneck(self._run(self.encoder, x), keys)
         if mode == "encode":
-            return Output(code, None, learned)
+            return ModelOutput(code, None, learned)
         z = code.z
         if transform is not None:
             assert target is not None
             z, target = transform(z, target)
-        return Output(code, widen(self._run(self.decoder, z)), learned, target)
+        return ModelOutput(code, widen(self._run(self.decoder, z)), learned, target)
 
     def reconstruct(self, z: Tensor) -> Tensor:
-        """Return the pictures [B, *event] in [0, 1] that latents z [B, *latent] stand for.
+        """Decode latents z [B, *latent] to the mean of p(x | z), images [B, *event] in [0, 1].
 
-        The mean of p(x | z). For a model as `from_pretrained` gives it; one that is wrapped for a
-        training must be called itself, which is `forward`.
+        For models of `from_pretrained`; a model that is wrapped for training must be called itself.
         """
-        output: Output = self(z, mode="decode")
+        output: ModelOutput = self(z, mode="decode")
         assert output.decoded is not None
         return self.config.likelihood.mean(output.decoded).clamp(0, 1)
 
@@ -140,7 +139,7 @@ class AutoEncoder(nn.Module):
 
 
 def run_in_stages(network: nn.Module, x: Tensor) -> Tensor:
-    """Run a network and keep for the backward only what enters its stages; the rest is recomputed.
+    """Run a network, storing only the inputs of its stages for the backward pass.
 
     A chain of n layers is cut into about sqrt(n) stages of about sqrt(n) layers, which keeps
     O(sqrt(n)) activations (Chen et al. 2016, "Training deep nets with sublinear memory cost",
@@ -163,7 +162,7 @@ def _run_layers(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
 def build_autoencoder(
     config: ModelConfig, event_shape: tuple[int, ...], *, seed: int, dtype: torch.dtype
 ) -> AutoEncoder:
-    """Build a model whose weights depend on `seed` alone; the global generator is untouched."""
+    """Build a model whose weights depend only on `seed`; the global generator is untouched."""
     with rng.initial_weights(seed):
         model = AutoEncoder(config, event_shape)
     return model.to(dtype)
@@ -175,10 +174,10 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def encoder_sha256(model: AutoEncoder) -> str:
-    """Return the digest of all that makes latents: a decoder may be trained on, and it stays.
+    """Return the digest of all that determines latents; it does not depend on the decoder.
 
-    Weights of encoder and bottleneck, and the settings of backbone and bottleneck that are not the
-    defaults, so that a setting which comes later leaves the digests from before as they are.
+    Covers the weights of encoder and bottleneck, and the settings of backbone and bottleneck that
+    are not the defaults, so that a setting added later does not change older digests.
     """
     parts = ("encoder.", "bottleneck.")
     weights = {name: t for name, t in model.state_dict().items() if name.startswith(parts)}
@@ -195,6 +194,6 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name}|{value.dtype}|{list(value.shape)}|".encode())
-        flat = value.detach().cpu().reshape(-1)  # of one dimension at least, in logical order
+        flat = value.detach().cpu().reshape(-1)  # at least one dimension, in logical element order
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

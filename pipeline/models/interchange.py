@@ -1,6 +1,6 @@
-"""A trained model as a folder that needs no run.
+"""A trained model as a folder, without its run.
 
-`latentmill export-model RUN OUT` writes it, and this loads it:
+`latentmill export-model RUN OUT` writes the folder, and this loads it:
 
     from pipeline.models.interchange import from_pretrained
     model = from_pretrained("OUT")
@@ -10,8 +10,8 @@
     OUT/model.safetensors   parameters and buffers by name
     OUT/encoder.onnx ...    on request, see `portable`: not read here
 
-They depend on the run's checkpoint (and the latents' statistics, on request) alone: exporting again
-gives the same bytes.
+The files depend on the checkpoint only (and on the latents' statistics, on request): exporting
+again gives the same bytes.
 """
 
 import json
@@ -56,19 +56,19 @@ class TensorInfo(Component):
 
 
 class Network(Component):
-    """The encoder or the decoder alone, once per format; see `portable`."""
+    """The encoder or the decoder as files, one per format; see `portable`."""
 
     files: dict[str, Sha256]
-    # Of the encoder: x, the values as the data holds them (images uint8 [height, width, channels]),
-    # which it brings to [0, 1] itself.
+    # The encoder's x are values as stored (images uint8 [height, width, channels]), which it scales
+    # to [0, 1].
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
 
 
 class Description(Component):
-    """What config.json says: all that a consumer needs besides the weights.
+    """The content of config.json: all that a user of the model needs besides the weights.
 
-    What may be None is left out there: so a model without it has the file that it always had.
+    None is left out of the file, so optional fields do not change the files of other models.
     """
 
     format: Literal["latentmill-model-1"] = FORMAT
@@ -76,11 +76,11 @@ class Description(Component):
     event_shape: Shape  # of one sample x; an image is (channels, height, width)
     latent_shape: Shape
     stored: StoredValues
-    decode: dict[str, Any]  # the settings by which files became stored values
+    decode: dict[str, Any]  # the settings that decoded files to stored values
     precision: Precision  # of the training; bf16 means parameters in fp32 under autocast
     weights: Literal["raw", "ema"]  # as trained, or their moving average
     weights_sha256: Sha256  # see `tensors_sha256`
-    encoder_sha256: Sha256 | None = None  # see there; None: written before models said so
+    encoder_sha256: Sha256 | None = None  # see `autoencoder.encoder_sha256`; None in older models
     step: int = Field(ge=0)  # global batches that the weights have seen,
     samples_seen: int = Field(ge=0)  # and samples
     dataset_id: str
@@ -98,7 +98,9 @@ class Description(Component):
 def check_absent(out: Path) -> None:
     """Raise UserError if `out` exists."""
     if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already: name another place for the model, or remove it.")
+        raise UserError(
+            f"{out} exists already: name another folder for the model, or remove this one."
+        )
 
 
 def save_pretrained(
@@ -107,7 +109,7 @@ def save_pretrained(
     tensors: Mapping[str, Tensor],
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Publish the folder `out`, whole or not at all; `files`: more of them, by name.
+    """Write the folder `out` atomically; `files`: further files, by name.
 
     Raises UserError if `out` exists or cannot be written.
     """
@@ -118,15 +120,15 @@ def save_pretrained(
         content = description.model_dump(mode="json")
         write_json(staged / CONFIG, {k: v for k, v in content.items() if v is not None})
         contiguous = {name: value.contiguous() for name, value in tensors.items()}
-        # The one word of metadata that other libraries' loaders ask for.
+        # The metadata that the loaders of other libraries require.
         save_file(contiguous, staged / WEIGHTS, metadata={"format": "pt"})
-        # safetensors lets only the owner read; the umask decides, as for the other file.
+        # safetensors makes the file private; use the permissions of the other file.
         shutil.copymode(staged / CONFIG, staged / WEIGHTS)
         sync_file(staged / WEIGHTS)
         for name, data in (files or {}).items():
             write_atomic(staged / name, data)
         publish(staged, out)
-    except (OSError, SafetensorError) as error:  # the latter is its way to report a full disk
+    except (OSError, SafetensorError) as error:  # SafetensorError also reports a full disk
         raise UserError(f"the model cannot be written to {out}: {error}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)

@@ -1,11 +1,11 @@
-"""The encoder and the decoder alone, as ONNX and torch.export programs that need no latentmill.
+"""Encoder and decoder as ONNX and torch.export programs, which run without latentmill.
 
     encoder: x [B, *stored shape], values as stored -> [0, 1] -> network -> bottleneck -> mu, logvar
     decoder: z [B, *latent] -> network -> likelihood's mean -> reconstruction [B, *event] in [0, 1]
 
-The batch size is free; outputs are float32, and so is the arithmetic whatever the training's
-precision was. Every program is run and compared with the model before it is handed out. The same
-model and library versions give the same bytes.
+The batch size is free; arithmetic and outputs are float32 for any training precision. Every program
+is run and compared with the model before it is written. The same model and library versions give
+the same bytes.
 """
 
 import copy
@@ -31,7 +31,7 @@ from pipeline.models.interchange import Network, StoredValues, TensorInfo
 
 ToUnit = Callable[[Tensor], Tensor]  # stored values [B, *stored shape] -> [B, *event] in [0, 1]
 Outputs = Mapping[str, NDArray[Any]]  # by name
-Run = Callable[[NDArray[Any]], Outputs]  # of a written program, for a batch of its input
+Run = Callable[[NDArray[Any]], Outputs]  # runs a written program on a batch
 
 TOLERANCE = 1e-4  # |found - wanted| <= TOLERANCE (1 + |wanted|): ONNX Runtime fuses and reorders
 TRACED_ROWS = 2  # a batch of 1 would be traced as a constant
@@ -39,7 +39,7 @@ CHECKED_ROWS = (1, 5)
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-class Encoder(nn.Module):
+class PortableEncoder(nn.Module):
     """Stored values -> the posterior's parameters."""
 
     def __init__(self, model: AutoEncoder, to_unit: ToUnit) -> None:
@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         return self.bottleneck(self.network(self.to_unit(x))).moments()
 
 
-class Decoder(nn.Module):
+class PortableDecoder(nn.Module):
     """Latents -> the mean reconstruction."""
 
     def __init__(self, model: AutoEncoder) -> None:
@@ -96,7 +96,10 @@ def export_networks(
     rows = max(*CHECKED_ROWS, TRACED_ROWS)
     x = generator.uniform(*stored.range, (rows, *stored_shape)).astype(stored.dtype)
     z = generator.standard_normal((rows, *model.latent_shape), np.float32)
-    modules = {"encoder": (Encoder(model, to_unit), "x", x), "decoder": (Decoder(model), "z", z)}
+    modules = {
+        "encoder": (PortableEncoder(model, to_unit), "x", x),
+        "decoder": (PortableDecoder(model), "z", z),
+    }
     writers = {"onnx": _onnx} if onnx else {}
     writers |= {"pt2": _torch_export} if torch_export else {}
     networks: dict[str, Network] = {}
@@ -147,7 +150,7 @@ def _describe(arrays: Outputs) -> tuple[TensorInfo, ...]:
 
 
 def _trace(module: nn.Module, argument: str, values: NDArray[Any]) -> ExportedProgram:
-    """Return the program, whose batch size is free, without traces of this machine."""
+    """Return the program with a free batch size, without paths of this machine."""
     example = torch.from_numpy(values[:TRACED_ROWS])
     program = torch.export.export(module, (example,), dynamic_shapes={argument: {0: Dim("batch")}})
     program.example_inputs = None  # would be stored as a pickle
@@ -194,13 +197,13 @@ def _onnx(program: ExportedProgram, argument: str, outputs: Sequence[str]) -> tu
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Keep back what torch's exporter says of itself, and nothing else."""
+    """Silence the messages of torch's exporter."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)  # "torchvision is not installed"
     try:
         with warnings.catch_warnings():
-            # torch 2.13 copies a class of its own that it has deprecated.
+            # torch 2.13 copies its own deprecated class.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)", FutureWarning)
             yield
     finally:

@@ -20,7 +20,7 @@ from pipeline.data.decode import Decode
 from pipeline.data.stream import Batch
 from pipeline.losses.objective import Gather, Losses, Objective, per_image_losses
 from pipeline.losses.terms import Game, Networks
-from pipeline.models.autoencoder import Output, Transform
+from pipeline.models.autoencoder import ModelOutput, Transform
 from pipeline.models.likelihoods import Likelihood
 
 # Every use of randomness has a stream of its own. Evaluation ignores the epoch, so that two
@@ -75,7 +75,7 @@ class Forward:
         *,
         weights: Mapping[str, float],
         samples: int | None = None,
-    ) -> tuple[Output, Losses]:
+    ) -> tuple[ModelOutput, Losses]:
         """Run the model on one micro-batch; `weights` are the terms' at this moment.
 
         samples: seen before this step of a training; in an evaluation, None, no latent is
@@ -91,7 +91,7 @@ class Forward:
             settings["transform"] = self._transform_at(samples)
             mask = None  # it marks elements where they were
         with autocast(self.precision, self.device):
-            result: Output | tuple[Output, Game] = model(inputs.corrupted, **settings)
+            result: ModelOutput | tuple[ModelOutput, Game] = model(inputs.corrupted, **settings)
         output, game = result if isinstance(result, tuple) else (result, None)
         losses = per_image_losses(
             output,

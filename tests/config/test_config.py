@@ -67,7 +67,7 @@ CONTRADICTIONS = [
     ),
     (
         ["data.decode={kind: array, shape: [5], range: [1, 1]}", "model.backbone={kind: mlp}"],
-        "range must rise, but is [1.0, 1.0]",
+        "range must be [lowest, highest], but is [1.0, 1.0]",
     ),
     (
         ["corruptions=[{kind: masking, fraction: [0.5, 0.2]}]"],

@@ -19,9 +19,9 @@ import webdataset as wds
 from pipeline.data.decode import ImageDecode
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.verify import verify_shards
+from pipeline.data.ordered_shards import OrderedShards
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import open_storage
-from pipeline.data.wds import OrderedShards
 from tests.data.streams import members_of
 from tests.shards import open_stream, png, tiny_image
 

@@ -18,7 +18,7 @@ from pipeline.common.errors import UserError
 from pipeline.data.index import Index, build_index, scan
 from pipeline.data.index.one_pass import LOCAL_CHUNK_BYTES, OnePass
 from pipeline.data.index.splits import SplitSpec
-from pipeline.data.pace import Pace
+from pipeline.data.progress import ProgressTracker
 from pipeline.data.storage.local import LocalStorage
 from tests.processes import ROOT
 from tests.shards import write_tiny_shards
@@ -148,10 +148,10 @@ def test_the_time_left_follows_from_what_was_read(monkeypatch: pytest.MonkeyPatc
     times = iter([0.0, 0.0, 10.0, 20.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(times))
     lines: list[str] = []
-    pace = Pace("index", 3, 1_000_000_000, lines.append)
-    pace.add(200_000_000, is_read=False)  # known from before: says nothing of the speed
-    pace.add(40_000_000)
-    pace.add(2_000_000)
+    tracker = ProgressTracker("index", 3, 1_000_000_000, lines.append)
+    tracker.add(200_000_000, is_read=False)  # known from before: says nothing of the speed
+    tracker.add(40_000_000)
+    tracker.add(2_000_000)
     assert lines[:2] == ["index: 1 of 3 shards", "index: 2 of 3 shards, 4.0 MB/s, 3 min 10 s left"]
 
 

@@ -51,7 +51,7 @@ def order_of(shape: Shape, **changes) -> Order:
 
 def slots_of(order: Order, step: int, rank: int = 0, world: int = 1):
     positions = order.positions(step, rank=rank, world=world)
-    places = order.places(positions)
+    places = order.lane_positions(positions)
     shards, rows = order.samples(positions)
     weights = 1 - places.repeated.astype(int)
     samples = zip(shards.tolist(), rows.tolist(), strict=True)
@@ -146,7 +146,7 @@ def test_runs_of_a_lane_slot_are_its_positions(shape, first_turn):
             run = order.run_at(lane_slot, turn)
             assert run.next_turn > turn
             positions = np.arange(run.turn, run.next_turn) * shape.L + lane_slot
-            places = order.places(positions)
+            places = order.lane_positions(positions)
             assert set(places.epoch) == {run.epoch}
             assert set(places.lane) == {run.lane}
             assert set(places.repeated) == {run.repeated}
@@ -234,7 +234,7 @@ def test_default_lanes_is_the_largest_divisor_up_to_64():
     [
         ({"counts": [5], "batch_size": 6, "lanes": 4}, "data.lanes = 4 does not divide"),
         ({"counts": [0, 0], "batch_size": 6}, "no samples"),
-        ({"counts": [5], "batch_size": 6, "tail": "drop"}, "nothing is left"),
+        ({"counts": [5], "batch_size": 6, "tail": "drop"}, "no batch is left"),
         ({"counts": [1 << 25], "batch_size": 6}, "smaller shards"),
     ],
 )

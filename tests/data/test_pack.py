@@ -17,8 +17,8 @@ from pipeline.data.decode import ImageDecode
 from pipeline.data.pack.pack import pack
 from pipeline.data.pack.parts import part_paths, plan_parts, write_part
 from pipeline.data.pack.sources import Folder, Sprites
+from pipeline.data.pack.sources.base import SUFFIXES
 from pipeline.data.pack.sources.folder import list_folder
-from pipeline.data.pack.sources.images import SUFFIXES
 from pipeline.data.pack.sources.sprites import SpritesSamples
 
 

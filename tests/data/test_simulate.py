@@ -48,7 +48,7 @@ def test_figures_are_those_of_a_slow_count(counts: list[int]):
         per_shard = Counter(shards)
         distinct.append(len(per_shard))
         pairs.append(sum(math.comb(count, 2) for count in per_shard.values()))
-        places = simulated.places(positions)
+        places = simulated.lane_positions(positions)
         spans = set(zip(places.epoch.tolist(), places.lane.tolist(), shards, strict=True))
         opens[step] = len(spans - opened)
         opened |= spans

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.common import strict
 from pipeline.config import TrainConfig
-from pipeline.models.autoencoder import AutoEncoder, Output
+from pipeline.models.autoencoder import AutoEncoder, ModelOutput
 from pipeline.train import main as train
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -48,7 +48,7 @@ class Saboteur:
         del args
         if not isinstance(module, AutoEncoder) or not torch.is_grad_enabled():
             return
-        assert isinstance(output, Output)
+        assert isinstance(output, ModelOutput)
         step, part = divmod(self._calls, self._accumulation)
         self._calls += 1
         if step >= 0 and part == 0:

@@ -18,7 +18,7 @@ from pipeline.common import strict
 from pipeline.common.errors import DONE, WRONG_USE, UserError
 from pipeline.data.decode import ArrayDecode
 from pipeline.data.index import build_index
-from pipeline.data.rows import RowBatch, RowFault
+from pipeline.data.sequential import RowBatch, RowFault
 from pipeline.export.__main__ import main
 from pipeline.export.statistics import partial_of
 from pipeline.export.verify.audit import _equal

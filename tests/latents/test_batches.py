@@ -176,7 +176,7 @@ def test_noise_depends_on_the_row_alone(ds: LatentDataset):
         ({"lanes": 0}, "lanes = 0, but must be at least 1"),
         ({"window": 0}, "window = 0, but must be at least 1"),
         ({"interleave": 0}, "interleave = 0, but must be at least 1"),
-        ({"batch_size": 300, "tail": "drop"}, "nothing is left"),
+        ({"batch_size": 300, "tail": "drop"}, "no batch is left"),
         ({"tail": "carry"}, "tail is 'carry', but must be mask or drop"),
     ],
 )

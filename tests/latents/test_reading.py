@@ -213,7 +213,7 @@ def test_only_latents_of_the_export_are_denormalised(tmp_path: Path):
     rows = make_rows(0, 7, notes=False)
     rows.valid[:] = False
     write_export(tmp_path / "void", [rows], ["parquet"])
-    with pytest.raises(UserError, match="no valid row, so there is nothing to normalise by"):
+    with pytest.raises(UserError, match="no valid row, so it has no statistics"):
         LatentDataset(tmp_path / "void").denormalize(np.zeros((1, 3), np.float32))
 
 

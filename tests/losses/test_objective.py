@@ -19,19 +19,19 @@ from pipeline.losses.objective import (
     per_image_losses,
 )
 from pipeline.losses.terms import Kl, Reconstruction, TermBase, gaussian_kl
-from pipeline.models.autoencoder import ModelConfig, Output, build_autoencoder
+from pipeline.models.autoencoder import ModelConfig, ModelOutput, build_autoencoder
 from pipeline.models.bottlenecks import Code, Posterior
-from pipeline.models.likelihoods import Bernoulli, Gaussian, LikelihoodBase, SquaredError
+from pipeline.models.likelihoods import Bernoulli, GaussianLikelihood, LikelihoodBase, SquaredError
 
 B, EVENT, Z = 6, (2, 3, 3), 4
 
 
-def output() -> Output:
+def output() -> ModelOutput:
     generator = torch.Generator().manual_seed(0)
     mu = torch.randn(B, Z, generator=generator, dtype=torch.float64)
     logvar = torch.randn(B, Z, generator=generator, dtype=torch.float64)
     decoded = torch.randn(B, *EVENT, generator=generator, dtype=torch.float64)
-    return Output(Code(mu, Posterior(mu, logvar)), decoded, {})
+    return ModelOutput(Code(mu, Posterior(mu, logvar)), decoded, {})
 
 
 def target() -> Tensor:
@@ -66,7 +66,7 @@ def test_distortion_is_a_sum_over_the_image() -> None:
     torch.testing.assert_close(found.squared_error, found.distortion)
 
 
-@pytest.mark.parametrize("likelihood", [SquaredError(), Gaussian(sigma=0.3), Bernoulli()])
+@pytest.mark.parametrize("likelihood", [SquaredError(), GaussianLikelihood(sigma=0.3), Bernoulli()])
 def test_beta_multiplies_the_kl_and_nothing_else(likelihood: LikelihoodBase) -> None:
     plain = losses(likelihood, Objective())
     for beta in (0.0, 1.0, 4.0):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.models.likelihoods import (
     Bernoulli,
-    Gaussian,
+    GaussianLikelihood,
     Likelihood,
     LikelihoodBase,
     SquaredError,
@@ -64,15 +64,15 @@ def test_squared_error() -> None:
 def test_gaussian_with_fixed_sigma(sigma: float) -> None:
     decoded, target = decoded_and_target()
     expected = -torch.distributions.Normal(torch.sigmoid(decoded), sigma).log_prob(target)
-    found = Gaussian(sigma=sigma, link="sigmoid").nll(decoded, target, {})
+    found = GaussianLikelihood(sigma=sigma, link="sigmoid").nll(decoded, target, {})
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    identity = Gaussian(sigma=sigma, link="identity").nll(decoded, target, {})
+    identity = GaussianLikelihood(sigma=sigma, link="identity").nll(decoded, target, {})
     expected = -torch.distributions.Normal(decoded, sigma).log_prob(target)
     torch.testing.assert_close(identity, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_gaussian_with_learned_sigma() -> None:
-    likelihood = Gaussian(sigma="learned", link="sigmoid")
+    likelihood = GaussianLikelihood(sigma="learned", link="sigmoid")
     decoded, target = decoded_and_target()
     learned = {"raw_log_sigma": torch.tensor([-1.5], dtype=torch.float64)}
     sigma = likelihood.sigma2(learned).sqrt()
@@ -84,7 +84,7 @@ def test_gaussian_with_learned_sigma() -> None:
 
 
 def test_learned_sigma_finds_the_mean_squared_error() -> None:
-    likelihood = Gaussian(sigma="learned", link="sigmoid")
+    likelihood = GaussianLikelihood(sigma="learned", link="sigmoid")
     decoded, target = decoded_and_target()
     raw = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([raw], max_iter=100, tolerance_grad=1e-12)
@@ -114,7 +114,9 @@ def test_bernoulli() -> None:
 
 
 def test_what_is_a_density_and_what_is_in_nats() -> None:
-    assert [(k().is_nats, k().is_density) for k in (SquaredError, Gaussian, Bernoulli)] == [
+    assert [
+        (k().is_nats, k().is_density) for k in (SquaredError, GaussianLikelihood, Bernoulli)
+    ] == [
         (False, False),
         (True, True),
         (True, False),

@@ -50,8 +50,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from pipeline.data.pack.sources.base import Broken, PackSource, Sample, require_positive
-from pipeline.data.pack.sources.images import encode_png
+from pipeline.data.pack.sources.base import (
+    Broken,
+    PackSource,
+    Sample,
+    encode_png,
+    require_positive,
+)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from pipeline.data.index import Index
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.held_out import HeldOut, held_out_splits, views_of
 from pipeline.evaluation.reconstruction import Tally
-from pipeline.metrics import Seen
-from pipeline.models.autoencoder import Output, build_autoencoder
+from pipeline.metrics import EvaluatedBatch
+from pipeline.models.autoencoder import ModelOutput, build_autoencoder
 from pipeline.models.bottlenecks import Code, Posterior
 from pipeline.models.likelihoods import SquaredError
 from pipeline.monitoring.bad_samples import Quarantine
@@ -144,16 +144,16 @@ def reduction(config: TrainConfig) -> dict[str, Any]:
     first = runtime.rank * size
     for start in range(first, num, config.batch_size):
         for part in torch.arange(start, start + size).chunk(config.accumulation):
-            seen = Seen(
+            seen = EvaluatedBatch(
                 uid=uid[part],
                 weight=weight[part],
                 clean=torch.zeros(len(part), 5, dtype=torch.float64),
                 corrupted=z[part],
                 mean=z[part],
-                output=Output(Code(z[part], Posterior(z[part], None)), z[part], {}),
+                output=ModelOutput(Code(z[part], Posterior(z[part], None)), z[part], {}),
                 losses=None,
                 likelihood=SquaredError(),
-                model=lambda z, **_: Output(None, z, {}),
+                model=lambda z, **_: ModelOutput(None, z, {}),
             )
             for tally in tallies:
                 tally.add(seen)

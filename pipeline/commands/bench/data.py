@@ -25,7 +25,7 @@ from pipeline.data.stream import open_stream
 from pipeline.data.stream.batch import new_buffer
 from pipeline.data.stream.datasets import DataSets, open_indexes
 from pipeline.data.stream.device import DeviceBatches
-from pipeline.data.stream.fetch import Samples
+from pipeline.data.stream.fetch import FetchedSamples
 from pipeline.training.build import check_data, make_forward, make_order
 
 # A stream at this share of its ceiling is as fast as decoding lets it be.
@@ -109,7 +109,13 @@ class _Work:
             ]
             step, slot = self._sets.order.slots(source, positions)
             place = step * config.batch_size + slot
-            columns = (place.tolist(), samples.slabs, samples.start, samples.stop, samples.draws)
+            columns = (
+                place.tolist(),
+                samples.read_buffers,
+                samples.start,
+                samples.stop,
+                samples.draws,
+            )
             for where, slab, start, stop, draws in zip(*columns, strict=True):
                 if slab is not None:
                     members.append((where, bytes(slab.memory[start:stop]), draws))
@@ -136,10 +142,10 @@ class _Work:
                     turn = run.next_turn
                     yield source, run, turns * order.lanes + lane
 
-    def _fetch(self) -> list[tuple[int, NDArray[np.int64], Samples]]:
+    def _fetch(self) -> list[tuple[int, NDArray[np.int64], FetchedSamples]]:
         def fetch(
             item: tuple[int, Run, NDArray[np.int64]],
-        ) -> tuple[int, NDArray[np.int64], Samples]:
+        ) -> tuple[int, NDArray[np.int64], FetchedSamples]:
             source, run, positions = item
             in_window = run.start + np.arange(len(positions))
             return source, positions, self._sets.fetchers[source].fetch(run, in_window)

@@ -25,7 +25,7 @@ import torch
 
 from pipeline.commands.bench.rounds import Rates, interleave
 from pipeline.common.errors import UserError
-from pipeline.data.rows import ShardReader
+from pipeline.data.sequential import ShardRowReader
 from pipeline.data.storage import open_storage
 from pipeline.data.storage.opening import open_writable
 from pipeline.export.layout import ExportDir, new_id
@@ -146,12 +146,12 @@ class _Share:
         self._plan = self._prepared.plan
         self._numbers = count()
         held = 0
-        self._contents: list[tuple[ShardReader, list[bytes | None]]] = []
+        self._contents: list[tuple[ShardRowReader, list[bytes | None]]] = []
         self._tasks = self._plan.tasks[worker.rank :: worker.world]
         data, index, size = self._prepared.data, self._prepared.index, config.batch_size
         with closing(open_storage(data.sources[0].root, data.remote)) as storage:
             for number, task in enumerate(self._tasks):
-                reader = ShardReader(data, index, task.shard, size, storage)
+                reader = ShardRowReader(data, index, task.shard, size, storage)
                 for start in range(0, len(reader.rows), size):
                     _, (contents, *_) = reader.read(start)
                     self._contents.append((reader, contents))

@@ -6,10 +6,10 @@ from pathlib import Path
 from pipeline.commands.doctor.finding import NUM_SHOWN, Finding, Findings, Parts, Patient, some
 from pipeline.common.errors import UserError
 from pipeline.data.index import Index
-from pipeline.data.index.manifest import place_of, table_path
+from pipeline.data.index.manifest import table_path, without_query
 from pipeline.data.order.mixture import read_amplification
 from pipeline.data.order.simulate import lanes_that_read_once
-from pipeline.data.settings import DataConfig, Source
+from pipeline.data.settings import DataConfig, DataSource
 from pipeline.data.storage import is_url, open_storage
 from pipeline.data.storage.opening import local_path
 from pipeline.data.stream.stream import MAX_READ_AMPLIFICATION
@@ -81,7 +81,9 @@ def check_shards(patient: Patient) -> Findings:
                 None not in (state.tag, expected.tag) and state.tag != expected.tag
             ):
                 changed.append(where[shard.name])
-        again = f"run `latentmill index {place_of(source.root)}` (that makes it another data set)"
+        again = (
+            f"run `latentmill index {without_query(source.root)}` (that makes it another data set)"
+        )
         if missing:
             yield Finding("shards", "FAIL", f"{some(missing)} missing: put them back, or {again}")
         if changed:
@@ -90,7 +92,7 @@ def check_shards(patient: Patient) -> Findings:
             yield from _check_stamps(source, index)
 
 
-def _check_stamps(source: Source, index: Index) -> Findings:
+def _check_stamps(source: DataSource, index: Index) -> Findings:
     """A local shard carries the time that its table was given: another one may be other bytes."""
     if isinstance(index.path, Path) and not is_url(source.root):
         touched = [
@@ -108,7 +110,7 @@ def _check_stamps(source: Source, index: Index) -> Findings:
             )
             return
     yield Finding(
-        "shards", "ok", f"{place_of(source.root)}: {len(index.shards):,} there and unchanged"
+        "shards", "ok", f"{without_query(source.root)}: {len(index.shards):,} there and unchanged"
     )
 
 

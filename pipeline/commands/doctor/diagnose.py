@@ -24,7 +24,7 @@ from pipeline.common.errors import UserError
 from pipeline.config import TrainConfig, read_config
 from pipeline.data.index import Index
 from pipeline.data.order.mixture import Mixture
-from pipeline.data.settings import Source
+from pipeline.data.settings import DataSource
 from pipeline.data.stream.datasets import order_of
 
 CHECKS: dict[str, Callable[[Patient], Findings]] = {
@@ -80,8 +80,8 @@ def _read(
         return None, None
 
 
-def _open_indexes(parts: Parts, findings: list[Finding]) -> list[tuple[Source, Index]]:
-    opened: list[tuple[Source, Index]] = []
+def _open_indexes(parts: Parts, findings: list[Finding]) -> list[tuple[DataSource, Index]]:
+    opened: list[tuple[DataSource, Index]] = []
     for number, source in enumerate(parts.data.sources):
         try:
             opened.append((source, Index.open(source.path, number, parts.data.remote)))
@@ -91,7 +91,7 @@ def _open_indexes(parts: Parts, findings: list[Finding]) -> list[tuple[Source, I
 
 
 def _make_order(
-    parts: Parts, indexes: Sequence[tuple[Source, Index]], findings: list[Finding]
+    parts: Parts, indexes: Sequence[tuple[DataSource, Index]], findings: list[Finding]
 ) -> Mixture | None:
     if len(indexes) < len(parts.data.sources):
         return None

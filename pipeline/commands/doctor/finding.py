@@ -11,7 +11,7 @@ from pipeline.common.component import Component
 from pipeline.config import EvaluationConfig, TrainConfig
 from pipeline.data.index import Index
 from pipeline.data.order.mixture import Mixture
-from pipeline.data.settings import DataConfig, Source
+from pipeline.data.settings import DataConfig, DataSource
 from pipeline.data.storage import RemotePolicy
 
 NUM_SHOWN = 3
@@ -63,7 +63,7 @@ class Patient:
 
     parts: Parts
     config: TrainConfig | None
-    indexes: list[tuple[Source, Index]]
+    indexes: list[tuple[DataSource, Index]]
     order: Mixture | None
     world: int
     topology: Path | None

@@ -20,7 +20,7 @@ import urllib3
 from pipeline.commands.doctor.finding import Finding, Findings, Patient, size
 from pipeline.common.precision import parameter_dtype
 from pipeline.common.strict.dialect import parse
-from pipeline.data.index.manifest import place_of
+from pipeline.data.index.manifest import without_query
 from pipeline.data.order.simulate import memory_bound
 from pipeline.data.storage import is_url, open_storage
 from pipeline.data.storage.opening import local_path
@@ -115,7 +115,7 @@ def check_clock(patient: Patient) -> Findings:
                 told = f"{url} does not tell its time ({type(error).__name__})"
                 yield Finding("clock", "warning", f"{told}: compare the clocks yourself")
                 continue
-            skew, what = time.time() - there, f"the server of {place_of(source.root)}"
+            skew, what = time.time() - there, f"the server of {without_query(source.root)}"
         elif is_url(source.root):
             continue  # S3 refuses what a wrong clock has signed: the shards' check shows it
         else:

@@ -22,7 +22,7 @@ from pipeline.common.strict.overrides import apply, parse_overrides
 
 M = TypeVar("M", bound=BaseModel)
 FillIn = Callable[[dict[str, Any]], None]
-ABSENT = "(absent)"  # stands in a Difference for a value that one side does not have
+ABSENT = "(absent)"  # in a Difference: the value is missing on one side
 
 
 def _read(path: Path) -> str:
@@ -39,7 +39,7 @@ def _read(path: Path) -> str:
 def _plain_tree(
     text: str, overrides: Sequence[str], model: type[BaseModel], fill_in: FillIn | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The file's tree, filled in, with the overrides applied, and the problems up to there."""
+    """Return the file's tree, filled in and with the overrides applied, and the problems so far."""
     value, problems = parse(text)
     if value is not None and not isinstance(value, dict):
         problems.append("the file must be a mapping of settings, one `name: value` a line")
@@ -66,16 +66,16 @@ def load(
 ) -> M:
     """Read `path` (or `text`, or nothing but defaults), apply the overrides, validate as `model`.
 
-    fill_in: puts what the file leaves out into its tree, in place. Types are taken as written: "5"
-    is no number, true is no 1. Raises UserError with all problems.
+    fill_in: adds missing values to the file's tree. Types are taken as written: "5" is not a
+    number, true is not 1. Raises UserError with all problems.
     """
     if text is None:
         text = "" if path is None else _read(path)
     tree, problems = _plain_tree(text, overrides, model, fill_in)
     unreadable = not tree and bool(problems)  # then every required field would be missing, too
     try:
-        # By way of JSON, pydantic's strict mode still takes a list for a tuple and a string for a
-        # path: exactly what YAML can express.
+        # From JSON, pydantic's strict mode accepts a list for a tuple and a string for a path:
+        # what YAML can express.
         loaded = None if unreadable else model.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         problems += explain(error, model)
@@ -93,7 +93,7 @@ def set_default(tree: dict[str, Any], path: str, value: Any) -> None:
     for name in sections:
         section = tree.setdefault(name, {})
         if not isinstance(section, dict):
-            return  # its type is wrong, which is said elsewhere
+            return  # the wrong type is reported by the validation
         tree = cast(dict[str, Any], section)
     tree.setdefault(key, value)
 
@@ -116,7 +116,7 @@ def difference(
 ) -> list[Difference]:
     """The settings in which two configs differ, by dotted path, in the order of the left one.
 
-    Components of different kinds differ in their `kind` alone: their settings do not compare.
+    Of components of different kinds only the `kind` differs: their settings are not compared.
     """
     found: list[Difference] = []
     _compare(_as_plain(left), _as_plain(right), "", found)

@@ -42,7 +42,7 @@ class StrictLoader(yaml.SafeLoader):
         self.duplicates: list[str] = []
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuse aliases: a config is a tree that reads as it stands."""
+        """Refuse aliases: they make a config hard to read."""
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not read", problem_mark=mark)
@@ -64,7 +64,7 @@ class StrictLoader(yaml.SafeLoader):
         return int(node.value)
 
 
-# Line breaks of YAML 1.1 that PyYAML writes as they are and reads back as a space.
+# Line breaks of YAML 1.1 that PyYAML writes unescaped and reads back as a space.
 BREAKS = frozenset("\r\x85\u2028\u2029")
 
 

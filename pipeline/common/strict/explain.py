@@ -1,4 +1,4 @@
-"""Validation errors in the reader's words: dotted path, given value, allowed bound, suggestion.
+"""Validation errors as a user reads them: dotted path, given value, allowed bound, suggestion.
 
 pydantic says `('corruptions', 0, 'masking', 'ratioo') extra_forbidden`; a person needs
 `corruptions.0.ratioo: unknown key (got 0.5); did you mean 'ratio'?`. To get there the location is
@@ -84,7 +84,7 @@ def child(annotation: Any, key: Part) -> Any:
 
 
 def narrow(annotation: Any, value: Any) -> Any:
-    """The union's member that `value` says it is by its `kind`, or the only possible one."""
+    """The union's member with the `kind` of `value`, or the only possible one."""
     members = alternatives(annotation)
     if isinstance(value, Mapping):
         mapping = cast(Mapping[str, Any], value)
@@ -105,15 +105,15 @@ def _member_named(members: Sequence[Any], label: Part) -> Any:
     return Any
 
 
-class Place(NamedTuple):
-    """Where an error is: what a person calls it, and what the types say about it."""
+class ErrorLocation(NamedTuple):
+    """The location of an error: its dotted path, and the types there."""
 
     path: list[Part]
     holder: Any  # annotation of the model, list or mapping that holds the last part
     annotation: Any  # annotation of the value itself
 
 
-def locate(annotation: Any, location: Sequence[Part]) -> Place:
+def locate(annotation: Any, location: Sequence[Part]) -> ErrorLocation:
     """Walk pydantic's location along the annotations, dropping the labels of union members."""
     path: list[Part] = []
     holder: Any = annotation
@@ -125,10 +125,10 @@ def locate(annotation: Any, location: Sequence[Part]) -> Place:
             path.append(part)
         else:
             annotation = _member_named(members, part)
-    return Place(path, holder, annotation)
+    return ErrorLocation(path, holder, annotation)
 
 
-# How pydantic words an expectation, and how we do.
+# Expectations in pydantic's words and in ours.
 REWORDED = {
     "Input should be": "must be",
     "a valid integer, got a number with a fractional part": "an integer",
@@ -152,34 +152,37 @@ def _expectation(error: ErrorDetails) -> str:
     return message
 
 
-def _unknown_key(place: Place, given: Any) -> str:
-    model = as_model(place.holder)
+def _unknown_key(location: ErrorLocation, given: Any) -> str:
+    model = as_model(location.holder)
     known = list(model.model_fields) if model else []
-    hint = did_you_mean(place.path[-1], known) or f"; known keys: {', '.join(known)}"
+    hint = did_you_mean(location.path[-1], known) or f"; known keys: {', '.join(known)}"
     return f"unknown key (got {show(given)}){hint}"
 
 
 def _explain(error: ErrorDetails, annotation: Any) -> tuple[str, str]:
     """One error as (dotted path, what is wrong and what would be right)."""
-    place = locate(annotation, error["loc"])
-    path, given = place.path, error["input"]
+    location = locate(annotation, error["loc"])
+    path, given = location.path, error["input"]
     match error["type"]:
         case "extra_forbidden":
-            text = _unknown_key(place, given)
+            text = _unknown_key(location, given)
         case "missing":
             text = "required, but not given"
         case "union_tag_not_found":
-            path, text = [*path, "kind"], f"required; choices: {', '.join(kinds(place.annotation))}"
+            path, text = (
+                [*path, "kind"],
+                f"required; choices: {', '.join(kinds(location.annotation))}",
+            )
         case "union_tag_invalid":
-            tag, choices = error.get("ctx", {})["tag"], kinds(place.annotation)
+            tag, choices = error.get("ctx", {})["tag"], kinds(location.annotation)
             hint = did_you_mean(tag, choices)
             text = f"unknown kind '{tag}' (choices: {', '.join(choices)}){hint}"
             path = [*path, "kind"]
         case "literal_error":
-            choices = [str(choice) for choice in get_args(alternatives(place.annotation)[0])]
+            choices = [str(choice) for choice in get_args(alternatives(location.annotation)[0])]
             text = f"{_expectation(error)} (got {show(given)}){did_you_mean(given, choices)}"
         case _:
-            # A whole mapping as the given value says nothing: the rule's own text names the fields.
+            # A mapping is not shown: the text of the rule names its fields.
             shown = "" if isinstance(given, dict) else f" (got {show(given)})"
             text = f"{_expectation(error)}{shown}"
     return ".".join(map(str, path)), text

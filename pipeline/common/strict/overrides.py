@@ -1,7 +1,7 @@
 """`a.b=c` on the command line: parsed by the dialect, applied to the plain tree of a config.
 
-A list's elements go by index. Setting another `kind` starts that component afresh, because the
-settings of the old kind mean nothing to the new one. A part that the file leaves out starts from
+Elements of a list are named by index. Setting another `kind` clears that component, because the
+settings of the old kind do not apply to the new one. A part that the file leaves out starts from
 its default, so that changing one of its settings keeps the others.
 """
 
@@ -37,8 +37,8 @@ def parse_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[str]
         if path in overrides:
             problems.append(f"{name}: overridden twice")
         overrides[path] = Override(path, value)
-    # A kind replaces its whole component, so it goes before the settings inside it, in whatever
-    # order they came (W&B sorts by name).
+    # A kind replaces its whole component, so it is applied before the settings inside it, also if
+    # it comes later (W&B sorts by name).
     ordered = sorted(overrides.values(), key=lambda o: len(o.path) - (o.path[-1] == "kind"))
     return ordered, problems
 

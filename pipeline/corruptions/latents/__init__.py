@@ -2,8 +2,8 @@
 
     z [B, *latent], target [B, *event], key of the step -> z, target
 
-What is asked of the decoder changes with the latent that it gets: so a decoder is made equivariant.
-All images of a step are transformed alike, in all micro-batches and on all processes.
+Latent and target change together, which trains the decoder to be equivariant. All images of a step
+get the same transform, in all micro-batches and on all processes.
 
 Add a kind: one file with a `LatentTransformBase`, and its name below.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.common import rng
 from pipeline.corruptions.latents.base import LatentTransformBase
 
-# The list of them in a config. There is no kind yet; with the first one it becomes
+# The list of transforms in a config. There is no kind yet; with the first one it becomes
 # tuple[Annotated[First, Field(discriminator="kind")], ...].
 LatentTransforms = tuple[()]
 
@@ -24,6 +24,6 @@ def transform(
     z: Tensor, target: Tensor, transforms: Sequence[LatentTransformBase], key: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Apply the transforms in order; each draws from a stream of its own."""
-    for place, one in enumerate(transforms):
-        z, target = one.apply(z, target, rng.substream(key, f"{place}/{one.kind}"))
+    for index, one in enumerate(transforms):
+        z, target = one.apply(z, target, rng.substream(key, f"{index}/{one.kind}"))
     return z, target

@@ -13,6 +13,6 @@ class LatentTransformBase(Component):
     def apply(self, z: Tensor, target: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Return z [B, *latent] and target [B, *event], both changed or neither.
 
-        Their shapes may change. key: int64 [1], to draw from; the same for all of a step.
+        Their shapes may change. key: int64 [1], for random numbers; the same within a step.
         """
         raise NotImplementedError

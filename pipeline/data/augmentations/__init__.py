@@ -1,10 +1,10 @@
 """Augmentations of images: the list of choices (`data.augmentations`), and how they are drawn.
 
-    (seed, epoch, uid) -> draws [n, num_draws], with the window that is read
+    (seed, epoch, uid) -> draws [n, num_draws], when the window is read
     draws of one sample, (height, width) -> View -> ImageDecode.decode_view
 
-Like a corruption, an augmentation is a function of the sample and the epoch alone; unlike one, it
-changes the target, too.
+An augmentation is a function of the sample and the epoch alone, like a corruption. Unlike a
+corruption, it also changes the target.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from pipeline.data.augmentations.random_resized_crop import RandomResizedCrop
 Augmentation = Annotated[
     HorizontalFlip | RandomCrop | RandomResizedCrop, Field(discriminator="kind")
 ]
-ViewOf = Callable[[int, int], View]  # (height, width) of the upright image -> what to look at
+ViewOf = Callable[[int, int], View]  # (height, width) of the upright image -> part to decode
 
 __all__ = [
     "Augmentation",
@@ -60,7 +60,7 @@ class Augmenter:
         return rng.uniform(keys, (self.num_draws,)).numpy()
 
     def view_of(self, draws: NDArray[Any]) -> ViewOf:
-        """Return the view of one sample, as a function of its size."""
+        """Return a function from the size of the sample's image to its view."""
 
         def view(height: int, width: int) -> View:
             found, used = View(0.0, 0.0, height, width), 0

@@ -1,9 +1,9 @@
-"""What an augmentation is: it moves the part of an image that is looked at.
+"""The base of augmentations: each one changes which part of an image is decoded.
 
     (height, width) -> View of the whole image -> augmentation, augmentation ... -> View -> decoder
 
-Nothing is resampled here: the decoder cuts, resizes and mirrors once, whatever the number of
-augmentations.
+Nothing is resampled here: the decoder crops, resizes and mirrors once, however many augmentations
+there are.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class AugmentationBase(Component):
 
     @property
     def num_draws(self) -> int:
-        """Random numbers that one sample takes."""
+        """Number of random numbers per sample."""
         raise NotImplementedError
 
     def apply(self, view: View, draws: Sequence[float], size: int) -> View:

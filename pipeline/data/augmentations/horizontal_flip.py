@@ -17,9 +17,8 @@ class HorizontalFlip(AugmentationBase):
 
     @property
     def num_draws(self) -> int:
-        """One: whether."""
+        """One draw: flip or not."""
         return 1
 
     def apply(self, view: View, draws: Sequence[float], size: int) -> View:  # noqa: ARG002
-        """Mirror the view, or leave it."""
         return replace(view, is_mirrored=view.is_mirrored ^ (draws[0] < self.probability))

@@ -1,4 +1,4 @@
-"""A square window at a random place, at a fixed scale."""
+"""A square window at a random position, at a fixed scale."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,9 +10,9 @@ from pipeline.data.augmentations.base import AugmentationBase, View
 
 
 class RandomCrop(AugmentationBase):
-    """Resize the shorter side to `shorter_side` pixels, then cut the model's square somewhere.
+    """Resize the shorter side to `shorter_side` pixels, then crop the model's square.
 
-    Places are whole pixels of the resized image, each equally likely.
+    Corners lie on whole pixels of the resized image, each equally likely.
     """
 
     kind: Literal["random_crop"] = "random_crop"
@@ -20,11 +20,10 @@ class RandomCrop(AugmentationBase):
 
     @property
     def num_draws(self) -> int:
-        """Two: row and column."""
+        """Two draws: row and column."""
         return 2
 
     def apply(self, view: View, draws: Sequence[float], size: int) -> View:
-        """Cut the square out of the view."""
         scale = min(view.height, view.width) / self.shorter_side  # source pixels per pixel
         top, left = (
             int(draw * (max(round(side / scale) - size, 0) + 1)) * scale

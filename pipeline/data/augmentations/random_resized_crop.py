@@ -1,6 +1,6 @@
 """A random part of the image, of random area and aspect ratio (Szegedy et al. 2014, section 6).
 
-The distribution is the one that torchvision's RandomResizedCrop made customary: area uniform,
+The distribution is the one that torchvision's RandomResizedCrop uses: area uniform,
 logarithm of the aspect ratio uniform, up to ten attempts, then the largest central part whose
 ratio is allowed.
 """
@@ -20,7 +20,7 @@ Ratio = Annotated[float, Field(gt=0)]
 
 
 class RandomResizedCrop(AugmentationBase):
-    """Look at a part of the image; the decoder stretches it to the model's square."""
+    """Crop a random part of the image; the decoder stretches it to the model's square."""
 
     kind: Literal["random_resized_crop"] = "random_resized_crop"
     scale: tuple[Fraction, Fraction] = (0.08, 1.0)  # of the area
@@ -30,7 +30,7 @@ class RandomResizedCrop(AugmentationBase):
     def _ranges_rise(self) -> Self:
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if low > high:
-                raise ValueError(f"{name} must not fall, but is [{low}, {high}]")
+                raise ValueError(f"{name} must be [lowest, highest], but is [{low}, {high}]")
         return self
 
     @property
@@ -39,7 +39,6 @@ class RandomResizedCrop(AugmentationBase):
         return 2 * NUM_ATTEMPTS + 2
 
     def apply(self, view: View, draws: Sequence[float], size: int) -> View:  # noqa: ARG002
-        """Cut the part out of the view."""
         height, width = self._part(view, draws[:-2])
         top = int(draws[-2] * (round(view.height) - height + 1))
         left = int(draws[-1] * (round(view.width) - width + 1))

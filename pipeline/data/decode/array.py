@@ -2,7 +2,7 @@
 
     .npy bytes -> header check -> copy into the slot of the batch -> range check
 
-The header is parsed with literals only (`allow_pickle=False`): nothing in a file can run.
+The header is parsed as literals only (`allow_pickle=False`), so no code in a file can run.
 """
 
 import io
@@ -40,12 +40,12 @@ class ArrayDecode(Component):
     def _range_is_usable(self) -> Self:
         low, high = self.range
         if not low < high:
-            raise ValueError(f"range must rise, but is [{low}, {high}]")
+            raise ValueError(f"range must be [lowest, highest], but is [{low}, {high}]")
         stored = self.stored_dtype
         info = np.iinfo(stored) if stored.kind == "u" else np.finfo(stored)
         if low < float(info.min) or high > float(info.max):
             raise ValueError(
-                f"range [{low}, {high}] leaves what {self.dtype} holds, [{info.min}, {info.max}]"
+                f"range [{low}, {high}] exceeds the range of {self.dtype}, [{info.min}, {info.max}]"
             )
         return self
 
@@ -56,7 +56,7 @@ class ArrayDecode(Component):
 
     @property
     def buffer_shape(self) -> tuple[int, ...]:
-        """How one array lies in memory: as declared."""
+        """The shape of one array in memory: as declared."""
         return self.shape
 
     @property
@@ -71,7 +71,7 @@ class ArrayDecode(Component):
 
     @cached_property
     def _usual_header(self) -> bytes:
-        """The header numpy writes for exactly this declaration: a byte comparison proves it."""
+        """The header that numpy writes for this declaration; compared before any parsing."""
         buffer = io.BytesIO()
         header = {"descr": self.stored_dtype.str, "fortran_order": False, "shape": self.shape}
         np.lib.format.write_array_header_1_0(buffer, header)
@@ -118,7 +118,7 @@ class ArrayDecode(Component):
             )
 
     def event_view(self, x: Tensor) -> Tensor:
-        """[b, *shape] as it is."""
+        """Return x [b, *shape] unchanged."""
         return x
 
     def to_unit(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Image files to pixels: bounds first, then the fastest decoder that is exact for the file.
+"""Image files to pixels: check the size, then use the fastest exact decoder.
 
     bytes -> format and size from the header -> size bound -> simplejpeg | OpenCV | Pillow
           -> uint8 [height, width, channels]
@@ -37,7 +37,7 @@ TURNED = (5, 6, 7, 8)  # the Exif orientations that swap height and width
 
 
 def full_scale(height: int, width: int) -> float:  # noqa: ARG001
-    """Want every pixel that the file has."""
+    """Scale 1: every pixel of the file."""
     return 1.0
 
 
@@ -61,8 +61,8 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
 
 
 def has_exif(data: Content) -> bool:
-    """Tell whether a JPEG holds an Exif block where the standard puts it: right at the start, or
-    behind the JFIF block (Exif 2.32, section 4.5.4).
+    """Tell whether a JPEG holds an Exif block where the standard puts it: at the start, or
+    after the JFIF block (Exif 2.32, section 4.5.4).
     """
     return data.find(EXIF_MARK, 0, EXIF_SEARCH_BYTES) >= 0
 
@@ -70,7 +70,7 @@ def has_exif(data: Content) -> bool:
 def read_pixels(data: Content, rules: PixelRules, scale_of: ScaleOf) -> Pixels:
     """Decode any supported image, upright, as uint8 [height, width, channels].
 
-    A JPEG may come out scaled down by its decoder, to no less than `scale_of` wants. Raises
+    A JPEG may be scaled down by its decoder, but not below what `scale_of` returns. Raises
     DecodeError.
     """
     if data.startswith(JPEG_MAGIC):
@@ -92,7 +92,7 @@ def _read_jpeg(data: Content, rules: PixelRules, scale_of: ScaleOf) -> Pixels:
         pixels = simplejpeg.decode_jpeg(
             data,
             "RGB" if rules.channels == 3 else "GRAY",
-            # Less a hair: a product that should be whole must not be rounded up.
+            # Minus 1e-6: rounding errors must not push a whole number up to the next one.
             min_height=math.ceil(height * scale - 1e-6),
             min_width=math.ceil(width * scale - 1e-6),
         )
@@ -159,8 +159,8 @@ def _read_with_pillow(data: Content, rules: PixelRules) -> Pixels:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecodeError("size", str(error)) from None
     except Exception as error:  # noqa: BLE001
-        # Pillow's plug-ins raise whatever their parsers meet (struct.error, SyntaxError, ...), and
-        # every one of them means the same here: this file is no image that we can read.
+        # Pillow's plug-ins raise many kinds of errors (struct.error, SyntaxError, ...). All of
+        # them mean that this file cannot be read as an image.
         raise DecodeError("decode", f"{type(error).__name__}: {error}") from None
 
 

@@ -1,14 +1,14 @@
-"""The one error that a bad sample raises; the stream turns it into a tombstone."""
+"""The error of a bad sample. The stream keeps its slot at weight 0 (a tombstone)."""
 
 import re
 
-Content = bytes | bytearray  # what is decoded: a member's bytes, or a copy in memory used again
+Content = bytes | bytearray  # to decode: a member's bytes, or a copy in a reused buffer
 
 _ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")
 
 
 class DecodeError(Exception):
-    """One sample's bytes are unusable: its slot stays, at weight 0, and nobody else moves.
+    """A sample's bytes cannot be used. Its slot stays at weight 0; other samples keep their slots.
 
     stage: "member" (no such file in the sample), "size" (above the bound), "decode" (damaged or
     unknown content), "shape", "dtype" or "range" (an array that breaks its declaration).

@@ -2,9 +2,9 @@
 
     file bytes -> pixels (codecs.py) -> central square -> antialiased resize -> slot of the batch
 
-Policies, all fixed and none silent: Exif orientation is applied; transparency is laid over a plain
-`background`; grey and colour convert by ITU-R 601 luma; 16-bit values keep their high byte; of an
-animation the first frame counts; colour profiles are ignored.
+Fixed rules: Exif orientation is applied; transparent pixels are blended with a plain `background`;
+grey and colour convert by ITU-R 601 luma; 16-bit values keep their high byte; the first frame of an
+animation is used; colour profiles are ignored.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class ImageDecode(Component):
     suffixes: Annotated[tuple[Suffix, ...], Field(min_length=1)] = ("jpg", "jpeg", "png", "webp")
     resample: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     background: Annotated[int, Field(ge=0, le=255)] = 255
-    # Pillow itself gives up at 178,956,970 pixels, whatever we ask.
+    # Pillow's own limit is 178,956,970 pixels.
     max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 1 << 26
 
     @property
@@ -51,7 +51,7 @@ class ImageDecode(Component):
 
     @property
     def buffer_shape(self) -> tuple[int, ...]:
-        """(height, width, channels): how one image lies in memory."""
+        """(height, width, channels): the shape of one image in memory."""
         return (self.size, self.size, self.channels)
 
     @property
@@ -61,7 +61,7 @@ class ImageDecode(Component):
 
     @property
     def member_suffixes(self) -> Sequence[str]:
-        """The members that may hold the image, most wanted first."""
+        """The suffixes of members that may hold the image, the preferred one first."""
         return self.suffixes
 
     @cached_property
@@ -79,17 +79,17 @@ class ImageDecode(Component):
     def decode(self, data: Content, out: NDArray[np.uint8]) -> None:
         """Decode one file into `out`, uint8 [size, size, channels]; raise DecodeError."""
         if data.startswith(JPEG_MAGIC) and not has_exif(data):
-            # The usual case by one call: a JPEG of the very size goes straight into the slot. A
-            # larger one does not fit and fails before decoding; a smaller one shows by its shape.
+            # Fast path: a JPEG of exactly this size is decoded straight into the slot. A larger one
+            # fails before decoding, a smaller one returns another shape.
             try:
                 if decode_jpeg(data, self._colours, buffer=out).shape == self._shape:
                     return
             except ValueError:
-                pass  # too large, or damaged: the general way tells which
+                pass  # too large, or damaged: the general path reports which
         self._fit(read_pixels(data, self._rules, self._scale_of), out)
 
     def decode_view(self, data: Content, out: NDArray[np.uint8], view_of: ViewOf) -> None:
-        """Decode the part of a file that an augmentation looks at into `out`, as `decode` does."""
+        """Decode the part of a file that the augmentations choose into `out`, as `decode` does."""
         views: list[tuple[View, int, int]] = []
 
         def scale_of(height: int, width: int) -> float:
@@ -126,7 +126,7 @@ class ImageDecode(Component):
         self, pixels: NDArray[np.uint8], box: tuple[float, float, float, float]
     ) -> NDArray[np.uint8]:
         """Stretch the box (left, top, right, bottom) to the square [size, size, channels]."""
-        # Pillow's resize widens its filter when it shrinks (no aliasing) and counts in fixed
+        # Pillow's resize widens its filter when shrinking (no aliasing) and computes in fixed
         # point: the same bits on every CPU.
         image = Image.fromarray(pixels if self.channels == 3 else pixels[:, :, 0])
         method = Image.Resampling[self.resample.upper()]

@@ -1,4 +1,4 @@
-"""What the shards of a data set hold, and where: made once, opened by everything that reads."""
+"""The index of a data set: what its shards hold, and where. Built once, used by all readers."""
 
 from pipeline.data.index.build import build_index
 from pipeline.data.index.reader import Index

@@ -1,10 +1,10 @@
-"""Making an index: every shard is scanned, in worker processes, and the manifest comes last.
+"""Building an index: worker processes scan the shards, and the manifest is written last.
 
     shards --build_index--> <out>/index/tables/<shard>.arrow  (one per shard)
                             <out>/index/manifest.json         (last: atomic)
 
-The same shards and split rule give the same bytes, however many workers or restarts it took; local
-or remote, the same shards give the same dataset_id.
+The same shards and split rule give the same bytes for any number of workers and restarts, and the
+same dataset_id for local and remote shards.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import UserError
+from pipeline.data.index.location import IndexLocation, index_location
 from pipeline.data.index.manifest import check_shard_name, make_manifest, table_path
-from pipeline.data.index.place import IndexPlace, index_place
 from pipeline.data.index.reader import Index
 from pipeline.data.index.scan import ScannedShard, ShardTask, index_shard
 from pipeline.data.index.splits import SplitSpec
-from pipeline.data.pace import Pace, Progress
 from pipeline.data.pool import worker_processes
+from pipeline.data.progress import Progress, ProgressTracker
 from pipeline.data.storage import open_storage
 from pipeline.data.storage.patterns import FoundShards, find_shards
 
-PARALLEL_FROM_BYTES = 32 << 20  # below, starting worker processes takes longer than the work
+PARALLEL_FROM_BYTES = 32 << 20  # below it, starting worker processes costs more than it saves
 
 
 def build_index(
@@ -39,8 +39,8 @@ def build_index(
     """Index a directory, URL, glob or brace pattern of shards into `<out>/index`.
 
     `out`: a directory or URL, None = beside the shards. `deep`: with a checksum of every member.
-    Tables of unchanged shards are used again, so a stopped build goes on. Damage and duplicate keys
-    are reported in the result, not raised. Raises UserError.
+    Tables of unchanged shards are reused, so a stopped build can continue. Damage and duplicate
+    keys are reported in the result, not raised. Raises UserError.
     """
     found = find_shards(shards)
     for name in found.names:
@@ -49,14 +49,14 @@ def build_index(
         raise UserError(f"workers is {workers}, but must be at least 1.")
     split = split or SplitSpec()
     out = found.root if out is None else out
-    with index_place(out, found.names) as place:
+    with index_location(out, found.names) as location:
         tasks = [
-            ShardTask(found.root, name, table_path(place.folder, name), split, deep)
+            ShardTask(found.root, name, table_path(location.folder, name), split, deep)
             for name in found.names
         ]
-        scanned = _scan_all(found, tasks, workers, place, progress)
+        scanned = _scan_all(found, tasks, workers, location, progress)
         ordered = [scanned[name] for name in found.names]
-        place.finish(make_manifest(ordered, split, found.root, place.folder), found.names)
+        location.finish(make_manifest(ordered, split, found.root, location.folder), found.names)
     return Index.open(out)
 
 
@@ -64,21 +64,21 @@ def _scan_all(
     found: FoundShards,
     tasks: Sequence[ShardTask],
     workers: int,
-    place: IndexPlace,
+    location: IndexLocation,
     progress: Progress | None,
 ) -> dict[str, ScannedShard]:
     with closing(open_storage(found.root)) as storage:
         states = storage.states(found.names)
     sizes = {name: state.num_bytes for name, state in states.items() if state is not None}
     num_bytes = sum(sizes.values())
-    pace = Pace("index", len(tasks), num_bytes, progress)
+    tracker = ProgressTracker("index", len(tasks), num_bytes, progress)
     scanned: dict[str, ScannedShard] = {}
     for result in _scanned(tasks, 1 if num_bytes < PARALLEL_FROM_BYTES else workers):
         name = result.entry.name
         scanned[name] = result
         if result.is_written:
-            place.add_table(name)
-        pace.add(sizes.get(name, 0), is_read=result.is_read)
+            location.add_table(name)
+        tracker.add(sizes.get(name, 0), is_read=result.is_read)
     return scanned
 
 
@@ -94,7 +94,7 @@ def _scanned(tasks: Sequence[ShardTask], workers: int) -> Iterator[ScannedShard]
 
 
 def summary(index: Index) -> dict[str, Any]:
-    """Return what a person wants to know of an index that was just built."""
+    """Return the report of an index that was just built."""
     return {
         "index": index.path,
         "dataset_id": index.dataset_id,

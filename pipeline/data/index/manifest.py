@@ -1,8 +1,8 @@
-"""The files of an index: where they lie, what the manifest says, and the manifest's making.
+"""The files of an index: their names, reading them, and building the manifest.
 
     <path>/index/manifest.json, <path>/index/tables/<shard>.arrow; <path>: a directory or a URL
 
-Names come from shard names alone, never from keys, and no name leads out of the directory.
+File names follow from shard names alone, never from keys, and cannot leave the directory.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ INDEX_DIRECTORY = "index"
 MANIFEST = "manifest.json"
 TABLES = "tables"
 MAX_DUPLICATES_SHOWN = 20
-MAX_SUFFIXES = 1000  # more are no kinds of members, but dots in the names
+MAX_SUFFIXES = 1000  # more suffixes are dots in file names rather than kinds of members
 
 
 def check_shard_name(name: str) -> None:
@@ -42,23 +42,23 @@ def check_shard_name(name: str) -> None:
 
 
 def table_name(shard_name: str) -> str:
-    """Where the table of a shard lies below the index's path."""
+    """The name of a shard's table, relative to the index's path."""
     check_shard_name(shard_name)
     return f"{INDEX_DIRECTORY}/{TABLES}/{shard_name}.arrow"
 
 
 def table_path(path: Path, shard_name: str) -> Path:
-    """Where the table of a shard lies, locally."""
+    """The local path of a shard's table."""
     return path / PurePosixPath(table_name(shard_name))
 
 
-def place_of(root: Path | str) -> str:
-    """A root without its query, which may hold a secret."""
+def without_query(root: Path | str) -> str:
+    """Return a root without its query, which may hold a secret."""
     return str(root).partition("?")[0]
 
 
 class IndexFiles:
-    """The files of an index, local or remote, to be read."""
+    """Reads the files of an index, local or remote."""
 
     def __init__(self, path: Path | str, remote: RemotePolicy | None = None) -> None:
         self._storage = open_storage(path, remote)
@@ -114,7 +114,7 @@ class IndexFiles:
 
 
 def entry_from_json(entry: dict[str, Any]) -> ShardEntry:
-    """What the manifest says of one shard."""
+    """Return a shard's entry in the manifest."""
     check_shard_name(entry["name"])
     damage = tuple(Damage(**fault) for fault in entry["damage"])
     return replace(ShardEntry(**entry), damage=damage)
@@ -142,22 +142,22 @@ def make_manifest(
     if len(suffixes) > MAX_SUFFIXES:
         del manifest["suffixes"]
     if any(entry.tag is not None for entry in entries):
-        manifest["tags_of"] = place_of(root)
+        manifest["tags_of"] = without_query(root)
     return manifest
 
 
 def _duplicates(scanned: Sequence[ScannedShard], tables: Path) -> dict[str, Any]:
-    """Keys that several samples share: how many too many, and the first few with their shards."""
+    """Duplicate keys: how many samples repeat a key, and examples with their shards."""
     hashes = np.sort(np.concatenate([result.key_hashes for result in scanned]))
     repeated = hashes[1:][hashes[1:] == hashes[:-1]]
     if len(repeated) == 0:
         return {"count": 0, "examples": []}
     wanted = np.unique(repeated)[:MAX_DUPLICATES_SHOWN]
-    places: dict[str, list[str]] = {}
+    shards_of_key: dict[str, list[str]] = {}
     for result in scanned:
         rows = np.flatnonzero(np.isin(result.key_hashes, wanted))
         if len(rows):
             for key in ShardTable(table_path(tables, result.entry.name)).keys(rows):
-                places.setdefault(key, []).append(result.entry.name)
-    examples = [[key, *shards] for key, shards in sorted(places.items()) if len(shards) > 1]
+                shards_of_key.setdefault(key, []).append(result.entry.name)
+    examples = [[key, *shards] for key, shards in sorted(shards_of_key.items()) if len(shards) > 1]
     return {"count": len(repeated), "examples": examples}

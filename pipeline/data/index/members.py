@@ -19,38 +19,38 @@ Ints = NDArray[np.int64]
 MAX_GAP_BYTES = 32 << 10
 
 
-class Read(NamedTuple):
-    """One read of a shard."""
+class ShardRead(NamedTuple):
+    """Consecutive bytes of a shard, for one request."""
 
     shard: int
     offset: int
     num_bytes: int
 
 
-def plan_reads(shard: Ints, offset: Ints, num_bytes: Ints) -> tuple[list[Read], Ints]:
-    """Join ranges [n] of shards into few reads, to be laid one behind the other in memory.
+def plan_reads(shard: Ints, offset: Ints, num_bytes: Ints) -> tuple[list[ShardRead], Ints]:
+    """Join ranges [n] of shards into few reads, whose bytes are stored consecutively in memory.
 
-    Returns them and where in that memory each range starts. Ranges at -1 are missing: they belong
-    to no read and start nowhere (-1).
+    Returns the reads and the start of each range in that memory. Ranges at -1 are missing: they
+    belong to no read, and their start is -1.
     """
     start = np.full(len(offset), -1, np.int64)
-    places = np.flatnonzero(offset >= 0)
-    if len(places) == 0:
+    present = np.flatnonzero(offset >= 0)
+    if len(present) == 0:
         return [], start
-    # One line of addresses for all shards, farther apart than any gap that is read over.
+    # One address space for all shards, separated by more than any gap that is read over.
     stride = int((offset + num_bytes).max()) + MAX_GAP_BYTES + 1
-    address = shard[places] * stride + offset[places]
+    address = shard[present] * stride + offset[present]
     ascending = np.argsort(address, kind="stable")
-    places, address = places[ascending], address[ascending]
-    reached = np.maximum.accumulate(address + num_bytes[places])
+    present, address = present[ascending], address[ascending]
+    reached = np.maximum.accumulate(address + num_bytes[present])
     is_first = np.append(True, address[1:] - reached[:-1] > MAX_GAP_BYTES)
     first = np.flatnonzero(is_first)
-    length = reached[np.append(first[1:], len(places)) - 1] - address[first]
+    length = reached[np.append(first[1:], len(present)) - 1] - address[first]
     shift = np.cumsum(length) - length - address[first]
-    start[places] = address + shift[np.cumsum(is_first) - 1]
-    firsts = places[first]
+    start[present] = address + shift[np.cumsum(is_first) - 1]
+    firsts = present[first]
     columns = (shard[firsts].tolist(), offset[firsts].tolist(), length.tolist())
-    return list(map(Read, *columns)), start
+    return list(map(ShardRead, *columns)), start
 
 
 def read_ranges(storage: Storage, name: str, offset: Ints, num_bytes: Ints) -> list[bytes | None]:
@@ -63,9 +63,9 @@ def read_ranges(storage: Storage, name: str, offset: Ints, num_bytes: Ints) -> l
 
 
 def read_all(
-    storage: Storage, names: Sequence[str], reads: Sequence[Read], memory: memoryview
+    storage: Storage, names: Sequence[str], reads: Sequence[ShardRead], memory: memoryview
 ) -> None:
-    """Make all reads, one behind the other in memory; `names` of the shards by their numbers."""
+    """Perform all reads, consecutively into `memory`; `names`: of the shards, by number."""
     for read in reads:
         if read.num_bytes:
             storage.read_into(names[read.shard], read.offset, memory[: read.num_bytes])

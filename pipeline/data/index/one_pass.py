@@ -3,7 +3,7 @@
     Storage.read, one chunk ahead --> `read`, `crc32`: forward, as the tar reader asks
                                   `-> `sha256` of the whole, at the end
 
-Looking back is allowed, page by page: only damage asks for it, and not without bound.
+Reading back is possible page by page, up to a limit: only damaged shards need it.
 """
 
 import hashlib
@@ -16,18 +16,17 @@ from typing import Self
 from pipeline.data.storage import ShardReadError, Storage, is_url
 
 LOCAL_CHUNK_BYTES = 1 << 20
-REMOTE_CHUNK_BYTES = (
-    8 << 20
-)  # a request to a remote store takes tens of milliseconds, whatever size
+# A request to a remote store takes tens of milliseconds at any size.
+REMOTE_CHUNK_BYTES = 8 << 20
 PAGE_BYTES = 1 << 18
 MAX_PAGES = 16
-# Times the shard's size that may be read again, beside the pages that are held: headers that all
-# point elsewhere, which no accident makes, end with an error instead of hours of reading.
+# How many times the shard's size may be read again. A shard with forged headers that point all over
+# it ends with an error instead of hours of reading.
 MAX_TIMES_BACK = 8
 
 
 class OnePass:
-    """The pass; use it in a `with` statement. At most three chunks and 16 pages are held."""
+    """Reads a shard once; use a `with` statement. Holds at most three chunks and 16 pages."""
 
     def __init__(self, storage: Storage, name: str, num_bytes: int) -> None:
         self._storage = storage
@@ -78,14 +77,14 @@ class OnePass:
         return checksum
 
     def sha256(self) -> str:
-        """Hex digest of the whole shard; what was not read so far is."""
+        """Hex digest of the whole shard; reads the rest of it first."""
         while self._start + len(self._chunk) < self._num_bytes:
             self._advance()
         return self._digest.hexdigest()
 
     def _request(self, offset: int) -> Future[bytes]:
         num_bytes = min(self._chunk_bytes, self._num_bytes - offset)
-        if num_bytes == 0:  # an empty range is none to a remote store
+        if num_bytes == 0:  # remote stores reject empty ranges
             return self._thread.submit(bytes)
         return self._thread.submit(self._storage.read, self._name, offset, num_bytes)
 

@@ -18,7 +18,7 @@ from pipeline.data.index.manifest import (
     MANIFEST,
     IndexFiles,
     entry_from_json,
-    place_of,
+    without_query,
 )
 from pipeline.data.index.splits import ALL, SplitSpec
 from pipeline.data.index.table import ShardTable
@@ -41,8 +41,8 @@ States = dict[str, ShardState]  # of the shards of one data set, by name
 class Index:
     """The opened index of one data set, local or remote.
 
-    Samples that share a key (`num_duplicate_keys`) are different samples: each has its own uid, is
-    trained on once per epoch and exported as a row of its own.
+    Samples with equal keys (`num_duplicate_keys`) are different samples: each has its own uid, is
+    trained on once per epoch and exported as its own row.
     """
 
     def __init__(self, files: IndexFiles, manifest: dict[str, Any], ordinal: int = 0) -> None:
@@ -72,12 +72,12 @@ class Index:
 
     @property
     def num_samples(self) -> int:
-        """Samples in all splits together."""
+        """Total number of samples of all splits."""
         return sum(shard.samples for shard in self.shards)
 
     @property
     def damage(self) -> list[tuple[str, Damage]]:
-        """Everything that the tar reader found wrong: (shard, what)."""
+        """All damage that the tar reader found, as (shard, damage)."""
         return [(shard.name, damage) for shard in self.shards for damage in shard.damage]
 
     @cached_property
@@ -88,7 +88,7 @@ class Index:
 
     def locate(self, uids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(shard, row) of samples by their uids."""
-        # Of shards that start at the same uid all but the last are empty.
+        # If several shards start at the same uid, all but the last are empty.
         shard = np.searchsorted(self.first_uids, uids, side="right") - 1
         return shard, uids - self.first_uids[shard]
 
@@ -97,11 +97,11 @@ class Index:
         shards, rows = self.locate(uids)
         keys = [""] * len(uids)
         for shard in np.unique(shards).tolist():
-            places = np.flatnonzero(shards == shard)
-            for place, key in zip(
-                places.tolist(), self.table(shard).keys(rows[places]), strict=True
+            positions = np.flatnonzero(shards == shard)
+            for position, key in zip(
+                positions.tolist(), self.table(shard).keys(rows[positions]), strict=True
             ):
-                keys[place] = key
+                keys[position] = key
         return keys
 
     def split_number(self, split: str) -> int | None:
@@ -114,7 +114,7 @@ class Index:
         return self.split_spec.names.index(split)
 
     def split_identity(self, split: str) -> str:
-        """What makes a split the same rows: its name and the rule, or just `all`."""
+        """Identity of a split's rows: its name and the rule, or just `all`."""
         return ALL if self.split_number(split) is None else f"{split}/{self._split_digest}"
 
     def counts(self, split: str) -> NDArray[np.int64]:
@@ -124,7 +124,7 @@ class Index:
         return np.array([shard.splits[split] for shard in self.shards], np.int64)
 
     def samples_per_split(self) -> dict[str, int]:
-        """Rows of every split in all shards together."""
+        """Total number of rows per split."""
         return {name: int(self.counts(name).sum()) for name in self.split_spec.names}
 
     @property
@@ -143,15 +143,15 @@ class Index:
         )
 
     def expected_state(self, shard: int, root: Path | str) -> ShardState:
-        """What the store of `root` must say of a shard; its tag is known where it was indexed."""
+        """The state that the store of `root` must report; with a tag if `root` was indexed."""
         entry = self.shards[shard]
-        return ShardState(entry.bytes, entry.tag if place_of(root) == self._tags_of else None)
+        return ShardState(entry.bytes, entry.tag if without_query(root) == self._tags_of else None)
 
     def check_shards(self, shards: Path | str | Storage) -> States:
-        """Look at every shard; raise UserError naming the first that is missing or has changed.
+        """Check every shard; raise UserError naming the first that is missing or has changed.
 
-        `shards`: their root, or the store that will read them: it pins what it sees here. Returns
-        what the store says of each, for whoever opens it again (`Storage.expect`).
+        `shards`: their root, or the store that will read them, which pins the states seen here.
+        Returns the state of each shard, for stores that are opened later (`Storage.expect`).
         """
         with closing(shards if isinstance(shards, Storage) else open_storage(shards)) as storage:
             states = storage.states(shard.name for shard in self.shards)
@@ -176,9 +176,7 @@ class Index:
         return sound
 
     def not_indexed(self, root: Path | str) -> list[str]:
-        """Shards that lie right below `root` but are not in the index: added later, or left out by
-        the pattern. Empty where the store cannot list.
-        """
+        """Shards directly below `root` that are not in the index; empty without listings."""
         try:
             found = find_shards(root).names
         except UserError:

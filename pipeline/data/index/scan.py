@@ -3,9 +3,9 @@
     shard -> one forward pass: sha256, tar scan, CRC-32 per member if `deep`, split of each sample
           -> table -> ShardEntry for the manifest
 
-An unchanged shard is not read again. A local one is known by size and modification time, which its
-table carries as its own; a remote one by size and tag, which the table holds; a remote one without
-a tag is always read. After a crash the tables that are there count: nothing else is remembered.
+An unchanged shard is not read again. A local shard is recognised by size and modification time,
+which is also the modification time of its table; a remote one by size and tag, which the table
+holds. A remote shard without a tag is always read. After a crash, only the existing tables count.
 """
 
 import hashlib
@@ -57,8 +57,8 @@ class ShardEntry:
 class ScannedShard:
     """A shard's entry, and what is merged over all shards.
 
-    key_hashes: 64 bits of each key, by which duplicates are found; suffixes: rows that have it;
-    is_read: the shard was read now, not known from before; is_written: its table is new.
+    key_hashes: 64 bits of each key, to find duplicates; suffixes: number of rows per suffix;
+    is_read: False if the shard was known from before; is_written: its table is new.
     """
 
     entry: ShardEntry
@@ -70,7 +70,7 @@ class ScannedShard:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A shard to index: where it lies, where its table goes, how deep, by which split."""
+    """A shard to index: its location, the path of its table, checksums or not, the split rule."""
 
     root: str
     name: str
@@ -111,7 +111,7 @@ def _reusable_table(task: ShardTask, state: ShardState) -> ShardTable | None:
     try:
         table = ShardTable(path)
     except UserError:
-        return None  # damaged: it is made anew
+        return None  # damaged: write a new one
     origin = table.origin
     if stamp is None and (state.tag is None or origin.tag != state.tag):
         return None
@@ -120,21 +120,21 @@ def _reusable_table(task: ShardTask, state: ShardState) -> ShardTable | None:
 
 
 def _write(task: ShardTask, storage: Storage, state: ShardState) -> None:
-    """Read the shard, once and forward, and write its table."""
+    """Read the shard in one forward pass and write its table."""
     stamp = task.stamp
     groups = _Groups(task, storage.where(task.name))
     label_at: dict[int, int] = {}  # by the offset of the member
-    with OnePass(storage, task.name, state.num_bytes) as bytes_of:
+    with OnePass(storage, task.name, state.num_bytes) as reader:
 
         def visit(name: str, offset: int, num_bytes: int) -> int:
-            groups.visit(bytes_of, name, offset, num_bytes)
+            groups.visit(reader, name, offset, num_bytes)
             if name.lower().endswith(f".{LABEL_SUFFIX}") and num_bytes <= MAX_LABEL_BYTES:
-                label_at[offset] = _parse_label(bytes_of.read(offset, num_bytes))
-            return bytes_of.crc32(offset, num_bytes) if task.deep else NO_CHECKSUM
+                label_at[offset] = _parse_label(reader.read(offset, num_bytes))
+            return reader.crc32(offset, num_bytes) if task.deep else NO_CHECKSUM
 
-        scan = TarScan(bytes_of.read, state.num_bytes, visit)
+        scan = TarScan(reader.read, state.num_bytes, visit)
         samples = list(group_samples(scan))
-        sha256 = bytes_of.sha256()
+        sha256 = reader.sha256()
     damage = scan.damage[:MAX_REPORTED_DAMAGE]
     if len(scan.damage) > len(damage):
         more = len(scan.damage) - len(damage)
@@ -162,9 +162,9 @@ def _write_table(
 
 
 def _split_again(task: ShardTask, storage: Storage, state: ShardState, table: ShardTable) -> bool:
-    """Rewrite a table for another split rule; tell whether the shard was read for that."""
+    """Rewrite a table for another split rule; return whether the shard had to be read."""
     if task.split.json_field is not None and is_url(task.root):
-        # One pass costs less there than a request for each sample's metadata.
+        # For a URL one pass costs less than a request per sample.
         _write(replace(task, deep=table.has_checksums), storage, state)
         return True
     stamp = task.stamp
@@ -183,7 +183,7 @@ def _split_again(task: ShardTask, storage: Storage, state: ShardState, table: Sh
 
 
 class _Groups:
-    """Split numbers of samples; where they follow from metadata, taken as that passes by."""
+    """Split numbers of samples; those by metadata are computed during the pass over the shard."""
 
     def __init__(self, task: ShardTask, where: str) -> None:
         self.field = task.split.json_field
@@ -191,10 +191,10 @@ class _Groups:
         self._where = where
         self._number_at: dict[int, int] = {}  # by the offset of the .json member
 
-    def visit(self, bytes_of: OnePass, name: str, offset: int, num_bytes: int) -> None:
+    def visit(self, reader: OnePass, name: str, offset: int, num_bytes: int) -> None:
         found = split_name(name) if self.field is not None else None
         if found is not None and found[1] == "json":
-            self.add(found[0], offset, bytes_of.read(offset, num_bytes))
+            self.add(found[0], offset, reader.read(offset, num_bytes))
 
     def add(self, key: str, offset: int, metadata: bytes) -> None:
         assert self.field is not None

@@ -1,4 +1,4 @@
-"""Which split a sample belongs to: a hash of its group, so growing data never moves an old sample.
+"""The split of a sample: a hash of its group, so samples keep their split when data is added.
 
 key (or a field of the sample's JSON) --group--> hash in [0, 1) --fractions--> split
 """
@@ -21,7 +21,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class SplitSpec(Component):
-    """Fractions of the groups per split. `by`: "key", or "json.FIELD" to keep groups together."""
+    """Fractions of the groups per split. `by`: "key", or "json.FIELD" for groups of samples."""
 
     by: Annotated[str, Field(pattern=r"^(key|json\..+)$")] = "key"
     fractions: dict[str, Fraction] = Field(default={"train": 0.98, "held_out": 0.02})
@@ -48,7 +48,7 @@ class SplitSpec(Component):
         return None if self.by == "key" else self.by.removeprefix("json.")
 
     def digest(self) -> str:
-        """Hex identity of the rule, whatever the order the fractions are written in."""
+        """Hex identity of the rule; the sequence of the fractions does not matter."""
         return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
 
     def number_of(self, group: str) -> int:
@@ -60,7 +60,7 @@ class SplitSpec(Component):
             bound += self.fractions[name]
             if word < bound * 2**64:
                 return number
-        return len(self.fractions) - 1  # the fractions' sum may miss 1 by a rounding error
+        return len(self.fractions) - 1  # the sum may be below 1 by a rounding error
 
 
 def group_of(metadata: bytes, field: str, where: str) -> str:

@@ -2,8 +2,8 @@
 
     samples --write_table--> <index>/tables/<shard>.arrow --ShardTable--> keys, byte ranges, splits
 
-A local file is memory-mapped: opening costs nothing, and only the rows asked for are read. The
-column `crc32` is there if the shard was indexed deeply.
+A local file is memory-mapped, so only requested rows are read. The column `crc32` exists if the
+shard was indexed with `--deep`.
 """
 
 import json
@@ -31,9 +31,9 @@ MAX_INT16 = 2**15 - 1
 
 @dataclass(frozen=True)
 class TableOrigin:
-    """What a table was made from: it is right for this content and this split rule only.
+    """What a table was made from: it is valid for this content and this split rule only.
 
-    `tag`: what the store said of the content, if it says such things; it saves reading again.
+    `tag`: the store's tag of the content, if any; an equal tag saves reading the shard again.
     """
 
     shard_bytes: int
@@ -146,7 +146,7 @@ class ShardTable:
     def _split_columns(self, split_number: int | None, wanted: tuple[str, ...]) -> Ints:
         """[5, rows of the split]: offset, bytes and CRC-32 as in `ranges_of`, label, row number.
 
-        All that a read of any rows needs, taken by one index.
+        All that reading any rows needs, for one lookup by row.
         """
         rows, ranges = self._rows_of(split_number), self._ranges_of(wanted)
         columns = (ranges.offset, ranges.num_bytes, ranges.crc32, self.labels)
@@ -167,7 +167,7 @@ class ShardTable:
         return dict(zip(suffixes, zip(offsets, sizes, strict=True), strict=True))
 
     def samples(self) -> list[TarSample]:
-        """All rows, as the tar reader gave them."""
+        """All rows as `TarSample`s."""
         samples = [TarSample(key, self.members(row)) for row, key in enumerate(self.keys())]
         if self.has_checksums:
             for row, sample in enumerate(samples):
@@ -176,7 +176,7 @@ class ShardTable:
         return samples
 
     def _ranges_of(self, wanted: tuple[str, ...]) -> MemberRanges:
-        """Where the first of the wanted suffixes that a row has lies, for every row at once."""
+        """The range of each row's member, by the first of the wanted suffixes that the row has."""
         columns = {"offsets": "offset", "sizes": "num_bytes"}
         columns |= {CHECKSUMS: "crc32"} if self.has_checksums else {}
         found = {name: np.full(self.num_rows, -1, np.int64) for name in MEMBER_FIELDS}
@@ -186,12 +186,12 @@ class ShardTable:
         codes = _numbers(lists.values.indices)
         ends = _numbers(lists.offsets)
         row_of_member = np.repeat(np.arange(self.num_rows), np.diff(ends))
-        for suffix in reversed(wanted):  # the most wanted comes last and wins
+        for suffix in reversed(wanted):  # the preferred suffix comes last and overwrites others
             if suffix in self._suffix_names:
-                places = np.flatnonzero(codes == self._suffix_names.index(suffix))
+                matches = np.flatnonzero(codes == self._suffix_names.index(suffix))
                 for column, name in columns.items():
                     values = _numbers(self._column(column).values)
-                    found[name][row_of_member[places]] = values[places]
+                    found[name][row_of_member[matches]] = values[matches]
         return MemberRanges(**found)
 
     @cached_property
@@ -201,7 +201,7 @@ class ShardTable:
         return self._column("suffixes").values.dictionary.to_pylist()
 
     def _column(self, name: str) -> Any:
-        return self._table[name].chunk(0)  # one record batch was written
+        return self._table[name].chunk(0)  # the file holds one record batch
 
 
 def _numbers(array: Any) -> NDArray[Any]:

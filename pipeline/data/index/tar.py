@@ -1,11 +1,11 @@
-"""Our tar reader: ustar, GNU and PAX members with their offsets, and everything that was lost.
+"""A tar reader: ustar, GNU and PAX members with their offsets, and a report of all damage.
 
     shard bytes -> headers (checksums checked) -> members -> samples (webdataset's grouping)
                         `-> damage: bad header, truncated member, no end marker, duplicate ...
 
 Python's `tarfile`, and so webdataset, ends a shard silently at one damaged header; this reader
-goes on at the next valid header and reports the gap. It reads forward, and looks back only where
-something is wrong; it never holds more than one extension header and a piece of a content.
+continues at the next valid header and reports the gap. It reads forward, and reads back only after
+damage. It never holds more than one extension header and one piece of a content.
 """
 
 import re
@@ -33,18 +33,18 @@ from pipeline.data.index.tar_header import (
 # webdataset's rule: the key is the path up to the first dot of the base name.
 KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)")
 META_NAME = re.compile(r"__[^/]*__($|/)")
-MAX_EXTENSION_BYTES = 8 << 20  # a larger extension header is taken for damage
+MAX_EXTENSION_BYTES = 8 << 20  # a larger extension header counts as damage
 PIECE_BYTES = 64 << 10
 NO_CHECKSUM = -1
 
 ReadBytes = Callable[[int, int], bytes]  # (offset, size) -> that many bytes, fewer at the end
-# (name, offset, size), called while the content passes by -> its CRC-32, or NO_CHECKSUM
+# (name, offset, size), called during the pass -> the content's CRC-32, or NO_CHECKSUM
 Visit = Callable[[str, int, int], int]
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing wrong in a shard: what kind, where, how many bytes it concerns, in words."""
+    """One fault of a shard: its kind, offset, number of bytes, and a description."""
 
     kind: str
     offset: int
@@ -75,13 +75,13 @@ class TarSample:
 
 
 class TarScan:
-    """One pass over a tar: iterate for its members, then read `damage`."""
+    """One pass over a tar: iterate over its members, then read `damage`."""
 
     def __init__(self, read: ReadBytes, size: int, visit: Visit | None = None) -> None:
         self._read = read
         self._size = size
         self._visit = visit
-        self._passed = 0  # the end of the contents that were visited
+        self._passed = 0  # end of the visited contents
         self._offset = 0
         self._overrides: dict[str, bytes] = {}
         self._global_overrides: dict[str, bytes] = {}
@@ -89,7 +89,7 @@ class TarScan:
         self.damage: list[Damage] = []
 
     def __iter__(self) -> Iterator[Member]:
-        """Yield the files whose content is complete, in order; directories and links are not."""
+        """Yield the files whose content is complete; no directories and links."""
         while self._offset < self._size:
             block = self._read(self._offset, BLOCK)
             if block == ZERO_BLOCK and self._ends_here():
@@ -105,11 +105,11 @@ class TarScan:
         self.damage.append(Damage(kind, offset, num_bytes, text))
 
     def _ends_here(self) -> bool:
-        """Tell whether the zero block at hand starts the end marker; report what follows it."""
+        """Tell whether the current zero block starts the end marker; report what follows it."""
         second = self._read(self._offset + BLOCK, BLOCK)
         if second != ZERO_BLOCK:
             if len(second) == BLOCK:
-                return False  # one zeroed header amid data: damage, not the end
+                return False  # a single zeroed header is damage, not the end
             self._report("no_end_marker", self._offset, 0, "the end marker is cut short")
             return True
         start = stop = self._offset + 2 * BLOCK
@@ -122,7 +122,7 @@ class TarScan:
         return True
 
     def _resynchronise(self, kind: str, what: str) -> None:
-        """Skip the header at hand, and all up to the next valid one."""
+        """Skip the current header and everything up to the next valid one."""
         start = self._offset
         self._offset = self._find_header(start + BLOCK, self._size)
         self._overrides = {}
@@ -133,7 +133,7 @@ class TarScan:
         self._report(kind, start, lost, f"{what}; {lost} bytes skipped, {where}")
 
     def _find_header(self, offset: int, stop: int, *, or_end: bool = True) -> int:
-        """Where the first ustar header from `offset` on lies, or the end marker; else `stop`."""
+        """Offset of the next ustar header from `offset` on, or of the end marker; else `stop`."""
         while offset < stop:
             block = self._read(offset, BLOCK)
             if block == ZERO_BLOCK:
@@ -169,8 +169,8 @@ class TarScan:
             return
         is_file = header.type in FILE_TYPES and not (header.type == b"\0" and name.endswith("/"))
         visits = is_file and self._visit is not None
-        # First the content and then what is behind it. Only where reading has gone back is the
-        # size looked at first: many headers that claim the same bytes must not cost their product.
+        # Read the content first, then check the header after it. After reading back, check the size
+        # first: many headers that claim the same bytes must not all be read.
         goes_forward = start >= self._passed
         crc32 = self._visited(name, start, num_bytes) if visits and goes_forward else NO_CHECKSUM
         if not self._is_size_right(name, start, num_bytes, is_extension=is_extension):
@@ -201,11 +201,11 @@ class TarScan:
         return NO_CHECKSUM if self._visit is None else self._visit(name, start, num_bytes)
 
     def _is_size_right(self, name: str, start: int, num_bytes: int, *, is_extension: bool) -> bool:
-        """Tell whether a content can have its size.
+        """Tell whether the size of a content is plausible.
 
-        It has not if no header follows it although there is one in it: bytes are missing, or the
-        size was forged. A tar within the tar keeps the benefit of the doubt; an extension header
-        has no headers in it.
+        It is wrong if no header follows the content but one lies inside it: bytes are missing, or
+        the size was forged. Members that are tars are trusted; an extension header contains no
+        headers.
         """
         if num_bytes == 0 or name.endswith(".tar"):
             return True
@@ -214,7 +214,7 @@ class TarScan:
         return self._find_header(start, start + num_bytes, or_end=False) == start + num_bytes
 
     def _give_up(self, name: str, what: str) -> None:
-        """Leave out a member that goes beyond the end; headers in a tar within are not ours."""
+        """Leave out a member that exceeds the shard; headers inside a nested tar do not count."""
         if not name.endswith(".tar"):
             self._resynchronise("truncated", what)
             return
@@ -222,7 +222,7 @@ class TarScan:
         self._offset = self._size
 
     def _is_boundary(self, offset: int) -> bool:
-        """Tell whether a header or the end marker stands at `offset`."""
+        """Tell whether there is a header or the end marker at `offset`."""
         block = self._read(offset, BLOCK)
         if block == ZERO_BLOCK:
             return self._read(offset + BLOCK, BLOCK) == ZERO_BLOCK
@@ -244,7 +244,7 @@ class TarScan:
             return text
 
     def _extend(self, kind: bytes, start: int, num_bytes: int) -> None:
-        """Keep what an extension header says of the members after it; if it is bad, nothing."""
+        """Store what an extension header says about the members after it, unless it is damaged."""
         self._offset = start + padded(num_bytes)
         records: dict[str, bytes] | None = {}
         if num_bytes > MAX_EXTENSION_BYTES:

@@ -1,4 +1,4 @@
-"""What one tar block says: ustar, GNU and old headers, and the records of PAX extensions.
+"""Parsing of tar blocks: ustar, GNU and old headers, and the records of PAX extensions.
 
 512 bytes --parse_header--> name, size, type, or None; extension content --parse_pax--> records
 """
@@ -15,7 +15,7 @@ PAX_TYPES = frozenset((b"x", b"X"))
 GLOBAL_TYPE = b"g"
 LONG_NAME_TYPE = b"L"
 EXTENSION_TYPES = PAX_TYPES | {GLOBAL_TYPE, LONG_NAME_TYPE, b"K"}
-MAX_PAX_DIGITS = 20  # of a length or a size: 2**64 has as many
+MAX_PAX_DIGITS = 20  # of a length or a size: as many as 2**64 has
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _number(digits: bytes) -> int:
 
 
 def _is_checksum(block: bytes, stored: int) -> bool:
-    """Compare the checksum; some old programs summed the bytes as signed ones."""
+    """Compare the checksum; some old programs summed signed bytes."""
     others = block[:148] + block[156:]
     unsigned = sum(others) + 8 * 0x20
     return stored == unsigned or stored == unsigned - 256 * sum(byte > 127 for byte in others)
@@ -69,7 +69,7 @@ def parse_header(block: bytes) -> Header | None:
     except ValueError:
         return None
     name = text_of(block[:100])
-    is_doubtful = len(name) == 100 or b"?" in name  # what writers put beside a name that is longer
+    is_doubtful = len(name) == 100 or b"?" in name  # as writers shorten a longer name
     magic = block[257:265]
     if magic[:6] == b"ustar\0" and block[345]:
         name = text_of(block[345:500]) + b"/" + name

@@ -1,9 +1,9 @@
-"""Do the shards still hold what the index says? Every problem is listed.
+"""Compare the shards with their index and list every problem.
 
     <path>/index + the shards, one forward pass each --verify_shards--> sizes, content hashes,
                        CRC-32 of every member, tables, damage, duplicates; images if asked
 
-This reads every byte of every shard; a stream only checks sizes and tags before it starts.
+This reads all bytes of all shards; a stream checks sizes and tags only, before it starts.
 """
 
 import zlib
@@ -22,10 +22,10 @@ from pipeline.data.index.one_pass import OnePass
 from pipeline.data.index.reader import Index
 from pipeline.data.index.scan import ShardEntry
 from pipeline.data.index.table import ShardTable
-from pipeline.data.pace import Pace, Progress
+from pipeline.data.progress import Progress, ProgressTracker
 from pipeline.data.storage import Storage, open_storage
 
-IMAGES = ImageDecode()  # the suffixes and the rules of a config that names none
+IMAGES = ImageDecode()  # the defaults of a config
 RULES = PixelRules(IMAGES.channels, IMAGES.background, IMAGES.max_pixels)
 
 
@@ -41,9 +41,9 @@ class BadSample:
 
 @dataclass(frozen=True)
 class ShardsReport:
-    """What was looked at, and everything that is wrong.
+    """What was checked, and all problems.
 
-    not_indexed: shards beside those of the index, which may be as it should be.
+    not_indexed: shards that are not in the index, which may be intended.
     """
 
     path: Path | str
@@ -75,8 +75,8 @@ def verify_shards(
 ) -> ShardsReport:
     """Compare the shards with the index in `path`; `shards`: where they lie, None = in `path`.
 
-    `decode`: also decode every sample's image, in `threads` threads. What was damaged already when
-    the index was made is a problem, too. Raises UserError when there is no index, or no image.
+    `decode`: also decode every sample's image, in `threads` threads. Damage that the index already
+    lists is a problem, too. Raises UserError if there is no index, or no image.
     """
     if threads < 1:
         raise UserError(f"threads is {threads}, but must be at least 1.")
@@ -86,7 +86,7 @@ def verify_shards(
     problems: list[str] = []
     bad: list[BadSample] = []
     num_bytes = sum(shard.bytes for shard in index.shards)
-    pace = Pace("verify", len(index.shards), num_bytes, progress)
+    tracker = ProgressTracker("verify", len(index.shards), num_bytes, progress)
     root = index.path if shards is None else shards
     with (
         closing(open_storage(root)) as storage,
@@ -94,7 +94,7 @@ def verify_shards(
     ):
         for number, shard in enumerate(index.shards):
             problems += _check_shard(index, number, storage, pool if decode else None, bad)
-            pace.add(shard.bytes)
+            tracker.add(shard.bytes)
     if bad:
         problems.append(f"{len(bad)} samples are bad")
     if index.num_duplicate_keys:
@@ -134,30 +134,30 @@ def _check_shard(
         yield f"{shard.name}: has {state.num_bytes} bytes, but was indexed with {shard.bytes}"
         return
     try:
-        with OnePass(storage, shard.name, shard.bytes) as bytes_of:
+        with OnePass(storage, shard.name, shard.bytes) as reader:
             if table is not None:
-                bad += _bad_samples(shard, table, bytes_of, pool)
-            if bytes_of.sha256() != shard.sha256:
+                bad += _bad_samples(shard, table, reader, pool)
+            if reader.sha256() != shard.sha256:
                 yield f"{shard.name}: has another content than was indexed (sha256)"
     except OSError as error:
         yield f"{shard.name}: cannot be read: {error}"
 
 
 def _bad_samples(
-    shard: ShardEntry, table: ShardTable, bytes_of: OnePass, pool: ThreadPoolExecutor | None
+    shard: ShardEntry, table: ShardTable, reader: OnePass, pool: ThreadPoolExecutor | None
 ) -> Iterator[BadSample]:
-    """Yield what is wrong in one shard, sample by sample, as its bytes pass by."""
+    """Yield the bad samples of one shard during the pass over its bytes."""
     decoding: deque[tuple[str, Future[DecodeError | None]]] = deque()
     for sample in table.samples() if table.has_checksums or pool is not None else ():
         image = next((name for name in IMAGES.suffixes if name in sample.members), None)
         content, wrong = b"", list[str]()
         for suffix, (offset, num_bytes) in sample.members.items():
             is_wanted = pool is not None and suffix == image
-            piece = bytes_of.read(offset, num_bytes) if is_wanted else None
+            piece = reader.read(offset, num_bytes) if is_wanted else None
             content = content if piece is None else piece
             known = sample.checksums.get(suffix)
             if known is not None:
-                found = bytes_of.crc32(offset, num_bytes) if piece is None else zlib.crc32(piece)
+                found = reader.crc32(offset, num_bytes) if piece is None else zlib.crc32(piece)
                 wrong += [] if found == known else [f".{suffix}"]
         if wrong:
             reason = f"another content than was indexed: {', '.join(wrong)}"
@@ -165,7 +165,7 @@ def _bad_samples(
         if pool is not None:
             job = pool.submit(_fault_of, None if image is None else content)
             decoding.append((sample.key, job))
-        # Few encoded images wait in memory, and the order of the shard is kept.
+        # At most 16 encoded images wait in memory; results keep the order of the shard.
         yield from _decoded(shard, decoding, keep=16)
     yield from _decoded(shard, decoding, keep=0)
 
@@ -181,7 +181,7 @@ def _decoded(
 
 
 def _fault_of(content: bytes | None) -> DecodeError | None:
-    """What keeps an image from being decoded in full size; None = nothing."""
+    """Return the error of decoding an image in full size; None = no error."""
     try:
         if content is None:
             raise missing_member()

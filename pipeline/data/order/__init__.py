@@ -1,4 +1,4 @@
-"""Which sample stands where in a run, and what that costs: by arithmetic alone, nothing is read."""
+"""Which sample fills which slot of a run, and what the order costs: computed without reading."""
 
 from pipeline.data.order.order_v1 import Order, Run, Tail, default_lanes
 

@@ -1,13 +1,13 @@
-"""Several data sets mixed by fixed weights; one alone is the simplest mixture.
+"""Several data sets mixed by fixed weights; a single data set is a mixture of one.
 
-    place X in the endless stream of all -> data set d, its own position T_d (closed form)
+    position X in the mixed endless stream -> data set d, position T_d in its own stream
     step s = X in [s G, (s + 1) G)       -> slots, by (data set, lane, position)
 
-The places repeat a pattern of W = sum of weights entries, in which data set d stands w_d times,
-spread evenly (sorted by (2 i + 1) / (2 w_d), ties in order of the data sets). So every W samples
-hold each data set's exact share, a step's quotas follow from s alone, and T = s G stays the only
-state. Each data set keeps its own order, epochs and lanes; for one alone a slot is order-v1's
-(T % L) c + (T % G) // L.
+The positions X repeat a pattern of W = sum of weights entries. Data set d has w_d of them, spread
+evenly (sorted by (2 i + 1) / (2 w_d), ties by the number of the data set). So every W samples
+hold the exact share of each data set, the quotas of a step follow from s alone, and T = s G stays
+the only state. Each data set keeps its own order, epochs and lanes. With one data set, a slot is
+that of order-v1: (T % L) c + (T % G) // L.
 """
 
 import hashlib
@@ -26,8 +26,9 @@ Ints = NDArray[np.int64]
 
 
 def lanes_of_parts(batch_size: int, lanes: int | None, weights: Sequence[int]) -> list[int | None]:
-    """Share `lanes` (None = the default) out by weight, so that a lane takes as many turns per step
-    in every data set; one data set alone gets what was asked for.
+    """Divide `lanes` (None = the default) by weight; a single data set gets all of them.
+
+    A lane then takes equally many turns per step in every data set.
     """
     if len(weights) == 1:
         return [lanes]
@@ -36,15 +37,15 @@ def lanes_of_parts(batch_size: int, lanes: int | None, weights: Sequence[int]) -
 
 
 def read_amplification(lanes: int, world: int) -> float:
-    """How often a shard's bytes are read on average: lanes at the border of two ranks twice."""
+    """How often a shard's bytes are read on average: twice for lanes that two ranks share."""
     return (lanes + world - math.gcd(lanes, world)) / lanes
 
 
 class Mixture:
-    """The order of a run: which sample of which data set stands in which slot of which step."""
+    """The order of a run: which sample of which data set fills which slot of which step."""
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[int], batch_size: int) -> None:
-        """`weights`: integers, parts of their sum."""
+        """`weights`: integers; the share of a data set is its weight over their sum."""
         self.orders = tuple(orders)
         self.weights = tuple(weights)
         self.batch_size = batch_size
@@ -52,24 +53,24 @@ class Mixture:
         weight = np.array(weights, np.int64)
         source = np.repeat(np.arange(len(weight)), weight)
         turn = np.arange(self._period) - np.repeat(np.cumsum(weight) - weight, weight)
-        # Exact: fractions of numbers below 2^25 that differ are different floats.
+        # Exact: different fractions of numbers below 2^25 are different floats.
         pattern = source[np.lexsort((source, (2 * turn + 1) / (2 * weight[source])))]
-        self._places = [np.flatnonzero(pattern == d) for d in range(len(weight))]
+        self._in_pattern = [np.flatnonzero(pattern == d) for d in range(len(weight))]
         self._before = [np.concatenate([[0], np.cumsum(pattern == d)]) for d in range(len(weight))]
 
     @property
     def num_samples(self) -> int:
-        """Samples of all data sets together."""
+        """Total number of samples of all data sets."""
         return sum(order.num_samples for order in self.orders)
 
     @property
     def seed(self) -> int:
-        """The seed that all data sets' orders have in common."""
+        """The seed, the same for all data sets."""
         return self.orders[0].seed
 
     @property
     def order_id(self) -> str:
-        """Hex identity of place -> sample."""
+        """Hex identity of position -> sample."""
         if len(self.orders) == 1:
             return self.orders[0].order_id
         ids = [order.order_id for order in self.orders]
@@ -83,9 +84,9 @@ class Mixture:
         ids = [order.dataset_id for order in self.orders]
         return hashlib.sha256(canonical_json([MIXTURE_VERSION, ids])).hexdigest()
 
-    def positions_before(self, source: int, place: Ints | int) -> Ints:
-        """How many of the first `place` samples of the stream come from a data set."""
-        rounds, rest = np.divmod(place, self._period)
+    def positions_before(self, source: int, position: Ints | int) -> Ints:
+        """How many of the first `position` samples of the stream come from a data set."""
+        rounds, rest = np.divmod(position, self._period)
         return rounds * self.weights[source] + self._before[source][rest]
 
     def start_of(self, source: int, step: int) -> int:
@@ -97,13 +98,13 @@ class Mixture:
         return -((lane_slot - self.start_of(source, step)) // self.orders[source].lanes)
 
     def most_per_step(self, source: int) -> int:
-        """A bound on the samples that a data set gives to one step."""
+        """Upper bound on the samples of a data set in one step."""
         return min(self.batch_size, self.batch_size * self.weights[source] // self._period + 2)
 
     def steps_of(self, source: int, positions: Ints) -> Ints:
         """The steps that positions of a data set fall into."""
         rounds, rest = np.divmod(positions, self.weights[source])
-        return (rounds * self._period + self._places[source][rest]) // self.batch_size
+        return (rounds * self._period + self._in_pattern[source][rest]) // self.batch_size
 
     def slots(self, source: int, positions: Ints) -> tuple[Ints, Ints]:
         """(step, slot in the global batch) of positions of a data set."""

@@ -1,13 +1,14 @@
-"""Which sample stands where: `order-v1`, a pure function of (counts, seed, G, L, K, S).
+"""Which sample fills which slot: `order-v1`, a pure function of (counts, seed, G, L, K, S).
 
     T (position in the endless stream) -> epoch e, lane, index k -> E(e, lane)[k] = (shard, row)
     step s = T in [s G, (s + 1) G) -> slots -> ranks
 
-An epoch's shards, in a keyed order, are cut into L lanes of equal length; a lane reads K spans of
-shards at a time, each strictly forward, merged evenly; windows of S positions are permuted. Every
-sample comes once per epoch; ranks, threads and restarts do not enter. Only the windows asked for
-are ever planned: no array here grows with the number of samples. Frozen: a change needs a new
-version name, because a run's data state is {T, order_id, dataset_id}.
+The shards of an epoch are permuted and cut into L lanes of equal length. A lane reads K spans of
+shards at a time, each strictly forward, and merges them evenly; then windows of S positions are
+permuted. Every sample comes once per epoch; the result does not depend on ranks, threads and
+restarts. Only requested windows are planned: no array here grows with the number of samples. The
+function is frozen: a change needs a new version name, because the data state of a run is
+{T, order_id, dataset_id}.
 """
 
 import hashlib
@@ -33,14 +34,14 @@ Ints = NDArray[np.int64]
 
 
 def keyed_bits(tag: str, *numbers: int) -> np.random.Philox:
-    """The generator of raw bits that belongs to a tag and numbers."""
+    """Return the generator of raw bits whose key is a tag and numbers."""
     text = "/".join((ORDER_VERSION, tag, *map(str, numbers)))
     digest = hashlib.blake2b(text.encode("ascii"), digest_size=16).digest()
     return np.random.Philox(key=np.frombuffer(digest, "<u8"))
 
 
 def keyed_permutation(length: int, tag: str, *numbers: int) -> Ints:
-    """Permutation p of `length` positions, to be used as output[i] = input[p[i]].
+    """Return a permutation p of `length` positions, used as output[i] = input[p[i]].
 
     A stable argsort of raw Philox words: numpy freezes those, but not `Generator.permutation`.
     """
@@ -54,8 +55,8 @@ def default_lanes(batch_size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where stream positions point: epoch, lane and index in the lane; `repeated` = weight 0."""
+class LanePositions:
+    """Epoch, lane and index in the lane of stream positions; `repeated` = weight 0."""
 
     epoch: Ints
     lane: Ints
@@ -114,7 +115,7 @@ class Order:
     ) -> None:
         """Take the counts per shard (in order of shard name); raise UserError on bad numbers.
 
-        `dataset_id` and `split` enter the identity only.
+        `dataset_id` and `split` only affect the identity.
         """
         all_counts = np.asarray(counts, np.int64)
         self.shard_ids: Ints = np.flatnonzero(all_counts)
@@ -129,7 +130,7 @@ class Order:
         self.dataset_id = dataset_id
         self.split = split
         self._check()
-        # N': positions per epoch; under `mask` the repeats count, under `drop` the rest does not.
+        # N': positions per epoch; `mask` includes repeats, `drop` excludes the incomplete batch.
         self.epoch_length = {
             "carry": self.num_samples,
             "mask": -(-self.num_samples // batch_size) * batch_size,
@@ -149,7 +150,7 @@ class Order:
             raise UserError("The chosen split holds no samples: check data.split and the index.")
         if self.tail == "drop" and self.num_samples < self.batch_size:
             raise UserError(
-                f"With the tail `drop` nothing is left: the split holds {self.num_samples} "
+                f"With the tail `drop` no batch is left: the split holds {self.num_samples} "
                 f"samples, a global batch {self.batch_size}."
             )
         if int(self.counts.max()) >= MAX_SHARD_SAMPLES:
@@ -160,7 +161,7 @@ class Order:
 
     @property
     def order_id(self) -> str:
-        """Hex identity of T -> sample: equal ids mean equal samples at every T, whatever G."""
+        """Hex identity of T -> sample: equal ids mean equal samples at every T, for any G."""
         parts = [self.dataset_id, self.split, ORDER_VERSION]
         numbers = [self.seed, self.lanes, self.interleave, self.window_size]
         return hashlib.sha256(canonical_json([*parts, *numbers])).hexdigest()
@@ -184,12 +185,12 @@ class Order:
             + slots // self.lane_share
         )
 
-    def places(self, positions: Ints) -> Places:
+    def lane_positions(self, positions: Ints) -> LanePositions:
         """Epoch, lane and index of stream positions."""
         epoch, offset = np.divmod(positions, self.epoch_length)
         repeated = offset >= self.num_samples
         offset = offset % self.num_samples
-        return Places(epoch, offset % self.lanes, offset // self.lanes, repeated)
+        return LanePositions(epoch, offset % self.lanes, offset // self.lanes, repeated)
 
     def run_at(self, lane_slot: int, turn: int) -> Run:
         """The run of consecutive turns of a lane slot that starts at `turn`."""
@@ -203,14 +204,14 @@ class Order:
         return Run(epoch, lane, window, start, start + length, turn, repeated)
 
     def samples(self, positions: Ints) -> tuple[Ints, Ints]:
-        """(shard, row within the split's rows of the shard) at stream positions, any number."""
-        places = self.places(positions)
+        """(shard, row within the split's rows of the shard) at any number of stream positions."""
+        located = self.lane_positions(positions)
         shard, row = np.empty_like(positions), np.empty_like(positions)
-        wanted = np.stack([places.epoch, places.lane, places.index // self.window_size])
+        wanted = np.stack([located.epoch, located.lane, located.index // self.window_size])
         windows, which = np.unique(wanted, axis=1, return_inverse=True)
         for number, (epoch, lane, window) in enumerate(windows.T.tolist()):
             chosen = which.reshape(-1) == number
-            at = places.index[chosen] % self.window_size
+            at = located.index[chosen] % self.window_size
             shards, rows = self.window(epoch, lane, window)
             shard[chosen], row[chosen] = shards[at], rows[at]
         return shard, row
@@ -291,5 +292,5 @@ def _num_below(cut: Ints, length: Ints, total: Ints) -> Ints:
 
 
 def _clipped(values: Ints, high: Ints) -> Ints:
-    """`values` in [0, high]; a third of the time of np.clip, which looks at types first."""
+    """Clip `values` to [0, high], in a third of the time of np.clip, which checks types first."""
     return np.minimum(np.maximum(values, 0), high)

@@ -1,4 +1,4 @@
-"""What an order costs and how well it mixes, found out on counts alone: nothing is read.
+"""What an order costs and how well it mixes, simulated on counts per shard without reading.
 
 counts per shard + L, K, S, G, R --consecutive steps of the order itself--> Cost
 mix: shards per batch, same-shard pairs     cost: opens, bytes, read amplification, memory
@@ -15,21 +15,21 @@ from pipeline.data.order.mixture import read_amplification
 from pipeline.data.order.order_v1 import Order
 from pipeline.data.order.slots import RankSlots
 
-MAX_SAMPLES = 4_000_000  # that a simulation looks at: a second or two
+MAX_SAMPLES = 4_000_000  # per simulation: a second or two
 MAX_SHOWN = 5
-GOOD_SHARE = 0.7  # of the distinct shards of a uniform shuffle's batch
+GOOD_SHARE = 0.7  # of the distinct shards per batch of a uniform shuffle
 
 Ints = NDArray[np.int64]
 
 
 def max_lanes_per_rank(order: Order, world: int) -> int:
-    """n: the lanes of the rank that reads most of them."""
+    """The largest number of lanes that one rank reads."""
     ranks = (RankSlots(order, rank, world, start=0, end=None) for rank in range(world))
     return max(len(slots.lane_slots) for slots in ranks)
 
 
 def memory_bound(order: Order, world: int, mean_bytes: float) -> float:
-    """Bytes of encoded samples that one rank holds at most: two windows of each of its lanes."""
+    """Upper bound on the bytes of encoded samples of one rank: two windows of each of its lanes."""
     window = min(order.window_size, order.lane_length(0))
     return 2 * window * max_lanes_per_rank(order, world) * mean_bytes
 
@@ -40,8 +40,8 @@ def lanes_that_read_once(batch_size: int, world: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Mix:
-    """How a batch mixes, over the simulated steps; opens are counted over all ranks as if one."""
+class MixingStatistics:
+    """How well batches mix over the simulated steps; shard opens as if one rank read all."""
 
     shards_per_batch: float
     uniform_shards_per_batch: float  # of a uniform permutation of all samples
@@ -52,8 +52,8 @@ class Mix:
     num_steps: int
 
 
-def simulate(order: Order, num_steps: int | None = None) -> Mix:
-    """Go through consecutive steps from the start; None: an epoch, bounded as above."""
+def simulate(order: Order, num_steps: int | None = None) -> MixingStatistics:
+    """Simulate steps from the start; None: one epoch, at most MAX_SAMPLES samples."""
     if num_steps is None:
         num_steps = max(1, min(order.num_samples, MAX_SAMPLES) // order.batch_size)
     shards = np.zeros((num_steps, order.lanes, order.lane_share), np.int32)
@@ -65,7 +65,7 @@ def simulate(order: Order, num_steps: int | None = None) -> Mix:
         opens += np.bincount(first // order.lane_share, minlength=num_steps)
     distinct, pairs = _batch_statistics(shards.reshape(num_steps, -1))
     uniform_distinct, uniform_pairs = _uniform(order)
-    return Mix(
+    return MixingStatistics(
         shards_per_batch=distinct,
         uniform_shards_per_batch=uniform_distinct,
         same_shard_excess=pairs / uniform_pairs if uniform_pairs else 1.0,
@@ -77,7 +77,7 @@ def simulate(order: Order, num_steps: int | None = None) -> Mix:
 
 
 def _lane(order: Order, lane_slot: int, num_turns: int) -> tuple[Ints, Ints]:
-    """The shard of each turn of a lane slot, and a number for the span that it is read from."""
+    """The shard of each turn of a lane slot, and the number of the span it is read from."""
     shards: list[Ints] = []
     spans: list[Ints] = []
     turn = 0
@@ -85,7 +85,7 @@ def _lane(order: Order, lane_slot: int, num_turns: int) -> tuple[Ints, Ints]:
         run = order.run_at(lane_slot, turn)
         shard = order.window(run.epoch, run.lane, run.window)[0][run.start : run.stop]
         shards.append(shard)
-        # A lane meets a shard in one span an epoch.
+        # A lane reads a shard as one span per epoch.
         spans.append((run.epoch * order.lanes + run.lane) * (int(order.shard_ids[-1]) + 1) + shard)
         turn = run.next_turn
     return np.concatenate(shards)[:num_turns], np.concatenate(spans)[:num_turns]
@@ -103,7 +103,7 @@ def _batch_statistics(shards: NDArray[np.int32]) -> tuple[float, float]:
 
 
 def _uniform(order: Order) -> tuple[float, float]:
-    """The same two for G samples drawn uniformly out of all without putting back."""
+    """The same two means for G samples drawn uniformly without replacement."""
     counts, total = order.counts.astype(float), float(order.num_samples)
     drawn = min(order.batch_size, order.num_samples)
     lgamma = np.vectorize(math.lgamma, otypes=[float])
@@ -118,8 +118,8 @@ def _uniform(order: Order) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Cost(Mix):
-    """A mix with its numbers, and what it costs on `world` ranks; bytes are the shards' own."""
+class Cost(MixingStatistics):
+    """Mixing statistics, the parameters of the order, and its cost on `world` ranks."""
 
     batch_size: int
     lanes: int
@@ -127,13 +127,13 @@ class Cost(Mix):
     window: int
     world: int
     read_amplification: float
-    bytes_per_step: float  # read by all ranks together
+    bytes_per_step: float  # read by all ranks, as stored in the shards
     bytes_per_epoch: float
     memory_per_rank: float  # encoded samples in memory, at most
 
 
-def cost(order: Order, mix: Mix, world: int, mean_bytes: float) -> Cost:
-    """Say what an order costs on `world` ranks, with samples of `mean_bytes` in the shards."""
+def cost(order: Order, mix: MixingStatistics, world: int, mean_bytes: float) -> Cost:
+    """Return the cost of an order on `world` ranks for samples of `mean_bytes` in the shards."""
     amplification = read_amplification(order.lanes, world)
     return Cost(
         **vars(mix),
@@ -150,7 +150,7 @@ def cost(order: Order, mix: Mix, world: int, mean_bytes: float) -> Cost:
 
 
 def advice(costs: Sequence[Cost], num_shards: int) -> list[str]:
-    """What follows from the figures, in sentences."""
+    """Return advice, one sentence each."""
     lines: list[str] = []
     for world in sorted({row.world for row in costs}):
         rows = [row for row in costs if row.world == world]

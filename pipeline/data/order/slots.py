@@ -1,4 +1,4 @@
-"""Which slots of each step are one rank's: arithmetic on the order alone."""
+"""Which slots of each step belong to a rank, computed from the order alone."""
 
 from dataclasses import dataclass
 
@@ -27,12 +27,12 @@ class RankSlots:
 
     @property
     def num_per_step(self) -> int:
-        """Slots in a step, but for the first and last, which start and end may cut."""
+        """Slots per step; the first and last step may have fewer, because of start and end."""
         return self.order.batch_size // self.world
 
     @property
     def lane_slots(self) -> range:
-        """The lane slots that a step's slots lie in."""
+        """The lane slots that contain this rank's slots."""
         first, share = self.rank * self.num_per_step, self.order.lane_share
         return range(first // share, (first + self.num_per_step - 1) // share + 1)
 
@@ -42,7 +42,7 @@ class RankSlots:
         return positions[self._in_limits(positions)]
 
     def includes(self, positions: Ints) -> NDArray[np.bool_]:
-        """Which stream positions are this rank's."""
+        """Return which stream positions belong to this rank."""
         order = self.order
         slots = positions % order.lanes * order.lane_share
         slots += positions % order.batch_size // order.lanes

@@ -1,1 +1,1 @@
-"""Making webdataset shards and their index out of something else: see `pack.pack`."""
+"""Packing: other data -> webdataset shards and their index; see `pack.pack`."""

@@ -1,4 +1,4 @@
-"""The files of a pack besides its shards' content: names, sidecars, `pack.json`.
+"""The files of a pack besides its shards: their names, sidecars, `pack.json`.
 
 records of the parts --shard_names--> part number -> shard name, without gaps
                      --closing_files--> sidecars, `broken.jsonl`, and last `pack.json`
@@ -19,12 +19,12 @@ BROKEN = "broken.jsonl"
 
 
 def shard_name(number: int) -> str:
-    """The name of a shard by its number."""
+    """Return `shard-000012.tar` for 12."""
     return f"shard-{number:06d}.tar"
 
 
 def shard_names(records: Sequence[PartRecord]) -> dict[int, str]:
-    """Part number -> shard name; a part whose samples are all broken is no shard."""
+    """Part number -> shard name; a part with only broken samples gives no shard."""
     whole = [number for number, record in enumerate(records) if record.num_samples]
     if not whole:
         broken = [entry for record in records for entry in record.broken]
@@ -35,7 +35,7 @@ def shard_names(records: Sequence[PartRecord]) -> dict[int, str]:
 def closing_files(
     samples: Samples, records: Sequence[PartRecord], identity: dict[str, Any]
 ) -> dict[str, bytes]:
-    """Name -> content of the files to write when all shards are there, in this order."""
+    """Name -> content of the files to write after all shards, in this sequence."""
     files = dict(samples.sidecars())
     broken = [entry for record in records for entry in record.broken]
     if broken:

@@ -5,7 +5,7 @@ source -> plan (which sample goes to which shard) -> parts, written by worker pr
        -> `pack.json`, last -> index with a checksum per member
 
 The same source and settings give the same bytes for any number of workers, local or remote; a pack
-that was killed goes on where it stopped when the same command is given again.
+that was killed continues when the same command is given again.
 """
 
 import json
@@ -15,12 +15,12 @@ from pathlib import Path
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.manifest import IndexFiles
 from pipeline.data.index.splits import SplitSpec
-from pipeline.data.pace import Progress
 from pipeline.data.pack.files import BROKEN, SUMMARY
 from pipeline.data.pack.parts import plan_parts
 from pipeline.data.pack.shards import pack_locally, pack_remotely
 from pipeline.data.pack.sources import PackSource
 from pipeline.data.pack.sources.base import require_positive
+from pipeline.data.progress import Progress
 from pipeline.data.storage import is_url
 from pipeline.data.storage.opening import local_path
 
@@ -54,7 +54,7 @@ def pack(
     """Pack a source into a directory or below a URL, and index the shards.
 
     Broken samples are left out and reported. Raises UserError for settings out of bounds, a source
-    without samples, and a place that holds something else.
+    without samples, and an `out` that holds other data.
     """
     limits = {"shard_bytes": source.shard_bytes, "shard_samples": source.shard_samples}
     require_positive(**limits, workers=workers)

@@ -1,7 +1,7 @@
 """Which samples go to which shard, and the writing of one shard.
 
-sizes -> `plan_parts` -> (lo, hi) per shard, fixed before anything is written; so shards can be
-written in parallel, in any order and over several starts, and come out the same.
+sizes -> `plan_parts` -> (lo, hi) per shard, fixed before anything is written; so the shards are the
+same if they are written in parallel, in any sequence and over several starts.
 (lo, hi) -> `write_part` -> `part-000012.tar` and then its record `part-000012.json`: a part whose
 record exists is whole.
 """
@@ -30,7 +30,7 @@ class PartRecord:
 
 
 def _cut(sizes: Sequence[int], max_bytes: int, max_samples: int) -> list[tuple[int, int]]:
-    """Cut into contiguous ranges that respect both bounds; an outsize sample gets its own."""
+    """Cut into contiguous ranges within both bounds; a sample above `max_bytes` gets its own."""
     ranges: list[tuple[int, int]] = []
     lo = total = 0
     for number, size in enumerate(sizes):
@@ -51,8 +51,8 @@ def plan_parts(sizes: Sequence[int], *, max_bytes: int, max_samples: int) -> lis
     in_tar = [(size // TAR_BLOCK + 2) * TAR_BLOCK for size in sizes]
     ranges = _cut(in_tar, max_bytes, max_samples)
     count = len(ranges)
-    # The greedy cut leaves a small remainder at the end; the same number of even shards is better,
-    # if it exists within the bounds.
+    # The greedy cut leaves a small remainder at the end: prefer the same number of even shards, if
+    # the bounds allow it.
     even_samples = -(-len(sizes) // max(count, 1))
     even_bytes = -(-sum(in_tar) // max(count, 1)) + max(in_tar, default=0)
     even = _cut(in_tar, min(max_bytes, even_bytes), min(max_samples, max(even_samples, 1)))

@@ -1,4 +1,4 @@
-"""Encoded pictures on their way into a shard: decoded in full once, and made smaller if asked."""
+"""Images before they are packed: each is decoded once as a check, and resized on request."""
 
 import io
 
@@ -8,10 +8,9 @@ from PIL import Image
 from pipeline.data.decode import DecodeError, ImageDecode
 from pipeline.data.decode.codecs import PixelRules, full_scale, read_pixels
 from pipeline.data.decode.fault import stable_reason
-from pipeline.data.pack.sources.base import Broken, Picture, Sample
-from pipeline.data.pack.sources.images import encode_png
+from pipeline.data.pack.sources.base import Broken, Picture, Sample, encode_png
 
-JPEG_QUALITY = 95  # of pictures that `resize` makes smaller; other formats are saved without loss
+JPEG_QUALITY = 95  # of resized JPEG images; other formats are saved without loss
 
 _RULES = {
     channels: PixelRules(channels, ImageDecode().background, ImageDecode().max_pixels)
@@ -22,8 +21,8 @@ _RULES = {
 def prepared(sample: Sample) -> Sample | Broken:
     """Return a sample with its picture, if it has one, among its members.
 
-    The picture is decoded in full by the decoders of the stream: what passes here will be read
-    there, and what does not is broken.
+    The picture is decoded in full by the decoders of the stream; one that cannot be decoded is
+    broken.
     """
     picture = sample.picture
     if picture is None:

@@ -4,8 +4,8 @@ directory   parts are written below `_stage/` -> renamed
 URL         a part is written into a temporary directory -> uploaded under its final name
             -> upload of its record `_stage/part-000012.json`: the part is done
 
-A pack that was stopped goes on after the records that are there: any number of starts, one after
-the other, ends with the same files, and these have the same bytes in either place.
+A stopped pack continues after the existing records: any number of starts in a row ends with the
+same files, whose bytes are the same in a directory and behind a URL.
 """
 
 import json
@@ -21,7 +21,6 @@ from typing import Any
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import create_exclusive, publish, write_atomic
-from pipeline.data.pace import Progress
 from pipeline.data.pack.files import (
     PLAN,
     STAGE,
@@ -35,6 +34,7 @@ from pipeline.data.pack.files import (
 from pipeline.data.pack.parts import PartRecord, part_paths, read_record, write_part
 from pipeline.data.pack.sources import Samples
 from pipeline.data.pool import worker_processes
+from pipeline.data.progress import Progress
 from pipeline.data.storage import open_storage
 from pipeline.data.storage.opening import open_writable
 from pipeline.data.storage.patterns import find_shards
@@ -61,11 +61,11 @@ def pack_locally(
             if progress:
                 progress(f"pack: {num_done} of {len(ranges)} shards")
         _publish(samples, len(ranges), out, identity)
-    shutil.rmtree(out / STAGE, ignore_errors=True)  # what is left of it holds nothing we need
+    shutil.rmtree(out / STAGE, ignore_errors=True)  # nothing in it is needed any more
 
 
 def _is_complete(out: Path, identity: dict[str, Any]) -> bool:
-    """Tell whether `out` holds this very pack; raise UserError if it holds another."""
+    """Tell whether `out` holds exactly this pack; raise UserError if it holds another."""
     summary = out / SUMMARY
     if not summary.exists():
         return False
@@ -74,7 +74,7 @@ def _is_complete(out: Path, identity: dict[str, Any]) -> bool:
 
 
 def _open_stage(out: Path, identity: dict[str, Any]) -> Path:
-    """Create the stage with its plan, or go on with the one of a pack that was stopped."""
+    """Create the stage with its plan, or reuse the stage of a stopped pack."""
     stage = out / STAGE
     plan = out / PLAN
     if not plan.exists():
@@ -91,7 +91,7 @@ def _open_stage(out: Path, identity: dict[str, Any]) -> Path:
 
 
 def _publish(samples: Samples, num_parts: int, out: Path, identity: dict[str, Any]) -> None:
-    """Move the parts to their final names and write the closing files; redo is harmless."""
+    """Move the parts to their final names and write the closing files; may be repeated."""
     stage = out / STAGE
     records = [read_record(stage, number) for number in range(num_parts)]
     for number, name in shard_names(records).items():
@@ -119,7 +119,7 @@ def pack_remotely(
     else:
         _open_plan(store, out, found.get(PLAN), identity)
         records = [PartRecord(**json.loads(found[name])) for name in names if name in found]
-        # They were uploaded in order; so what is there is the beginning.
+        # Records are uploaded in sequence, so the existing ones are the first.
         with TemporaryDirectory(prefix="latentmill-pack-") as folder:
             rest = range(len(records), len(ranges))
             for number in _written(samples, ranges, rest, Path(folder), workers, ahead=workers):
@@ -155,7 +155,7 @@ def _open_plan(
         return
     try:
         foreign = find_shards(out).names
-    except UserError:  # none are there, as it should be
+    except UserError:  # no shards, as expected
         foreign = ()
     if foreign:
         raise foreign_shards(out, foreign[0])
@@ -163,7 +163,7 @@ def _open_plan(
 
 
 def _upload(store: WritableStore, stage: Path, number: int, records: list[PartRecord]) -> None:
-    """Publish a part and then its record, which is appended to those before it; remove the file."""
+    """Publish a part and then its record, append the record, and remove the file."""
     record, file = read_record(stage, number), part_paths(stage, number)[0]
     if record.num_samples:
         store.put(shard_name(sum(bool(r.num_samples) for r in records)), file)
@@ -181,9 +181,9 @@ def _written(
     *,
     ahead: int,
 ) -> Iterator[int]:
-    """Write parts into the stage and yield their numbers in order, each when it is whole.
+    """Write parts into the stage and yield their numbers in sequence, each when it is complete.
 
-    At most `ahead` parts that were not yet yielded are written or being written.
+    At most `ahead` parts are written before they are yielded.
     """
     workers = min(workers, len(numbers))
     waiting: deque[Future[int]] = deque()

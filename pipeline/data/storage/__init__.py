@@ -1,10 +1,10 @@
-"""Where shards lie, and how bytes of them are read: the only place that opens a shard.
+"""Storage of shards: finding them and reading their bytes. Only these modules open shards.
 
 directory, URL, glob or brace pattern --patterns.find_shards--> root and names
 root --open_storage--> Storage; name, offset, size --Storage.read--> bytes
 
-`patterns` is no part of what is imported here: it expands by webdataset's rules, and webdataset
-imports torch, which a reader of latents must not.
+`patterns` is not imported here: it uses webdataset, which imports torch, and the reader of latents
+must work without torch.
 """
 
 from pipeline.data.storage.base import ShardReadError, ShardState, Storage, TransferCounters

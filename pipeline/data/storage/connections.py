@@ -1,7 +1,7 @@
-"""Connections that another thread can break off, so that no wait for a silent server outlives use.
+"""Connections that another thread can abort, so that closing never waits for a silent server.
 
 OpenConnections.new_pool --> urllib3's pool, which notes every connection that it opens
-OpenConnections.break_off --> what waits on any of them fails at once
+OpenConnections.break_off --> all waiting reads and writes fail at once
 """
 
 import socket
@@ -16,7 +16,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 
 class OpenConnections:
-    """The connections of one store; safe from any thread."""
+    """The connections of one store; thread-safe."""
 
     def __init__(self) -> None:
         self._all = WeakSet[HTTPConnection]()
@@ -53,13 +53,13 @@ class OpenConnections:
         return pool
 
     def break_off(self) -> None:
-        """End what is being sent and received on all connections."""
+        """Abort all transfers."""
         with self._lock:
             connections = list(self._all)
         for connection in connections:
             if connection.sock is not None:
                 with suppress(OSError):  # closed already
-                    # Not SSLSocket's method, which takes the TLS layer from under a reader.
+                    # SSLSocket's own method would remove the TLS layer under a reader.
                     socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
     def _note(self, connection: HTTPConnection) -> None:

@@ -1,4 +1,4 @@
-"""The fsspec file system behind a URL: listing, information, credentials from the usual places."""
+"""The fsspec file system behind a URL: listing, information, standard credentials."""
 
 import os
 from typing import Any
@@ -7,15 +7,15 @@ from fsspec.core import url_to_fs
 
 from pipeline.common.errors import UserError
 
-# Best first; of the times, "created" is that of the content where files are replaced as a whole.
+# Best first. "created" is the time of the content where files are replaced as a whole.
 TAGS = ("ETag", "etag", "md5Hash", "generation", "checksum", "mtime", "LastModified", "created")
 
 
 def open_filesystem(root: str, **options: Any) -> tuple[Any, str]:
     """Return the fsspec file system of a URL and the path in it; raise UserError if it cannot be.
 
-    Settings come from where each library looks for them: its environment variables, its files and
-    fsspec's own configuration; `options` come before these.
+    Settings come from the environment variables and files of each library and from fsspec's own
+    configuration; `options` override them.
     """
     try:
         filesystem, path = url_to_fs(root, **options)
@@ -28,19 +28,16 @@ def open_filesystem(root: str, **options: Any) -> tuple[Any, str]:
 
 
 class Filesystem:
-    """A URL's file system for as long as a store needs it, in forked processes, too.
-
-    A forked process cannot use what its parent opened: it opens its own.
-    """
+    """The file system of a URL, usable after a fork: each process opens its own."""
 
     def __init__(self, root: str, **options: Any) -> None:
-        """Open it; raises UserError as `open_filesystem` does. `path`: in it, of the root."""
+        """Open the file system, as `open_filesystem` does; `path`: the root's path in it."""
         self._root, self._options = root, options
         self._opened, self.path = open_filesystem(root, **options)
         self._pid = os.getpid()
 
     def __call__(self) -> Any:
-        """Return it, as fsspec has it."""
+        """Return the fsspec file system of this process."""
         if self._pid != os.getpid():
             self._opened, _ = open_filesystem(self._root, **self._options)
             self._pid = os.getpid()
@@ -48,5 +45,5 @@ class Filesystem:
 
 
 def tag_in(info: dict[str, Any]) -> str | None:
-    """What changes with the content, as far as a file system tells it."""
+    """Return a tag that changes with the content, if the file system has one."""
     return next((str(info[name]) for name in TAGS if info.get(name) is not None), None)

@@ -1,12 +1,12 @@
 """Shards behind HTTP: exactly the bytes asked for, of exactly one state of each shard.
 
     read --parts of at most part_bytes, in parallel--> GET with Range and If-Match
-      `--> status, Content-Range, length and tag checked --> bytes; a fault --> Patience --> Range
+      `--> status, Content-Range, length and tag checked --> bytes; a fault --> Retries --> Range
            from the byte where it broke
 
-A server that ignores Range is put up with near the start of a shard (`answers.MAX_SKIPPED_BYTES`).
+A server that ignores Range works near the start of a shard only (`responses.MAX_SKIPPED_BYTES`).
 Credentials: in the URL (`https://user:password@host`), in its query, or in ~/.netrc. Proxies: from
-the environment (HTTPS_PROXY, NO_PROXY). Neither credentials nor queries stand in any message.
+the environment (HTTPS_PROXY, NO_PROXY). No message contains credentials or queries.
 """
 
 import netrc
@@ -21,17 +21,16 @@ from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError, SSLError
 
 from pipeline.common.errors import UserError
-from pipeline.data.storage.answers import (
-    check_answer,
+from pipeline.data.storage.base import PinnedStates, ShardReadError, ShardState, Storage, changed
+from pipeline.data.storage.connections import OpenConnections
+from pipeline.data.storage.policy import RemotePolicy, Retries, TransferError
+from pipeline.data.storage.responses import (
+    check_response,
     is_strong,
     refusal,
     tag_of,
     whole_length,
 )
-from pipeline.data.storage.base import ShardReadError, ShardState, Storage
-from pipeline.data.storage.connections import OpenConnections
-from pipeline.data.storage.pins import Pins, changed
-from pipeline.data.storage.policy import Patience, RemotePolicy, TransferError
 from pipeline.data.storage.threads import map_in_threads
 
 MAX_REDIRECTS = 5
@@ -46,7 +45,7 @@ class HttpStorage(Storage):
     def __init__(self, root: str, policy: RemotePolicy) -> None:
         super().__init__(root.rstrip("/"), policy.connections)
         self._policy = policy
-        self._pins = Pins()
+        self._pinned_states = PinnedStates()
         self._stopped = threading.Event()
         self._parts = urlsplit(self.root)
         self._headers = {"Accept-Encoding": "identity"} | _credentials(self.root)
@@ -67,19 +66,18 @@ class HttpStorage(Storage):
             raise UserError(str(error)) from None
         for name, state in zip(wanted, found, strict=True):
             if state is not None:
-                self._pins.expect(name, state)
+                self._pinned_states.expect(name, state)
         return dict(zip(wanted, found, strict=True))
 
     def expect(self, name: str, state: ShardState) -> None:
-        """Say which state of a shard the index was made from."""
-        self._pins.expect(name, state)
+        self._pinned_states.expect(name, state)
 
     def read(self, name: str, offset: int, num_bytes: int) -> bytes:
         """Bytes [offset, offset + num_bytes) of a shard; raise ShardReadError if that fails."""
         longest = self._policy.part_bytes
         if num_bytes <= longest:
             return self._read_part(name, offset, num_bytes)
-        # Equal parts, so that none is left to go alone at the end.
+        # Equal parts, so that no small part is read alone at the end.
         num_parts = -(-num_bytes // longest)
         cuts = [offset + part * num_bytes // num_parts for part in range(num_parts + 1)]
         pieces = map_in_threads(
@@ -100,68 +98,66 @@ class HttpStorage(Storage):
         parts = self._parts
         return urlunsplit(parts._replace(path=f"{parts.path}/{quote(name)}"))
 
-    def _new_patience(self, where: str) -> Patience:
-        return Patience(self._policy, where, self.counters, self._stopped)
+    def _new_retries(self, where: str) -> Retries:
+        return Retries(self._policy, where, self.counters, self._stopped)
 
     def _read_part(self, name: str, offset: int, num_bytes: int) -> bytes:
         """Read one range over one connection at a time."""
-        patience = self._new_patience(self.where(name))
+        retries = self._new_retries(self.where(name))
         pieces: list[bytes] = []
         num_read = 0
         while num_read < num_bytes:
             before = num_read
             try:
-                for piece in self._pieces(name, offset + num_read, num_bytes - num_read, patience):
+                for piece in self._pieces(name, offset + num_read, num_bytes - num_read, retries):
                     pieces.append(piece)
                     num_read += len(piece)
             except (TransferError, HTTPError, OSError) as fault:
                 if isinstance(fault, ShardReadError):
                     raise
                 _raise_if_permanent(self.where(name), fault)
-                patience.after(fault, has_progressed=num_read > before, is_reopened=num_read > 0)
+                retries.after(fault, has_progressed=num_read > before, is_reopened=num_read > 0)
         return b"".join(pieces)
 
-    def _pieces(
-        self, name: str, offset: int, num_bytes: int, patience: Patience
-    ) -> Iterator[bytes]:
-        """Send one request, check the answer, and yield the wanted bytes as they come."""
+    def _pieces(self, name: str, offset: int, num_bytes: int, retries: Retries) -> Iterator[bytes]:
+        """Send one request, check the response, and yield the requested bytes as they arrive."""
         where = self.where(name)
-        pinned = self._pins.get(name)
+        pinned = self._pinned_states.get(name)
         headers = {"Range": f"bytes={offset}-{offset + num_bytes - 1}"}
         if pinned is not None and pinned.tag is not None and is_strong(pinned.tag):
             headers["If-Match"] = pinned.tag
-        response = self._send("GET", self._url(name), headers, patience)
+        response = self._send("GET", self._url(name), headers, retries)
         try:
             if response.status == 412 and "If-Match" in headers:
                 now = tag_of(response.headers)
                 raise changed(where, f"it is no longer {headers['If-Match']}, but {now}")
             if response.status not in (200, 206, 416):
                 raise _refusal(where, response)
-            answer = check_answer(where, response.status, response.headers, offset, num_bytes)
-            self._pins.check(name, where, answer.state)
-            yield from self._body(response, answer.num_skipped, answer.num_bytes, patience)
+            checked = check_response(where, response.status, response.headers, offset, num_bytes)
+            self._pinned_states.check(name, where, checked.state)
+            yield from self._body(response, checked.num_skipped, checked.num_bytes, retries)
         finally:
             _finish(response)
 
     def _body(
-        self, response: BaseHTTPResponse, num_skipped: int, num_bytes: int, patience: Patience
+        self, response: BaseHTTPResponse, num_skipped: int, num_bytes: int, retries: Retries
     ) -> Iterator[bytes]:
         """Yield the body's bytes after the first `num_skipped`."""
         left = num_skipped + num_bytes
         budget = self._policy.timeout_seconds
         if self._policy.min_bytes_per_second:
             budget += left / self._policy.min_bytes_per_second
-            too_slow_at = patience.seconds_left - budget
+            too_slow_at = retries.seconds_left - budget
         else:
             too_slow_at = 0.0
         while left:
-            if patience.is_stopped or patience.seconds_left <= 0:
-                raise TransferError(f"{left} bytes of the answer were not there in time")
-            if patience.seconds_left < too_slow_at:
+            if retries.is_stopped or retries.seconds_left <= 0:
+                raise TransferError(f"{left} bytes of the response did not arrive in time")
+            if retries.seconds_left < too_slow_at:
                 raise TransferError(f"slower than {self._policy.min_bytes_per_second} bytes/s")
             piece = response.read1(min(left, PIECE_BYTES), decode_content=False)
             if not piece:
-                raise TransferError(f"the answer ended {left} bytes early")
+                raise TransferError(f"the response ended {left} bytes early")
             left -= len(piece)
             if num_skipped:
                 with self.counters.lock:
@@ -171,13 +167,13 @@ class HttpStorage(Storage):
                 yield piece
 
     def _state(self, name: str) -> ShardState | None:
-        """Ask for a shard's state, patiently; None if it is missing."""
-        patience = self._new_patience(self.where(name))
+        """Ask for a shard's state, with retries; None if it is missing."""
+        retries = self._new_retries(self.where(name))
         method = "HEAD"
         while True:
             try:
                 headers = {"Range": "bytes=0-0"} if method == "GET" else {}
-                response = self._send(method, self._url(name), headers, patience)
+                response = self._send(method, self._url(name), headers, retries)
                 try:
                     status, length = response.status, whole_length(response.headers)
                     if status in (404, 410):
@@ -190,21 +186,21 @@ class HttpStorage(Storage):
                     return _state_of(self.where(name), response)
                 finally:
                     if method == "HEAD":
-                        response.read()  # of nothing: the connection can be used again
+                        response.read()  # empty: lets the connection be reused
                     _finish(response)
             except (TransferError, HTTPError, OSError) as fault:
                 if isinstance(fault, ShardReadError):
                     raise
                 _raise_if_permanent(self.where(name), fault)
-                patience.after(fault, has_progressed=False, is_reopened=False)
+                retries.after(fault, has_progressed=False, is_reopened=False)
 
     def _send(
-        self, method: str, url: str, headers: dict[str, str], patience: Patience
+        self, method: str, url: str, headers: dict[str, str], retries: Retries
     ) -> BaseHTTPResponse:
         """Send one request and follow redirects; the caller closes the response."""
         headers = self._headers | headers
         for _ in range(MAX_REDIRECTS + 1):
-            seconds = min(self._policy.timeout_seconds, max(patience.seconds_left, 0.001))
+            seconds = min(self._policy.timeout_seconds, max(retries.seconds_left, 0.001))
             with self.counters.lock:
                 self.counters.num_requests += 1
             response = self._pool.urlopen(
@@ -214,7 +210,7 @@ class HttpStorage(Storage):
                 headers=headers,
                 retries=False,
                 timeout=urllib3.Timeout(connect=seconds, read=seconds),
-                pool_timeout=max(patience.seconds_left, 0.001),
+                pool_timeout=max(retries.seconds_left, 0.001),
                 preload_content=False,
                 decode_content=False,
             )
@@ -231,16 +227,16 @@ class HttpStorage(Storage):
 
 
 def _finish(response: BaseHTTPResponse) -> None:
-    """Give the connection's place in the pool back; only a body that was read whole keeps it."""
+    """Release the connection; it is reused only if the body was read completely."""
     response.close()
     response.release_conn()
 
 
 def _state_of(where: str, response: BaseHTTPResponse) -> ShardState:
-    """The state that an answer to HEAD, or to GET of the first byte, tells."""
+    """The state in a response to HEAD, or to GET of the first byte."""
     size = whole_length(response.headers)
     if response.status == 206:
-        return check_answer(where, 206, response.headers, 0, 1).state
+        return check_response(where, 206, response.headers, 0, 1).state
     if response.status == 416:
         size = 0  # there is no first byte
     if size is None:
@@ -249,7 +245,7 @@ def _state_of(where: str, response: BaseHTTPResponse) -> ShardState:
 
 
 def _refusal(where: str, response: BaseHTTPResponse) -> Exception:
-    """The error for a status, with the first bytes of what the server says to it."""
+    """The error for a status, with the beginning of the response's body."""
     try:
         text = response.read1(MAX_ERROR_TEXT, decode_content=False).decode("utf-8", "replace")
     except HTTPError:
@@ -258,7 +254,7 @@ def _refusal(where: str, response: BaseHTTPResponse) -> Exception:
 
 
 def _raise_if_permanent(where: str, fault: Exception) -> None:
-    """A certificate that is not trusted stays so."""
+    """Raise ShardReadError for an untrusted certificate: a retry would not help."""
     if isinstance(fault, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(fault):
         raise ShardReadError(f"{where}: {fault}. This is not tried again.") from fault
 
@@ -280,6 +276,6 @@ def _credentials(root: str) -> dict[str, str]:
 
 
 def _shown(url: str) -> str:
-    """A URL as it may stand in logs."""
+    """Return a URL without secrets, for messages."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

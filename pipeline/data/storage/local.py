@@ -14,7 +14,7 @@ from pipeline.data.storage.base import ShardReadError, ShardState, Storage
 from pipeline.data.storage.mounts import is_networked
 
 MAX_OPEN_FILES = 256
-NETWORK_READERS = 8  # reads that wait for a file server at a time
+NETWORK_READERS = 8  # concurrent reads from a file server
 
 
 @dataclass
@@ -72,7 +72,7 @@ class LocalStorage(Storage):
                 num_read += more
 
     def close(self) -> None:
-        """Close all descriptors that nobody uses."""
+        """Close all unused descriptors."""
         with self._lock:
             for file in self._files.values():
                 self._evict(file)
@@ -80,7 +80,7 @@ class LocalStorage(Storage):
 
     @contextmanager
     def _lease(self, name: str) -> Generator[int]:
-        """Hold the descriptor of a shard open; the least recently used one gives way."""
+        """Keep the descriptor of a shard open; evict the least recently used one."""
         with self._lock:
             file = self._files.pop(name, None) or self._open(name)
             self._files[name] = file

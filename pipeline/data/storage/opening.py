@@ -1,4 +1,4 @@
-"""From the root of shards to the store that reads them, or that writes beside them."""
+"""Open the store of a root, for reading or for writing."""
 
 import re
 from pathlib import Path
@@ -37,7 +37,7 @@ def is_url(location: str | Path) -> bool:
 
 
 def local_path(location: str | Path) -> str:
-    """A local location as a path: `file://` taken off."""
+    """Return a local location as a path, without `file://`."""
     text = str(location)
     return unquote(urlsplit(text).path) if scheme_of(text) else text
 
@@ -74,12 +74,12 @@ def open_writable(root: str | Path) -> WritableStore:
 
 
 def check_scheme(location: str) -> None:
-    """Raise UserError unless the location's scheme is one that can be read."""
+    """Raise UserError unless the location's scheme can be read."""
     scheme = scheme_of(location)
     known = sorted({*HTTP, *S3, *fsspec.available_protocols()})
     if scheme not in known or "://" not in location:
         raise UserError(
-            f"{location}: no store is known by the scheme {scheme!r}. Shards are read from local "
+            f"{location}: the scheme {scheme!r} is unknown. Shards are read from local "
             f"paths and from URLs of {', '.join(f'{name}://' for name in known)}; commands "
             "(pipe:) are never run."
         )

@@ -1,4 +1,4 @@
-"""From what a user writes to shards: a directory, URL, glob or brace pattern -> root and names.
+"""Finding shards: a directory, URL, glob or brace pattern -> root and names.
 
     text --webdataset's expand_urls--> paths or URLs --globs, listings--> addresses --> root, names
 
@@ -38,7 +38,7 @@ def find_shards(pattern: str | Path, remote: RemotePolicy | None = None) -> Foun
     """List the `.tar` files of a directory (not of its sub-folders), glob or brace pattern.
 
     Braces and `::` expand by webdataset's own rules. Folders and globs need a store that can list:
-    http(s) cannot. Raises UserError when nothing is there or something that was named is missing.
+    http(s) cannot. Raises UserError if no shard is found or a named one is missing.
     """
     text = str(pattern)
     urls = _expand(text)
@@ -55,7 +55,7 @@ def _expand(text: str) -> list[str]:
         check_scheme(url)
     try:
         return list(expand_urls(text))
-    except (AssertionError, ValueError) as error:  # of an unset WDS_ variable, of a bad brace
+    except (AssertionError, ValueError) as error:  # an unset WDS_ variable, or a bad brace
         raise UserError(f"{text} cannot be expanded: {error}.") from None
 
 
@@ -126,7 +126,7 @@ def _check_there(text: str, root: str, names: Sequence[str], remote: RemotePolic
 
 
 def _store(url: str) -> tuple[str, str, str]:
-    """What all shards must have in common: scheme, and for HTTP the host and the query."""
+    """What must be the same for all shards: scheme, and for HTTP the host and the query."""
     parts = urlsplit(url)
     is_http = parts.scheme in HTTP
     return parts.scheme, parts.netloc if is_http else "", parts.query if is_http else ""
@@ -156,11 +156,11 @@ def _listed(url: str) -> list[str]:
         raise UserError(
             f"{url}: HTTP cannot list shards; name them with braces, as in a{{0000..0127}}.tar."
         )
-    files, place = open_filesystem(url)
+    files, inside = open_filesystem(url)
     try:
-        found = files.glob(place if has_magic(place) else f"{place}/*{SUFFIX}")
-    except Exception as error:  # every library has errors of its own
+        found = files.glob(inside if has_magic(inside) else f"{inside}/*{SUFFIX}")
+    except Exception as error:  # every library has its own errors
         raise UserError(f"{url} cannot be listed ({type(error).__name__}: {error}).") from error
     # fsspec's paths may lack the host that the URL begins with (sftp), or begin with a slash.
-    begin = _path(url).rstrip("/").removesuffix(place.lstrip("/"))
+    begin = _path(url).rstrip("/").removesuffix(inside.lstrip("/"))
     return [f"{begin}{path.lstrip('/')}" for path in found if path.endswith(SUFFIX)]

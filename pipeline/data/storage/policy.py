@@ -1,6 +1,6 @@
-"""How patient the reading of remote shards is, and when it gives up.
+"""Retries of remote reads: how long to wait, and when to give up.
 
-a request fails --Patience.after--> wait (back-off with jitter, Retry-After) and try again,
+a request fails --Retries.after--> wait (back-off with jitter, Retry-After) and try again,
                                `--> ShardReadError that names the URL and the policy
 """
 
@@ -16,10 +16,10 @@ from pipeline.common.component import Component
 from pipeline.data.storage.base import ShardReadError, TransferCounters
 
 FIRST_BACKOFF_SECONDS = 0.25  # doubled by each failure in a row
-# From the system: no result depends on it, and the processes of a job must not draw the same.
+# System randomness: results do not depend on it, and processes must draw different numbers.
 JITTER = random.SystemRandom()
 
-LOUD_FROM = 3  # failures in a row that are worth a warning
+WARN_FROM = 3  # failures in a row that are worth a warning
 
 log = logging.getLogger(__name__)
 
@@ -27,34 +27,34 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class RemotePolicy(Component):
-    """The `data.remote` section: attempts, time limits and connections; none changes a number.
+    """The `data.remote` section: attempts, time limits and connections; no effect on results.
 
     A failed request is sent again after a random time of at most 0.25 s * 2^(failures in a row),
-    or what the server's Retry-After asks for. A transfer that broke goes on at the byte where it
-    broke, and counts as a new row of attempts if it brought at least one byte.
+    or of the server's Retry-After. A broken transfer continues at the byte where it broke; if it
+    brought at least one byte, the count of attempts starts again.
     """
 
-    attempts: Annotated[int, Field(ge=1)] = 8  # requests in a row that bring no new byte
-    timeout_seconds: Seconds = 20.0  # to connect, and between two pieces of an answer
-    deadline_seconds: Seconds = 300.0  # for one range or part, with all attempts and waits
+    attempts: Annotated[int, Field(ge=1)] = 8  # requests in a row without a new byte
+    timeout_seconds: Seconds = 20.0  # to connect, and between two pieces of a response
+    deadline_seconds: Seconds = 300.0  # for one range or part, including all attempts and waits
     max_wait_seconds: Seconds = 30.0  # between two attempts, whatever Retry-After says
-    # A transfer slower than this on average (after `timeout_seconds`) is broken off and goes on
-    # over another connection, which in large stores is mostly faster.
+    # A transfer slower than this on average (after `timeout_seconds`) continues over another
+    # connection, which is usually faster in large stores.
     min_bytes_per_second: Annotated[int, Field(ge=0)] = 16 << 10
     connections: Annotated[int, Field(ge=1)] = 16  # to one host, per process
-    part_bytes: Annotated[int, Field(ge=1)] = 8 << 20  # longer ranges are read as several at once
+    part_bytes: Annotated[int, Field(ge=1)] = 8 << 20  # longer ranges are read in parallel parts
 
 
 class TransferError(Exception):
-    """One attempt failed in a way that may pass; `retry_after`: seconds the server asks for."""
+    """One attempt failed for a temporary reason; `retry_after`: in seconds, from the server."""
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
 
 
-class Patience:
-    """The attempts at one range; raises ShardReadError when the policy is used up."""
+class Retries:
+    """The attempts at one range; raises ShardReadError when the limits are reached."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Patience:
         return self._stopped.is_set()
 
     def after(self, fault: Exception, *, has_progressed: bool, is_reopened: bool) -> None:
-        """Wait before the next attempt, or raise: `fault` is what ended the last one."""
+        """Wait before the next attempt, or raise; `fault`: the error of the last attempt."""
         self._num_attempts += 1
         self._num_in_row = 1 if has_progressed else self._num_in_row + 1
         left = self.seconds_left
@@ -90,7 +90,7 @@ class Patience:
         if self._num_in_row >= self._policy.attempts or wait >= left or self.is_stopped:
             raise self._given_up(fault) from fault
         log.log(
-            logging.WARNING if self._num_in_row >= LOUD_FROM else logging.INFO,
+            logging.WARNING if self._num_in_row >= WARN_FROM else logging.INFO,
             "%s: %s; next attempt in %.1f s",
             self._where,
             fault,
@@ -103,7 +103,7 @@ class Patience:
             self._counters.num_reopened += is_reopened
 
     def _wait_seconds(self, retry_after: float | None) -> float:
-        """Full jitter: many readers that failed together do not come back together."""
+        """Full jitter: readers that failed at the same time retry at different times."""
         highest = FIRST_BACKOFF_SECONDS * 2.0 ** min(self._num_in_row - 1, 30)
         wait = JITTER.uniform(0, min(highest, self._policy.max_wait_seconds))
         if retry_after is not None:

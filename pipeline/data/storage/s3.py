@@ -1,11 +1,11 @@
-"""Shards in S3 and stores that speak its language: listed by s3fs, read by signed URLs over HTTP.
+"""Shards in S3 and compatible stores: listed by s3fs, read by signed URLs over HTTP.
 
     states --s3fs, list_objects_v2--> sizes and ETags
     read --> HttpStorage, each request with a URL that was signed just before
 
 So S3 has the same retries, limits and checks as HTTP. Credentials, region and endpoint come from
-where AWS's tools look: AWS_ACCESS_KEY_ID ..., AWS_PROFILE, AWS_ENDPOINT_URL, ~/.aws, the instance's
-role; or from fsspec's configuration (FSSPEC_S3_ANON=true for public buckets).
+where AWS's tools find them: AWS_ACCESS_KEY_ID ..., AWS_PROFILE, AWS_ENDPOINT_URL, ~/.aws, the
+role of the instance; or from fsspec's configuration (FSSPEC_S3_ANON=true for public buckets).
 """
 
 import os
@@ -20,7 +20,7 @@ from pipeline.data.storage.filesystem import Filesystem
 from pipeline.data.storage.http import HttpStorage
 from pipeline.data.storage.policy import RemotePolicy
 
-SIGNATURE_SECONDS = 3600  # above every deadline: an answer that has begun is not cut off
+SIGNATURE_SECONDS = 3600  # above every deadline, so that a response is never cut off
 
 
 class S3Storage(HttpStorage):
@@ -47,13 +47,13 @@ class S3Storage(HttpStorage):
             folders[folder].append(base)
         for folder, bases in folders.items():
             above = f"{folder}/" if folder else ""
-            # What the names have in common is what is asked for: one name is one short request.
+            # List by the common prefix of the names: a single name is one short request.
             prefix = os.path.commonprefix(bases)  # noqa: RUF071 - by character, as S3 has it
             for base, state in self._list(f"{self._path}/{above}".rstrip("/"), prefix).items():
                 name = f"{above}{base}"
                 if name in states:
                     states[name] = state
-                    self._pins.expect(name, state)
+                    self._pinned_states.expect(name, state)
         return states
 
     def _list(self, folder: str, prefix: str) -> dict[str, ShardState]:

@@ -1,4 +1,4 @@
-"""The same work on many items in a few threads that live no longer than the call."""
+"""A parallel map in threads that end with the call."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ def map_in_threads(
             except BaseException as error:  # noqa: BLE001 - raised below, whatever it is
                 errors.append(error)
 
-    # Daemons: a transfer that hangs must not hold up the interpreter's exit.
+    # Daemon threads: a hanging transfer must not block the interpreter's exit.
     threads = [
         threading.Thread(target=loop, name=f"storage-{i}", daemon=True)
         for i in range(min(num_threads, len(items)))

@@ -1,9 +1,9 @@
-"""Files that are written, whole or not at all: what every store that can be written offers.
+"""The interface of writable stores: files are written completely or not at all.
 
     bytes or a local file --put--> local: temporary name, flushed, renamed
                                    object stores: one upload, which appears when complete
                                    others of fsspec: temporary name, then moved
-    bytes --create--> the same, unless the name is taken: of any number of writers one wins
+    bytes --create--> the same, unless the name exists: exactly one of several writers succeeds
                       local: a hard link; S3: `If-None-Match: *`; others have no such primitive
 
 HTTP is read only. Readers never see half a file under its final name.
@@ -20,13 +20,13 @@ from pipeline.common.errors import UserError
 
 
 class WritableStore(ABC):
-    """The files below one root; names are relative, with slashes, and folders need no making.
+    """The files below one root; names are relative, with slashes; folders are created as needed.
 
-    Methods raise UserError where the place cannot be written or read at all (no bucket, no
-    permission), StoreError (a remote one) or OSError (a disk) where it does not work now.
+    Methods raise UserError if the store cannot be used at all (no bucket, no permission), and
+    StoreError (remote) or OSError (local) for temporary failures.
     """
 
-    exclusive_by: str  # what `create` rests on, in words; empty = there is no such primitive
+    exclusive_by: str  # the primitive behind `create`, in words; empty = there is none
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -41,10 +41,10 @@ class WritableStore(ABC):
 
     @abstractmethod
     def create(self, name: str, content: bytes) -> bool:
-        """Create a file unless there is one; tell whether it is this call's.
+        """Create a file unless it exists; return whether this call created it.
 
-        `content` must name its writer: a remote store may have done what it seems to refuse, when
-        its first answer was lost, so a file with the very content counts as this call's.
+        `content` must identify its writer: if the response to a first attempt was lost, the retry
+        finds the file, and equal content means that this call created it.
         """
 
     @abstractmethod
@@ -73,19 +73,19 @@ class WritableStore(ABC):
 
     @abstractmethod
     def new_folder(self, folder: str) -> AbstractContextManager[Path]:
-        """Give a local directory; at its end what was written into it lies in `folder`, flushed.
+        """Provide a local directory, whose files are stored in `folder` at the end, flushed.
 
-        After an error nothing does. FileNotFoundError: somebody removed `folder` meanwhile.
+        After an error nothing is stored. FileNotFoundError: `folder` was removed meanwhile.
         """
 
     @abstractmethod
     def local_copy(self, names: Sequence[str]) -> AbstractContextManager[Path]:
-        """Give a local directory that holds (at least) those of the named files that exist."""
+        """Provide a local directory with at least those of the named files that exist."""
 
     def check_exclusive(self, folder: str) -> str:
         """Try `create` on a file below `folder`, twice at once and once more.
 
-        Returns what the exclusion rests on. Raises UserError where a name can be taken twice.
+        Returns the primitive that it uses. Raises UserError if two calls can create the same name.
         """
         name = f"{folder}/probe-{uuid.uuid4().hex[:12]}"
         wins = [False, False, False]

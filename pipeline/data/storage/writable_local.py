@@ -1,4 +1,4 @@
-"""A directory of this machine or of a file server, to be written."""
+"""A writable directory, on a local disk or a network file system."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 class LocalWritable(WritableStore):
     """The files below a directory."""
 
-    exclusive_by = "hard links, which fail where the name is taken"
+    exclusive_by = "hard links, which fail if the name exists"
 
     def put(self, name: str, content: bytes | Path) -> None:
         """Create or replace a file, flushed to the disk."""
@@ -64,7 +64,7 @@ class LocalWritable(WritableStore):
         return self._path(name).is_file()
 
     def sizes(self, folder: str = "") -> dict[str, int]:
-        """Return name -> bytes of all files below a folder; those that vanish meanwhile are not."""
+        """Return name -> bytes of all files below a folder; skip files removed meanwhile."""
         found: dict[str, int] = {}
         for path, _, names in os.walk(self._path(folder), onerror=_unless_missing):
             for name in names:
@@ -86,12 +86,12 @@ class LocalWritable(WritableStore):
         self._path(name).unlink(missing_ok=True)
 
     def delete_folder(self, folder: str) -> None:
-        """Remove a folder with all in it, which others may be removing at the same time."""
+        """Remove a folder with its files; other processes may do the same concurrently."""
         shutil.rmtree(self._path(folder), onerror=lambda _, __, error: _unless_missing(error[1]))
 
     @contextmanager
     def new_folder(self, folder: str) -> Generator[Path]:
-        """Make the folder itself and flush it at the end; remove it after an error."""
+        """Create the folder and flush it at the end; remove it after an error."""
         path = self._path(folder)
         path.mkdir(parents=True)
         try:
@@ -99,12 +99,12 @@ class LocalWritable(WritableStore):
             sync_directory(path)
             sync_directory(path.parent)
         except BaseException:
-            self.delete_folder(folder)  # a full disk needs the space
+            self.delete_folder(folder)  # frees the space of a full disk
             raise
 
     @contextmanager
     def local_copy(self, names: Sequence[str]) -> Generator[Path]:
-        """Give the root, where all files are."""
+        """Provide the root itself."""
         del names
         yield Path(self.root)
 
@@ -118,8 +118,8 @@ class LocalWritable(WritableStore):
 
 
 def _unless_missing(error: BaseException) -> None:
-    """Raise an error of a walk through folders, unless somebody was faster in removing."""
-    # Put in meanwhile; on NFS, a removed file that another process of this machine still writes.
+    """Raise an error of a walk through folders, unless files were removed meanwhile."""
+    # A file was added meanwhile, or on NFS a removed file is still open in another process.
     in_use = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EBUSY)
     if not in_use and not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error

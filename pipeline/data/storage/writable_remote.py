@@ -1,7 +1,7 @@
-"""A store of fsspec's, to be written: S3 with exclusive creation, others without.
+"""A writable fsspec store: S3 with exclusive creation, others without.
 
-Retries and waits are those of its library (s3fs: 5 attempts, backing off), credentials and endpoint
-come from where it looks for them.
+Retries and waits are those of the library (s3fs: 5 attempts with back-off), which also finds
+credentials and endpoint.
 """
 
 import errno
@@ -17,8 +17,8 @@ from pipeline.data.storage.filesystem import open_filesystem
 from pipeline.data.storage.threads import map_in_threads
 from pipeline.data.storage.writable import WritableStore
 
-TRANSFERS = 8  # files of one folder that travel at a time
-# What no second attempt mends.
+TRANSFERS = 8  # concurrent transfers of one folder
+# Errors that a retry cannot solve.
 PERMANENT = (FileNotFoundError, PermissionError, NotImplementedError, ValueError)
 
 Result = TypeVar("Result")
@@ -27,8 +27,8 @@ Result = TypeVar("Result")
 class RemoteWritable(WritableStore):
     """The files below a URL.
 
-    appears_whole: an object is there once its upload is complete, so it needs no temporary name.
-    has_create: the store creates objects exclusively when asked to.
+    appears_whole: an object exists only after a complete upload, so it needs no temporary name.
+    has_create: the store can create objects exclusively.
     """
 
     def __init__(self, root: str, *, appears_whole: bool, has_create: bool) -> None:
@@ -37,23 +37,23 @@ class RemoteWritable(WritableStore):
         if not has_create:
             self.exclusive_by = ""
         self._appears_whole = appears_whole
-        # What others write must be seen: no listing is kept.
+        # No cache of listings: files of other writers must be seen.
         self._files, self._path = open_filesystem(root, use_listings_cache=False)
 
     def put(self, name: str, content: bytes | Path) -> None:
         """Create or replace a file."""
         final = self._full(name)
-        place = final if self._appears_whole else f"{final}.tmp-{uuid.uuid4().hex[:12]}"
+        target = final if self._appears_whole else f"{final}.tmp-{uuid.uuid4().hex[:12]}"
 
         def write() -> None:
             if not self._appears_whole:
                 self._files.makedirs(final.rpartition("/")[0], exist_ok=True)
             if isinstance(content, bytes):
-                self._files.pipe_file(place, content)
+                self._files.pipe_file(target, content)
             else:
-                self._files.put_file(str(content), place)
-            if place != final:
-                self._files.mv(place, final)
+                self._files.put_file(str(content), target)
+            if target != final:
+                self._files.mv(target, final)
 
         self._do(name, "written", write)
 
@@ -65,7 +65,7 @@ class RemoteWritable(WritableStore):
             try:
                 self._files.pipe_file(self._full(name), content, mode="create")
             except FileExistsError:
-                # Ours, if the answer to an earlier attempt of the library's was lost.
+                # This call created it if the response to an earlier attempt was lost.
                 return self.read(name) == content
             return True
 
@@ -85,7 +85,7 @@ class RemoteWritable(WritableStore):
     def exists(self, name: str) -> bool:
         """Tell whether there is a file of this name."""
 
-        def look() -> bool:  # `isfile` would take an error for an answer
+        def look() -> bool:  # `isfile` would return False after an error
             try:
                 return self._files.info(self._full(name))["type"] == "file"
             except FileNotFoundError:
@@ -95,8 +95,8 @@ class RemoteWritable(WritableStore):
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Return name -> bytes of all files below a folder, by one listing."""
-        place = self._full(folder) if folder else self._path
-        found = self._do(folder, "listed", lambda: self._files.find(place, detail=True))
+        top = self._full(folder) if folder else self._path
+        found = self._do(folder, "listed", lambda: self._files.find(top, detail=True))
         start = len(self._path) + 1
         files = {path: info["size"] for path, info in found.items() if info["type"] == "file"}
         return {path[start:]: files[path] for path in sorted(files)}
@@ -107,7 +107,7 @@ class RemoteWritable(WritableStore):
         def copy() -> bool:
             try:
                 self._files.cp_file(self._full(old), self._full(new))
-            except FileNotFoundError:  # another process was faster, or it never was
+            except FileNotFoundError:  # moved by another process, or it never existed
                 return False
             return True
 
@@ -132,7 +132,7 @@ class RemoteWritable(WritableStore):
 
     @contextmanager
     def new_folder(self, folder: str) -> Generator[Path]:
-        """Give a temporary directory, and upload its files at the end."""
+        """Provide a temporary directory and upload its files at the end."""
         with TemporaryDirectory(prefix="latentmill-") as scratch:
             root = Path(scratch)
             try:
@@ -141,8 +141,8 @@ class RemoteWritable(WritableStore):
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 raise UserError(
-                    f"{scratch} is full, where files for {self.root} are made before they travel: "
-                    "set the environment variable TMPDIR to a place with more room."
+                    f"{scratch} is full, where files for {self.root} are written before upload: "
+                    "set the environment variable TMPDIR to a directory with more room."
                 ) from error
             files = sorted(path for path in root.rglob("*") if path.is_file())
 
@@ -169,7 +169,7 @@ class RemoteWritable(WritableStore):
         return f"{self._path}/{name}"
 
     def _do(self, name: str, what: str, work: Callable[[], Result]) -> Result:
-        """Call the library; name the file in its errors, of which every library has its own."""
+        """Call the library and turn its errors into ours, with the file's name."""
         try:
             return work()
         except (UserError, StoreError):

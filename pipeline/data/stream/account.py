@@ -1,6 +1,7 @@
-"""What a rank delivered and spent: every slot by epoch, a digest of who stood where, and counters.
+"""What a rank delivered: samples per epoch, a digest of which sample filled which slot, counters.
 
-All add up over ranks; of slots and digest the sum does not depend on how many ranks there are.
+All of them are summed over ranks. The sums of samples and digests do not depend on the number of
+ranks.
 """
 
 from collections import deque
@@ -15,7 +16,7 @@ from pipeline.data.stream.batch import BatchBuffer
 
 Words = NDArray[np.uint64]
 EPOCH_BITS = 40
-MAX_TIMES = 4096  # the newest decode times, of which percentiles are taken
+MAX_TIMES = 4096  # newest decode times, for percentiles
 
 
 @dataclass
@@ -27,14 +28,14 @@ class StreamCounters:
     tombstones: int = 0
     bad_in_row: int = 0  # tombstones at the end of what was delivered
     max_bad_in_row: int = 0
-    stall_seconds: float = 0.0  # in next(), waiting for data
-    num_ready: int = 0  # batches that lay ready, summed over the calls of next()
+    stall_seconds: float = 0.0  # waiting for data in next()
+    num_ready: int = 0  # decoded batches at each call of next(), summed
     bytes_read: int = 0
     bytes_wanted: int = 0  # of the members themselves
     reads: int = 0
     retries: int = 0  # requests to a remote store sent again
-    reopened: int = 0  # of these, transfers that went on in the middle
-    # Seconds per image, a mean over each chunk of slots that a thread decoded.
+    reopened: int = 0  # of these, transfers that continued in the middle
+    # Seconds per image, averaged over each chunk of slots that a thread decoded.
     decode_seconds: deque[float] = field(default_factory=lambda: deque[float](maxlen=MAX_TIMES))
 
 
@@ -46,13 +47,13 @@ def mixed(words: Words) -> Words:
 
 
 def digest_of(step: int, slots: NDArray[np.int64], uids: NDArray[np.int64]) -> int:
-    """64 bits that say which samples stood in which slots of a step; add them up modulo 2^64."""
-    places = mixed(np.full(len(slots), step, np.uint64)) + mixed(slots.astype(np.uint64))
-    return int(mixed(mixed(places) ^ uids.astype(np.uint64)).sum(dtype=np.uint64))
+    """A 64-bit digest of which samples filled which slots of a step; sums modulo 2^64."""
+    slot_words = mixed(np.full(len(slots), step, np.uint64)) + mixed(slots.astype(np.uint64))
+    return int(mixed(mixed(slot_words) ^ uids.astype(np.uint64)).sum(dtype=np.uint64))
 
 
 class EpochCount(NamedTuple):
-    """Samples of one epoch of one data set that a rank delivered."""
+    """How many samples of one epoch of one data set a rank delivered."""
 
     usable: int = 0
     tombstones: int = 0
@@ -62,39 +63,39 @@ class EpochCount(NamedTuple):
         return EpochCount(self.usable + other.usable, self.tombstones + other.tombstones)
 
 
-class Entry(NamedTuple):
-    """One batch, not yet in the books."""
+class BatchEntry(NamedTuple):
+    """A delivered batch that is not yet counted."""
 
     digest: int
     epochs: dict[tuple[int, int], EpochCount]
 
 
 class Account:
-    """What one stream delivered since it was opened."""
+    """What one stream has delivered since it was opened."""
 
     def __init__(self, first_step: int, first_slot: int, *, ahead: int = 0) -> None:
-        """ahead: how many of the batches taken last are not yet used, and so not in the books."""
+        """ahead: how many of the newest batches are not yet used, and so not counted."""
         self.first_step = first_step
         self.next_step = first_step
-        self.digest = 0  # of all steps together, modulo 2^64
-        self.last_digest = 0  # of the newest step alone
+        self.digest = 0  # sum over all steps, modulo 2^64
+        self.last_digest = 0  # of the newest step
         self.epochs: dict[tuple[int, int], EpochCount] = {}  # (data set's ordinal, epoch)
         self._first_slot = first_slot
         self._ahead = ahead
-        self._waiting: deque[Entry] = deque()
+        self._waiting: deque[BatchEntry] = deque()
 
     def add(self, buffer: BatchBuffer) -> None:
-        """Take a delivered batch into account, its tombstones buried."""
+        """Count a delivered batch, in which bad samples already have weight 0."""
         self._waiting.append(self._entry(buffer))
         if len(self._waiting) > self._ahead:
             self._book(self._waiting.popleft())
 
     def settle(self) -> None:
-        """Take all batches into account: there are no more."""
+        """Count the remaining batches, at the end of the stream."""
         while self._waiting:
             self._book(self._waiting.popleft())
 
-    def _entry(self, buffer: BatchBuffer) -> Entry:
+    def _entry(self, buffer: BatchBuffer) -> BatchEntry:
         step = self.next_step + len(self._waiting)
         slots = np.arange(self._first_slot, self._first_slot + len(buffer.uid))
         epochs: dict[tuple[int, int], EpochCount] = {}
@@ -103,13 +104,13 @@ class Account:
         for book in np.unique(books).tolist():
             usable = buffer.weight[books == book] > 0
             num_usable = int(np.count_nonzero(usable))
-            place = (book >> EPOCH_BITS, book & (1 << EPOCH_BITS) - 1)
-            epochs[place] = EpochCount(num_usable, len(usable) - num_usable)
-        return Entry(digest_of(step, slots, buffer.uid), epochs)
+            epoch_key = (book >> EPOCH_BITS, book & (1 << EPOCH_BITS) - 1)
+            epochs[epoch_key] = EpochCount(num_usable, len(usable) - num_usable)
+        return BatchEntry(digest_of(step, slots, buffer.uid), epochs)
 
-    def _book(self, entry: Entry) -> None:
+    def _book(self, entry: BatchEntry) -> None:
         self.last_digest = entry.digest
         self.digest = (self.digest + entry.digest) % 2**64
         self.next_step += 1
-        for place, count in entry.epochs.items():
-            self.epochs[place] = self.epochs.get(place, EpochCount()).plus(count)
+        for epoch_key, count in entry.epochs.items():
+            self.epochs[epoch_key] = self.epochs.get(epoch_key, EpochCount()).plus(count)

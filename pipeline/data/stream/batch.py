@@ -1,4 +1,4 @@
-"""One global batch's share of a rank, and the reused memory that it lies in.
+"""One rank's part of a global batch, and the reused memory that holds it.
 
 decode threads -> BatchBuffer (ring) -> Batch (views, valid until the next one is asked for)
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.decode import ArrayDecode, ImageDecode
-from pipeline.data.stream.slabs import Slab
+from pipeline.data.stream.read_buffers import ReadBuffer
 
 KeyLookup = Callable[[NDArray[np.int64]], list[str]]  # uids -> keys
 
@@ -23,9 +23,9 @@ class Batch:
     """This rank's slots of one global batch, in slot order.
 
     x: [b, *event] in the stored dtype, images uint8 [b, C, H, W] in channels-last memory;
-    uid, epoch, label: int64 [b] (label -1: the sample has none); weight: float32 [b], 0 for a
-    tombstone or the repeats that fill a masked batch. All are views of memory that the stream uses
-    again: they hold until the next batch is asked for.
+    uid, epoch, label: int64 [b] (label -1: none); weight: float32 [b], 0 for bad samples and for
+    the repeats that fill a masked batch. All are views of memory that the stream reuses: valid
+    until the next batch is requested.
     """
 
     x: Tensor
@@ -37,7 +37,7 @@ class Batch:
 
     @property
     def keys(self) -> list[str]:
-        """The samples' keys, looked up in the index (most training steps never ask)."""
+        """The samples' keys, looked up in the index only when requested."""
         return self.key_lookup(self.uid.numpy(force=True))
 
     def __len__(self) -> int:
@@ -50,11 +50,11 @@ class Batch:
         return [self._slots(slice(i * size, (i + 1) * size)) for i in range(num_parts)]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that lies in memory of a device."""
+        """Return x and the columns [b], which share a device."""
         return (self.x, self.uid, self.epoch, self.weight, self.label)
 
     def copy(self) -> "Batch":
-        """Copy to memory of its own, which the stream does not use again."""
+        """Copy to new memory, which the stream does not reuse."""
         return Batch(*(t.clone() for t in self.tensors()), key_lookup=self.key_lookup)
 
     def to(self, device: torch.device) -> "Batch":
@@ -76,7 +76,7 @@ class Fault(NamedTuple):
 
 @dataclass
 class BatchBuffer:
-    """Memory of one batch, with what the decode threads need to fill it."""
+    """Memory of one batch, with the inputs of the decode threads."""
 
     x: Tensor
     uid: NDArray[Any]
@@ -85,8 +85,8 @@ class BatchBuffer:
     label: NDArray[Any]
     tensors: Batch
     slots: list[NDArray[Any]]  # one writable view per slot
-    # Per slot: what was read, and where in it the member lies; None = the sample lacks it.
-    slabs: list[Slab | None] = field(default_factory=list[Slab | None])
+    # Per slot: the buffer, and the bytes of the member in it; None = the sample lacks the member.
+    read_buffers: list[ReadBuffer | None] = field(default_factory=list[ReadBuffer | None])
     starts: list[int] = field(default_factory=list[int])
     stops: list[int] = field(default_factory=list[int])
     crc32: list[int] = field(default_factory=list[int])  # -1 = not to be checked

@@ -1,7 +1,7 @@
-"""The data sets that a config names, opened: where samples lie, in which order, how they are read.
+"""The data sets of a config, opened: locations of samples, their order, and how they are read.
 
 DataConfig --open_indexes--> Index of each --order_of--> Mixture, built once per start
-                                           --check_shards--> States, looked at once per start
+                                           --check_shards--> States, requested once per start
            --DataSets--> stores, fetchers, decoder of slots: all that a stream's threads need
 """
 
@@ -45,7 +45,7 @@ def order_of(
         order = Order(
             index.counts(data.split),
             seed=seed,
-            # A part of a mixture has no batches of its own; its quotas are the mixture's.
+            # A data set of a mixture has no batches of its own: the mixture sets its quotas.
             batch_size=batch_size if is_alone else part_lanes or 1,
             lanes=part_lanes,
             interleave=data.interleave,
@@ -59,9 +59,9 @@ def order_of(
 
 
 def check_shards(data: DataConfig, indexes: Sequence[Index]) -> tuple[States, ...]:
-    """Look at the shards of every data set, once; hand the states on to each `open_stream`.
+    """Check the shards of every data set once; pass the states to each `open_stream`.
 
-    Raises UserError unless the shards are those of the indexes, with checksums where wanted.
+    Raises UserError unless the shards match the indexes, with checksums where required.
     """
     states: list[States] = []
     for source, index in zip(data.sources, indexes, strict=True):
@@ -75,13 +75,13 @@ def check_shards(data: DataConfig, indexes: Sequence[Index]) -> tuple[States, ..
 
 
 class SampleNames:
-    """Look samples up in the indexes that they come from."""
+    """Keys and shard names of samples, from their indexes."""
 
     def __init__(self, indexes: Sequence[Index]) -> None:
         self._index_of = {index.ordinal: index for index in indexes}
 
     def keys(self, uids: NDArray[np.int64]) -> list[str]:
-        """Return the keys of samples."""
+        """Return keys [n] of uids [n], which may belong to several data sets."""
         ordinals = uids >> ORDINAL_SHIFT
         keys = np.empty(len(uids), object)
         for ordinal in np.unique(ordinals).tolist():
@@ -89,15 +89,15 @@ class SampleNames:
             keys[chosen] = self._index_of[ordinal].keys_of(uids[chosen])
         return keys.tolist()
 
-    def place(self, uid: int) -> tuple[str, str]:
-        """Return the key of one sample, and its shard's name."""
+    def key_and_shard(self, uid: int) -> tuple[str, str]:
+        """Return (key, shard name) of a sample, for reports of bad samples."""
         index = self._index_of[uid >> ORDINAL_SHIFT]
         shard, _ = index.locate(np.array([uid]))
         return index.keys_of(np.array([uid]))[0], index.shards[int(shard[0])].name
 
 
 class DataSets:
-    """What one process reads from, and how; close it when its threads have ended."""
+    """The stores, fetchers and decoder of one process; close it after its threads have ended."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class DataSets:
         order: Mixture,
         states: Sequence[States],
     ) -> None:
-        """Open the stores; no shard is looked at: `states` is what `check_shards` saw of each."""
+        """Open the stores without checking shards; `states`: the result of `check_shards`."""
         self._data = data
         self.indexes = indexes
         self.order = order
@@ -130,7 +130,7 @@ class DataSets:
         ]
 
     def slot_decoder(self) -> DecodeSlot:
-        """Return what turns a member's bytes into a slot of a buffer."""
+        """Return the function that decodes a member's bytes into a slot of a buffer."""
         decode, augmenter = self._data.decode, self.augmenter
         if augmenter.num_draws and isinstance(decode, ImageDecode):
             decode_view = decode.decode_view
@@ -148,12 +148,12 @@ class DataSets:
 
     @property
     def num_read_threads(self) -> int:
-        """Threads that fetch; 0 = those that decode do it, too."""
+        """Number of fetching threads; 0 = the decoding threads fetch, too."""
         if self._data.read_threads is not None:
             return self._data.read_threads
         return max(storage.num_readers for storage in self.storages)
 
     def close(self) -> None:
-        """End what waits for a server, and give back what is held open."""
+        """End waiting requests and close what is open."""
         for storage in self.storages:
             storage.close()

@@ -1,4 +1,4 @@
-"""Batches on the accelerator: the next one is copied there while the last one is computed with.
+"""Batches on the accelerator: the next one is copied while the current one is in use.
 
 Stream (pinned host memory) --side stream, asynchronous copy--> Batch on the device
 """
@@ -12,7 +12,7 @@ from pipeline.data.stream.stream import Stream
 
 
 class DeviceBatches(Iterator[Batch]):
-    """The batches of `stream` on `device`; on the CPU the stream's own, unchanged."""
+    """The batches of `stream` on `device`; on the CPU unchanged."""
 
     def __init__(self, stream: Stream, device: torch.device) -> None:
         self._stream = stream
@@ -25,9 +25,7 @@ class DeviceBatches(Iterator[Batch]):
             self._next = self._copy()
 
     def __next__(self) -> Batch:
-        """Return the next batch; it stays valid for as long as it is held on a device, and on the
-        CPU until the next one is asked for.
-        """
+        """Return the next batch: valid while referenced (GPU), or until the next call (CPU)."""
         if self._copier is None:
             return next(self._stream)
         batch = self._next
@@ -36,13 +34,13 @@ class DeviceBatches(Iterator[Batch]):
         computing = torch.cuda.current_stream(self._device)
         computing.wait_event(self._copied)
         for tensor in batch.tensors():
-            tensor.record_stream(computing)  # its memory is not given to others while it is used
+            tensor.record_stream(computing)  # keeps the allocator from reusing its memory
         self._next = self._copy()
         return batch
 
     def _copy(self) -> Batch | None:
         """Start copying the stream's next batch; None at its end."""
-        self._copied.synchronize()  # the stream reuses the memory of the batch before
+        self._copied.synchronize()  # the stream reuses the memory of the previous batch
         host = next(self._stream, None)
         if host is None:
             return None

@@ -1,11 +1,11 @@
 """The threads behind a stream: some fetch, some decode, the consumer waits.
 
-    requests -> [read threads] -> board -> (step complete, buffer free) -> chunks of slots
+    requests -> [read threads] -> ring -> (step complete, buffer free) -> chunks of slots
              -> [decode threads] -> buffer complete -> `take`
 
-What is computed never depends on which thread does it: every sample has its cell and its slot from
-the order. An exception in any thread ends the stream: `take` raises it. The engine knows nothing
-of the Stream object, so a stream that is dropped without being closed still stops its threads.
+Results never depend on which thread computes them: the order assigns every sample its cell and its
+slot. An exception in any thread ends the stream: `take` raises it. The engine holds no reference to
+the Stream object, so the threads also stop when a stream is dropped without being closed.
 """
 
 import threading
@@ -19,8 +19,8 @@ from typing import Any
 from pipeline.data.decode import Content, DecodeError, missing_member
 from pipeline.data.stream.account import StreamCounters
 from pipeline.data.stream.batch import BatchBuffer, Fault
-from pipeline.data.stream.board import Board, Request
 from pipeline.data.stream.fetch import Fetcher
+from pipeline.data.stream.sample_ring import FetchRequest, SampleRing
 
 MAX_CHUNK_SLOTS = 64
 ALIVE_CHECK_SECONDS = 2.0
@@ -36,7 +36,7 @@ class Engine:
 
     def __init__(
         self,
-        board: Board,
+        ring: SampleRing,
         fetchers: Sequence[Fetcher],
         decode_slot: DecodeSlot,
         buffers: Sequence[BatchBuffer],
@@ -44,15 +44,15 @@ class Engine:
         decode_threads: int,
         read_threads: int,
     ) -> None:
-        """`fetchers`: one per data set. One of `buffers` is with the consumer, the others are being
-        filled or wait. `read_threads`: 0 = the decode threads fetch, too: fewer threads that take
-        turns with Python's lock.
+        """`fetchers`: one per data set. The consumer holds one of `buffers`; the others are being
+        filled or wait. `read_threads`: 0 = the decode threads fetch, too, so that fewer threads
+        compete for the GIL.
         """
         self.counters = StreamCounters()
-        self._board = board
+        self._ring = ring
         self._fetchers = fetchers
         self._decode_slot = decode_slot
-        per_thread = -(-board.num_slots // (2 * decode_threads))
+        per_thread = -(-ring.num_slots // (2 * decode_threads))
         self._chunk_slots = min(MAX_CHUNK_SLOTS, per_thread)
         self._changed = threading.Condition()
         self._error: BaseException | None = None
@@ -88,18 +88,18 @@ class Engine:
             while self._is_stopped or not self._is_next_complete():
                 if self._error is not None:
                     raise self._error
-                if self._is_stopped or (not self._ahead and self._board.is_done):
+                if self._is_stopped or (not self._ahead and self._ring.is_done):
                     return None
                 if not self._changed.wait(ALIVE_CHECK_SECONDS):
                     self._check_alive()
             self._lent = self._ahead.popleft()
             self.counters.stall_seconds += time.perf_counter() - started
             self.counters.batches += 1
-            self.counters.images += self._board.num_slots
+            self.counters.images += self._ring.num_slots
             return self._lent
 
     def stop(self) -> None:
-        """End all threads and wait for them; what they were doing is dropped."""
+        """End all threads and wait for them; unfinished work is dropped."""
         with self._changed:
             self._is_stopped = True
             self._changed.notify_all()
@@ -111,7 +111,7 @@ class Engine:
                 thread.join()
 
     def owns_current_thread(self) -> bool:
-        """Whether the caller runs in one of the engine's threads, where `stop` would hang."""
+        """Whether the caller runs in a thread of the engine, where `stop` would deadlock."""
         return threading.current_thread() in self._threads
 
     def _new_threads(self, count: int, name: str, queue: Queue) -> list[threading.Thread]:
@@ -123,7 +123,7 @@ class Engine:
             except BaseException as error:  # noqa: BLE001 - handed to the consumer, whatever it is
                 self._fail(error)
 
-        # Daemons: a consumer that never closes its stream must not hang the interpreter's exit.
+        # Daemon threads: a stream that is never closed must not block the interpreter's exit.
         return [
             threading.Thread(target=loop, name=f"stream-{name}-{i}", daemon=True)
             for i in range(count)
@@ -143,52 +143,51 @@ class Engine:
         return bool(self._ahead) and self._ahead[0].num_chunks_left == 0
 
     def _advance(self) -> None:
-        """Hand out complete steps to free buffers, and request more; the lock is held."""
-        while self._free and self._board.is_ready:
+        """Move complete steps to free buffers and request more; the caller holds the lock."""
+        while self._free and self._ring.is_ready:
             buffer = self._free.pop()
-            self._board.take(buffer)
+            self._ring.take(buffer)
             buffer.faults.clear()
-            starts = range(0, self._board.num_slots, self._chunk_slots)
+            starts = range(0, self._ring.num_slots, self._chunk_slots)
             buffer.num_chunks_left = len(starts)
             self._ahead.append(buffer)
             for start in starts:
-                stop = min(start + self._chunk_slots, self._board.num_slots)
+                stop = min(start + self._chunk_slots, self._ring.num_slots)
                 self._decode_queue.put((self._decode_chunk, (buffer, start, stop)))
-        for request in self._board.requests():
+        for request in self._ring.requests():
             self._read_queue.put((self._fetch, (request,)))
 
-    def _fetch(self, request: Request) -> None:
-        positions, cells = self._board.cells_of(request)
+    def _fetch(self, request: FetchRequest) -> None:
+        positions, cells = self._ring.cells_of(request)
         if len(positions) == 0:
             return
         samples = self._fetchers[request.source].fetch(request.run, positions)
-        self._board.fill(request.run, cells, samples)
+        self._ring.fill(request.run, cells, samples)
         with self._changed:
             self.counters.reads += len(samples.reads)
             self.counters.bytes_read += samples.num_bytes_read
             self.counters.bytes_wanted += samples.num_bytes_wanted
-            self._board.arrived(cells)
+            self._ring.arrived(cells)
             self._advance()
 
     def _decode_chunk(self, buffer: BatchBuffer, start: int, stop: int) -> None:
-        # This loop holds Python's lock but for the decoding itself, and the other threads wait for
-        # it: as little as possible is done for each sample.
+        # This loop holds the GIL except while decoding: it does as little as possible per sample.
         decode_slot, chunk = self._decode_slot, slice(start, stop)
-        columns = (buffer.slabs, buffer.starts, buffer.stops, buffer.crc32)
+        columns = (buffer.read_buffers, buffer.starts, buffer.stops, buffer.crc32)
         samples = zip(range(start, stop), *(column[chunk] for column in columns), strict=True)
         began = time.perf_counter()
-        for slot, slab, first, end, crc32 in samples:
+        for slot, read_buffer, first, end, crc32 in samples:
             try:
-                if slab is None:
+                if read_buffer is None:
                     raise missing_member()
-                content = slab.memory[first:end]
+                content = read_buffer.memory[first:end]
                 if crc32 >= 0:
                     check_crc32(content, crc32)
                 decode_slot(buffer, slot, content)
             except DecodeError as error:
                 buffer.faults.append(Fault(slot, error.stage, error.reason))
         seconds = time.perf_counter() - began
-        buffer.slabs[chunk] = [None] * (stop - start)
+        buffer.read_buffers[chunk] = [None] * (stop - start)
         with self._changed:
             self.counters.decode_seconds.append(seconds / (stop - start))
             buffer.num_chunks_left -= 1

@@ -23,9 +23,9 @@ from pipeline.data.order.mixture import Mixture, read_amplification
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream.account import Account, StreamCounters
 from pipeline.data.stream.batch import Batch, BatchBuffer, new_buffer
-from pipeline.data.stream.board import Board
 from pipeline.data.stream.datasets import DataSets
 from pipeline.data.stream.engine import Engine
+from pipeline.data.stream.sample_ring import SampleRing
 
 MAX_READ_AMPLIFICATION = 1.1
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Quarantined(NamedTuple):
-    """A sample that was replaced by a tombstone."""
+    """A bad sample, whose slot has weight 0."""
 
     uid: int
     key: str
@@ -58,10 +58,10 @@ def open_stream(
     """Open the stream of `rank` of `world` from `first_step` on.
 
     `indexes`, `order`, `states`: of `data`, by `open_indexes`, `order_of`, `check_shards`.
-    `num_steps`: None = endless; under the tail `mask`, to the end of the epoch. `device`: that of
-    the `DeviceBatches` around it; they take batches to a GPU one ahead, so memory is pinned for
-    them, and the account stays one behind. Raises UserError, before any thread starts, if the
-    global batch does not divide over the ranks.
+    `num_steps`: None = endless; under the tail `mask`, to the end of the epoch. `device`: device of
+    the consumer. On a GPU memory is pinned, and the account lags one batch, because `DeviceBatches`
+    copies one batch ahead. Raises UserError, before any thread starts, if the global batch does not
+    divide over the ranks.
     """
     batch_size = order.batch_size
     if batch_size % world:
@@ -75,7 +75,7 @@ def open_stream(
         for part in order.orders:
             _warn_of_amplification(part.lanes, world)
     on_gpu = device.type == "cuda"
-    board = Board(
+    ring = SampleRing(
         order,
         first_step=first_step,
         stop_step=_stop_step(order, first_step, num_steps),
@@ -85,17 +85,17 @@ def open_stream(
         num_draws=sets.augmenter.num_draws,
     )
     engine = Engine(
-        board,
+        ring,
         sets.fetchers,
         sets.slot_decoder(),
         [
-            new_buffer(data.decode, board.num_slots, sets.names.keys, pin=on_gpu)
+            new_buffer(data.decode, ring.num_slots, sets.names.keys, pin=on_gpu)
             for _ in range(data.prefetch + 1)
         ],
         decode_threads=data.threads,
         read_threads=sets.num_read_threads,
     )
-    account = Account(first_step, rank * board.num_slots, ahead=int(on_gpu))
+    account = Account(first_step, rank * ring.num_slots, ahead=int(on_gpu))
     return Stream(engine, sets, account)
 
 
@@ -122,7 +122,7 @@ def _warn_of_amplification(lanes: int, world: int) -> None:
 
 
 class Stream(Iterator[Batch]):
-    """Batches of one rank, one per step; close it, or use it in a `with` statement."""
+    """Batches of one rank, one per step; close it, or use a `with` statement."""
 
     def __init__(self, engine: Engine, sets: DataSets, account: Account) -> None:
         self.order = sets.order
@@ -136,7 +136,7 @@ class Stream(Iterator[Batch]):
 
     @property
     def counters(self) -> StreamCounters:
-        """What was delivered and spent so far."""
+        """Counters of what was delivered so far."""
         counters = self._engine.counters
         counters.retries = sum(storage.counters.num_retries for storage in self._storages)
         counters.reopened = sum(storage.counters.num_reopened for storage in self._storages)
@@ -157,15 +157,15 @@ class Stream(Iterator[Batch]):
         return self
 
     def __next__(self) -> Batch:
-        """Wait for the next step's batch; what a thread of the stream met is raised and ends it.
+        """Wait for the next step's batch; an error of any thread is raised here, ending the stream.
 
-        Bad samples raise nothing here: too many of them is a decision for all processes together,
-        which `pipeline.monitoring.bad_samples` takes.
+        Bad samples raise nothing here: `pipeline.monitoring.bad_samples` decides over all processes
+        whether there are too many.
         """
         try:
             buffer = self._engine.take()
         except BaseException:
-            # The error's traceback leads to this stream, so the collector would never end it.
+            # The traceback refers to this stream, so garbage collection would not close it.
             self.close()
             raise
         if buffer is None:
@@ -173,14 +173,14 @@ class Stream(Iterator[Batch]):
             self.close()
             raise StopIteration
         if buffer.faults:
-            self._bury(buffer)
+            self._mark_bad(buffer)
         else:
             self._engine.counters.bad_in_row = 0
         self.account.add(buffer)
         return replace(buffer.tensors)
 
     def take_quarantined(self) -> list[Quarantined]:
-        """Return the samples buried since the last call, in the order of their slots."""
+        """Return the bad samples since the last call, in slot order."""
         taken, self._quarantined = self._quarantined, []
         return taken
 
@@ -188,8 +188,8 @@ class Stream(Iterator[Batch]):
         """Stop the threads and wait for them; closing twice does nothing."""
         self._close()
 
-    def _bury(self, buffer: BatchBuffer) -> None:
-        """Turn faults into tombstones: the slot stays, black and at weight 0."""
+    def _mark_bad(self, buffer: BatchBuffer) -> None:
+        """Set the slots of bad samples to zero and their weights to 0."""
         counters = self._engine.counters
         bad = {fault.slot for fault in buffer.faults}
         for slot in range(len(buffer.slots)):
@@ -199,20 +199,20 @@ class Stream(Iterator[Batch]):
             slot = fault.slot
             buffer.x[slot].zero_()
             if buffer.weight[slot] == 0:
-                continue  # a repeat that fills a masked batch: its original was counted
+                continue  # a repeat that fills a masked batch: the sample itself was counted
             buffer.weight[slot] = 0
             counters.tombstones += 1
             uid = int(buffer.uid[slot])
-            key, shard = self._names.place(uid)
+            key, shard = self._names.key_and_shard(uid)
             self._quarantined.append(Quarantined(uid, key, shard, fault.stage, fault.reason))
 
 
 def _stop(engine: Engine, sets: DataSets) -> None:
     if engine.owns_current_thread():
-        # The garbage collector came by in a thread of the stream, which may hold a lock that the
-        # others need in order to end.
+        # Garbage collection may run in a thread of the stream, which may hold a lock that the
+        # other threads need in order to end.
         threading.Thread(target=_stop, args=(engine, sets), name="stream-stop").start()
         return
-    sets.close()  # ends what waits for a server
+    sets.close()  # ends waiting requests
     engine.stop()
     sets.close()

@@ -1,7 +1,7 @@
-"""The formats of exports, a folder each with a writer and a reader; here, reading single rows.
+"""The formats of exports: one folder each with a writer and a reader; the readers by kind.
 
 Add a format: a ShardReader, and its name below, the fastest first: of several formats in an export
-the first is read.
+the first one is read.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What every reader of one shard's files offers, and what they share."""
+"""The interface of readers of one shard's files, and what they share."""
 
 import math
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Layout:
-    """What the manifest says of the latents of every row."""
+    """Fields, shape and type of the latents of every row, from the manifest."""
 
     fields: tuple[str, ...]
     shape: tuple[int, ...]
@@ -34,12 +34,12 @@ class Layout:
 
     @cached_property
     def stored(self) -> np.dtype[Any]:
-        """The numpy type of the stored bits: numpy has no bfloat16."""
+        """The numpy type of the stored bits; uint16 for bfloat16, which numpy lacks."""
         return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
 
     @property
     def array_dtype(self) -> str:
-        """The type of the arrays that come out: bfloat16 as float32, which holds it exactly."""
+        """The type of the returned arrays: float32 for bfloat16, which it holds exactly."""
         return "float32" if self.dtype == "bfloat16" else self.dtype
 
     @cached_property
@@ -56,7 +56,7 @@ class Layout:
 
 
 class ShardReader(ABC):
-    """One shard in one format. Damaged files raise ValueError, at the latest when they are read."""
+    """One shard in one format. Damaged files raise ValueError, at the latest during a read."""
 
     @abstractmethod
     def __init__(self, files: Sequence[ByteFile], layout: Layout) -> None:

@@ -1,4 +1,4 @@
-"""What every writer shares: the rows of one task, and the two things a writer does with them."""
+"""The rows of one task, and the interface of writers: write and read them."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from pipeline.common.component import Component
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 NO_LABEL = -1
-# What is stored of a latent: mean and log-variance of the posterior, or a sample; then the same of
-# the mirrored image. In this order.
+# Fields of a latent: mean and log-variance of the posterior, or a sample; then the same of the
+# mirrored image. Stored in this sequence.
 FIELDS = ("mu", "logvar", "z", "mu_hflip", "logvar_hflip", "z_hflip")
 
-# What every row has besides; the type as `datasets` names it.
+# The other columns of every row, with the type names of `datasets`.
 COLUMNS = {
     "key": "string",
     "shard": "string",
@@ -41,7 +41,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Rows:
-    """The latents of one source shard, in its order.
+    """The latents of one source shard, row by row.
 
     n rows; a row that could not be read or encoded is kept, with zeros and valid = False.
     """
@@ -52,9 +52,9 @@ class Rows:
     valid: NDArray[np.bool_]  # [n]
     labels: NDArray[np.int64]  # [n], NO_LABEL = the source has none
     metadata: Sequence[str | None]  # [n] JSON texts of the source, passed through
-    texts: Sequence[str | None]  # [n] its plain texts, never empty
+    texts: Sequence[str | None]  # [n] plain texts of the source, never empty
     latents: dict[str, NDArray[Any]]  # field of FIELDS -> [n, *latent_shape] float16 or float32
-    # numpy has no bfloat16: its numbers are kept in float32 arrays, which hold them exactly.
+    # numpy has no bfloat16: such numbers are kept in float32 arrays, which hold them exactly.
     bfloat16: bool = False
     columns: Mapping[str, Column] = field(default_factory=dict[str, Column])
 
@@ -68,15 +68,15 @@ class Rows:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """The shape of one row's latent."""
+        """Without the axis of rows: (Z,) or (Z, H, W)."""
         return self.latents[self.main].shape[1:]
 
 
 class BaseWriter(Component):
     """One file format. The same rows give the same bytes, and `read` returns what was written.
 
-    A format may need several files per task: they lie beside each other and differ in their suffix
-    only. The first one's path stands for them all.
+    A format may need several files per task: they share a folder and differ in their suffix only.
+    The path of the first one stands for all.
     """
 
     kind: str
@@ -97,12 +97,12 @@ class BaseWriter(Component):
         return ("float32", "float16")
 
     def check_keys(self, keys: Sequence[str], fields: Sequence[str]) -> None:
-        """Raise UserError if no file of the format can hold such rows; most hold any."""
+        """Raise UserError if a file of the format cannot hold such rows; most formats hold any."""
 
     @abstractmethod
     def write(self, path: Path, rows: Rows) -> None:
-        """Create the file, or files, none of which may exist."""
+        """Create the file or files, none of which may exist."""
 
     @abstractmethod
     def read(self, path: Path) -> Rows:
-        """Return the rows of a file; raises ValueError when it, or one beside it, is damaged."""
+        """Return the rows of a file; raises ValueError if it or its sidecar is damaged."""

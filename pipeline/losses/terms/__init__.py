@@ -1,4 +1,4 @@
-"""Terms beside the distortion, each with a weight that may follow a schedule.
+"""Terms that are added to the distortion, each with a weight that may follow a schedule.
 
 Add a kind: one file with a `TermBase`, and its name below.
 """

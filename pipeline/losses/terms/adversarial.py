@@ -1,6 +1,6 @@
-"""What an adversarial term offers: a discriminator, and the losses of both players.
+"""The interface of adversarial terms: a discriminator, and the losses of both players.
 
-`losses.players` trains the two together.
+`losses.players` trains both.
 """
 
 from dataclasses import dataclass
@@ -14,20 +14,19 @@ from pipeline.losses.terms.base import TermBase
 
 
 class DiscriminatorConfig(Component):
-    """How the discriminator is trained; what is None is as for the autoencoder."""
+    """How the discriminator is trained; None = as for the autoencoder."""
 
-    weight: Schedule = 1.0  # of its own loss; at 0 it stays as it is
+    weight: Schedule = 1.0  # of its own loss; at 0 it is not trained
     rate: float = Field(default=1.0, gt=0)  # times optimizer.learning_rate
     beta1: float | None = Field(default=None, ge=0, lt=1)
     beta2: float | None = Field(default=None, ge=0, lt=1)
 
 
 class AdversarialTerm(TermBase):
-    """A term by a discriminator, which is trained with the autoencoder and in no export of it.
+    """A term with a discriminator, which is trained with the autoencoder and never exported.
 
-    Not `per_image`, but the game between the two gives its value: see `losses.players`.
-    In an evaluation it is left out: there is no game without a gradient, and with averaged weights
-    the opponents would be of different ages.
+    Its value comes from `losses.players` instead of `per_image`. An evaluation leaves it out: the
+    game needs a gradient, and averaged weights would meet a discriminator of another age.
     """
 
     discriminator: DiscriminatorConfig = DiscriminatorConfig()

@@ -1,4 +1,4 @@
-"""What every term of the objective sees and offers.
+"""The inputs and the interface of the terms of the objective.
 
 # B images of one micro-batch, or of a global batch: see `TermBase.scope`
 """
@@ -18,18 +18,18 @@ Networks = Mapping[str, nn.Module]  # frozen ones, by name
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Images, and what the model made of them; all float32 or float64 but mask and ids."""
+    """Images and their reconstructions; float32 or float64 except mask and ids."""
 
     clean: Tensor  # [B, *event] in [0, 1], the target
     mean: Tensor  # [B, *event], the reconstruction in the range of the data, not clamped
-    decoded: Tensor  # [B, *event], the decoder's values: what the likelihood takes
+    decoded: Tensor  # [B, *event], the decoder's output, the input of the likelihood
     mask: Tensor | None  # bool [B, *event], the corrupted elements
     posterior: Posterior | None  # None: quantised codes
     z: Tensor  # [B, *latent], the sample of the posterior; latent transforms come after it
     ids: Tensor | None  # int64 [B, ...]: quantised codes
 
     def fetched(self, fetch: Callable[[Tensor], Tensor]) -> "Reconstruction":
-        """Return one whose tensors are `fetch` of these, each when it is first asked for."""
+        """Return a copy whose tensors are `fetch` of these, each computed at its first use."""
         return cast(Reconstruction, _Fetched(self, fetch))
 
 
@@ -38,7 +38,7 @@ class _Fetched:
         self._r, self._fetch = r, fetch
 
     def __getattr__(self, name: str) -> Tensor | Posterior | None:
-        """Fetch a field of the Reconstruction; once, for it is an attribute from then on."""
+        """Fetch a field of the Reconstruction, once: it becomes an attribute."""
         value = getattr(self._r, name)
         if isinstance(value, Posterior):
             logvar = None if value.logvar is None else self._fetch(value.logvar)
@@ -68,17 +68,17 @@ class TermBase(Component):
     def scope(self) -> Literal["image", "micro_batch", "global_batch"]:
         """Which images an image's loss depends on.
 
-        image: on itself. global_batch: on all of the step, which `per_image` then gets from all
-        processes. micro_batch: on those that one process has at a time, so that processes and
-        accumulation belong to what is minimised. Both without the slots that hold no sample.
+        image: that image only. global_batch: all images of the step, which `per_image` gets from
+        all processes. micro_batch: the images that one process has at a time, so that the loss
+        depends on processes and accumulation. Both without slots that hold no sample.
         """
         return "image"
 
     def networks(self) -> Mapping[str, Callable[[], nn.Module]]:
-        """Return the frozen networks that the term judges by: names, and what builds each.
+        """Return the frozen networks that the term needs: name -> function that builds it.
 
-        Terms that give the same name share one network. It is built once, on the device, is in
-        evaluation mode, and no part of the model: no optimizer, average or checkpoint holds it.
+        Terms with the same name share one network. It is built once on the device, in evaluation
+        mode. It is not part of the model: no optimizer, average or checkpoint holds it.
         """
         return {}
 

@@ -12,7 +12,7 @@ from pipeline.models.bottlenecks import Posterior
 def gaussian_kl(posterior: Posterior) -> Tensor:
     """Return KL(N(mu, sigma^2) || N(0, 1)) of every latent element [B, *latent], in nats.
 
-    Kingma and Welling 2014, appendix B; expm1 keeps its digits where log-variances are small.
+    Kingma and Welling 2014, appendix B; expm1 is accurate for small log-variances.
     """
     assert posterior.logvar is not None
     return 0.5 * (posterior.mu.square() + torch.expm1(posterior.logvar) - posterior.logvar)
@@ -25,11 +25,10 @@ class Kl(TermBase):
 
     @property
     def needs_density(self) -> bool:
-        """A point has no density, so no divergence."""
+        """True: a point has no density, and so no divergence."""
         return True
 
     def per_image(self, r: Reconstruction, networks: Networks) -> Tensor:
-        """Return the divergence of every image [B], in nats."""
         del networks
         assert r.posterior is not None
         return gaussian_kl(r.posterior).flatten(1).sum(1)

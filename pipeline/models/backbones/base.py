@@ -1,4 +1,4 @@
-"""What every backbone offers."""
+"""The interface of backbones."""
 
 import math
 
@@ -13,7 +13,7 @@ class BackboneBase(Component):
     Latents are vectors [B, num_channels] or maps [B, num_channels, H, W]: `latent_shape` says
     which.
     Every parameter has at least one dimension (DeepSpeed cannot shard a scalar). Both networks
-    come initialised: `initialise_` for ReLU networks.
+    are returned initialised; for ReLU networks use `initialise_`.
     """
 
     def check_event(self, event_shape: tuple[int, ...]) -> None:

@@ -21,15 +21,13 @@ class Mlp(BackboneBase):
     hidden: tuple[PositiveInt, ...] = (512, 256)
 
     def check_event(self, event_shape: tuple[int, ...]) -> None:
-        """Every event can be flattened."""
+        """Accept every event: it is flattened."""
 
     def encoder(self, event_shape: tuple[int, ...], num_channels: int) -> nn.Module:
-        """Return [B, *event] -> [B, num_channels]."""
         sizes = (math.prod(event_shape), *self.hidden, num_channels)
         return initialise_(nn.Sequential(nn.Flatten(), *_layers(sizes)))
 
     def decoder(self, event_shape: tuple[int, ...], num_channels: int) -> nn.Module:
-        """Return [B, num_channels] -> [B, *event]."""
         sizes = (num_channels, *reversed(self.hidden), math.prod(event_shape))
         return initialise_(nn.Sequential(*_layers(sizes), nn.Unflatten(1, event_shape)))
 

@@ -1,4 +1,4 @@
-"""What every bottleneck shares: its size, and the code that it makes of the encoder's output.
+"""The interface of bottlenecks: settings, and the code computed from the encoder's output.
 
 # B samples, Z latent channels (vector latents [B, Z], spatial ones [B, Z, H, W])
 """
@@ -14,8 +14,8 @@ from pipeline.common.component import Component
 from pipeline.common.errors import UserError
 
 
-# What modules return to each other is a tuple with names: ZeRO-3 finds tensors in tuples, in lists
-# and in dicts only, and where it finds none, its hooks for the backward pass fail.
+# Modules return named tuples: ZeRO-3 finds tensors only in tuples, lists and dicts, and without
+# tensors its hooks for the backward pass fail.
 class Posterior(NamedTuple):
     """q(z | x): a point, or a Gaussian with diagonal covariance; float32 or float64."""
 
@@ -31,11 +31,11 @@ class Posterior(NamedTuple):
 
 
 class Code(NamedTuple):
-    """What a bottleneck makes of B samples."""
+    """The output of a bottleneck for B samples."""
 
-    z: Tensor  # [B, *latent], what the decoder takes
+    z: Tensor  # [B, *latent], the input of the decoder
     posterior: Posterior | None  # None: quantised codes have none
-    ids: Tensor | None = None  # int64 [B, ...], which entries of a codebook
+    ids: Tensor | None = None  # int64 [B, ...], entries of a codebook
     # Per image [B], by name: added to the loss as they are, and logged; None: none.
     penalties: dict[str, Tensor] | None = None
 
@@ -59,7 +59,7 @@ class BottleneckBase(Component):
 
     @property
     def num_statistics(self) -> int:
-        """Channels that the encoder must put out."""
+        """Number of output channels of the encoder."""
         return self.size
 
     @property

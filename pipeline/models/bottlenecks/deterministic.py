@@ -14,7 +14,6 @@ class Deterministic(BottleneckBase):
     kind: Literal["deterministic"] = "deterministic"
 
     def build(self) -> nn.Module:
-        """Return the identity, as a point posterior."""
         return PointCode()
 
 

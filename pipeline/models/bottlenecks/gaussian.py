@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from pipeline.common.precision import widen
 from pipeline.models.bottlenecks.base import BottleneckBase, Code, Posterior
 
-# Log-variances are squashed smoothly into (-20, 20): gradients never vanish as behind a hard clamp,
-# exp stays finite in float32, and near 0 the squashing is the identity to third order.
+# Log-variances are squashed smoothly into (-20, 20): unlike with a hard clamp, gradients never
+# vanish; exp stays finite in float32; near 0 the squashing is the identity to third order.
 LOGVAR_BOUND = 20.0
 
 
@@ -25,16 +25,14 @@ class Gaussian(BottleneckBase):
 
     @property
     def has_density(self) -> bool:
-        """A Gaussian is a density."""
         return True
 
     def build(self) -> nn.Module:
-        """Return the reparametrisation."""
         return GaussianCode()
 
 
 class GaussianCode(nn.Module):
-    """Mean and log-variance, one half of the channels each, and a sample by them."""
+    """Mean and log-variance, one half of the channels each, and a sample from that Gaussian."""
 
     def forward(self, statistics: Tensor, keys: Tensor | None = None) -> Code:
         """Return the Gaussian that `statistics` [B, 2Z, ...] hold; see `BottleneckBase.build`."""

@@ -9,9 +9,16 @@ from pydantic import Field
 
 from pipeline.models.likelihoods.base import Learned, LikelihoodBase
 from pipeline.models.likelihoods.bernoulli import Bernoulli
-from pipeline.models.likelihoods.gaussian import Gaussian
+from pipeline.models.likelihoods.gaussian import GaussianLikelihood
 from pipeline.models.likelihoods.squared_error import SquaredError
 
-Likelihood = Annotated[SquaredError | Gaussian | Bernoulli, Field(discriminator="kind")]
+Likelihood = Annotated[SquaredError | GaussianLikelihood | Bernoulli, Field(discriminator="kind")]
 
-__all__ = ["Bernoulli", "Gaussian", "Learned", "Likelihood", "LikelihoodBase", "SquaredError"]
+__all__ = [
+    "Bernoulli",
+    "GaussianLikelihood",
+    "Learned",
+    "Likelihood",
+    "LikelihoodBase",
+    "SquaredError",
+]

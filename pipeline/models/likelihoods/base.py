@@ -1,4 +1,4 @@
-"""What every likelihood offers to the model and the objective."""
+"""The interface of likelihoods."""
 
 from typing import Literal
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from pipeline.common.component import Component
 
 Learned = dict[str, Tensor]  # a likelihood's own parameters, each of shape [1]
-# How decoder values become means. A sigmoid keeps them in (0, 1), but under a squared error its
-# flat ends hold on to an all-black picture (LOG.md): hence identity is the default there.
+# How decoder values become means. A sigmoid keeps them in (0, 1), but with a squared error its
+# vanishing gradients can keep the model at all-black images (LOG.md), so identity is the default.
 Link = Literal["sigmoid", "identity"]
 
 

@@ -12,7 +12,7 @@ from pipeline.models.likelihoods.base import Learned, LikelihoodBase
 class Bernoulli(LikelihoodBase):
     """-[x ln p + (1 - x) ln(1 - p)] per element, p = sigmoid(decoded), from logits.
 
-    For values strictly between 0 and 1 this cross-entropy has the elements' own entropy as floor.
+    For values strictly between 0 and 1 the minimum of this cross-entropy is their entropy.
     """
 
     kind: Literal["bernoulli"] = "bernoulli"

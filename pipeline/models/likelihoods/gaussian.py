@@ -10,12 +10,12 @@ from torch import Tensor
 
 from pipeline.models.likelihoods.base import Learned, LikelihoodBase, Link, apply_link
 
-# A learned log sigma cannot fall below this: the softplus floor of Rybkin et al. 2021 ("Simple and
+# The lower bound of a learned log sigma: the softplus floor of Rybkin et al. 2021 ("Simple and
 # effective VAE training with calibrated decoders", section 3), far under one grey level of 1/255.
 LOG_SIGMA_FLOOR = -6.0
 
 
-class Gaussian(LikelihoodBase):
+class GaussianLikelihood(LikelihoodBase):
     """-ln N(x; mean, sigma^2) per element, constants included.
 
     With sigma: learned, one sigma for all elements is trained with the weights.
@@ -27,7 +27,7 @@ class Gaussian(LikelihoodBase):
     link: Link = "identity"
 
     def initial(self) -> Learned:
-        """Return log sigma before its floor, at sigma = 1, if it is learned."""
+        """Return log sigma before the softplus floor, at sigma = 1, if it is learned."""
         return {"raw_log_sigma": torch.zeros(1)} if self.sigma == "learned" else {}
 
     def log_sigma(self, learned: Learned) -> Tensor:
@@ -43,14 +43,11 @@ class Gaussian(LikelihoodBase):
         return 0.5 * scaled.square() + log_sigma + 0.5 * math.log(2.0 * math.pi)
 
     def mean(self, decoded: Tensor) -> Tensor:
-        """Return the mean of every element [B, *event]."""
         return apply_link(decoded, self.link)
 
     @property
     def is_density(self) -> bool:
-        """A Gaussian is a density."""
         return True
 
     def sigma2(self, learned: Learned) -> Tensor:
-        """Return sigma^2 [1]."""
         return torch.exp(2.0 * self.log_sigma(learned))

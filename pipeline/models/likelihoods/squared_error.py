@@ -10,23 +10,21 @@ from pipeline.models.likelihoods.base import Learned, LikelihoodBase, Link, appl
 class SquaredError(LikelihoodBase):
     """(x - mean)^2 per element; summed over an image, the loss of AE and DAE. Not in nats.
 
-    It is a Gaussian with sigma^2 = 1/2 without its constant (models with a rate term should say
-    `gaussian` instead, whose scale against the rate is then visible).
+    It equals a Gaussian with sigma^2 = 1/2 without the constant. Models with a rate term should use
+    `gaussian`, whose scale relative to the rate is explicit.
     """
 
     kind: Literal["squared_error"] = "squared_error"
     link: Link = "identity"
 
     def nll(self, decoded: Tensor, target: Tensor, learned: Learned) -> Tensor:
-        """Return the squared error of every element [B, *event]."""
         del learned
         return (target - self.mean(decoded)).square()
 
     def mean(self, decoded: Tensor) -> Tensor:
-        """Return the reconstruction [B, *event]."""
         return apply_link(decoded, self.link)
 
     @property
     def is_nats(self) -> bool:
-        """A squared error is no logarithm of a probability."""
+        """False: a squared error is not the logarithm of a probability."""
         return False

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.index import Index, build_index
-from pipeline.data.rows import read_shards
+from pipeline.data.sequential import read_shards
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import ShardReadError
 from pipeline.data.stream import Stream

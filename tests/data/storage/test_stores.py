@@ -90,7 +90,7 @@ def test_what_is_missing_is_named_with_the_expansion(root, pattern, message):
     "pattern, message",
     [
         ("pipe:cat {0..3}.tar", "'pipe'.*never run"),
-        ("what://x/{0..3}.tar", "no store is known by the scheme 'what'.*s3://"),
+        ("what://x/{0..3}.tar", "the scheme 'what' is unknown.*s3://"),
         ("http://127.0.0.1:1/shards", "HTTP cannot list"),
         ("http://127.0.0.1:1/shards/*.tar", "HTTP cannot list"),
         ("/local/a.tar::s3://b/c.tar", "local paths and URLs"),
@@ -236,7 +236,7 @@ def test_an_s3_that_ignores_the_condition_is_found_out(s3, folder):
 def test_http_is_read_only_and_unknown_stores_are_refused():
     with pytest.raises(UserError, match="read only"):
         open_writable("https://127.0.0.1/x")
-    with pytest.raises(UserError, match="no store is known"):
+    with pytest.raises(UserError, match="is unknown"):
         open_writable("what://x")
 
 

@@ -1,4 +1,4 @@
-"""npy: what others read in the matrix and its twin, and that the two belong together."""
+"""npy: what others read in the matrix and its sidecar, and that the two belong together."""
 
 import json
 import os

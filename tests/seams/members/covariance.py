@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline.metrics.base import MetricBase, Seen
+from pipeline.metrics.base import EvaluatedBatch, MetricBase
 
 
 class Covariance(MetricBase):
@@ -13,11 +13,11 @@ class Covariance(MetricBase):
 
     kind: Literal["covariance"] = "covariance"
 
-    def sums(self, seen: Seen) -> dict[str, Tensor]:
-        assert seen.output.posterior is not None
-        mu = seen.output.posterior.mu.flatten(1).double()
-        squares = seen.total(mu[:, :, None] * mu[:, None, :])
-        return {"images": seen.weight.sum(), "mu": seen.total(mu), "squares": squares}
+    def sums(self, batch: EvaluatedBatch) -> dict[str, Tensor]:
+        assert batch.output.posterior is not None
+        mu = batch.output.posterior.mu.flatten(1).double()
+        squares = batch.total(mu[:, :, None] * mu[:, None, :])
+        return {"images": batch.weight.sum(), "mu": batch.total(mu), "squares": squares}
 
     def value(self, sums: Mapping[str, Tensor], rows: Tensor | None) -> dict[str, float]:
         del rows

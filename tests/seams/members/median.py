@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline.metrics.base import MetricBase, Seen
+from pipeline.metrics.base import EvaluatedBatch, MetricBase
 
 
 class Median(MetricBase):
@@ -18,10 +18,10 @@ class Median(MetricBase):
     def max_rows(self) -> int:
         return self.images
 
-    def rows(self, seen: Seen) -> Tensor:
-        assert seen.output.z is not None
-        again = seen.model(seen.output.z, mode="decode").decoded
-        error = (seen.likelihood.mean(again) - seen.clean).square().flatten(1).sum(1).double()
+    def rows(self, batch: EvaluatedBatch) -> Tensor:
+        assert batch.output.z is not None
+        again = batch.model(batch.output.z, mode="decode").decoded
+        error = (batch.likelihood.mean(again) - batch.clean).square().flatten(1).sum(1).double()
         return error[:, None]
 
     def value(self, sums: Mapping[str, Tensor], rows: Tensor | None) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""Sources: anything that `pack` turns into shards, numbered samples with keys and members.
+"""Sources of `pack`: each gives numbered samples with keys and members.
 
-Add a kind: one file with a `PackSource`, and its name below; `latentmill pack KIND` is there then.
+Add a kind: one file with a `PackSource`, and its name below; then `latentmill pack KIND` exists.
 """
 
 from typing import Annotated

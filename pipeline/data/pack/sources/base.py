@@ -1,30 +1,36 @@
-"""What every source offers: its settings, and the numbered samples that they open.
+"""The interface of sources: settings, and the numbered samples that they open.
 
-settings --`open()`--> Samples: `sizes()` decides, before anything is written, which samples go to
-         which shard -> `part(lo, hi)` travels to a worker process -> `read()` yields a shard's
+settings --`open()`--> Samples: `sizes()` determines, before anything is written, which samples go
+         to which shard -> `part(lo, hi)` is sent to a worker process -> `read()` yields its samples
 
-The settings are also the command line of `latentmill pack KIND`, as far as a kind's own fields have
-a description, the help text: one without a default is a positional argument, any other an option. A
-function among a field's annotations reads the text, and `metavar` names the value.
+Fields with a description are also arguments of `latentmill pack KIND`; the description is the help
+text. A field without a default is a positional argument, any other an option. A function among the
+annotations of a field parses the text, and `metavar` names the value.
 """
 
+import io
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
 from pipeline.common.component import Component
 from pipeline.common.errors import UserError
 
 NO_BOUND = 1 << 40
+SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of images: those of `ImageDecode().suffixes`
 
 
 @dataclass(frozen=True)
 class Picture:
     """An encoded picture. It is decoded in full once before it goes into a shard."""
 
-    name: str  # in the list of broken ones
+    name: str  # for the list of broken images
     suffix: str
     content: bytes
     resize: int | None  # to this shorter side in pixels; None: copied byte for byte
@@ -48,10 +54,10 @@ class Broken:
 
 
 class Part(Protocol):
-    """A contiguous stretch of a source; small, and picklable for a worker process."""
+    """A contiguous range of a source; small, and picklable for a worker process."""
 
     def read(self) -> Iterator[Sample | Broken]:
-        """Yield the samples in order; the same ones, byte for byte, on every call."""
+        """Yield the samples in order, byte for byte the same on every call."""
         ...
 
 
@@ -68,15 +74,15 @@ class Samples(Protocol):
         ...
 
     def sizes(self) -> Sequence[int]:
-        """Return about how many bytes each sample takes; decides the shard boundaries."""
+        """Return the approximate size of each sample in bytes; determines the shard boundaries."""
         ...
 
     def identity(self) -> Mapping[str, Any]:
-        """Return what the shards are made from, as JSON: equal identities pack to equal bytes."""
+        """Return a JSON identity of the source: equal identities give equal shards."""
         ...
 
     def sidecars(self) -> Mapping[str, bytes]:
-        """Return further files to lie beside the shards, name -> content."""
+        """Return further files to write beside the shards, name -> content."""
         ...
 
     def part(self, lo: int, hi: int) -> Part:
@@ -99,7 +105,7 @@ class PackSource(Component):
         """Find the samples; raises UserError if there are none, or a setting is out of bounds."""
 
     def check_out(self, out: Path) -> None:
-        """Raise UserError if the directory `out` is no place for the shards; most are."""
+        """Raise UserError if the shards may not be written to the directory `out`."""
 
 
 def require_positive(**values: int) -> None:
@@ -107,3 +113,10 @@ def require_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1.")
+
+
+def encode_png(image: NDArray[np.uint8]) -> bytes:
+    """Encode a grey [H, W] or colour [H, W, 3] picture without loss."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()

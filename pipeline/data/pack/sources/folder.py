@@ -2,8 +2,8 @@
 
 root/cats/img.001.jpg -> key `cats/img%2E001`, members `.jpg` (the file's bytes), `.cls` (0) and
 `.json` ({"path": "cats/img.001.jpg", "class": "cats"}). Images directly in the root have no class;
-a mixture is refused. Files are copied byte for byte unless `resize` asks for smaller ones, and
-every picture is decoded in full once: a broken one is found here, not in the middle of a run.
+images in both locations are an error. Files are copied byte for byte unless `resize` is set. Every
+image is decoded once, so that broken ones are found here and not in the middle of a run.
 """
 
 import json
@@ -22,8 +22,7 @@ from pydantic import Field
 from pipeline.common.arguments import size
 from pipeline.common.errors import UserError
 from pipeline.common.files import canonical_json, check_member_name
-from pipeline.data.pack.sources.base import PackSource, Picture, Sample, require_positive
-from pipeline.data.pack.sources.images import SUFFIXES
+from pipeline.data.pack.sources.base import SUFFIXES, PackSource, Picture, Sample, require_positive
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class FoundFile:
     def key(self) -> str:
         """The sample's key: the path without suffix.
 
-        webdataset splits a name at the first dot of its last component, so dots in there are
-        escaped as in a URL, and "%" too, which keeps the escape reversible.
+        webdataset splits a name at the first dot of its last component, so dots in it are
+        escaped as in a URL, and so is "%", which keeps the escape reversible.
         """
         folder, slash, name = self.path.rpartition("/")
         stem = name.rpartition(".")[0]
@@ -58,7 +57,7 @@ class FoundFile:
 
 @dataclass(frozen=True)
 class FolderPart:
-    """A few files of the tree, with all that is needed to read them."""
+    """Some files of the tree, and what is needed to read them."""
 
     root: Path
     files: tuple[FoundFile, ...]
@@ -94,7 +93,7 @@ class FolderPart:
 
 @dataclass(frozen=True)
 class FolderSamples:
-    """All image files below a folder, in the order in which they will be packed."""
+    """All image files below a folder, in packing order."""
 
     root: Path
     files: tuple[FoundFile, ...]
@@ -113,7 +112,7 @@ class FolderSamples:
     def identity(self) -> Mapping[str, Any]:
         """Return the settings and a digest of names and sizes in packing order.
 
-        A file is taken to be unchanged while its size is.
+        A file with the same size counts as unchanged.
         """
         listing = [[file.path, file.num_bytes] for file in self.files]
         return {
@@ -198,7 +197,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[int]]]:
 
 
 def _size(entry: os.DirEntry[str]) -> int:
-    """Return the size in bytes; a dangling link counts as empty, and so turns out broken."""
+    """Return the size in bytes; a dangling link counts as empty, and is then broken."""
     try:
         return entry.stat().st_size
     except FileNotFoundError:
@@ -233,7 +232,7 @@ def _classes(root: Path, files: Sequence[FoundFile]) -> tuple[str, ...]:
 
 
 class Folder(PackSource):
-    """An image folder: what is in it, how large the shards are, and what is done to the images.
+    """Settings of an image folder.
 
     resize: shorter side in pixels; None copies the files byte for byte. shuffle_seed: permutes the
     samples over the shards; None leaves them sorted by path.

@@ -3,7 +3,7 @@
 (seed, number) -> factors: shape (square, ellipse, heart), scale, rotation, x, y -> coverage of each
 pixel -> PNG. The factors are those of dSprites (Matthey et al. 2017), but continuous: a probe from
 latents to a factor then has a target of full resolution. Every sample is a pure function of (seed,
-number), so that any process can draw any stretch of the data set.
+number), so any process can draw any part of the data set.
 """
 
 import hashlib
@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline.data.pack.sources.base import Broken, PackSource, Sample, require_positive
-from pipeline.data.pack.sources.images import encode_png
+from pipeline.data.pack.sources.base import Broken, PackSource, Sample, encode_png, require_positive
 
 SHAPES = ("square", "ellipse", "heart")  # the label of a sample is the index here
 SIZE_PX = 64
@@ -27,8 +26,8 @@ SCALES = (0.5, 1.0)
 
 _WINDOW_PX = 32  # a square around the centre that holds every shape; only this is drawn
 _SUBPIXELS = 4  # per axis: a pixel's value is its share of 4 x 4 points inside the shape
-_RANDOMS = 8  # 64-bit numbers set aside per sample, two Philox blocks; five are used
-_CHUNK = 64  # samples drawn at once: their points fit into the cache
+_RANDOMS = 8  # 64-bit numbers reserved per sample, two Philox blocks; five are used
+_CHUNK = 64  # samples per call, so that their points fit into the cache
 _SAMPLE_BYTES = 2048  # about what one sample takes in a tar
 
 
@@ -46,7 +45,7 @@ class Factors:
 def draw_factors(seed: int, lo: int, hi: int) -> Factors:
     """Return the factors of samples lo..hi-1: independent and uniform, rounded to 6 decimals.
 
-    The rounded numbers are the ones drawn, so the JSON holds the exact truth.
+    The images are drawn from the rounded numbers, so the JSON holds the exact factors.
     """
     key = hashlib.blake2b(f"sprites/{seed}".encode(), digest_size=16).digest()
     blocks = _RANDOMS // 4  # Philox yields four numbers per counter value
@@ -106,9 +105,9 @@ def _draw(
     v = _outer_sum(cosine * dy, sine * dx)
     values = np.round(np.arange(_SUBPIXELS**2 + 1) * (255 / _SUBPIXELS**2)).astype(np.uint8)
     drawn = values[_count_hits(inside(shape, u, v))]
-    for place, number in enumerate(members):
-        row, column = top[place], left[place]
-        images[number, row : row + _WINDOW_PX, column : column + _WINDOW_PX] = drawn[place]
+    for index, number in enumerate(members):
+        row, column = top[index], left[index]
+        images[number, row : row + _WINDOW_PX, column : column + _WINDOW_PX] = drawn[index]
 
 
 def _outer_sum(rows: NDArray[np.float64], columns: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -133,21 +132,21 @@ class SpritesPart:
     def read(self) -> Iterator[Sample | Broken]:
         """Yield the samples: `.png`, `.cls` (shape) and `.json` (all factors)."""
         factors = draw_factors(self.seed, self.lo, self.hi)
-        for place, image in enumerate(draw_images(factors)):
-            shape = int(factors.shape[place])
+        for index, image in enumerate(draw_images(factors)):
+            shape = int(factors.shape[index])
             truth = {
                 "shape": shape,
-                "scale": float(factors.scale[place]),
-                "rotation": float(factors.rotation[place]),
-                "x": float(factors.x[place]),
-                "y": float(factors.y[place]),
+                "scale": float(factors.scale[index]),
+                "rotation": float(factors.rotation[index]),
+                "x": float(factors.x[index]),
+                "y": float(factors.y[index]),
             }
             members = {
                 "png": encode_png(image),
                 "cls": str(shape).encode(),
                 "json": json.dumps(truth).encode(),
             }
-            yield Sample(f"{self.lo + place:09d}", members)
+            yield Sample(f"{self.lo + index:09d}", members)
 
 
 @dataclass(frozen=True)
@@ -159,14 +158,14 @@ class SpritesSamples:
 
     @property
     def ignored(self) -> Mapping[str, int]:
-        """Nothing: all samples are drawn."""
+        """Empty: every sample is drawn."""
         return {}
 
     def __len__(self) -> int:
         return self.count
 
     def sizes(self) -> Sequence[int]:
-        """Return one size for all: only their number decides the shards."""
+        """Return one size for all, so that their number alone determines the shards."""
         return [_SAMPLE_BYTES] * self.count
 
     def identity(self) -> Mapping[str, Any]:
@@ -193,6 +192,6 @@ class Sprites(PackSource):
     shard_samples: int = Field(default=1_000, description="at most (%(default)s)")
 
     def open(self) -> SpritesSamples:
-        """Return the samples, which are drawn as they are read."""
+        """Return the samples; they are drawn when they are read."""
         require_positive(count=self.count)
         return SpritesSamples(self.count, self.seed)

@@ -20,30 +20,28 @@ class NpyShard(ShardReader):
     """The two files of `pipeline.latents.formats.npy.writer`."""
 
     def __init__(self, files: Sequence[ByteFile], layout: Layout) -> None:
-        """Read the matrix's header and the footer beside it."""
+        """Read the header of the matrix and the footer of its sidecar."""
         if len(files) != 2:
-            raise ValueError(f"stands for {len(files)} files instead of a matrix and its twin")
+            raise ValueError(f"stands for {len(files)} files instead of a matrix and its sidecar")
         self._matrix, self._layout = files[0], layout
-        self._twin = ParquetShard(files[1:], layout)
-        self._offset = _check_header(files[0], len(self._twin), layout)
+        self._sidecar = ParquetShard(files[1:], layout)
+        self._offset = _check_header(files[0], len(self._sidecar), layout)
 
     def __len__(self) -> int:
-        return len(self._twin)
+        return len(self._sidecar)
 
     def column(self, name: str, rows: Ints) -> NDArray[Any]:
-        """Return one of COLUMNS for some rows, from the twin."""
-        return self._twin.column(name, rows)
+        return self._sidecar.column(name, rows)
 
     def latents(self, field: str, rows: Ints) -> NDArray[Any]:
-        """Return one field's latents [n, *shape] for some rows, copied."""
         if field != self._layout.main:
-            return self._twin.latents(field, rows)
+            return self._sidecar.latents(field, rows)
         size = self._layout.row_bytes
         return self._layout.to_array(gather(self._matrix, self._offset, len(self), rows, size))
 
 
 def _check_header(file: ByteFile, num_rows: int, layout: Layout) -> int:
-    """Return where the values begin; raise ValueError unless they are what the layout says."""
+    """Return the offset of the values; raise ValueError unless they match the layout."""
     start = file.view(0, min(START, file.size)).tobytes()
     if start[: len(MAGIC)] != MAGIC or len(start) < START:
         raise ValueError("is no .npy file")

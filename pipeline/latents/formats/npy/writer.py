@@ -1,13 +1,13 @@
-"""A matrix per task for faiss, autofaiss, embedding-reader and scikit-learn, and its twin.
+"""A matrix per task for faiss, autofaiss, embedding-reader and scikit-learn, and its sidecar.
 
     <shard>.npy      mu or z [rows, latent elements], the latent flattened in C order; np.load maps
                      it
-    <shard>.parquet  row i of it belongs to row i of the matrix: all other columns of
-                     parquet/writer.py, as they are there
+    <shard>.parquet  the sidecar: its row i belongs to row i of the matrix and holds all other
+                     columns of parquet/writer.py
 
 embedding-reader takes every .npy below its folder and joins the n-th of them with the n-th
-.parquet, so nothing else lies there. A row that is not valid is zeros in the matrix: leave it out
-of an index by the twin's `valid`. The latent's shape is in the twin's schema, under "latentmill".
+.parquet, so the folder holds no other files. Invalid rows are zeros in the matrix: leave them out
+of an index by the sidecar's `valid`. Its schema holds the latent's shape, under "latentmill".
 """
 
 import math
@@ -21,7 +21,7 @@ import numpy as np
 from pipeline.latents.formats.parquet.writer import read_parquet, write_parquet
 from pipeline.latents.formats.writing import BaseWriter, Rows
 
-TWIN = ".parquet"
+SIDECAR = ".parquet"
 
 
 class NpyWriter(BaseWriter):
@@ -31,37 +31,33 @@ class NpyWriter(BaseWriter):
 
     @property
     def suffix(self) -> str:
-        """Return ".npy"."""
         return ".npy"
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Return the suffixes of the matrix and of its twin."""
-        return (self.suffix, TWIN)
+        return (self.suffix, SIDECAR)
 
     def write(self, path: Path, rows: Rows) -> None:
-        """Create the matrix and its twin."""
         matrix = np.ascontiguousarray(rows.latents[rows.main]).reshape(len(rows), -1)
         with path.open("xb") as file:
             np.save(file, matrix, allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
         others = [field for field in rows.latents if field != rows.main]
-        write_parquet(path.with_suffix(TWIN), rows, others)
+        write_parquet(path.with_suffix(SIDECAR), rows, others)
 
     def read(self, path: Path) -> Rows:
-        """Return the rows of a matrix and its twin, which must fit."""
         try:
             matrix = np.load(path, allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"{path.name} cannot be read: {error!r}") from error
-        rows, described = read_parquet(path.with_suffix(TWIN))
+        rows, described = read_parquet(path.with_suffix(SIDECAR))
         shape, fields = described["latent_shape"], described["fields"]
         expected = (len(rows), math.prod(shape))
         if matrix.shape != expected:
             raise ValueError(
-                f"{path.name} cannot be read: it has the shape {matrix.shape}, but its twin "
-                f"{path.stem}{TWIN} belongs to {expected}"
+                f"{path.name} cannot be read: it has the shape {matrix.shape}, but its sidecar "
+                f"{path.stem}{SIDECAR} belongs to {expected}"
             )
         latents = {fields[0]: matrix.reshape(len(rows), *shape), **rows.latents}
         return replace(rows, latents=latents)

@@ -1,8 +1,8 @@
 """Rows of a Parquet file: latents straight from its pages, the small columns by pyarrow.
 
-pyarrow decodes a row group (32 MB, some 0.1 s) to give one row. The writer stores latents plainly,
-without compression and nulls, so a page's values lie in the file as they lie in memory: the pages
-are found by their headers once, and a row is copied from the map.
+pyarrow decodes a whole row group (32 MB, about 0.1 s) to return one row. The writer stores latents
+plain, without compression and nulls, so the values of a page have the same bytes in the file and in
+memory: the headers are parsed once to find the pages, and a row is copied from the memory map.
 
     column chunk = pages; page = header, repetition levels, definition levels, values
 """
@@ -45,19 +45,17 @@ class ParquetShard(ShardReader):
         return int(self._first_row[-1])
 
     def column(self, name: str, rows: Ints) -> NDArray[Any]:
-        """Return one of COLUMNS for some rows."""
         if name in TEXTS:
             return self._text(name).take(pa.array(rows)).to_numpy(zero_copy_only=False)
         return self._numbers[name][rows]
 
     def latents(self, field: str, rows: Ints) -> NDArray[Any]:
-        """Return one field's latents [n, *shape] for some rows, copied."""
         layout = self._layout
         out = np.empty((len(rows), layout.row_bytes), np.uint8)
         groups = np.searchsorted(self._first_row, rows, side="right") - 1
         for group in np.unique(groups).tolist():
-            places = np.flatnonzero(groups == group)
-            self._copy(group, field, rows[places] - self._first_row[group], out, places)
+            positions = np.flatnonzero(groups == group)
+            self._copy(group, field, rows[positions] - self._first_row[group], out, positions)
         return layout.to_array(out)
 
     @cached_property
@@ -69,16 +67,16 @@ class ParquetShard(ShardReader):
         }
 
     def _text(self, name: str) -> Any:
-        """A column as pyarrow has it: a string of Python's takes several times the memory."""
+        """A column as a pyarrow array: Python strings would need several times the memory."""
         if name not in self._texts:
             table = self._parquet.read(columns=[name], use_threads=False)
-            if name == "text" and name not in table.column_names:  # written before there were any
+            if name == "text" and name not in table.column_names:  # an export before that column
                 table = table.append_column(name, pa.nulls(len(self), pa.string()))
             self._texts[name] = table[name].combine_chunks()
         return self._texts[name]
 
-    def _copy(self, group: int, field: str, rows: Ints, out: Bytes, places: Ints) -> None:
-        """Copy rows of a row group into out[places]; a row may reach over the end of a page."""
+    def _copy(self, group: int, field: str, rows: Ints, out: Bytes, positions: Ints) -> None:
+        """Copy rows of a row group into out[positions]; a row may span two pages."""
         chunk = self._chunk(group, field)
         if (group, field) not in self._pages:
             num_bytes = int(np.diff(self._first_row)[group]) * self._layout.row_bytes
@@ -89,9 +87,9 @@ class ParquetShard(ShardReader):
         page = np.searchsorted(starts, first, side="right") - 1
         wholes = first + size <= starts[page + 1]
         froms = first - starts[page] + offsets[page]
-        for place, start, whole in zip(places.tolist(), froms.tolist(), wholes, strict=True):
+        for position, start, whole in zip(positions.tolist(), froms.tolist(), wholes, strict=True):
             if whole:
-                out[place] = chunk[start : start + size]
+                out[position] = chunk[start : start + size]
         for which in np.flatnonzero(~wholes).tolist():
             at, end, number = int(first[which]), int(first[which]) + size, int(page[which])
             pieces: list[Bytes] = []
@@ -100,7 +98,7 @@ class ParquetShard(ShardReader):
                 low = int(offsets[number]) + at - int(starts[number])
                 pieces.append(chunk[low : low + stop - at])
                 at, number = stop, number + 1
-            out[places[which]] = np.concatenate(pieces)
+            out[positions[which]] = np.concatenate(pieces)
 
     def _chunk(self, group: int, field: str) -> Bytes:
         if field not in self._leaf:
@@ -113,12 +111,12 @@ class ParquetShard(ShardReader):
 
 def _find_pages(chunk: Bytes, num_bytes: int, dtype: np.dtype[Any]) -> tuple[Ints, Ints]:
     """Return for each page the number of value bytes before it, with the total at the end, and the
-    place of its values in the chunk. Raises ValueError unless all lie there plainly.
+    position of its values in the chunk. Raises ValueError unless all pages are plain.
     """
-    starts, offsets, place = [0], list[int](), 0
-    while place < len(chunk):
-        header, begin = read_struct(chunk[place : place + MAX_HEADER_BYTES].tobytes())
-        begin, end = place + begin, place + begin + header[3]
+    starts, offsets, position = [0], list[int](), 0
+    while position < len(chunk):
+        header, begin = read_struct(chunk[position : position + MAX_HEADER_BYTES].tobytes())
+        begin, end = position + begin, position + begin + header[3]
         page = header.get(5)
         if header[1] != DATA_PAGE or page is None or page[2] != PLAIN or header[2] != header[3]:
             raise ValueError("holds latents in pages that are not plain")
@@ -128,7 +126,7 @@ def _find_pages(chunk: Bytes, num_bytes: int, dtype: np.dtype[Any]) -> tuple[Int
             raise ValueError("holds nulls among its latents")
         starts.append(starts[-1] + end - begin)
         offsets.append(begin)
-        place = end
+        position = end
     if starts[-1] != num_bytes:
         raise ValueError(f"holds {starts[-1]} bytes of latents instead of {num_bytes}")
     return np.array(starts, np.int64), np.array(offsets, np.int64)

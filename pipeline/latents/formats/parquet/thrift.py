@@ -1,4 +1,4 @@
-"""Structs of Thrift's compact protocol, in which Parquet writes the headers of its pages.
+"""Parser of structs in Thrift's compact protocol, which Parquet uses for page headers.
 
 Format: https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
 """
@@ -9,54 +9,54 @@ _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _, _STRUC
 _INTEGERS = (_I16, _I32, _I64)
 
 
-def read_struct(data: bytes, place: int = 0) -> tuple[dict[int, Any], int]:
-    """Return the fields of the struct at `place` by number, and the place after it.
+def read_struct(data: bytes, position: int = 0) -> tuple[dict[int, Any], int]:
+    """Return the fields of the struct at `position` by number, and the position after it.
 
-    Raises ValueError or IndexError when there is none.
+    Raises ValueError or IndexError if there is none.
     """
-    return _struct(data, place)
+    return _struct(data, position)
 
 
-def _varint(data: bytes, place: int) -> tuple[int, int]:
+def _varint(data: bytes, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        byte = data[place]
+        byte = data[position]
         value |= (byte & 0x7F) << shift
-        place, shift = place + 1, shift + 7
+        position, shift = position + 1, shift + 7
         if byte < 0x80:
-            return value, place
+            return value, position
 
 
-def _zigzag(data: bytes, place: int) -> tuple[int, int]:
-    value, place = _varint(data, place)
-    return (value >> 1) ^ -(value & 1), place
+def _zigzag(data: bytes, position: int) -> tuple[int, int]:
+    value, position = _varint(data, position)
+    return (value >> 1) ^ -(value & 1), position
 
 
-def _struct(data: bytes, place: int) -> tuple[dict[int, Any], int]:
+def _struct(data: bytes, position: int) -> tuple[dict[int, Any], int]:
     fields: dict[int, Any] = {}
     number = 0
     while True:
-        head = data[place]
-        place += 1
+        head = data[position]
+        position += 1
         if head == 0:
-            return fields, place
+            return fields, position
         kind = head & 0x0F
         if head >> 4:
             number += head >> 4
         else:
-            number, place = _zigzag(data, place)
+            number, position = _zigzag(data, position)
         if kind in (_TRUE, _FALSE):
             fields[number] = kind == _TRUE
         else:
-            fields[number], place = _value(kind, data, place)
+            fields[number], position = _value(kind, data, position)
 
 
-def _value(kind: int, data: bytes, place: int) -> tuple[Any, int]:
+def _value(kind: int, data: bytes, position: int) -> tuple[Any, int]:
     if kind in _INTEGERS:
-        return _zigzag(data, place)
+        return _zigzag(data, position)
     if kind == _BINARY:
-        size, place = _varint(data, place)
-        return data[place : place + size], place + size
+        size, position = _varint(data, position)
+        return data[position : position + size], position + size
     if kind == _STRUCT:
-        return _struct(data, place)
+        return _struct(data, position)
     raise ValueError(f"a page header holds a field of type {kind}, which none should")

@@ -3,9 +3,9 @@
 Columns: key, shard, row, valid, label (null = none), metadata (JSON text), text, fields of the JSON
 by the export's setting `columns`, and the latents: mu, logvar or z, and those of mirrored images.
 A latent of shape (C, H, W) is fixed_size_list<fixed_size_list<fixed_size_list<float>[W]>[H]>[C]:
-pyarrow gives its values back without a copy, and Hugging Face `datasets` restores the shape, as the
-types alone say it (a flat list under its Array3D feature comes back flat: datasets 5.2). The
-schema's metadata holds the features for `datasets` and, under "latentmill", shape and types.
+pyarrow returns its values without a copy, and Hugging Face `datasets` restores the shape from the
+types (it returns a flat list under an Array3D feature as flat: datasets 5.2). The schema's metadata
+holds the features for `datasets` and, under "latentmill", shape and types.
 """
 
 import json
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.latents.formats.writing import COLUMNS, FIELDS, NO_LABEL, BaseWriter, Column, Rows
 
-# At most; a reader holds one group at a time. Groups are about equal: none is a small rest.
+# Upper bound; a reader holds one group at a time. All groups have about the same size.
 ROW_GROUP_BYTES = 32 << 20
 _TYPES = {"float16": pa.float16(), "float32": pa.float32()}
 _COLUMN_TYPES = {
@@ -39,20 +39,17 @@ class ParquetWriter(BaseWriter):
 
     @property
     def suffix(self) -> str:
-        """Return ".parquet"."""
         return ".parquet"
 
     def write(self, path: Path, rows: Rows) -> None:
-        """Create the file."""
         write_parquet(path, rows, rows.latents)
 
     def read(self, path: Path) -> Rows:
-        """Return the rows of the file."""
         return read_parquet(path)[0]
 
 
 def write_parquet(path: Path, rows: Rows, fields: Collection[str]) -> None:
-    """Create a file that holds these fields of the latents, plain, as floats do not compress."""
+    """Create a file with these fields of the latents, uncompressed: floats hardly compress."""
     table = to_table(rows, fields)
     plain = [_leaf(field, rows.latent_shape) for field in fields]
     others, small = [*COLUMNS, *rows.columns], list(rows.columns)
@@ -70,7 +67,7 @@ def write_parquet(path: Path, rows: Rows, fields: Collection[str]) -> None:
 
 
 def read_parquet(path: Path) -> tuple[Rows, dict[str, Any]]:
-    """Return the rows, with the fields that the file holds, and what it says of itself.
+    """Return the rows, with the fields that the file holds, and its description.
 
     Raises ValueError when the file is damaged.
     """
@@ -78,7 +75,7 @@ def read_parquet(path: Path) -> tuple[Rows, dict[str, Any]]:
         with pq.ParquetFile(path) as file:
             table = file.read()
         described = json.loads(table.schema.metadata[b"latentmill"])
-        has_text = "text" in table.column_names  # not before there were any
+        has_text = "text" in table.column_names  # missing in older exports
         rows = Rows(
             shard=path.stem,
             keys=table["key"].to_pylist(),
@@ -135,7 +132,7 @@ def _nested(values: NDArray[Any]) -> Any:
 
 
 def _leaf(field: str, shape: tuple[int, ...]) -> str:
-    """Return the name under which Parquet knows the column of a field's numbers."""
+    """Return Parquet's name of the column with a field's numbers."""
     return field + ".list.element" * len(shape)
 
 

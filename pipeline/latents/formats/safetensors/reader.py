@@ -1,4 +1,4 @@
-"""Rows of a safetensors file, by its header: the place of each tensor.
+"""Rows of a safetensors file, by its header, which says where each tensor lies.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -42,7 +42,6 @@ class SafetensorsShard(ShardReader):
         return self._tensors["label"]["shape"][0]
 
     def column(self, name: str, rows: Ints) -> NDArray[Any]:
-        """Return one of COLUMNS for some rows."""
         if name not in TEXTS:
             return self._small[name][rows]
         texts = self._texts(name, rows)
@@ -51,8 +50,7 @@ class SafetensorsShard(ShardReader):
         return texts
 
     def latents(self, field: str, rows: Ints) -> NDArray[Any]:
-        """Return one field's latents [n, *shape] for some rows, copied."""
-        offset, size = self._place(field)
+        offset, size = self._range_of(field)
         if size != len(self) * self._layout.row_bytes:
             raise ValueError(f"holds {size} bytes of {field}")
         found = gather(self._file, offset, len(self), rows, self._layout.row_bytes)
@@ -60,7 +58,7 @@ class SafetensorsShard(ShardReader):
 
     @cached_property
     def _small(self) -> dict[str, NDArray[Any]]:
-        """The columns that are no texts, and where the texts lie."""
+        """The columns that are not texts, and the offsets of the texts."""
         types = {"valid": "?", "label": "<i8", **{f"{name}_offsets": "<i8" for name in TEXTS}}
         present = {name: kind for name, kind in types.items() if name in self._tensors}
         return {name: self._view(name).view(kind) for name, kind in present.items()}
@@ -70,13 +68,13 @@ class SafetensorsShard(ShardReader):
         found[:] = ""
         if f"{name}_offsets" in self._small:
             offsets, data = self._small[f"{name}_offsets"], self._view(f"{name}_bytes")
-            for place, (lo, hi) in enumerate(zip(offsets[rows], offsets[rows + 1], strict=True)):
-                found[place] = data[lo:hi].tobytes().decode()
+            for i, (lo, hi) in enumerate(zip(offsets[rows], offsets[rows + 1], strict=True)):
+                found[i] = data[lo:hi].tobytes().decode()
         return found
 
     def _view(self, name: str) -> Bytes:
-        return self._file.view(*self._place(name))
+        return self._file.view(*self._range_of(name))
 
-    def _place(self, name: str) -> tuple[int, int]:
+    def _range_of(self, name: str) -> tuple[int, int]:
         begin, end = self._tensors[name]["data_offsets"]
         return self._start + begin, end - begin

@@ -6,11 +6,11 @@
     key_bytes, key_offsets       [bytes] U8, [n + 1] I64: key i is the UTF-8 text in
                                  key_bytes[key_offsets[i] : key_offsets[i + 1]]
     metadata_bytes, _offsets     the same for the JSON texts, and text_bytes, text_offsets for the
-                                 plain ones; an empty one = none; only where there is one at all
+                                 plain texts; empty = none; left out if no row has any
 
-The texts are tensors since the header is JSON that every reader parses whole and that ends at
-100 MB. The header is written here and not by the library, whose `serialize` copies all tensors
-twice in memory; the library reads it. Format: https://github.com/huggingface/safetensors#format
+The texts are tensors because readers parse the whole header, which is limited to 100 MB. The header
+is written here, because the library's `serialize` copies all tensors twice in memory; the library
+reads it. Format: https://github.com/huggingface/safetensors#format
 """
 
 import json
@@ -44,16 +44,13 @@ class SafetensorsWriter(BaseWriter):
 
     @property
     def suffix(self) -> str:
-        """Return ".safetensors"."""
         return ".safetensors"
 
     @property
     def dtypes(self) -> tuple[Dtype, ...]:
-        """Return all types."""
         return ("float32", "float16", "bfloat16")
 
     def write(self, path: Path, rows: Rows) -> None:
-        """Create the file."""
         tensors = _tensors(rows)
         with path.open("xb") as file:
             file.write(_header(tensors, list(rows.latents)))
@@ -63,7 +60,6 @@ class SafetensorsWriter(BaseWriter):
             os.fsync(file.fileno())
 
     def read(self, path: Path) -> Rows:
-        """Return the rows of the file."""
         try:
             return _rows(path.stem, dict(deserialize(path.read_bytes())))
         except (SafetensorError, KeyError, OSError, ValueError) as error:
@@ -83,7 +79,7 @@ def from_bits(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 def _tensors(rows: Rows) -> dict[str, NDArray[Any]]:
-    """Return all tensors in the order of the file; bfloat16 as its bits."""
+    """Return all tensors in the sequence of the file; bfloat16 as its bits."""
     tensors: dict[str, NDArray[Any]] = {
         "row": rows.rows.astype(np.int64),
         "label": rows.labels.astype(np.int64),
@@ -95,8 +91,8 @@ def _tensors(rows: Rows) -> dict[str, NDArray[Any]]:
             tensors |= _pack(name, [text or "" for text in texts])
     for field, values in rows.latents.items():
         tensors[field] = to_bits(values) if rows.bfloat16 else np.ascontiguousarray(values)
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    return {name: tensors[name] for name in order}
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    return {name: tensors[name] for name in names}
 
 
 def _header(tensors: Mapping[str, NDArray[Any]], fields: Sequence[str]) -> bytes:

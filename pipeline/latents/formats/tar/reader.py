@@ -1,6 +1,6 @@
 """Rows of a webdataset tar, by the headers of its members: a `.npy` ends with the row's values.
 
-The whole file is one range: a remote tar is fetched once, and kept while the cache has room.
+A remote tar is fetched as one range, and kept while the cache has room.
 """
 
 import json
@@ -19,49 +19,47 @@ NPY_MAGIC = b"\x93NUMPY"
 
 
 class TarShard(ShardReader):
-    """A file of the writer beside: ustar, one member after the other, sorted by sample."""
+    """One file of `pipeline.latents.formats.tar.writer`: ustar, members grouped by sample."""
 
     def __init__(self, files: Sequence[ByteFile], layout: Layout) -> None:
         """Read all headers."""
         (self._file,), self._layout = files, layout
         self._keys: list[str] = []
         self._members: list[dict[str, tuple[int, int]]] = []  # suffix -> offset and size
-        data = self._file.view(0, self._file.size).data  # indexing it is faster than the array
-        place = 0
-        while place + BLOCK <= len(data) and data[place]:
-            header = data[place : place + BLOCK].tobytes()
+        data = self._file.view(0, self._file.size).data  # indexed faster than the array
+        position = 0
+        while position + BLOCK <= len(data) and data[position]:
+            header = data[position : position + BLOCK].tobytes()
             try:
                 size = int(header[124:135], 8)
                 name, folder = _text(header[:100]), _text(header[345:500])
             except ValueError:
-                raise ValueError(f"holds no tar header at byte {place}") from None
-            self._add(f"{folder}/{name}" if folder else name, place + BLOCK, size)
-            place += BLOCK + -(-size // BLOCK) * BLOCK
-        if not self._keys or place > len(data) - 2 * BLOCK:
+                raise ValueError(f"holds no tar header at byte {position}") from None
+            self._add(f"{folder}/{name}" if folder else name, position + BLOCK, size)
+            position += BLOCK + -(-size // BLOCK) * BLOCK
+        if not self._keys or position > len(data) - 2 * BLOCK:
             raise ValueError("ends early: it has no end marker")
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def column(self, name: str, rows: Ints) -> NDArray[Any]:
-        """Return one of COLUMNS for some rows."""
         values = [self._value(name, number) for number in rows.tolist()]
         return np.array(values, {"valid": np.bool_, "label": np.int64}.get(name, np.object_))
 
     def latents(self, field: str, rows: Ints) -> NDArray[Any]:
-        """Return one field's latents [n, *shape] for some rows, copied."""
         layout, data = self._layout, self._file.view(0, self._file.size)
         row_bytes = layout.row_bytes
         out = np.empty((len(rows), row_bytes), np.uint8)
-        for place, number in enumerate(rows.tolist()):
+        for position, number in enumerate(rows.tolist()):
             offset, size = self._members[number].get(f"{field}.npy", (0, 0))
             if size <= row_bytes or data[offset : offset + 6].tobytes() != NPY_MAGIC:
                 raise ValueError(f"holds no {field} of {self._keys[number]}")
-            out[place] = data[offset + size - row_bytes : offset + size]
+            out[position] = data[offset + size - row_bytes : offset + size]
         return layout.to_array(out)
 
     def _add(self, name: str, offset: int, size: int) -> None:
-        """Note a member; a name splits at its basename's first dot."""
+        """Store a member; key and suffix are split at the first dot of its base name."""
         folder, slash, base = name.rpartition("/")
         stem, _, suffix = base.partition(".")
         key = f"{folder}{slash}{stem}"

@@ -2,9 +2,9 @@
 
 Or `.z.npy`, and `.mu_hflip.npy` ... of mirrored images. `wds.WebDataset(...).decode()` and the
 webdataset loader of Hugging Face `datasets` decode all of them by their last suffix. `.cls`,
-`.json` and `.txt` are the source's own label, metadata and text; every sample of a file has the
-same members (`datasets` insists), so a missing one is -1, null or empty. `.row.json` holds
-{"row": number in the source shard, "valid": false if the latents are only zeros in place of a
+`.json` and `.txt` are label, metadata and text of the source. Every sample of a file has the same
+members, as `datasets` requires, so a missing value is -1, null or empty. `.row.json` holds
+{"row": number in the source shard, "valid": false if the latents are only zeros instead of a
 sample that could not be read}.
 """
 
@@ -23,7 +23,7 @@ from pipeline.common.files import check_member_name
 from pipeline.common.tars import open_tar
 from pipeline.latents.formats.writing import FIELDS, NO_LABEL, BaseWriter, Rows
 
-SHORT_NAME_BYTES = 100  # what fits in any case
+SHORT_NAME_BYTES = 100  # always fits into a header
 
 
 class TarWriter(BaseWriter):
@@ -33,7 +33,6 @@ class TarWriter(BaseWriter):
 
     @property
     def suffix(self) -> str:
-        """Return ".tar"."""
         return ".tar"
 
     def check_keys(self, keys: Sequence[str], fields: Sequence[str]) -> None:
@@ -55,22 +54,21 @@ class TarWriter(BaseWriter):
             any(text is not None for text in texts) for texts in (rows.metadata, rows.texts)
         )
         with open_tar(path) as write:
-            for place, key in enumerate(rows.keys):
+            for i, key in enumerate(rows.keys):
                 members = {
-                    f"{field}.npy": _npy(values[place]) for field, values in rows.latents.items()
+                    f"{field}.npy": _npy(values[i]) for field, values in rows.latents.items()
                 }
                 if has_labels:
-                    members["cls"] = str(rows.labels[place]).encode()
+                    members["cls"] = str(rows.labels[i]).encode()
                 if has_metadata:
-                    members["json"] = (rows.metadata[place] or "null").encode()
+                    members["json"] = (rows.metadata[i] or "null").encode()
                 if has_text:
-                    members["txt"] = (rows.texts[place] or "").encode()
-                row = {"row": int(rows.rows[place]), "valid": bool(rows.valid[place])}
+                    members["txt"] = (rows.texts[i] or "").encode()
+                row = {"row": int(rows.rows[i]), "valid": bool(rows.valid[i])}
                 members["row.json"] = json.dumps(row).encode()
                 write(key, members)
 
     def read(self, path: Path) -> Rows:
-        """Return the rows of the tar."""
         try:
             samples = list(_samples(path))
             if not samples:
@@ -111,13 +109,13 @@ def _metadata(members: Mapping[str, bytes]) -> str | None:
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield each sample's key and members by suffix; a name splits at its basename's first dot."""
+    """Yield each sample's key and members by suffix, split at the base name's first dot."""
     key, members = "", dict[str, bytes]()
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             folder, slash, name = member.name.rpartition("/")
             stem, _, suffix = name.partition(".")
-            # Equal keys may follow each other, where what was between them is of another split.
+            # Neighbours may have equal keys, if the samples between them belong to another split.
             if members and (folder + slash + stem != key or suffix in members):
                 yield key, members
                 members = {}

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.latents.portable import portable_cos_sin, portable_exp, portable_log
+from pipeline.latents.exact_math import portable_cos_sin, portable_exp, portable_log
 
 STEP = 2.0**-24  # uniforms are multiples of it
 

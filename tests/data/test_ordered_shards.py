@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from pipeline.common.errors import UserError
 from pipeline.data.decode import ImageDecode
 from pipeline.data.index import Index, build_index
+from pipeline.data.ordered_shards import OrderedShards
 from pipeline.data.settings import DataConfig
-from pipeline.data.wds import OrderedShards
 from tests.shards import TINY_COUNTS, open_stream
 
 NUMBERS = {"lanes": 4, "interleave": 3, "window": 5}

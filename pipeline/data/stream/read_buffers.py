@@ -1,11 +1,11 @@
-"""Memory that reads are made into, used over and over.
+"""A pool of reused memory for reads.
 
-    take -> Slab -> samples of a window refer to it -> the last one lets go -> free for the next
+    take -> ReadBuffer -> samples of a window refer to it -> the last reference ends -> free again
 
-Fresh memory costs more than what is read into it: the kernel hands it out page by page, zeroed.
-Sizes are rounded up (above 32 KiB by at most an eighth), and a read takes the smallest free slab
-that holds it and is at most half as large again. All slabs together take no more than was ever in
-use at once: beyond that, free ones give way.
+Fresh memory costs more than the read itself: the kernel zeroes it page by page. Sizes are rounded
+up (above 32 KiB by at most an eighth), and a read takes the smallest free buffer that holds it and
+is at most half as large again. The pool never holds more than was in use at once: beyond that, free
+buffers are released.
 """
 
 from collections import deque
@@ -14,8 +14,8 @@ from threading import Lock
 SMALLEST = 1 << 12
 
 
-class Slab:
-    """Memory of one read, at least as large as was asked for."""
+class ReadBuffer:
+    """Memory of one read, at least of the requested size."""
 
     __slots__ = ("_home", "memory")
 
@@ -33,8 +33,8 @@ def rounded_size(num_bytes: int) -> int:
     return max(-(-num_bytes // step), 1) * step
 
 
-class Slabs:
-    """The slabs of one stream; from any thread."""
+class ReadBufferPool:
+    """The read buffers of one stream; thread-safe."""
 
     def __init__(self) -> None:
         self._free: dict[int, deque[bytearray]] = {}
@@ -42,20 +42,20 @@ class Slabs:
         self._most_used = 0
         self._lock = Lock()
 
-    def take(self, num_bytes: int) -> Slab:
-        """Return memory for `num_bytes`, with whatever is in it."""
+    def take(self, num_bytes: int) -> ReadBuffer:
+        """Return a buffer of at least `num_bytes`; its content is arbitrary."""
         wanted = rounded_size(num_bytes)
         with self._lock:
             fitting = (n for n, free in self._free.items() if free and wanted <= n <= 1.5 * wanted)
             size = min(fitting, default=wanted)
             home = self._free.setdefault(size, deque())
             memory = home.pop() if home else self._new(size)
-        return Slab(memory, home)
+        return ReadBuffer(memory, home)
 
     def _new(self, size: int) -> bytearray:
-        """Allocate; beyond the most that was ever in use, free slabs of other sizes make room."""
+        """Allocate; release free buffers of other sizes beyond the most that was ever in use."""
         self._allocated += size
-        free = sum(other * len(slabs) for other, slabs in self._free.items())
+        free = sum(other * len(buffers) for other, buffers in self._free.items())
         self._most_used = max(self._most_used, self._allocated - free)
         for other in sorted(self._free, reverse=True):
             while self._allocated > self._most_used and self._free[other]:

@@ -11,7 +11,7 @@ import torch
 from pipeline.common.errors import UserError
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
-from pipeline.data.rows import RowBatch, read_shards
+from pipeline.data.sequential import RowBatch, read_shards
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import ShardReadError
 from tests.data.streams import ARRAYS, IMAGES, label_of, npy, source_array, write_shards

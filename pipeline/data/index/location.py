@@ -1,9 +1,9 @@
-"""Where an index is made: in its directory, or for a remote one in a temporary directory first.
+"""The location of an index while it is built: its directory, or a temporary one if it is remote.
 
     remote tables --fetch--> temporary directory --index_shard--> table --upload, at once--> remote
                                                                   manifest --upload, last--> remote
 
-So a build that was stopped goes on from the tables that are there, local or remote.
+So a stopped build continues from the existing tables, local or remote.
 """
 
 from collections.abc import Generator, Sequence
@@ -29,20 +29,20 @@ from pipeline.data.storage.writable import WritableStore
 FETCH_THREADS = 16
 
 
-class IndexPlace:
-    """The directory in which an index is made, and the store that gets it, if it is remote."""
+class IndexLocation:
+    """The local directory of an index that is being built, and its remote store, if any."""
 
     def __init__(self, folder: Path, store: WritableStore | None) -> None:
         self.folder = folder
         self._store = store
 
     def add_table(self, shard_name: str) -> None:
-        """A shard's table was written, or was right already."""
+        """Upload a table that was written or is up to date, if the index is remote."""
         if self._store is not None:
             self._store.put(table_name(shard_name), table_path(self.folder, shard_name))
 
     def finish(self, manifest: dict[str, Any], names: Sequence[str]) -> None:
-        """Write the manifest, and drop the tables of shards that are not among `names`."""
+        """Write the manifest and delete the tables of shards that are not in `names`."""
         path = self.folder / INDEX_DIRECTORY / MANIFEST
         write_json(path, manifest)
         if self._store is not None:
@@ -50,20 +50,18 @@ class IndexPlace:
             return
         wanted = {table_path(self.folder, name) for name in names}
         for file in (self.folder / INDEX_DIRECTORY / TABLES).rglob("*"):
-            if file.is_file() and file not in wanted:  # of a shard that is gone, of a killed build
+            if file.is_file() and file not in wanted:  # of a removed shard or a killed build
                 file.unlink()
 
 
 @contextmanager
-def index_place(out: Path | str, shard_names: Sequence[str]) -> Generator[IndexPlace]:
-    """Open the place for an index in `out`, a directory or URL; raise UserError if it is no place
-    to write to.
-    """
+def index_location(out: Path | str, shard_names: Sequence[str]) -> Generator[IndexLocation]:
+    """Open the location of an index in `out`, a directory or URL; UserError if not writable."""
     if is_url(out):
         store = open_writable(str(out))
         with TemporaryDirectory(prefix="latentmill-index-") as folder:
             _fetch_tables(str(out), shard_names, Path(folder))
-            yield IndexPlace(Path(folder), store)
+            yield IndexLocation(Path(folder), store)
         return
     folder = Path(local_path(out))
     try:
@@ -73,11 +71,11 @@ def index_place(out: Path | str, shard_names: Sequence[str]) -> Generator[IndexP
             f"{folder / INDEX_DIRECTORY} cannot be created ({error.strerror}): name a directory "
             "that can be written with --out."
         ) from None
-    yield IndexPlace(folder, None)
+    yield IndexLocation(folder, None)
 
 
 def _fetch_tables(root: str, shard_names: Sequence[str], folder: Path) -> None:
-    """Copy the tables that are there already."""
+    """Download the existing tables."""
     with closing(open_storage(root)) as storage:
         states = storage.states([table_name(name) for name in shard_names])
         found = [(name, state.num_bytes) for name, state in states.items() if state is not None]

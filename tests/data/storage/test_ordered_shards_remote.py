@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch.utils.data import DataLoader
 
-from pipeline.data.wds import OrderedShards
+from pipeline.data.ordered_shards import OrderedShards
 
 NUMBERS = {"batch_size": 8, "seed": 5, "lanes": 4, "interleave": 3, "window": 5}
 

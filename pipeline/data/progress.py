@@ -1,4 +1,4 @@
-"""How far a long pass over shards is, as one line: shards done, bytes per second, time left."""
+"""Progress of a long pass over shards, in one line: shards done, bytes per second, time left."""
 
 import time
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from collections.abc import Callable
 Progress = Callable[[str], None]
 
 
-class Pace:
-    """Count what is done; tell `progress`, if there is one, after each shard."""
+class ProgressTracker:
+    """Count finished shards and call `progress`, if given, with a line after each."""
 
     def __init__(
         self, verb: str, num_shards: int, num_bytes: int, progress: Progress | None
@@ -21,7 +21,7 @@ class Pace:
         self._bytes_read = 0
 
     def add(self, num_bytes: int, *, is_read: bool = True) -> None:
-        """One shard of `num_bytes` is done; `is_read`: it was read for that, now."""
+        """Count a finished shard of `num_bytes`; `is_read`: False if it did not have to be read."""
         self._shards_done += 1
         self._bytes_left -= num_bytes
         self._bytes_read += num_bytes if is_read else 0

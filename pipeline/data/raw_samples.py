@@ -1,4 +1,4 @@
-"""Raw samples of one rank: every member's bytes, in the order of its slots, read a window ahead.
+"""Raw samples of one rank: the bytes of every member, in slot order, read one window ahead.
 
 RankSlots -> stream positions, step by step -> windows of each lane -> byte ranges of all
 members (threads) -> dicts as webdataset's own reader makes them
@@ -26,13 +26,13 @@ THREAD_NAME = "raw-read"
 
 Ints = NDArray[np.int64]
 Sample = dict[str, Any]
-Read = Callable[[Run, Ints], list[Sample]]
+ReadWindow = Callable[[Run, Ints], list[Sample]]
 
 
 def raw_samples(
     index: Index, slots: RankSlots, *, storage: Storage, split: str, threads: int
 ) -> Iterator[Sample]:
-    """Yield the samples of a rank's slots in their order.
+    """Yield the samples of a rank in slot order.
 
     Dicts: `__key__`, `__url__`, bytes by suffix, and `__local_path__` unless the shards are remote.
     At most two windows of each lane are in memory. Closes the storage at the end. Raises
@@ -43,7 +43,9 @@ def raw_samples(
     pool = ThreadPoolExecutor(threads, thread_name_prefix=THREAD_NAME)
     read = partial(_read_window, index, storage, slots.order, split)
     try:
-        lanes = {lane_slot: _Lane(slots, lane_slot, read, pool) for lane_slot in slots.lane_slots}
+        lanes = {
+            lane_slot: _LaneReader(slots, lane_slot, read, pool) for lane_slot in slots.lane_slots
+        }
         step = slots.first_step
         while not slots.is_over(step):
             for position in slots.positions(step).tolist():
@@ -53,11 +55,11 @@ def raw_samples(
         _stop(pool, storage)
 
 
-class _Lane:
+class _LaneReader:
     """One lane slot's samples, read one window ahead."""
 
     def __init__(
-        self, slots: RankSlots, lane_slot: int, read: Read, pool: ThreadPoolExecutor
+        self, slots: RankSlots, lane_slot: int, read: ReadWindow, pool: ThreadPoolExecutor
     ) -> None:
         self._slots, self._lane_slot, self._read, self._pool = slots, lane_slot, read, pool
         self._turn = slots.first_step * slots.order.lane_share
@@ -65,7 +67,7 @@ class _Lane:
         self._next = self._request()
 
     def take(self) -> Sample:
-        """Return the next sample; an error met in reading it is raised here."""
+        """Return the next sample; raise the error of its read, if any."""
         while not self._samples:
             self._samples.extend(self._next.result())
             self._next = self._request()
@@ -90,12 +92,12 @@ def _read_window(
     shard, row = shard[positions], row[positions]
     samples: list[Sample] = [{}] * len(positions)
     for number in np.unique(shard).tolist():
-        places = np.flatnonzero(shard == number)
+        chosen = np.flatnonzero(shard == number)
         table, name = index.table(number), index.shards[number].name
-        rows = table.rows_of(index.split_number(split))[row[places]]
+        rows = table.rows_of(index.split_number(split))[row[chosen]]
         found = _read_shard(storage, name, table, rows)
-        for place, sample in zip(places.tolist(), found, strict=True):
-            samples[place] = sample
+        for i, sample in zip(chosen.tolist(), found, strict=True):
+            samples[i] = sample
     return samples
 
 
@@ -112,7 +114,7 @@ def _read_shard(storage: Storage, name: str, table: ShardTable, rows: Ints) -> I
 
 def _stop(pool: ThreadPoolExecutor, storage: Storage) -> None:
     if threading.current_thread().name.startswith(THREAD_NAME):
-        # The garbage collector came by in one of the pool's threads, which cannot wait for itself.
+        # Garbage collection may run in a thread of this pool, which cannot wait for itself.
         threading.Thread(target=_stop, args=(pool, storage)).start()
         return
     with closing(storage):

@@ -1,9 +1,9 @@
-"""Sequential reading of shards, for the export: every row of a split once, in shard order.
+"""Sequential reading for the export: every row of a split once, in shard order.
 
-    shards -> rows of the split -> fixed batches -> threads decode AHEAD batches -> RowBatch
+    shards -> rows of the split -> fixed batches -> threads decode READ_AHEAD batches -> RowBatch
 
-A sample that cannot be decoded is an invalid row; a shard that cannot be read is an error. The two
-are never mixed up, because an export would keep the first for good.
+A sample that cannot be decoded is an invalid row; a shard that cannot be read is an error. The
+difference matters: an export stores an invalid row for good, but retries after an error.
 """
 
 from collections import deque
@@ -28,7 +28,7 @@ from pipeline.data.storage import ShardReadError, Storage, open_storage
 METADATA_SUFFIXES = ("json",)
 TEXT_SUFFIXES = ("txt",)
 
-AHEAD = 2  # batches read and decoded before they are asked for
+READ_AHEAD = 2  # batches
 
 Ints = NDArray[np.int64]
 
@@ -68,17 +68,17 @@ def read_shards(
 ) -> Generator[tuple[int, Iterator[RowBatch]]]:
     """Yield each shard's number and its rows of `data.split`, in batches of fixed boundaries.
 
-    The next batches, also those of the next shard, are read and decoded meanwhile; `shards` is
-    asked for a number shortly before it is needed. A shard's iterator raises what is wrong with it
-    (UserError or ShardReadError if it is missing or not what the index says), and the next shard
-    goes on. Each must be used up or left before the next is asked for; one without rows is passed
-    over. The caller closes the generator (`contextlib.closing`), which ends its threads.
+    The next batches, also those of the next shard, are read and decoded in the background; `shards`
+    is consumed one number at a time, shortly before it is needed. The iterator of a missing or
+    changed shard raises UserError or ShardReadError, and reading continues with the next shard.
+    Exhaust or abandon a shard's iterator before asking for the next. Empty shards are skipped. The
+    caller closes the generator (`contextlib.closing`), which ends its threads.
 
-    pin: put batches into memory that a GPU reads by itself.
+    pin: put batches into page-locked memory, for asynchronous copies to a GPU.
     """
-    ahead = _Ahead(data, index, iter(shards), batch_size, pin)
+    ahead = _ReadAhead(data, index, iter(shards), batch_size, pin)
     try:
-        for visit, jobs in groupby(_in_advance(ahead.jobs(), AHEAD), lambda job: job[0]):
+        for visit, jobs in groupby(_in_advance(ahead.jobs(), READ_AHEAD), lambda job: job[0]):
             yield visit[1], (future.result() for _, future in jobs)
             ahead.left = visit
     finally:
@@ -90,7 +90,7 @@ Job = tuple[Visit, "Future[RowBatch]"]
 
 
 def _in_advance(jobs: Iterator[Job], count: int) -> Iterator[Job]:
-    """Yield the jobs with `count` more begun."""
+    """Yield the jobs in order, with `count` further ones already started."""
     begun: deque[Job] = deque()
     for job in jobs:
         begun.append(job)
@@ -99,21 +99,21 @@ def _in_advance(jobs: Iterator[Job], count: int) -> Iterator[Job]:
     yield from begun
 
 
-class _Ahead:
-    """The threads that read and decode, alive across shards; shards are opened one ahead."""
+class _ReadAhead:
+    """The threads that read and decode, kept for all shards; the next shard is opened early."""
 
     def __init__(
         self, data: DataConfig, index: Index, shards: Iterator[int], batch_size: int, pin: bool
     ) -> None:
         self._data, self._index, self._batch_size, self._pin = data, index, batch_size, pin
-        self.left: Visit | None = None  # the shard that was asked for last, of which no more is
+        self.left: Visit | None = None  # the shard that the caller has finished or abandoned
         self._shards = enumerate(shards)
         self._storage = open_storage(data.sources[0].root, data.remote)
         self._decoders = ThreadPoolExecutor(data.threads, thread_name_prefix="rows-decode")
-        self._readers = ThreadPoolExecutor(AHEAD, thread_name_prefix="rows-read")
+        self._readers = ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="rows-read")
 
     def jobs(self) -> Iterator[Job]:
-        """Begin the batches of all shards, one after the other."""
+        """Submit the batches of all shards, one shard after the other."""
         following = self._open_next()
         while following is not None:
             (visit, opening), following = following, self._open_next()
@@ -127,24 +127,24 @@ class _Ahead:
                 yield visit, self._readers.submit(self._read, opening, start)
 
     def close(self) -> None:
-        """End the threads; nobody waits for what they do."""
+        """Stop the threads; pending work is cancelled."""
         self._storage.close()
         for pool in (self._readers, self._decoders):
             pool.shutdown(wait=True, cancel_futures=True)
         self._storage.close()
 
-    def _open_next(self) -> "tuple[Visit, Future[ShardReader]] | None":
+    def _open_next(self) -> "tuple[Visit, Future[ShardRowReader]] | None":
         visit = next(self._shards, None)
         return None if visit is None else (visit, self._readers.submit(self._open, visit[1]))
 
-    def _read(self, opening: "Future[ShardReader]", start: int) -> RowBatch:
+    def _read(self, opening: "Future[ShardRowReader]", start: int) -> RowBatch:
         return opening.result().batch(start, self._decoders)
 
-    def _open(self, shard: int) -> "ShardReader":
+    def _open(self, shard: int) -> "ShardRowReader":
         entry = self._index.shards[shard]
         try:
             state = self._storage.states([entry.name])[entry.name]
-        except UserError as error:  # it could be listed when we started
+        except UserError as error:  # it was readable when the export started
             raise ShardReadError(f"{error}") from error
         if state is None or state.num_bytes != entry.bytes:
             raise ShardReadError(
@@ -152,11 +152,11 @@ class _Ahead:
                 "indexed: put it back, or run `latentmill index` and a new export."
             )
         size, pin = self._batch_size, self._pin
-        return ShardReader(self._data, self._index, shard, size, self._storage, pin=pin)
+        return ShardRowReader(self._data, self._index, shard, size, self._storage, pin=pin)
 
 
-class ShardReader:
-    """Reads and decodes batches of one shard; `rows`: the numbers of those of the split."""
+class ShardRowReader:
+    """Reads and decodes batches of one shard; `rows`: row numbers of the split."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class ShardReader:
     def decode(
         self, contents: list[bytes | None], decoders: ThreadPoolExecutor
     ) -> tuple[Tensor, dict[int, DecodeError]]:
-        """Return a batch's buffer, and the faults by place."""
+        """Return the buffer of a batch, and the errors by row of the batch."""
         stored = getattr(torch, self._decode.stored_dtype.name)
         shape = (self._batch_size, *self._decode.buffer_shape)
         x = torch.zeros(shape, dtype=stored, pin_memory=self._pin)
@@ -208,8 +208,8 @@ class ShardReader:
             keys=keys,
             valid=valid,
             faults=[
-                RowFault(int(rows[place]), keys[place], error.stage, error.reason)
-                for place, error in sorted(faults.items())
+                RowFault(int(rows[i]), keys[i], error.stage, error.reason)
+                for i, error in sorted(faults.items())
             ],
             labels=self._table.labels[rows],
             metadata=[_text(content) for content in metadata],
@@ -222,19 +222,19 @@ class ShardReader:
         slots: list[NDArray[np.uint8]],
         decoders: ThreadPoolExecutor,
     ) -> dict[int, DecodeError]:
-        """Decode each content into its slot; return the faults by place, their slots zeroed."""
+        """Decode each content into its slot; zero the slots of bad ones and return their errors."""
         faults: dict[int, DecodeError] = {}
 
         def decode_part(part: int) -> None:
-            for place in range(part, len(contents), self._threads):
-                content = contents[place]
+            for i in range(part, len(contents), self._threads):
+                content = contents[i]
                 try:
                     if content is None:
                         raise missing_member()
-                    self._decode.decode(content, slots[place])
+                    self._decode.decode(content, slots[i])
                 except DecodeError as error:
-                    faults[place] = error
-                    slots[place][...] = 0
+                    faults[i] = error
+                    slots[i][...] = 0
 
         for future in [decoders.submit(decode_part, part) for part in range(self._threads)]:
             future.result()

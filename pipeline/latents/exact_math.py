@@ -1,8 +1,8 @@
 """exp, log and the angles of Box and Muller in float64, the same bits on every processor.
 
-IEEE 754 fixes the results of +, -, *, /, sqrt and rounding; everything here is made of these, of
-frexp and of ldexp. numpy's and torch's own exp, log and cos are not fixed: their last bits depend
-on the processor and on the length of the array.
+IEEE 754 defines the results of +, -, *, /, sqrt and rounding exactly; this file uses only these,
+frexp and ldexp. The exp, log and cos of numpy and torch are not exact: their last bits depend on
+the processor and on the length of the array.
 """
 
 import math
@@ -30,7 +30,7 @@ def _polynomial(coefficients: list[float], x: Floats) -> Floats:
 
 
 def portable_exp(x: Floats) -> Floats:
-    """Return exp(x) to about one unit in the last place; what is not finite gives NaN."""
+    """Return exp(x) to about one unit in the last place; non-finite values give NaN."""
     k = np.rint(x / math.log(2))
     with np.errstate(invalid="ignore", over="ignore"):
         r = (x - k * _LN2_HIGH) - k * _LN2_LOW  # |r| <= ln(2) / 2

@@ -1,4 +1,4 @@
-"""Our order as the first stage of a webdataset pipeline: raw samples, exact and resumable.
+"""The order of training as the first stage of a webdataset pipeline: raw samples, resumable.
 
     source = OrderedShards("shards-{000..127}.tar", batch_size=256)
     wds.DataPipeline(source, wds.decode("rgb8"), wds.to_tuple("jpg", "cls"), wds.batched(256))
@@ -21,7 +21,7 @@ from pipeline.data.index import Index
 from pipeline.data.index.splits import ALL
 from pipeline.data.order import Order
 from pipeline.data.order.slots import RankSlots
-from pipeline.data.raw import Sample, raw_samples
+from pipeline.data.raw_samples import Sample, raw_samples
 from pipeline.data.storage import RemotePolicy, open_storage
 from pipeline.data.storage.patterns import FoundShards, find_shards
 
@@ -30,8 +30,8 @@ MIN_READ_THREADS = 2
 State = dict[str, Any]
 
 
-class _Place(NamedTuple):
-    """Where a rank stands: positions below T are done, and `taken` of its slots in T's step."""
+class _StreamPosition(NamedTuple):
+    """State of a rank: positions below T are done, and `taken` of its slots in the step of T."""
 
     T: int
     taken: int
@@ -41,8 +41,8 @@ class OrderedShards(IterableDataset[Sample]):
     """An iterable of raw samples in the order of `order-v1`, for a DataPipeline or DataLoader.
 
     Each rank gets its slots of every global batch, so wds.batched(batch_size // world) gives the
-    batches of `open_stream`. Iterating again goes on where the last iteration stopped. A DataLoader
-    may have 0 or 1 workers: every worker would read all of the rank's bytes.
+    batches of `open_stream`. A new iteration continues where the last one stopped. A DataLoader may
+    have 0 or 1 workers: every worker would read all bytes of the rank.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class OrderedShards(IterableDataset[Sample]):
         shards: directory, URL, glob or brace pattern; index: the directory or URL that holds
         `index/`, None = beside the shards; batch_size: samples per step over all ranks. epochs:
         length of the whole stream, None = endless. tail: under `carry` each sample comes exactly
-        once per epoch, and at the end of the last one some ranks get fewer than others; `drop`
-        leaves out what fills no batch, and all ranks get the same number. read_threads: None = 2
+        once per epoch, and at the end of the last epoch some ranks get fewer samples; `drop` leaves
+        out the incomplete batch, and all ranks get the same number. read_threads: None = 2
         on a disk of this machine, 8 on a network file system, `remote.connections` behind a URL.
         """
         super().__init__()
@@ -93,18 +93,18 @@ class OrderedShards(IterableDataset[Sample]):
         _check_names(self._found, opened, shards)
         opened.check_shards(open_storage(self._found.root, remote))
         self._ranks = (rank, world)
-        order = self.order  # made here, so that its mistakes show here
+        order = self.order  # created here, so that its errors are raised here
         self._end = None if epochs is None else epochs * order.epoch_length
-        self._start = _Place(0, 0)
+        self._start = _StreamPosition(0, 0)
         self._num_yielded = 0
-        self._current = object()  # the iteration that may go on
-        # In shared memory: so the main process knows of an iteration in a DataLoader's worker.
+        self._current = object()  # the iteration that is valid
+        # In shared memory, so that the main process sees an iteration in a DataLoader's worker.
         self._runs_in_worker = torch.zeros((), dtype=torch.bool).share_memory_()
         self._has_begun_in_worker = False  # in this process, if it is a worker
 
     @cached_property
     def order(self) -> Order:
-        """Which sample stands where."""
+        """The order of the samples."""
         index = Index.open(self._index_path)
         return Order(
             index.counts(self._split),
@@ -116,10 +116,10 @@ class OrderedShards(IterableDataset[Sample]):
     def state_dict(self, *, consumed: int | None = None) -> State:
         """The state after `consumed` samples of this rank since the start, or since it was loaded.
 
-        None: after the samples that were yielded so far. Stages behind this one have often taken
-        more than they gave (wds.batched one sample, a shuffle its buffer, a DataLoader's worker
-        what it prefetches), and a state that counts these loses them: count what the loop has used,
-        and say it. Raises UserError where only the loop can know.
+        None: after the samples that were yielded so far. Later stages often hold samples that the
+        loop has not seen (wds.batched one sample, a shuffle its buffer, a DataLoader's worker what
+        it prefetches), and those would be lost: count the samples that the loop has used and pass
+        their number. Raises UserError where only the loop can know it.
         """
         if consumed is None:
             if self._runs_in_worker.item() and get_worker_info() is None:
@@ -129,15 +129,15 @@ class OrderedShards(IterableDataset[Sample]):
                     "used since the start or since load_state_dict."
                 )
             consumed = self._num_yielded
-        place = self._place_after(consumed)
+        position = self._position_after(consumed)
         numbers = {"batch_size": self.order.batch_size, "world": self._ranks[1]}
-        return {"T": place.T, "taken": place.taken} | self._identity() | numbers
+        return {"T": position.T, "taken": position.taken} | self._identity() | numbers
 
     def load_state_dict(self, state: State) -> None:
-        """Go on at a state: with any ranks if it lies between steps; raise UserError otherwise.
+        """Continue from a state: on any number of ranks if it lies between steps; else UserError.
 
-        A run's data state {T, order_id, dataset_id} will do. It takes effect when the next
-        iteration begins; one that runs ends.
+        A run's data state {T, order_id, dataset_id} is accepted. It takes effect when the next
+        iteration begins; a running iteration ends.
         """
         size, world = self.order.batch_size, self._ranks[1]
         defaults = {"tail": "carry", "taken": 0, "batch_size": size, "world": world}
@@ -153,7 +153,7 @@ class OrderedShards(IterableDataset[Sample]):
         if state["taken"] and then != now:
             raise UserError(
                 f"The state lies within a step of (batch_size, world) = {then}, here they are "
-                f"{now}: others can go on only between steps. Save after a multiple of "
+                f"{now}: other numbers can continue only between steps. Save after a multiple of "
                 f"{then[0] // then[1]} samples per rank."
             )
         if T % size and T % self.order.epoch_length:
@@ -161,32 +161,32 @@ class OrderedShards(IterableDataset[Sample]):
                 f"The state's T = {T} is no multiple of batch_size = {size}, by which the steps "
                 f"are cut; it was saved with batch_size = {then[0]}."
             )
-        self._start, self._num_yielded = _Place(T, state["taken"]), 0
+        self._start, self._num_yielded = _StreamPosition(T, state["taken"]), 0
         self._current = object()
         self._runs_in_worker.fill_(False)
 
     def __iter__(self) -> Iterator[Sample]:
         """Yield dicts: `__key__`, `__url__`, bytes by suffix, and `__local_path__` of a file."""
         self._current = object()
-        return self._samples(self._current, self._place_after(self._num_yielded))
+        return self._samples(self._current, self._position_after(self._num_yielded))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a DataLoader that spawns its worker: the order's caches are made anew there."""
+        """Pickle without the order: a spawned worker creates its own."""
         return {name: value for name, value in self.__dict__.items() if name != "order"}
 
-    def _samples(self, current: object, place: _Place) -> Iterator[Sample]:
+    def _samples(self, current: object, position: _StreamPosition) -> Iterator[Sample]:
         self._enter_worker()
         storage = open_storage(self._found.root, self._remote)
         threads = self._read_threads or max(storage.num_readers, MIN_READ_THREADS)
         samples = raw_samples(
             Index.open(self._index_path),
-            self._slots(place.T),
+            self._slots(position.T),
             storage=storage,
             split=self._split,
             threads=threads,
         )
         for number, sample in enumerate(samples):
-            if number < place.taken:
+            if number < position.taken:
                 continue
             if self._current is not current:
                 raise RuntimeError("this iteration ended when another began or a state was loaded")
@@ -194,7 +194,7 @@ class OrderedShards(IterableDataset[Sample]):
             yield sample
 
     def _enter_worker(self) -> None:
-        """Raise UserError in one of several workers; tell the main process of a single one."""
+        """Raise UserError in one of several workers; note a single worker for the main process."""
         worker = get_worker_info()
         if worker is None:
             return
@@ -206,8 +206,8 @@ class OrderedShards(IterableDataset[Sample]):
             )
         if self._has_begun_in_worker:
             raise UserError(
-                "DataLoader(persistent_workers=True) would go on behind what its worker has "
-                "prefetched, and lose that: leave persistent_workers out."
+                "DataLoader(persistent_workers=True) would skip the samples that its worker has "
+                "prefetched: leave persistent_workers out."
             )
         self._has_begun_in_worker = True
         self._runs_in_worker.fill_(True)
@@ -219,8 +219,8 @@ class OrderedShards(IterableDataset[Sample]):
         order = self.order
         return {"order_id": order.order_id, "dataset_id": order.dataset_id, "tail": order.tail}
 
-    def _place_after(self, num: int) -> _Place:
-        """Where this rank stands `num` samples after the start."""
+    def _position_after(self, num: int) -> _StreamPosition:
+        """The state of this rank `num` samples after the start."""
         slots, size = self._slots(self._start.T), self.order.batch_size
         start, step, rest = self._start.T, slots.first_step, self._start.taken + num
         in_first = len(slots.positions(step))
@@ -229,14 +229,14 @@ class OrderedShards(IterableDataset[Sample]):
             step += 1 + steps
             start = step * size
         if self._end is None:
-            return _Place(start, rest)
+            return _StreamPosition(start, rest)
         if start >= self._end or (slots.is_over(step + 1) and rest >= len(slots.positions(step))):
-            return _Place(self._end, 0)
-        return _Place(start, rest)
+            return _StreamPosition(self._end, 0)
+        return _StreamPosition(start, rest)
 
 
 def _ranks(rank: int | None, world: int | None, batch_size: int) -> tuple[int, int]:
-    """Both numbers, checked; they must be given where there are several processes."""
+    """Return rank and world, checked; required where there are several processes."""
     if rank is None and world is None:
         processes = os.environ.get("WORLD_SIZE", "1")
         if processes != "1":

@@ -1,17 +1,17 @@
 """Slabs: memory is used again, and all of it together stays within what was in use at once."""
 
-from pipeline.data.stream.slabs import Slabs, rounded_size
+from pipeline.data.stream.read_buffers import ReadBufferPool, rounded_size
 
 KIB = 1 << 10
 
 
 def test_a_freed_slab_serves_the_next_read_of_its_size():
-    slabs = Slabs()
-    first = slabs.take(100 * KIB)
+    pool = ReadBufferPool()
+    first = pool.take(100 * KIB)
     memory = first.memory
-    assert slabs.take(100 * KIB).memory is not memory  # it is still in use
+    assert pool.take(100 * KIB).memory is not memory  # it is still in use
     del first
-    assert slabs.take(99 * KIB).memory is memory
+    assert pool.take(99 * KIB).memory is memory
 
 
 def test_sizes_are_rounded_up_by_at_most_an_eighth():
@@ -21,17 +21,17 @@ def test_sizes_are_rounded_up_by_at_most_an_eighth():
 
 
 def test_free_slabs_of_other_sizes_give_way():
-    slabs = Slabs()
-    held = [slabs.take(1000 * KIB) for _ in range(10)]
+    pool = ReadBufferPool()
+    held = [pool.take(1000 * KIB) for _ in range(10)]
     most = sum(len(slab.memory) for slab in held)
     held.clear()
-    held = [slabs.take(500 * KIB) for _ in range(20)]
-    free = sum(size * len(memories) for size, memories in slabs._free.items())
+    held = [pool.take(500 * KIB) for _ in range(20)]
+    free = sum(size * len(memories) for size, memories in pool._free.items())
     assert free + sum(len(slab.memory) for slab in held) <= max(most, len(held[0].memory) * 20)
 
 
 def test_a_somewhat_larger_free_slab_serves_a_read():
-    slabs = Slabs()
-    memory = slabs.take(1000 * KIB).memory
-    assert slabs.take(700 * KIB).memory is memory
-    assert slabs.take(500 * KIB).memory is not memory  # it would waste half
+    pool = ReadBufferPool()
+    memory = pool.take(1000 * KIB).memory
+    assert pool.take(700 * KIB).memory is memory
+    assert pool.take(500 * KIB).memory is not memory  # it would waste half

@@ -1,8 +1,8 @@
-"""What an HTTP answer to a range request says, before one byte of it is believed.
+"""Checks of HTTP responses to range requests, before any byte is used.
 
-status and headers --check_answer--> Answer: which bytes follow, of which state of the shard
-                          |--> TransferError: may pass (429, 5xx, contradictory headers)
-                          `--> ShardReadError: will not pass (401, 403, 404, too short ...)
+status and headers --check_response--> RangeResponse: which bytes follow, of which shard state
+                          |--> TransferError: temporary (429, 5xx, contradictory headers)
+                          `--> ShardReadError: permanent (401, 403, 404, too short ...)
 """
 
 import re
@@ -14,11 +14,11 @@ from email.utils import parsedate_to_datetime
 from pipeline.data.storage.base import ShardReadError, ShardState
 from pipeline.data.storage.policy import TransferError
 
-# 4xx that may pass; of the 5xx only "not implemented" and "HTTP version" are for good.
+# Temporary 4xx; of the 5xx only "not implemented" and "HTTP version" are permanent.
 TRANSIENT_4XX = frozenset((408, 425, 429))
 PERMANENT_5XX = frozenset((501, 505))
-# A server that ignores Range sends the whole shard. Up to this many bytes before the wanted ones
-# are read and thrown away; beyond, that would be a second download of the data set per epoch.
+# A server that ignores Range sends the whole shard. At most this many bytes before the wanted range
+# are skipped: more would amount to a second download of the data set per epoch.
 MAX_SKIPPED_BYTES = 4 << 20
 
 MARKUP = re.compile(r"<[^>]*>")
@@ -27,8 +27,8 @@ UNSATISFIED = re.compile(r"bytes \*/(\d+)")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The body holds `num_skipped` bytes to throw away, then `num_bytes` that were asked for."""
+class RangeResponse:
+    """The body holds `num_skipped` bytes to discard, then the `num_bytes` requested ones."""
 
     state: ShardState
     num_skipped: int
@@ -41,7 +41,7 @@ def is_transient(status: int) -> bool:
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """What a Retry-After header asks for, in seconds or as an HTTP date; None if it is no such."""
+    """Seconds of a Retry-After header (a number or an HTTP date); None without a valid one."""
     text = headers.get("Retry-After", "").strip()
     if text.isascii() and text.isdigit():
         return float(text)
@@ -55,23 +55,23 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
 
 
 def tag_of(headers: Mapping[str, str]) -> str | None:
-    """The ETag, or where there is none the date of the last change."""
+    """The ETag, or else the date of the last change."""
     return headers.get("ETag") or headers.get("Last-Modified")
 
 
 def is_strong(tag: str | None) -> bool:
-    """Whether a tag may stand in If-Match: an ETag that is not weak."""
+    """Whether a tag may be used in If-Match: an ETag that is not weak."""
     return tag is not None and tag.startswith('"')
 
 
 def whole_length(headers: Mapping[str, str]) -> int | None:
-    """Content-Length of an answer, None without a sane one."""
+    """Content-Length of a response; None without a valid one."""
     text = headers.get("Content-Length", "").strip()
     return int(text) if text.isascii() and text.isdigit() else None
 
 
 def refusal(where: str, status: int, headers: Mapping[str, str], text: str) -> Exception:
-    """The error for an answer that carries no bytes; `text`: the beginning of its body."""
+    """The error for a response without data; `text`: the beginning of its body."""
     words = MARKUP.sub(" ", text).split()
     said = f": {' '.join(words)}" if words else ""
     if is_transient(status):
@@ -93,13 +93,13 @@ def too_short(where: str, size: int, stop: int) -> ShardReadError:
     )
 
 
-def check_answer(
+def check_response(
     where: str, status: int, headers: Mapping[str, str], offset: int, num_bytes: int
-) -> Answer:
-    """Read an answer of status 206, 200 or 416 to the request for [offset, offset + num_bytes)."""
+) -> RangeResponse:
+    """Check a response of status 206, 200 or 416 to a request for [offset, offset + num_bytes)."""
     encoding = headers.get("Content-Encoding", "identity")
     if encoding != "identity":
-        raise TransferError(f"the answer is compressed ({encoding}), which was not asked for")
+        raise TransferError(f"the response is compressed ({encoding}), which was not requested")
     if status == 416:
         match = UNSATISFIED.fullmatch(headers.get("Content-Range", ""))
         raise too_short(where, int(match[1]) if match else offset, offset + num_bytes)
@@ -107,23 +107,25 @@ def check_answer(
         return _check_whole(where, headers, offset, num_bytes)
     match = CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
     if match is None:
-        raise TransferError(f"an answer 206 with Content-Range {headers.get('Content-Range')!r}")
+        raise TransferError(f"a response 206 with Content-Range {headers.get('Content-Range')!r}")
     first, last, size = map(int, match.groups())
     if size < offset + num_bytes:
         raise too_short(where, size, offset + num_bytes)
     length = last - first + 1
-    # A server may send less than was asked for: the rest is asked for next. Never anything else.
+    # A server may send less than requested (the rest is requested next), but no other bytes.
     if first != offset or not 1 <= length <= num_bytes:
         raise TransferError(
-            f"the answer holds bytes {first}-{last}, not {offset}-{offset + num_bytes - 1}"
+            f"the response holds bytes {first}-{last}, not {offset}-{offset + num_bytes - 1}"
         )
     announced = whole_length(headers)
     if announced not in (None, length):
         raise TransferError(f"Content-Length {announced} for a range of {length} bytes")
-    return Answer(ShardState(size, tag_of(headers)), 0, length)
+    return RangeResponse(ShardState(size, tag_of(headers)), 0, length)
 
 
-def _check_whole(where: str, headers: Mapping[str, str], offset: int, num_bytes: int) -> Answer:
+def _check_whole(
+    where: str, headers: Mapping[str, str], offset: int, num_bytes: int
+) -> RangeResponse:
     size = whole_length(headers)
     if size is None:
         raise TransferError("the server ignores Range and does not say how long the shard is")
@@ -134,4 +136,4 @@ def _check_whole(where: str, headers: Mapping[str, str], offset: int, num_bytes:
             f"the server ignores Range, and {offset} bytes lie before the wanted ones (at most "
             f"{MAX_SKIPPED_BYTES} are skipped): shards need a server that knows byte ranges"
         )
-    return Answer(ShardState(size, tag_of(headers)), offset, num_bytes)
+    return RangeResponse(ShardState(size, tag_of(headers)), offset, num_bytes)
