@@ -24,7 +24,7 @@ from pipeline.data.stream import open_stream
 from pipeline.data.stream.datasets import open_indexes
 from pipeline.data.stream.device import DeviceBatches
 from pipeline.distributed.outcome import Outcome, write_outcome
-from pipeline.distributed.rendezvous import tell
+from pipeline.distributed.rendezvous import print_error
 from pipeline.distributed.runtime import Runtime, Stopped, StopRequest
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.evaluation.held_out import HeldOut, held_out_splits, views_of
@@ -38,9 +38,9 @@ from pipeline.training.build import (
     make_forward,
     make_order,
     make_strategy,
-    throw_away_loss,
+    warm_up_loss,
 )
-from pipeline.training.run_directory import check_ranks, claimed
+from pipeline.training.run_directory import check_ranks, locked_run_dir
 from pipeline.training.step import train_step
 
 
@@ -52,23 +52,25 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
     """
     config = config.resolved()
     # The processes, their data, and the right to write.
-    runtime = Runtime.start(accumulation=config.accumulation, patience=config.watchdog.patience)
+    runtime = Runtime.start(
+        accumulation=config.accumulation, timeout_seconds=config.watchdog.collective_timeout
+    )
     run_dir = Path(config.run_dir)
     with ExitStack() as stack:
         stop = stack.enter_context(closing(StopRequest(run_dir)))
-        with runtime.together():
+        with runtime.sharing_errors():
             check_ranks(config, runtime)
             indexes = open_indexes(config.data)
             states = check_data(config, indexes)
         order = make_order(config, indexes)
-        failures = stack.enter_context(claimed(config, accept_changes, order, runtime))
+        failures = stack.enter_context(locked_run_dir(config, accept_changes, order, runtime))
         watchdog = stack.enter_context(closing(Watchdog(config.watchdog, failures, runtime)))
 
         # The model, as the newest checkpoint left it; first `Strategy.warm_up`, a step thrown away.
         forward = make_forward(config, runtime.device)
         strategy = make_strategy(config, runtime)
         watchdog.enter("start", 0)
-        strategy.warm_up(throw_away_loss(config, forward, strategy, runtime))
+        strategy.warm_up(warm_up_loss(config, forward, strategy, runtime))
         checkpoints = Checkpoints(
             run_dir / "checkpoints",
             config.checkpoint,
@@ -106,7 +108,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
                 is_main=runtime.is_main,
             )
         )
-        checkpoints.recall(monitor.past)
+        checkpoints.load_evaluations(monitor.past)
         batches = DeviceBatches(stream, runtime.device)
         meter = TrainingMeter(runtime, stream)
         ledger = Ledger(
@@ -129,7 +131,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             """Evaluate the weights of this step; tell whether they are the best so far."""
             with meter.paused():
                 metrics = held_out.evaluate(views, step, monitor=monitor, before_batch=before_batch)
-            return checkpoints.judge(metrics, step)
+            return checkpoints.add_evaluation(metrics, step)
 
         def log() -> None:
             """Log what happened since the last log."""
@@ -152,11 +154,11 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
         stack.enter_context(failures.recorded())
         stopped_by: str | None = None
         try:
-            if runtime.from_main(monitor.lacks_evaluation):
+            if runtime.broadcast(monitor.lacks_evaluation):
                 evaluate()
             last = config.is_over(step, checkpoints.evaluations_since_best)
             if not last:
-                monitor.say(f"{runtime.place}; {reading_plan(order, runtime.world)}")
+                monitor.print_line(f"{runtime.hardware}; {reading_plan(order, runtime.world)}")
             while not last:
                 watchdog.enter("data", step + 1)
                 batch = next(batches)
@@ -226,7 +228,7 @@ def finish(
     then = outcome.message
     if stopped_by is not None:
         then += "; the same command resumes"
-    monitor.say(f"{outcome.status} at step {step:,}" + (f": {then}" if then else ""))
+    monitor.print_line(f"{outcome.status} at step {step:,}" + (f": {then}" if then else ""))
     return outcome.exit_code or DONE
 
 
@@ -242,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE
         return train(config, accept_changes=arguments.accept_change)
     except UserError as error:
-        tell(error, os.environ)
+        print_error(error, os.environ)
         return WRONG_USE
 
 

@@ -190,7 +190,7 @@ def _with_prefix(values: Named, prefix: str) -> Named:
     return {name.removeprefix(prefix): v for name, v in values.items() if name.startswith(prefix)}
 
 
-def quarantine(path: Path, reason: str) -> None:
+def set_aside(path: Path, reason: str) -> None:
     """Set a damaged checkpoint aside and say so."""
     aside = path.with_name(temporary_name(path).name.replace(".tmp-", ".corrupt-"))
     publish(path, aside)
@@ -228,7 +228,7 @@ def find_checkpoint(directory: Path, step: int | None, only: Collection[str] | N
     )
 
 
-def remove_litter(directory: Path) -> None:
+def remove_unfinished(directory: Path) -> None:
     """Remove what killed saves left behind. Only for the one process that saves."""
     for path in directory.glob("step-*.tmp-*"):
         shutil.rmtree(path)

@@ -17,10 +17,10 @@ from pipeline.checkpoints.folder import (
     DamagedCheckpointError,
     RunState,
     list_checkpoints,
-    quarantine,
     read_state,
     read_tensors,
     save_checkpoint,
+    set_aside,
     verify_checkpoint,
 )
 from pipeline.checkpoints.retention import CheckpointConfig, retain
@@ -66,7 +66,7 @@ class Checkpoints:
         Without a checkpoint the initial state stays, and the step is 0. Raises UserError if the
         checkpoint belongs to other data or another order.
         """
-        path = newest_good(self._directory, self._runtime)
+        path = newest_verified(self._directory, self._runtime)
         if path is None:
             return 0
         state = read_state(path)
@@ -86,18 +86,18 @@ class Checkpoints:
         best = self.best_step
         return sum(best is None or step > best for step in self._values)
 
-    def recall(self, records: Records) -> None:
+    def load_evaluations(self, records: Records) -> None:
         """Take in the evaluations of the run so far, as the main process read them.
 
         Raises UserError if they lack the metric that `keep.best` names.
         """
         by, values = self._config.keep.best, self._values
-        with self._runtime.together():
+        with self._runtime.sharing_errors():
             if by is not None and self._runtime.is_main:
                 values = by.values(records)
-        self._values = self._runtime.from_main(values)
+        self._values = self._runtime.broadcast(values)
 
-    def judge(self, metrics: Mapping[str, float], step: int) -> bool:
+    def add_evaluation(self, metrics: Mapping[str, float], step: int) -> bool:
         """Take in the evaluation of `step`; tell whether it is the best and worth a checkpoint.
 
         Raises UserError if it lacks the metric that `keep.best` names.
@@ -139,7 +139,7 @@ class Checkpoints:
     def finish(self) -> bool:
         """Wait until the last save is written, and tell whether that worked."""
         self._collect()
-        return self._runtime.from_main(self._last_worked)
+        return self._runtime.broadcast(self._last_worked)
 
     def read(self) -> dict[str, float]:
         """What to log: failures since this start; seconds of stall and writing since the last."""
@@ -185,7 +185,7 @@ class Checkpoints:
         return time.monotonic() - started
 
 
-def newest_good(directory: Path, runtime: Runtime) -> Path | None:
+def newest_verified(directory: Path, runtime: Runtime) -> Path | None:
     """Return the newest checkpoint that verifies on every process, if any; a collective.
 
     Damaged ones are set aside. Where the main process sees no damage, another's view of a shared
@@ -194,7 +194,7 @@ def newest_good(directory: Path, runtime: Runtime) -> Path | None:
     num_tries = 0
     while True:
         found = list_checkpoints(directory) if runtime.is_main else []
-        path: Path | None = runtime.from_main(found[0] if found else None)
+        path: Path | None = runtime.broadcast(found[0] if found else None)
         if path is None:
             return None
         try:
@@ -205,12 +205,12 @@ def newest_good(directory: Path, runtime: Runtime) -> Path | None:
         if not runtime.any(problem is not None):
             return path
         num_tries += 1
-        if runtime.from_main(problem is None and num_tries < NUM_TRIES):
+        if runtime.broadcast(problem is None and num_tries < NUM_TRIES):
             time.sleep(RETRY_SECONDS)
             continue
         num_tries = 0
         if runtime.is_main:
-            quarantine(path, problem or "it does not verify on another process")
+            set_aside(path, problem or "it does not verify on another process")
 
 
 def newest_state(directory: Path) -> tuple[Path, RunState] | None:
@@ -219,7 +219,7 @@ def newest_state(directory: Path) -> tuple[Path, RunState] | None:
         try:
             return path, read_state(path)
         except (OSError, ValueError, TypeError):
-            continue  # damaged: `newest_good` says so and sets it aside
+            continue  # damaged: `newest_verified` says so and sets it aside
     return None
 
 

@@ -26,7 +26,7 @@ HOW_TO_LAUNCH = (
     "Launch with a topology file that starts them together, for example "
     "`accelerate launch --config_file configs/accelerate/cpu-ddp.yaml`."
 )
-MEETING_SECONDS = 8.0  # longer than processes of one machine, started by one hand, differ
+RENDEZVOUS_SECONDS = 8.0  # longer than processes of one machine, started by one hand, differ
 LATE_SECONDS = 60.0  # of others: torchrun lets them start together, but machines may be slow
 MAIN_FIRST_SECONDS = 10.0  # by which the main process comes later to a mistake than another
 STORE_SECONDS = 30.0  # in which another machine's launcher answers, which is up already
@@ -87,17 +87,17 @@ def check_launcher(environment: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def meeting(environment: Mapping[str, str]) -> Generator[None]:
-    """Inside, this process joins the others; one who waits for too long is told for whom.
+def rendezvous(environment: Mapping[str, str]) -> Generator[None]:
+    """Join the other processes inside the context, and report if they do not all come.
 
-    Processes that were started by hand on one machine do not wait for longer than MEETING_SECONDS.
-    Raises UserError if they cannot meet.
+    Processes of one machine that no torchrun started wait for RENDEZVOUS_SECONDS at most. Raises
+    UserError if they cannot meet.
     """
     world, rank = _number(environment, "WORLD_SIZE", 1), _number(environment, "RANK", 0)
     place = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
     announced = f"WORLD_SIZE announces {world} processes, of which this is process {rank}"
     is_limited = _by_hand(environment) and environment.get("MASTER_ADDR") in _THIS_MACHINE
-    seconds = MEETING_SECONDS if is_limited else LATE_SECONDS
+    seconds = RENDEZVOUS_SECONDS if is_limited else LATE_SECONDS
 
     def speak() -> None:
         late = f"they have not all come to {place} (MASTER_ADDR, MASTER_PORT)"
@@ -124,7 +124,7 @@ def meeting(environment: Mapping[str, str]) -> Generator[None]:
         timer.cancel()
 
 
-def tell(error: UserError, environment: Mapping[str, str]) -> None:
+def print_error(error: UserError, environment: Mapping[str, str]) -> None:
     """Print a mistake on which this process ends; as a rule every process meets the same one.
 
     Under torchrun the first process that ends takes the others with it: the main process has the

@@ -36,7 +36,7 @@ from pipeline.distributed.rendezvous import (
     check_announced,
     check_device,
     check_launcher,
-    meeting,
+    rendezvous,
 )
 
 STOP_FILE_POLL_SECONDS = 1.0
@@ -57,11 +57,11 @@ class Runtime:
         self._control = cast(dist.ProcessGroup | None, own_group)
 
     @classmethod
-    def start(cls, *, accumulation: int, patience: float | None = None) -> "Runtime":
+    def start(cls, *, accumulation: int, timeout_seconds: float | None = None) -> "Runtime":
         """Join the other processes; raises UserError if they do not see each other.
 
-        accumulation: micro-batches per step, by which accelerate divides every loss. patience:
-        seconds after which a collective fails that a process does not join; None: torch's default.
+        accumulation: micro-batches per step, by which accelerate divides every loss.
+        timeout_seconds: timeout of collectives; None: torch's default.
         """
         check_announced(os.environ)
         _die_with_parent()
@@ -69,7 +69,7 @@ class Runtime:
         on_cpu = not torch.accelerator.is_available()
         check_device(os.environ, has_gpu=not on_cpu)
         fix_arithmetic()
-        timeout = None if patience is None else timedelta(seconds=patience)
+        timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
         handlers: list[Any] = [
             InitProcessGroupKwargs(timeout=timeout),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -78,7 +78,7 @@ class Runtime:
             prepare_deepspeed(os.environ, on_cpu=on_cpu)
             backend = "gloo" if on_cpu else None
             handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)]
-        with meeting(os.environ):
+        with rendezvous(os.environ):
             accelerator = Accelerator(
                 # Told to stay on the CPU, accelerate would leave DeepSpeed out without a word.
                 cpu=on_cpu and not asks_for_deepspeed(os.environ),
@@ -99,7 +99,7 @@ class Runtime:
         return runtime
 
     @property
-    def place(self) -> str:
+    def hardware(self) -> str:
         """In words: how many processes, and on what."""
         kind = "CPU"
         if self.device.type != "cpu":
@@ -137,7 +137,7 @@ class Runtime:
             return None
         return next(found for found in self.gather(reason) if found is not None)
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return the main process's `value` (of the others' nothing is used); a collective."""
         if self.world == 1:
             return value
@@ -154,7 +154,7 @@ class Runtime:
         return values
 
     @contextmanager
-    def together(self) -> Generator[None]:
+    def sharing_errors(self) -> Generator[None]:
         """Make a UserError of any process inside the context everyone's, at its end; a collective.
 
         What is inside must be no collective.

@@ -49,13 +49,13 @@ class WatchdogConfig(Component):
         return min(max(limit / 10, MIN_GRACE_SECONDS), MAX_GRACE_SECONDS)
 
     @property
-    def patience(self) -> float | None:
+    def collective_timeout(self) -> float | None:
         """Seconds that a collective waits for a process: the watchdog is to bark before."""
         return None if self.seconds is None else self.seconds + 3 * self.grace
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Host:
     """Where a process lives."""
 
     host: str
@@ -63,7 +63,7 @@ class _Place:
     machine: str  # equal where one process may signal the other by its pid
 
     @classmethod
-    def here(cls) -> "_Place":
+    def here(cls) -> "_Host":
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return cls(
             socket.gethostname(), os.getpid(), boot + str(Path("/proc/self/ns/pid").readlink())
@@ -105,7 +105,7 @@ class Watchdog:
         self._config = config
         self._failures = failures
         self._rank = runtime.rank
-        self._peers: list[_Place] = runtime.gather(_Place.here())
+        self._peers: list[_Host] = runtime.gather(_Host.here())
         self._now: tuple[Phase, int, object] = ("start", 0, object())
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

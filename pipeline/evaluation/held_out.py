@@ -26,7 +26,7 @@ from pipeline.distributed.strategies.base import Strategy
 from pipeline.evaluation.reconstruction import Measurement, evaluating
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.monitoring.monitor import Monitor
-from pipeline.training.build import check_data, make_forward, place_model
+from pipeline.training.build import check_data, make_forward, move_model
 from pipeline.training.forward import Forward
 from pipeline.training.loading import Step, choose_checkpoint, load_config, load_run
 from pipeline.training.run_directory import check_ranks
@@ -188,16 +188,16 @@ def evaluate_run(
     kept = [prefix for prefix in PREFIXES if prefix == "eval" or config.ema_decay is not None]
     # Chosen once: a training may save and remove checkpoints meanwhile.
     chosen: int | None = None
-    with runtime.together():
+    with runtime.sharing_errors():
         if runtime.is_main:
             path = choose_checkpoint(run_dir, config, step, PREFIXES[kept[-1]])
             chosen = read_state(path).step
-    chosen = runtime.from_main(chosen)
+    chosen = runtime.broadcast(chosen)
     assert chosen is not None
 
     views: Views = {}
     for prefix in kept:
         run = load_run(run_dir, step=chosen, weights=PREFIXES[prefix], config=config)
-        model = place_model(run.model, config, runtime.device)
+        model = move_model(run.model, config, runtime.device)
         views[prefix] = partial(nullcontext, model)
     return {"step": chosen, **held_out.evaluate(views, chosen)}

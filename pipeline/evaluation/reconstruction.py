@@ -44,7 +44,7 @@ class Measurement:
         self._weights = weights
         self._num_images, self._show = num_images, show
         self._losses = Meter(forward.device)
-        self._tallies = [Tally(metric, forward.seed) for metric in metrics]
+        self._tallies = [MetricSums(metric, forward.seed) for metric in metrics]
         self._sigma2: Tensor | None = None
         self._pictures: list[NDArray[np.uint8]] = []
         self._held: object = None  # of the last micro-batch; see `training.step.train_step`
@@ -97,7 +97,7 @@ class Measurement:
         return metrics
 
 
-class Tally:
+class MetricSums:
     """What a metric has seen so far, of this process's part of a split."""
 
     def __init__(self, metric: MetricBase, seed: int) -> None:

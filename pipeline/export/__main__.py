@@ -24,7 +24,7 @@ from pipeline.common.console import print_report
 from pipeline.common.errors import FAILED, WRONG_USE, StoreError, UserError
 from pipeline.data.storage import ShardReadError
 from pipeline.export.command import begin, work_through
-from pipeline.export.failures import forget_failures, is_unwritable
+from pipeline.export.failures import clear_failures, is_unwritable
 from pipeline.export.settings import ExportConfig
 from pipeline.export.status import export_status
 from pipeline.export.workers import find_worker
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"export: {out}: each task once, by {guarantee}", file=sys.stderr)
         is_heard = True  # from here on an error is this process's own
         if arguments.retry_failed:  # who starts late may forget a new failure: that is tried again
-            forget_failures(prepared.export)
+            clear_failures(prepared.export)
         code = work_through(prepared, worker, lambda: asked_to_stop)
         if arguments.json:
             print_report(asdict(export_status(out)), as_json=True)

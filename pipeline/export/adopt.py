@@ -10,7 +10,7 @@ from pipeline.common import strict
 from pipeline.common.errors import StoreError, UserError
 from pipeline.common.files import canonical_json
 from pipeline.export.layout import COMMITS, DATA, PLAN, RUN, ExportDir
-from pipeline.export.plan import Plan, find_plan, read_plan
+from pipeline.export.plan import ExportPlan, find_plan, read_plan
 from pipeline.models.autoencoder import ModelConfig
 
 
@@ -25,7 +25,7 @@ def with_defaults(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     return {**fingerprint, "model": {**model, "architecture": architecture}}
 
 
-def adopt_plan(export: ExportDir, plan: Plan) -> tuple[Plan, str]:
+def store_plan(export: ExportDir, plan: ExportPlan) -> tuple[ExportPlan, str]:
     """Store the plan, or check that the stored one is the same, and return it.
 
     Returns also what the place guarantees, in words. Raises UserError if it guarantees nothing or

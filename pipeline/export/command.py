@@ -11,14 +11,14 @@ from pathlib import Path
 
 from pipeline.common import strict
 from pipeline.common.errors import DONE, PREEMPTED, StoreError, UserError
-from pipeline.export.adopt import adopt_plan
-from pipeline.export.failures import quarantined, reason_of
+from pipeline.export.adopt import store_plan
+from pipeline.export.failures import failed_tasks, reason_of
 from pipeline.export.finalize import finalize
 from pipeline.export.layout import FAILURES, ExportDir
-from pipeline.export.plan import Plan
+from pipeline.export.plan import ExportPlan
 from pipeline.export.prepare import Prepared, prepare
 from pipeline.export.progress import Progress
-from pipeline.export.run import MAX_FAILURES_IN_A_ROW, Outcome, run_worker
+from pipeline.export.run import MAX_FAILURES_IN_A_ROW, WorkerResult, run_worker
 from pipeline.export.settings import ExportConfig
 from pipeline.export.workers import Worker
 
@@ -32,7 +32,7 @@ def begin(config: ExportConfig, worker: Worker) -> tuple[Prepared, str]:
     prepared = prepare(config, worker)
     if not prepared.plan.tasks:
         raise UserError(f"The split {config.data.split!r} holds no sample: set data.split.")
-    plan, guarantee = adopt_plan(prepared.export, prepared.plan)
+    plan, guarantee = store_plan(prepared.export, prepared.plan)
     return replace(prepared, plan=plan), guarantee
 
 
@@ -57,14 +57,14 @@ def work_through(prepared: Prepared, worker: Worker, should_stop: Callable[[], b
     return DONE
 
 
-def check_complete(export: ExportDir, plan: Plan, outcome: Outcome) -> None:
+def check_complete(export: ExportDir, plan: ExportPlan, outcome: WorkerResult) -> None:
     """Raise what keeps the export from being finished: UserError, StoreError or a task's own."""
     names = [task.name for task in plan.tasks]
     committed = export.committed(names)
     missing = [name for name in names if name not in committed]
     if not missing:
         return
-    resting = quarantined(export, missing)
+    resting = failed_tasks(export, missing)
     untried = len(missing) - len(outcome.errors.keys() | resting)
     given_up = (
         f" {MAX_FAILURES_IN_A_ROW} failures in a row ended this worker, which left {untried} tasks."

@@ -167,7 +167,7 @@ def publish_all(export: ExportDir, records: Sequence[Commit], published: Mapping
     map_in_threads(publish, records, READERS)
 
 
-def remove_litter(export: ExportDir, done: Collection[str]) -> tuple[int, int]:
+def remove_unused_stages(export: ExportDir, done: Collection[str]) -> tuple[int, int]:
     """Remove what is staged for tasks that are committed and published; return files and bytes.
 
     What is staged for others may be somebody's work in progress.

@@ -53,7 +53,7 @@ def record_failure(export: ExportDir, task: str, error: Exception) -> None:
     export.store.put(name, json.dumps(record, indent=1).encode())
 
 
-def quarantined(export: ExportDir, tasks: Iterable[str]) -> dict[str, list[str]]:
+def failed_tasks(export: ExportDir, tasks: Iterable[str]) -> dict[str, list[str]]:
     """Return task -> names of its failures, for those of the tasks that had enough; one listing."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in export.store.sizes(FAILURES):
@@ -72,7 +72,7 @@ def reason_of(export: ExportDir, name: str) -> str:
     return "its record is gone" if data is None else str(json.loads(data)["reason"])
 
 
-def forget_failures(export: ExportDir) -> int:
+def clear_failures(export: ExportDir) -> int:
     """Let all tasks out of quarantine; return how many attempts are forgotten."""
     names = list(export.store.sizes(FAILURES))
     map_in_threads(export.store.delete, names, READERS)

@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from pipeline.export import statistics
 from pipeline.export.commit import Commit, keys_digest, publish_all, read_commits
 from pipeline.export.layout import DATA, KEYS, MANIFEST, STAGE, STATISTICS, SUCCESS, ExportDir
-from pipeline.export.manifest import Manifest, Sidecar, Statistics, TaskEntry, digest
-from pipeline.export.plan import Plan, Task
+from pipeline.export.manifest import ExportManifest, Sidecar, Statistics, TaskEntry, digest
+from pipeline.export.plan import ExportPlan, Task
 from pipeline.latents.keys import key_hash
 
 TASKS_AT_ONCE = 32  # whose commit records are in memory
 KEY_ROW_GROUP = 1 << 16  # rows; a look-up by key reads one group, found by its statistics
 
 
-def finalize(export: ExportDir, plan: Plan) -> None:
+def finalize(export: ExportDir, plan: ExportPlan) -> None:
     """Publish, merge, and mark the export as finished; harmless if it is.
 
     Of every row the key is held in memory, as Arrow has it.
@@ -48,7 +48,7 @@ def finalize(export: ExportDir, plan: Plan) -> None:
 
 def _place_all(
     export: ExportDir,
-    plan: Plan,
+    plan: ExportPlan,
     keys: "Keys",
     entries: list[TaskEntry],
     merged: Mapping[str, Any],
@@ -58,7 +58,7 @@ def _place_all(
         KEYS: keys.file([task.name for task in plan.tasks]),
     }
     digests = {name: digest(data) for name, data in sidecars.items()}
-    manifest = Manifest(
+    manifest = ExportManifest(
         fingerprint=plan.fingerprint,
         rows=sum(entry.rows for entry in entries),
         failed_rows=sum(len(entry.faults) for entry in entries),
@@ -69,9 +69,9 @@ def _place_all(
     )
     text = manifest.to_text()
     for name, data in (*sidecars.items(), (MANIFEST, text)):
-        export.place(name, data)
+        export.write_file(name, data)
     export.store.delete_folder(STAGE)
-    export.place(SUCCESS, f"{digest(text)}\n".encode())
+    export.write_file(SUCCESS, f"{digest(text)}\n".encode())
 
 
 class Keys:

@@ -54,7 +54,7 @@ class ExportDir:
         names = self.store.sizes(COMMITS)
         return {task for task in tasks if commit_path(task) in names}
 
-    def place(self, name: str, data: bytes) -> None:
+    def write_file(self, name: str, data: bytes) -> None:
         """Put a whole file into the root; what a crash leaves behind lies in `_run/`."""
         temporary = f"{RUN}/{name}.{new_id()}"
         self.store.put(temporary, data)

@@ -46,7 +46,7 @@ class Statistics(Sidecar):
 
 
 @dataclass(frozen=True)
-class Manifest:
+class ExportManifest:
     """An export, described by itself."""
 
     fingerprint: Mapping[str, Any]  # of the plan: whoever exports anew must come to the same
@@ -80,14 +80,14 @@ class Manifest:
         return (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
     @property
-    def data(self) -> "Data":
+    def data(self) -> "FingerprintData":
         """The data set that was encoded."""
-        return TypeAdapter(Data).validate_python(self.fingerprint["data"])
+        return TypeAdapter(FingerprintData).validate_python(self.fingerprint["data"])
 
     @property
-    def output(self) -> "Output":
+    def output(self) -> "FingerprintOutput":
         """What every file of the export holds."""
-        return TypeAdapter(Output).validate_python(self.fingerprint["output"])
+        return TypeAdapter(FingerprintOutput).validate_python(self.fingerprint["output"])
 
     def files(self) -> Iterator[FileRecord | Sidecar]:
         """Yield every file but the manifest and _SUCCESS."""
@@ -97,7 +97,7 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Data:
+class FingerprintData:
     """What `verify` asks of the fingerprint's part `data`."""
 
     dataset_id: str
@@ -105,7 +105,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Output:
+class FingerprintOutput:
     """What `verify` asks of the fingerprint's part `output`."""
 
     fields: list[str]
@@ -115,8 +115,8 @@ class Output:
 
 @dataclass(frozen=True)
 class _Fingerprint:
-    data: Data
-    output: Output
+    data: FingerprintData
+    output: FingerprintOutput
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from pipeline.distributed.rendezvous import check_device
 from pipeline.export.encoders import OpenEncoder
 from pipeline.export.layout import ExportDir
 from pipeline.export.passthrough import JsonFields
-from pipeline.export.plan import Plan, Task
+from pipeline.export.plan import ExportPlan, Task
 from pipeline.export.run import Work
 from pipeline.export.settings import ExportConfig
 from pipeline.export.work import Encoding, Noise
@@ -51,7 +51,7 @@ class Prepared:
     """An export that can begin."""
 
     export: ExportDir
-    plan: Plan
+    plan: ExportPlan
     work: Work
     data: DataConfig
     index: Index
@@ -74,7 +74,7 @@ def prepare(config: ExportConfig, worker: Worker) -> Prepared:
     tasks = tuple(make_tasks(index, data.split))
     encoding = make_encoding(config, opened, tasks, device)
     fingerprint = make_fingerprint(config, opened, data, index, encoding)
-    plan = Plan(fingerprint, tasks)
+    plan = ExportPlan(fingerprint, tasks)
 
     work = Work(
         read=partial(

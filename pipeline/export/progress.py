@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from pipeline.export.layout import ExportDir
-from pipeline.export.plan import Plan, Task
+from pipeline.export.plan import ExportPlan, Task
 
 PERIOD_SECONDS = 2.0
 LISTING_SHARE = 0.05  # of the time, at most, is spent on listing the commit records
@@ -21,7 +21,7 @@ class Progress:
     def __init__(
         self,
         export: ExportDir,
-        plan: Plan,
+        plan: ExportPlan,
         *,
         enabled: bool,
         write: Callable[[str], object] = sys.stderr.write,

@@ -25,12 +25,12 @@ from pipeline.export.commit import Commit, Fault, commit, drop, publish_commit, 
 from pipeline.export.failures import (
     MAX_ATTEMPTS,
     RejectedError,
+    failed_tasks,
     is_unwritable,
-    quarantined,
     record_failure,
 )
 from pipeline.export.layout import ExportDir
-from pipeline.export.plan import Plan, Task
+from pipeline.export.plan import ExportPlan, Task
 from pipeline.export.progress import Progress
 from pipeline.export.statistics import partial_of, to_json
 from pipeline.export.work import Encoding, encode_task
@@ -58,7 +58,7 @@ class StoppedError(Exception):
 
 
 @dataclass
-class Outcome:
+class WorkerResult:
     """What a worker leaves: `errors` of tasks that it could not do and nobody has committed."""
 
     stopped: bool = False
@@ -68,16 +68,16 @@ class Outcome:
 
 def run_worker(
     export: ExportDir,
-    plan: Plan,
+    plan: ExportPlan,
     work: Work,
     *,
     worker: Worker,
     should_stop: Callable[[], bool],
     progress: Progress,
-) -> Outcome:
+) -> WorkerResult:
     """Do tasks until all are committed, by whomever, or in quarantine, or a stop is asked for."""
     run = _Run(export, work, should_stop, progress)
-    tasks = worker.order(plan.tasks)
+    tasks = worker.task_queue(plan.tasks)
     for _ in range(MAX_ATTEMPTS):
         run.outcome.errors.clear()
         run.work_through(tasks)
@@ -92,7 +92,7 @@ class _Run:
     def __init__(
         self, export: ExportDir, work: Work, should_stop: Callable[[], bool], progress: Progress
     ) -> None:
-        self.outcome = Outcome()
+        self.outcome = WorkerResult()
         self._num_in_a_row = 0
         self._broken: Exception | None = None  # what kept the next task from being chosen
         self._export, self._work, self._progress = export, work, progress
@@ -135,7 +135,7 @@ class _Run:
         """
         try:
             names = [task.name for task in tasks]
-            passed_over = self._export.committed(names) | set(quarantined(self._export, names))
+            passed_over = self._export.committed(names) | set(failed_tasks(self._export, names))
             for task in tasks:
                 if self.outcome.gave_up:
                     return

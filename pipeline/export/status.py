@@ -9,8 +9,8 @@ from pathlib import PurePosixPath
 
 from pipeline.common.errors import UserError
 from pipeline.data.storage.opening import open_writable
-from pipeline.export.commit import Commit, publish_all, read_commits, remove_litter
-from pipeline.export.failures import quarantined, reason_of
+from pipeline.export.commit import Commit, publish_all, read_commits, remove_unused_stages
+from pipeline.export.failures import failed_tasks, reason_of
 from pipeline.export.finalize import finalize
 from pipeline.export.layout import DATA, FAILURES, STAGE, ExportDir, flat_name
 from pipeline.export.plan import read_plan
@@ -42,7 +42,7 @@ def export_status(out: str) -> StatusReport:
     committed = export.committed(names)
     records = read_commits(export, [name for name in names if name in committed])
     waiting = [name for name in names if name not in committed]
-    failures = quarantined(export, waiting)
+    failures = failed_tasks(export, waiting)
     return StatusReport(
         out=export.root,
         finished=export.is_finished(),
@@ -113,4 +113,4 @@ def collect_garbage(out: str) -> GarbageReport:
     records = read_commits(export, [name for name in names if name in committed])
     if not export.is_finished():
         publish_all(export, records, export.store.sizes(DATA))
-    return GarbageReport(export.root, *remove_litter(export, committed))
+    return GarbageReport(export.root, *remove_unused_stages(export, committed))

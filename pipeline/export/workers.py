@@ -25,7 +25,7 @@ class Worker:
     # have all the same share.
     start: float = 0.0
 
-    def order(self, tasks: Sequence[Task]) -> list[Task]:
+    def task_queue(self, tasks: Sequence[Task]) -> list[Task]:
         """Return all tasks: the own share first, then the others' from the end.
 
         Each worker begins with the others' at a place of its own: if one dies, all help, and would

@@ -58,7 +58,7 @@ class Monitor:
         self._last_progress = (step, time.monotonic())
         (run_dir / "images").mkdir(exist_ok=True)
         # A run that begins again at step 0 evaluates there again.
-        self.past = cut_back(run_dir / "metrics.jsonl", step if step > 0 else -1)
+        self.past = truncate_records(run_dir / "metrics.jsonl", step if step > 0 else -1)
         self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
         self._unwritten = b""
         evaluated = any(r["step"] == step and "eval/loss" in r for r in self.past)
@@ -117,14 +117,14 @@ class Monitor:
         self._last_progress = (step, now)
         seconds_per_step = (now - former_time) / max(step - former_step, 1)
         minutes, seconds = divmod(int((self._num_steps - step) * seconds_per_step), 60)
-        self.say(
+        self.print_line(
             f"step {step:,}/{self._num_steps:,}  loss {values['train/loss']:.4g}  "
             f"{values['perf/images_per_second']:,.0f} images/s  "
             f"waiting for data {values['perf/data_wait_fraction']:.0%}  "
             f"{minutes}:{seconds:02d} left"
         )
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line on the console."""
         if self._is_main:
             print(text, file=sys.stderr, flush=True)
@@ -147,7 +147,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole]
 
 
-def cut_back(path: Path, step: int) -> Records:
+def truncate_records(path: Path, step: int) -> Records:
     """Drop the records after `step` and a last line that a kill cut short; return the others."""
     if not path.exists():
         return []

@@ -96,7 +96,7 @@ def build_trained(config: TrainConfig) -> nn.Module:
     return Players(autoencoder, discriminator.to(dtype), term)
 
 
-def place_model(model: M, config: TrainConfig, device: torch.device) -> M:
+def move_model(model: M, config: TrainConfig, device: torch.device) -> M:
     """Move a model to its device and into the config's memory format."""
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     # torch's stubs leave this argument out
@@ -105,7 +105,7 @@ def place_model(model: M, config: TrainConfig, device: torch.device) -> M:
 
 def make_strategy(config: TrainConfig, runtime: Runtime) -> Strategy:
     """Return the initial model, distributed over the processes."""
-    model = place_model(build_trained(config), config, runtime.device)
+    model = move_model(build_trained(config), config, runtime.device)
     term = config.objective.adversarial
     opponent = None if term is None else term.discriminator
     if runtime.uses_deepspeed:
@@ -127,7 +127,7 @@ def make_strategy(config: TrainConfig, runtime: Runtime) -> Strategy:
     )
 
 
-def throw_away_loss(
+def warm_up_loss(
     config: TrainConfig, forward: Forward, strategy: Strategy, runtime: Runtime
 ) -> Tensor:
     """Return a zero that depends on every parameter, from a micro-batch of noise."""

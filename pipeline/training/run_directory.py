@@ -22,7 +22,7 @@ from pipeline.checkpoints.folder import (
     is_whole,
     list_checkpoints,
     read_weights,
-    remove_litter,
+    remove_unfinished,
 )
 from pipeline.checkpoints.manager import check_order, newest_state
 from pipeline.common import strict
@@ -37,7 +37,7 @@ from pipeline.training.build import build_trained
 from pipeline.training.loading import check_shapes, load_config
 
 
-def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) -> IO[bytes]:
+def lock_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) -> IO[bytes]:
     """Make the run directory this process's, and return the lock to hold; for the main process.
 
     Raises UserError if it cannot be written, if another process runs there, or if it belongs to a
@@ -74,7 +74,7 @@ def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) 
         lock.flush()
         _take_over_config(run_dir, config, accepted, order)
         (run_dir / "STOP").unlink(missing_ok=True)
-        remove_litter(run_dir / "checkpoints")
+        remove_unfinished(run_dir / "checkpoints")
     except BaseException:
         lock.close()
         raise
@@ -107,7 +107,7 @@ def _check_weights(run_dir: Path, config: TrainConfig) -> None:
     """Raise UserError unless the newest good checkpoint's weights are of the config's model."""
     directory = run_dir / "checkpoints"
     path = next((path for path in list_checkpoints(directory) if is_whole(path)), None)
-    if path is None:  # all are damaged: `manager.newest_good` says so and sets them aside
+    if path is None:  # all are damaged: `manager.newest_verified` says so and sets them aside
         return
     model = build_trained(config).state_dict()
     what = f"{path} holds weights of another model than the changed config"
@@ -139,7 +139,7 @@ def _covered(path: str, names: Sequence[str]) -> bool:
 
 
 @contextmanager
-def claimed(
+def locked_run_dir(
     config: TrainConfig, accepted: Sequence[str], order: Mixture, runtime: Runtime
 ) -> Generator[Failures]:
     """Hold the run directory inside the context, which gives where to record failures.
@@ -150,12 +150,12 @@ def claimed(
     lock: IO[bytes] | None = None
     attempt: str | None = None
     try:
-        with runtime.together():
+        with runtime.sharing_errors():
             if runtime.is_main:
                 _check_world(config, runtime.world)
-                lock = claim_run_dir(config, accepted, order)
+                lock = lock_run_dir(config, accepted, order)
                 attempt = begin(run_dir)
-        failures = Failures(run_dir, runtime.from_main(attempt), runtime.rank, runtime.world)
+        failures = Failures(run_dir, runtime.broadcast(attempt), runtime.rank, runtime.world)
         with failures.recorded():
             yield failures
     finally:

@@ -18,11 +18,11 @@ from pipeline.checkpoints.folder import (
     RunState,
     find_checkpoint,
     list_checkpoints,
-    quarantine,
     read_state,
     read_tensors,
-    remove_litter,
+    remove_unfinished,
     save_checkpoint,
+    set_aside,
     verify_checkpoint,
 )
 from pipeline.checkpoints.retention import Keep, retain
@@ -226,8 +226,8 @@ def test_litter_of_killed_saves_is_removed_and_nothing_else(tmp_path: Path):
     shutil.copytree(path, tmp_path / "step-30.tmp-0123")
     (tmp_path / "step-30.tmp-0123" / FILES[0]).unlink()
     (tmp_path / "step-10.corrupt-0123").mkdir()
-    remove_litter(tmp_path)
-    remove_litter(tmp_path / "none")
+    remove_unfinished(tmp_path)
+    remove_unfinished(tmp_path / "none")
     assert {p.name for p in tmp_path.iterdir()} == {"step-20", "step-10.corrupt-0123"}
     verify_checkpoint(path)
 
@@ -241,7 +241,7 @@ def test_an_existing_step_is_kept(tmp_path: Path):
 
 def test_quarantine_sets_aside_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for _ in range(2):  # the same step may go wrong again
-        quarantine(saved(tmp_path, 20)[0], "one bit is wrong")
+        set_aside(saved(tmp_path, 20)[0], "one bit is wrong")
     assert len(list(tmp_path.glob("step-20.corrupt-*"))) == 2
     assert list_checkpoints(tmp_path) == []
     assert "step-20 is damaged (one bit is wrong)" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def test_one_process_is_its_own_group():
     assert runtime.sum(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
     assert (runtime.any(True), runtime.any(False)) == (True, False)
     assert runtime.gather("mine") == ["mine"]
-    assert runtime.from_main({"a": 1}) == {"a": 1}
+    assert runtime.broadcast({"a": 1}) == {"a": 1}
     assert runtime.first_reason(None) is None
     assert runtime.first_reason("full") == "full"
 

@@ -17,7 +17,7 @@ from pipeline.data.pack.pack import pack
 from pipeline.data.pack.sources import Sprites
 from pipeline.distributed.strategies.base import FullState
 from pipeline.export.command import begin, work_through
-from pipeline.export.failures import forget_failures
+from pipeline.export.failures import clear_failures
 from pipeline.export.settings import ExportConfig
 from pipeline.export.workers import Worker
 from pipeline.models.autoencoder import build_autoencoder
@@ -107,5 +107,5 @@ def run_export(
     worker = worker or Worker()
     prepared, _ = begin(config, worker)
     if retry_failed:
-        forget_failures(prepared.export)
+        clear_failures(prepared.export)
     return work_through(prepared, worker, lambda: False)

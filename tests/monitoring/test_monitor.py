@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.common import strict
 from pipeline.config import TrainConfig
-from pipeline.monitoring.monitor import Monitor, MonitorConfig, cut_back
+from pipeline.monitoring.monitor import Monitor, MonitorConfig, truncate_records
 from pipeline.monitoring.wandb_pieces import read_piece
 from tests.processes import ROOT
 
@@ -117,7 +117,7 @@ def test_other_ranks_are_silent(tmp_path, capsys):
         monitor.log(1, {"a": 1.0})
         monitor.picture(1, "eval", np.zeros((4, 4, 3), np.uint8))
         monitor.progress(1, {})
-        monitor.say("hello")
+        monitor.print_line("hello")
     assert list((tmp_path / "run").iterdir()) == []
     assert capsys.readouterr() == ("", "")
 
@@ -128,10 +128,10 @@ def test_a_resume_drops_later_records_and_a_half_line(tmp_path):
     for half in ("", '{"step": 4', '{"step": 20, "x": 1}'):
         for step, kept in ((-1, 0), (0, 1), (15, 2), (20, 4), (40, 5)):
             path.write_text("".join(whole) + half)
-            records = cut_back(path, step)
+            records = truncate_records(path, step)
             assert path.read_text() == "".join(whole[:kept])
             assert records == [json.loads(line) for line in whole[:kept]]
-    assert cut_back(tmp_path / "none", 3) == []
+    assert truncate_records(tmp_path / "none", 3) == []
 
 
 def test_a_run_that_begins_again_at_step_0_repeats_no_record(tmp_path):

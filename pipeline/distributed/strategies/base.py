@@ -58,7 +58,7 @@ class Parameters:
         ]
 
 
-def no_state(num_updates: int = 0) -> FullState:
+def empty_state(num_updates: int = 0) -> FullState:
     """A state without tensors."""
     return FullState({}, None, {}, {}, num_updates)
 

@@ -15,7 +15,7 @@ from pipeline.distributed.strategies.base import (
     Named,
     Parameters,
     StepResult,
-    no_state,
+    empty_state,
     to_cpu,
 )
 from pipeline.losses.players import Player, checkpoint_name
@@ -107,8 +107,8 @@ class DdpStrategy:
         """Copy the state to the CPU; no communication, all processes hold the same."""
         num_updates = int(self._num_updates.item())
         if not wanted:
-            return no_state(num_updates)
-        into = into or no_state()
+            return empty_state(num_updates)
+        into = into or empty_state()
         ema: Named | None = None
         if self._average is not None:
             averages = dict(zip(self._parameters.averaged, self._average.averages, strict=True))

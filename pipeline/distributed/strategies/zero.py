@@ -26,14 +26,14 @@ from pipeline.distributed.strategies.base import (
     Named,
     Parameters,
     StepResult,
-    no_state,
+    empty_state,
     to_cpu,
 )
 from pipeline.distributed.strategies.zero_engine import (
+    check_norms_in_float32,
     complete,
     group_norms,
     group_players,
-    judge_norms_in_float32,
 )
 from pipeline.losses.players import Player, checkpoint_name
 from pipeline.losses.terms.adversarial import DiscriminatorConfig
@@ -85,7 +85,7 @@ class ZeroStrategy:
                 f"file asks for {self._stage}: choose stage 1, 2 or 3."
             )
         if self._stage == 3:
-            judge_norms_in_float32(self._engine.optimizer)
+            check_norms_in_float32(self._engine.optimizer)
         self._group_norms = group_norms(self._engine.optimizer)
         self.model: nn.Module = self._engine
         self._num_updates = torch.zeros((), device=self._device)
@@ -145,7 +145,7 @@ class ZeroStrategy:
 
     def full_state(self, *, wanted: bool = True, into: FullState | None = None) -> FullState:
         """Gather parameters, averages and moments on the CPU; a collective."""
-        into = into or no_state()
+        into = into or empty_state()
         model: Named = {}
         for name, buffer in self._parameters.buffers.items() if wanted else ():
             model[name] = to_cpu(buffer, into.model.get(name))

@@ -13,7 +13,7 @@ from pipeline.distributed.optimizer import AdamWConfig
 from pipeline.losses.players import Player
 
 
-def judge_norms_in_float32(optimizer: Any) -> None:
+def check_norms_in_float32(optimizer: Any) -> None:
     """Have stage 3 skip a step if the square of the norm leaves float32, as `ddp` does.
 
     Stages 1 and 2 do so; stage 3 adds the squares up in float64. It would apply a gradient whose

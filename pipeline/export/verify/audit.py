@@ -13,7 +13,7 @@ from pipeline.common.files import sha256_file
 from pipeline.export.commit import keys_digest
 from pipeline.export.finalize import Keys
 from pipeline.export.layout import KEYS, MANIFEST, STATISTICS, ExportDir, data_path
-from pipeline.export.manifest import Manifest, Output, TaskEntry, digest
+from pipeline.export.manifest import ExportManifest, FingerprintOutput, TaskEntry, digest
 from pipeline.export.statistics import Partial, merge, partial_of, scaling, to_text
 from pipeline.export.verify.source import SourceKeys
 from pipeline.latents.fields import field_values
@@ -26,7 +26,7 @@ class Audit:
     def __init__(
         self,
         export: ExportDir,
-        manifest: Manifest,
+        manifest: ExportManifest,
         *,
         rows: bool,
         statistics: bool,
@@ -121,7 +121,7 @@ def _read_rows(
     root: Path,
     task: TaskEntry,
     paths: Sequence[str],
-    output: Output,
+    output: FingerprintOutput,
     source: SourceKeys | None,
 ) -> tuple[Rows | None, list[str]]:
     """Return the rows of the task's first readable file, and all that is wrong with its files.
@@ -150,7 +150,7 @@ def _read_rows(
     return first, problems
 
 
-def _unfit(rows: Rows, output: Output) -> Iterator[str]:
+def _unfit(rows: Rows, output: FingerprintOutput) -> Iterator[str]:
     """Yield how latents are not those of an export with such an output."""
     shape = output.latent_shape
     for field in output.fields:
@@ -160,7 +160,7 @@ def _unfit(rows: Rows, output: Output) -> Iterator[str]:
         yield "latents that are not finite"
 
 
-def _check_against(rows: Rows, task: TaskEntry, output: Output) -> Iterator[str]:
+def _check_against(rows: Rows, task: TaskEntry, output: FingerprintOutput) -> Iterator[str]:
     yield from _unfit(rows, output)
     if len(rows) != task.rows:
         yield f"{len(rows)} rows instead of {task.rows}"

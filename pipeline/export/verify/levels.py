@@ -21,8 +21,8 @@ from pipeline.common.errors import UserError
 from pipeline.data.storage.opening import open_writable
 from pipeline.export.commit import Commit, keys_digest
 from pipeline.export.layout import MANIFEST, RUN, SUCCESS, ExportDir, commit_path
-from pipeline.export.manifest import Manifest, TaskEntry, digest
-from pipeline.export.plan import Plan, find_plan
+from pipeline.export.manifest import ExportManifest, TaskEntry, digest
+from pipeline.export.plan import ExportPlan, find_plan
 from pipeline.export.verify.audit import Audit
 from pipeline.export.verify.source import SourceKeys
 
@@ -104,7 +104,7 @@ def verify_export(
     )
 
 
-def _find_plan(export: ExportDir, problems: list[str]) -> Plan | None:
+def _find_plan(export: ExportDir, problems: list[str]) -> ExportPlan | None:
     try:
         return find_plan(export)
     except UserError as error:
@@ -112,7 +112,7 @@ def _find_plan(export: ExportDir, problems: list[str]) -> Plan | None:
         return None
 
 
-def _unfinished(export: ExportDir, plan: Plan | None) -> Iterator[str]:
+def _unfinished(export: ExportDir, plan: ExportPlan | None) -> Iterator[str]:
     if export.is_finished():
         return
     state = ""
@@ -122,14 +122,16 @@ def _unfinished(export: ExportDir, plan: Plan | None) -> Iterator[str]:
     yield f"unfinished, there is no _SUCCESS{state}; give the export command again"
 
 
-def _parse_manifest(export: ExportDir, data: bytes | None, problems: list[str]) -> Manifest | None:
+def _parse_manifest(
+    export: ExportDir, data: bytes | None, problems: list[str]
+) -> ExportManifest | None:
     seal = export.store.read(SUCCESS)
     if data is None:
         if seal is not None:
             problems.append("manifest.json is missing")
         return None
     try:
-        manifest = Manifest.parse(data)
+        manifest = ExportManifest.parse(data)
     except ValueError as error:
         problems.append(f"manifest.json {error}")
         return None
@@ -138,7 +140,7 @@ def _parse_manifest(export: ExportDir, data: bytes | None, problems: list[str]) 
     return manifest
 
 
-def _check_listing(export: ExportDir, manifest: Manifest) -> Iterator[str]:
+def _check_listing(export: ExportDir, manifest: ExportManifest) -> Iterator[str]:
     expected = {file.path for file in manifest.files()} | {MANIFEST, SUCCESS}
     sizes = export.store.sizes()
     found = {name: size for name, size in sizes.items() if name.partition("/")[0] != RUN}
@@ -151,7 +153,9 @@ def _check_listing(export: ExportDir, manifest: Manifest) -> Iterator[str]:
                 yield f"{file.path} has {size} bytes instead of {file.bytes}"
 
 
-def _check_counts(export: ExportDir, manifest: Manifest, plan: Plan | None) -> Iterator[str]:
+def _check_counts(
+    export: ExportDir, manifest: ExportManifest, plan: ExportPlan | None
+) -> Iterator[str]:
     tasks = manifest.tasks
     for name, total, parts in (
         ("rows", manifest.rows, sum(task.rows for task in tasks)),

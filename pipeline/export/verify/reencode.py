@@ -22,7 +22,7 @@ from pipeline.common.errors import UserError
 from pipeline.data.storage.opening import open_writable
 from pipeline.export.adopt import with_defaults
 from pipeline.export.layout import MANIFEST, ExportDir, data_path
-from pipeline.export.manifest import Manifest, TaskEntry
+from pipeline.export.manifest import ExportManifest, TaskEntry
 from pipeline.export.prepare import prepare
 from pipeline.export.run import Work
 from pipeline.export.settings import ExportConfig
@@ -65,7 +65,7 @@ def _verify_encoding(
     out: str, run: str, source: str | None, shards: str | None, num_tasks: int
 ) -> tuple[list[str], list[str]]:
     export = ExportDir(open_writable(out))
-    manifest = Manifest.parse(export.store.read(MANIFEST) or b"")
+    manifest = ExportManifest.parse(export.store.read(MANIFEST) or b"")
     config = config_of(manifest.fingerprint, run, out, source, shards)
     prepared = prepare(config, Worker())
     asked = json.loads(json.dumps(prepared.plan.fingerprint))

@@ -11,7 +11,7 @@ from pipeline.data.index.one_pass import OnePass
 from pipeline.data.index.splits import ALL
 from pipeline.data.index.tar import ReadBytes, TarScan, group_samples
 from pipeline.data.storage import is_url, open_storage
-from pipeline.export.manifest import Data, TaskEntry
+from pipeline.export.manifest import FingerprintData, TaskEntry
 from pipeline.latents.formats.writers import Rows
 
 
@@ -27,7 +27,7 @@ class SourceKeys:
         # Every format's file of a task is checked after the other: the shard is read once.
         self._keys = lru_cache(maxsize=1)(self._keys_in)
 
-    def differences(self, data: Data) -> Iterator[str]:
+    def differences(self, data: FingerprintData) -> Iterator[str]:
         """Yield how the data set is not the one that was exported: nothing else fits then."""
         self._split = data.split.partition("/")[0]
         if self._index.dataset_id != data.dataset_id:
