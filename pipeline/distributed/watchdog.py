@@ -16,7 +16,8 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -115,6 +116,13 @@ class Watchdog:
     def enter(self, phase: Phase, step: int) -> None:
         """Say what comes next for this step, or that it still goes on."""
         self._now = (phase, step, object())  # unlike the last, also in the same phase
+
+    @contextmanager
+    def phase(self, phase: Phase, step: int) -> Generator[None]:
+        """Enter a phase twice: what is inside has the whole time limit, and so has what follows."""
+        self.enter(phase, step)
+        yield
+        self.enter(phase, step)
 
     def close(self) -> None:
         """Stop watching."""
