@@ -13,6 +13,7 @@ and, without these prefixes:
     optim/grad_norm_discriminator (its part, with an adversarial term),
     optim/skipped_steps (since this start), optim/weight_kl (beta),
     perf/images_per_second, perf/data_wait_fraction (share of time in the stream's next()),
+    perf/device_memory_peak_bytes or, on a CPU, perf/process_memory_peak_bytes: see `memory`,
     data/samples_seen, data/epoch, data/images and data/tombstones (since this start)
 """
 
@@ -28,6 +29,7 @@ from pipeline.data.stream import Stream
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import StepResult
 from pipeline.losses.objective import Losses
+from pipeline.monitoring.memory import read_peak
 
 
 class Meter:
@@ -120,6 +122,7 @@ class TrainingMeter:
         values["optim/skipped_steps"] = self._num_skipped
         values["perf/images_per_second"] = num_images / seconds
         values["perf/data_wait_fraction"] = stalled / (seconds * self._runtime.world)
+        values |= read_peak(self._runtime)
         self._norm_sum = torch.zeros_like(self._norm_sum)
         self._applied = torch.zeros_like(self._applied)
         self._num_steps = 0

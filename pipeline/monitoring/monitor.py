@@ -17,6 +17,7 @@ from pydantic import Field
 from pipeline.common.component import Component
 from pipeline.common.console import warn
 from pipeline.common.files import write_atomic
+from pipeline.monitoring.memory import memory_line
 from pipeline.monitoring.wandb_sink import Records, WandbConfig, WandbSink
 
 
@@ -56,6 +57,7 @@ class Monitor:
         self._run_dir = run_dir
         self._num_steps = num_steps
         self._last_progress = (step, time.monotonic())
+        self._memory_is_printed = False
         (run_dir / "images").mkdir(exist_ok=True)
         # A run that begins again at step 0 evaluates there again.
         self.past = truncate_records(run_dir / "metrics.jsonl", step if step > 0 else -1)
@@ -109,7 +111,7 @@ class Monitor:
         self._wandb.log_image(step, name, image)
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Print the console's line for one log."""
+        """Print the console's line for one log, and at the first one the peak of memory."""
         if not self._is_main:
             return
         former_step, former_time = self._last_progress
@@ -123,6 +125,9 @@ class Monitor:
             f"waiting for data {values['perf/data_wait_fraction']:.0%}  "
             f"{minutes}:{seconds:02d} left"
         )
+        if not self._memory_is_printed and (line := memory_line(values)):
+            self.print_line(line)
+        self._memory_is_printed = True
 
     def print_line(self, text: str) -> None:
         """Print a line on the console."""
