@@ -54,7 +54,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
     directory do not fit.
     """
     config = config.resolved()
-    # The processes, their data, and the right to write.
+    # Join the processes, check the data, lock the run directory.
     runtime = Runtime.start(
         accumulation=config.accumulation, timeout_seconds=config.watchdog.collective_timeout
     )
@@ -149,7 +149,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
                 step += 1
                 trainer.update(step)
 
-                # Once in a while. Measure first, then save what was measured.
+                # Evaluate before saving, so that the checkpoint of a new best value is kept.
                 last, is_best = step >= config.num_steps, False
                 if not last:
                     stop.check(runtime)
@@ -204,7 +204,7 @@ class Trainer:
         self.kept = train_step(batch, samples, self.config, self.forward, self.strategy, self.meter)
 
     def evaluate(self, step: int) -> bool:
-        """Evaluate the weights of `step`; tell whether they are the best so far."""
+        """Evaluate the weights of `step`; return whether they are the best so far."""
 
         def before_batch() -> None:
             self.watchdog.enter("evaluation", step)

@@ -86,9 +86,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file, see configs/export/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings in place of its")
     parser.add_argument("--worker", metavar="i/n", help="be worker i (from 0) of n")
-    parser.add_argument(
-        "--retry-failed", action="store_true", help="let tasks out of quarantine before"
-    )
+    parser.add_argument("--retry-failed", action="store_true", help="try failed tasks again")
 
 
 def parse_train(argv: Sequence[str]) -> argparse.Namespace:

@@ -1,9 +1,9 @@
-"""Finish an export whose tasks are all committed; any process may, several at once, again.
+"""Finishes an export whose tasks are all committed; several processes may do so, and repeatedly.
 
-commit records -> publish what is not -> latent_stats.json, keys.parquet -> manifest.json
+commit records -> publish the rest -> latent_stats.json, keys.parquet -> manifest.json
 -> remove `_stage/` -> `_SUCCESS` with the manifest's hash
 
-The plan and the commit records say all: neither the model nor the data is needed.
+The plan and the commit records suffice: neither the model nor the data is needed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,14 +22,14 @@ from pipeline.export.manifest import ExportManifest, Sidecar, Statistics, TaskEn
 from pipeline.export.plan import ExportPlan, Task
 from pipeline.latents.keys import key_hash
 
-TASKS_AT_ONCE = 32  # whose commit records are in memory
+TASKS_AT_ONCE = 32  # commit records in memory at a time
 KEY_ROW_GROUP = 1 << 16  # rows; a look-up by key reads one group, found by its statistics
 
 
 def finalize(export: ExportDir, plan: ExportPlan) -> None:
-    """Publish, merge, and mark the export as finished; harmless if it is.
+    """Publish, merge, and mark the export as finished; does no harm if it is finished.
 
-    Of every row the key is held in memory, as Arrow has it.
+    The keys of all rows are in memory, as Arrow arrays.
     """
     if not export.is_finished():
         keys, entries, partials = Keys(), list[TaskEntry](), list[statistics.Partial]()
@@ -42,11 +42,11 @@ def finalize(export: ExportDir, plan: ExportPlan) -> None:
                 keys.add(record.keys)
                 entries.append(_entry(task, record))
                 partials.append(statistics.Partial(**record.statistics))
-        _place_all(export, plan, keys, entries, statistics.merge(partials))
-    export.store.delete_folder(STAGE)  # what a process left that did a task a second time
+        _write_results(export, plan, keys, entries, statistics.merge(partials))
+    export.store.delete_folder(STAGE)  # a process may have done a task a second time
 
 
-def _place_all(
+def _write_results(
     export: ExportDir,
     plan: ExportPlan,
     keys: "Keys",
@@ -78,7 +78,7 @@ class Keys:
     """The keys of all tasks, added in the tasks' order."""
 
     def __init__(self, keys: Iterable[Sequence[str]] = ()) -> None:
-        self._keys: list[Any] = []  # of pyarrow arrays, which take a third of Python's strings
+        self._keys: list[Any] = []  # pyarrow arrays, with a third of the memory of Python strings
         self._hashes: list[NDArray[np.uint64]] = []
         for of_task in keys:
             self.add(of_task)
@@ -90,11 +90,11 @@ class Keys:
 
     @property
     def num_tasks(self) -> int:
-        """How many tasks' keys were added."""
+        """Number of tasks whose keys were added."""
         return len(self._keys)
 
     def num_duplicates(self) -> int:
-        """Count keys that occur again; the source is at fault, and the export keeps them all."""
+        """Count the rows whose key an earlier row has; the export keeps them."""
         keys = pa.chunked_array(self._keys, pa.string())
         return len(keys) - pc.call_function("count_distinct", [keys]).as_py()
 

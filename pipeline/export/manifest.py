@@ -1,7 +1,6 @@
 """manifest.json: every file of an export with its hash, every failed row; written by `finalize`.
 
-What reads latents takes the few values that it needs from `pipeline.latents.manifest`, which needs
-neither this nor its checks.
+Readers of latents use `pipeline.latents.manifest`, which reads a few values without these checks.
 """
 
 import hashlib
@@ -40,16 +39,16 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class Statistics(Sidecar):
-    """The statistics' file, with the scaling for who wants no more; None in older exports."""
+    """The statistics file; `scaling` is copied here for readers that need nothing else."""
 
-    scaling: dict[str, Any] | None = None
+    scaling: dict[str, Any] | None = None  # None in exports by 93dd2d6
 
 
 @dataclass(frozen=True)
 class ExportManifest:
-    """An export, described by itself."""
+    """The content of manifest.json."""
 
-    fingerprint: Mapping[str, Any]  # of the plan: whoever exports anew must come to the same
+    fingerprint: Mapping[str, Any]  # of the plan; a repeated export must have the same
     rows: int
     failed_rows: int
     duplicate_keys: int
@@ -59,7 +58,7 @@ class ExportManifest:
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """Return the manifest in a file's content; raise ValueError, which says what is wrong."""
+        """Parse a file's content; raises ValueError with what is wrong."""
         try:
             values = json.loads(data)
         except ValueError as error:
@@ -86,7 +85,7 @@ class ExportManifest:
 
     @property
     def output(self) -> "FingerprintOutput":
-        """What every file of the export holds."""
+        """What the files of the export contain."""
         return TypeAdapter(FingerprintOutput).validate_python(self.fingerprint["output"])
 
     def files(self) -> Iterator[FileRecord | Sidecar]:
@@ -98,15 +97,15 @@ class ExportManifest:
 
 @dataclass(frozen=True)
 class FingerprintData:
-    """What `verify` asks of the fingerprint's part `data`."""
+    """The values of the fingerprint's part `data` that `verify` needs."""
 
     dataset_id: str
-    split: str  # as pipeline.data.index.Index.split_identity has it
+    split: str  # by pipeline.data.index.Index.split_identity
 
 
 @dataclass(frozen=True)
 class FingerprintOutput:
-    """What `verify` asks of the fingerprint's part `output`."""
+    """The values of the fingerprint's part `output` that `verify` needs."""
 
     fields: list[str]
     latent_shape: tuple[int, ...]
@@ -128,5 +127,5 @@ _FINGERPRINT = TypeAdapter(_Whole)
 
 
 def digest(data: bytes) -> str:
-    """Return the hash by which _SUCCESS and the manifest name a file's content."""
+    """Return the hash that _SUCCESS and the manifest have of a file's content."""
     return hashlib.sha256(data).hexdigest()

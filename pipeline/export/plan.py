@@ -1,4 +1,4 @@
-"""The plan: which tasks there are, and the fingerprint of everything that decides a byte.
+"""The plan: all tasks, and the fingerprint of everything that the files depend on.
 
 config, run, index -> ExportPlan -> `_run/plan.json`, created once. A later start must come to the
 same plan, with any number of processes, or it is refused and the differences are listed.
@@ -29,7 +29,7 @@ class Task:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """All tasks in the order of the shards, and what they are done with."""
+    """All tasks in the order of the shards, and the fingerprint."""
 
     fingerprint: Mapping[str, Any]
     tasks: tuple[Task, ...]
@@ -53,10 +53,7 @@ class ExportPlan:
 
 
 def find_plan(export: ExportDir) -> ExportPlan | None:
-    """Return the stored plan, if there is one.
-
-    Raises UserError when it is of another format, or damaged.
-    """
+    """Return the stored plan, if there is one; raises UserError if it cannot be read."""
     data, where = export.store.read(PLAN), export.store.where(PLAN)
     if data is None:
         return None

@@ -1,4 +1,4 @@
-"""How far an export is, from its files alone; nobody has to run, and nothing is loaded.
+"""Status of an export from its files: no worker has to run, no model is loaded.
 
 listings of commits, failures and stages, and the commit records -> StatusReport
 """
@@ -18,24 +18,24 @@ from pipeline.export.plan import read_plan
 
 @dataclass(frozen=True)
 class StatusReport:
-    """What stands in the place of an export."""
+    """The progress of an export."""
 
     out: str
-    finished: bool  # _SUCCESS is there: it can be read
+    finished: bool  # it has _SUCCESS and can be read
     tasks: int
     committed_tasks: int
-    rows: int  # of all tasks,
-    committed_rows: int  # of these
-    failed_rows: int  # committed as not valid
+    rows: int  # of all tasks
+    committed_rows: int
+    failed_rows: int  # committed rows that are not valid
     committed_bytes: int
     failed_attempts: int
-    quarantined: dict[str, str]  # task -> why
-    staged_tasks: list[str]  # uncommitted ones with work in progress, or what a kill left of it
+    quarantined: dict[str, str]  # failed task -> reason
+    staged_tasks: list[str]  # tasks that are being written, or whose write was killed
     rows_per_process_second: float | None  # over the committed tasks
 
 
 def export_status(out: str) -> StatusReport:
-    """Look at an export; raises UserError when there is none."""
+    """Return the status of an export; raises UserError if there is none."""
     export = ExportDir(open_writable(out))
     plan = read_plan(export)
     names = [task.name for task in plan.tasks]
@@ -89,7 +89,7 @@ def finalize_export(out: str) -> FinalizeReport:
         raise UserError(
             f"{export.root} cannot be finished: {len(missing)} of its {len(names)} tasks are not "
             f"committed, such as {missing[0]}. Give the export command again; `latentmill export "
-            f"status {export.root}` says what holds them up."
+            f"status {export.root}` says why."
         )
     finalize(export, plan)
     return FinalizeReport(export.root, len(names), plan.rows)
@@ -105,7 +105,7 @@ class GarbageReport:
 
 
 def collect_garbage(out: str) -> GarbageReport:
-    """Remove what dead attempts at committed tasks left behind; safe while others work."""
+    """Remove files that unused attempts at committed tasks left; safe while workers run."""
     export = ExportDir(open_writable(out))
     plan = read_plan(export)
     names = [task.name for task in plan.tasks]

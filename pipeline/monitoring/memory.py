@@ -1,4 +1,4 @@
-"""The most memory that any process of a run has used: on the GPU, or on a CPU resident."""
+"""Peak memory of a run, the largest of its processes: allocated on the GPU, or resident."""
 
 import re
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ _STATUS = Path("/proc/self/status")
 def read_peak(runtime: Runtime) -> dict[str, float]:
     """Return the largest peak of all processes by metric name; a collective.
 
-    On a GPU: bytes allocated by PyTorch at once since the last call, which starts a new peak. On a
-    CPU: resident bytes since the process began, which only Linux says; elsewhere nothing.
+    On a GPU: bytes allocated by PyTorch, since the last call. On a CPU: resident bytes since the
+    process began; only on Linux.
     """
     if runtime.device.type == "cuda":
         name, peak = DEVICE_PEAK, torch.cuda.max_memory_allocated(runtime.device)
@@ -32,7 +32,7 @@ def read_peak(runtime: Runtime) -> dict[str, float]:
 def resident_peak() -> int | None:
     """Return the peak of this process's resident memory in bytes; None where it is not known.
 
-    Not getrusage's ru_maxrss: that keeps the peak of the program which started this one.
+    Not by getrusage's ru_maxrss, which includes the peak of the process that started this one.
     """
     if not _STATUS.exists():
         return None

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, verified before use, and never costs an older one."""
+"""A checkpoint is complete or absent, verified before use, and never damages an older one."""
 
 import json
 import os
@@ -128,7 +128,7 @@ def is_damaged(path: Path) -> bool:
 
 
 def damaged_copies(path: Path, file: Path) -> Iterator[str]:
-    """Damage one file in many ways, each time from the whole one; yields what was done.
+    """Damage one file in many ways, each time from the original; yield what was done.
 
     (A JSON file that only lost its last line end says the same: no damage.)
     """
@@ -153,12 +153,12 @@ def damaged_copies(path: Path, file: Path) -> Iterator[str]:
 def test_any_damage_to_any_file_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ):
-    """And then the previous one serves, unless the damaged one was asked for by its step."""
+    """Then the previous one is used, unless the damaged one was chosen by its step."""
     older, newer = saved(tmp_path, 10, 20)
     for damage in damaged_copies(newer, newer / name):
         assert is_damaged(newer), damage
         assert find_checkpoint(tmp_path, None) == older, damage
-        assert f"warning: passing over {newer}: " in capsys.readouterr().err
+        assert f"warning: skipping {newer}: " in capsys.readouterr().err
         with pytest.raises(UserError, match=r"step-20 is damaged: .*(json|safetensors)"):
             find_checkpoint(tmp_path, 20)
     verify_checkpoint(newer)
@@ -239,8 +239,10 @@ def test_an_existing_step_is_kept(tmp_path: Path):
     assert {file: (file.stat().st_ino, sha256_file(file)) for file in path.iterdir()} == before
 
 
-def test_quarantine_sets_aside_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    for _ in range(2):  # the same step may go wrong again
+def test_a_damaged_checkpoint_is_set_aside_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for _ in range(2):  # the same step may be damaged again
         set_aside(saved(tmp_path, 20)[0], "one bit is wrong")
     assert len(list(tmp_path.glob("step-20.corrupt-*"))) == 2
     assert list_checkpoints(tmp_path) == []

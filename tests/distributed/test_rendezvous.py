@@ -1,4 +1,4 @@
-"""What launchers announce, as far as one process shows it; tests/launch/ has the real mistakes."""
+"""Checks of the launcher's variables, in one process; tests/launch/ has real launches."""
 
 import json
 import socket

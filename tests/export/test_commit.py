@@ -1,4 +1,4 @@
-"""The crash table: whatever a dead process left behind, the next one comes to the same bytes.
+"""The crash table: whatever a dead process left, the next one writes the same bytes.
 
 Each state is made by doing the protocol's own steps and then nothing more, as SIGKILL would.
 """
@@ -168,7 +168,7 @@ def test_next_process_comes_to_the_same_bytes(
 def test_a_clock_that_jumps_changes_nothing(
     prepared: Prepared, finished: Path, run_dir: Path, state: Callable[[Prepared], None]
 ):
-    """Whatever lies there is from the future, or from long ago."""
+    """Files with modification times in the future, or long ago."""
     state(prepared)
     for place, (folder, _, names) in enumerate(os.walk(root(prepared))):
         for number, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""Who a process is, from the environments of accelerate launch, torchrun and Slurm arrays."""
+"""The worker of a process, in environments of accelerate launch, torchrun, Slurm arrays."""
 
 from dataclasses import replace
 
@@ -87,7 +87,7 @@ def test_processes_without_numbers_begin_anywhere():
 
 
 def test_when_a_worker_dies_the_others_do_its_tasks_once_not_all_of_them_each():
-    """Simulated: all work in step, a task a turn; what two begin in one turn is done twice."""
+    """Simulated: all workers in step, one task per turn; two may begin the same task in a turn."""
     world, tasks = 16, [replace(TASKS[0], name=f"{i}") for i in range(1600)]
     orders = {rank: iter(Worker(rank, world).task_queue(tasks)) for rank in range(1, world)}
     done, runs, turns = set[str](), 0, 0

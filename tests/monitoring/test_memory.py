@@ -1,4 +1,4 @@
-"""The peak of memory: what Linux says of a process, the largest over the processes, one line."""
+"""Peak memory: of a process by Linux, the largest of all processes, and the console's line."""
 
 import json
 import re

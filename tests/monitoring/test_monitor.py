@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, pictures, the console's line, and W&B's own files read back.
+"""The log of a run: metrics.jsonl, pictures, the console's line, and W&B's files.
 
 W&B is the real library, offline; its files are read with wandb's own record definitions.
 """
@@ -27,7 +27,7 @@ OFFLINE, DISABLED = {"mode": "offline"}, {"mode": "disabled"}
 
 @pytest.fixture(autouse=True)
 def no_login(monkeypatch, tmp_path):
-    """No account of this machine's user, and no setting of theirs, reaches a test."""
+    """Keep the W&B account and settings of this machine's user out of the tests."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -196,7 +196,7 @@ def test_a_full_disk_loses_no_record_and_stops_nothing(tmp_path, capsys):
 def test_the_config_decides_and_no_login_means_offline(tmp_path, monkeypatch, mode, environment):
     for name, value in {**environment, "WANDB_RUN_ID": "other", "WANDB_PROJECT": "other"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("sys.stdin", None)  # nobody can be asked
+    monkeypatch.setattr("sys.stdin", None)  # no login prompt
     started = time.monotonic()
     for step in (0, 1):
         time.sleep(step)  # the name of a piece holds its second
@@ -239,7 +239,7 @@ def train_settings(tmp_path, tiny_shards, **settings):
     ]
 
 
-# Where the kill falls: right after a checkpoint, whose own records W&B had no time to write.
+# The kill comes right after a checkpoint, whose records W&B had no time to write.
 @pytest.mark.fault
 def test_offline_pieces_hold_every_step_once_over_kills(tmp_path, tiny_shards, start_processes):
     run_dir = tmp_path / "run"

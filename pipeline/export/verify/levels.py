@@ -1,14 +1,14 @@
-"""Is an export what it says it is? Levels, each with all before it; every problem is listed.
+"""Verifies an export in levels, each of which includes those before it; lists every problem.
 
 listing     finished; exactly the files of the manifest are there, with their sizes
 counts      manifest, plan and commit records agree on rows and files
 hashes      every file has the content that was committed
-keys        every file's keys, in order, are those of the source shard; formats agree; key index
+keys        every file has the keys of the source shard, in order; formats agree; key index
 statistics  recomputed from the stored values, they have the same bits
-encode      the run named encodes some batches anew, and gets what is stored (`reencode`)
+encode      a given model encodes some tasks again, and gives the stored latents (`reencode`)
 
-The source is only read from the level `keys` on, and only if it is given. Files of a store behind a
-URL are fetched task by task; no level but the last needs a model.
+The source is read from the level `keys` on, if it is given. Files at a URL are fetched task by
+task. Only the last level needs a model.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was looked at, and everything that is wrong."""
+    """What was checked, and all problems."""
 
     out: str
     level: Level
@@ -40,11 +40,11 @@ class VerifyReport:
     failed_rows: int = 0
     files: int = 0
     problems: list[str] = field(default_factory=list[str])
-    notes: list[str] = field(default_factory=list[str])  # not looked at, or worth knowing
+    notes: list[str] = field(default_factory=list[str])  # what was not checked, and other remarks
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
 
@@ -55,10 +55,10 @@ def verify_export(
     shards: str | Path | None = None,
     level: Level = "statistics",
 ) -> VerifyReport:
-    """Check an export up to `level`, of which `encode` is `reencode.verify_with_run`'s.
+    """Check an export up to `level`; for `encode` see `reencode.verify_with_run`.
 
-    source: the directory with the data set's index; None leaves that comparison out. shards: where
-    its shards lie, None = in `source`. Raises UserError when there is no export in `out`.
+    source: the directory with the data set's index; None: no comparison with it. shards: directory
+    of its shards; None: `source`. Raises UserError if there is no export in `out`.
     """
     if level not in LEVELS:
         raise UserError(f"level is {level!r}, but must be one of {', '.join(LEVELS)}.")
@@ -125,9 +125,9 @@ def _unfinished(export: ExportDir, plan: ExportPlan | None) -> Iterator[str]:
 def _parse_manifest(
     export: ExportDir, data: bytes | None, problems: list[str]
 ) -> ExportManifest | None:
-    seal = export.store.read(SUCCESS)
+    success = export.store.read(SUCCESS)
     if data is None:
-        if seal is not None:
+        if success is not None:
             problems.append("manifest.json is missing")
         return None
     try:
@@ -135,7 +135,7 @@ def _parse_manifest(
     except ValueError as error:
         problems.append(f"manifest.json {error}")
         return None
-    if seal is not None and seal.decode(errors="replace") != f"{digest(data)}\n":
+    if success is not None and success.decode(errors="replace") != f"{digest(data)}\n":
         problems.append("_SUCCESS does not hold the hash of manifest.json: one of them was changed")
     return manifest
 
