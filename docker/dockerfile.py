@@ -1,4 +1,4 @@
-"""Reads a Dockerfile and a .dockerignore, as far as ours go; what it does not know is an error."""
+"""Reads our Dockerfile and .dockerignore; any instruction that they do not use is an error."""
 
 import json
 import os
@@ -13,7 +13,7 @@ KEYWORDS = ("ARG", "COPY", "ENTRYPOINT", "ENV", "RUN", "USER", "WORKDIR")
 
 
 class DockerfileError(Exception):
-    """Something that this reader does not know, or that cannot be found."""
+    """An instruction that is not supported, or something that is missing."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Stage:
     instructions: list[Instruction] = field(default_factory=list)
 
     def needs(self) -> Iterator[str]:
-        """What has to exist before it, stages and images."""
+        """The stages and images that must exist before this one."""
         yield self.base
         for instruction in self.instructions:
             yield from instruction.flag("from")
 
 
 def expand(text: str, values: Mapping[str, str]) -> str:
-    """Replace $NAME and ${NAME}; what is not set is an error, where Docker says nothing."""
+    """Replace $NAME and ${NAME}; an unset name is an error (Docker would ignore it)."""
 
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2]
@@ -109,14 +109,14 @@ def parse(text: str, arguments: Mapping[str, str]) -> dict[str, Stage]:
 
 
 def required(stages: Mapping[str, Stage], target: str) -> list[Stage]:
-    """The stages that `target` needs, itself last, in an order in which they can be built."""
+    """The stages that `target` needs, in the sequence of their builds; `target` is the last."""
     if target not in stages:
         raise DockerfileError(f"no stage {target}: there are {', '.join(stages)}.")
-    order: list[Stage] = []
+    needed: list[Stage] = []
     for name in stages[target].needs():
         if name in stages:
-            order += [stage for stage in required(stages, name) if stage not in order]
-    return [*order, stages[target]]
+            needed += [stage for stage in required(stages, name) if stage not in needed]
+    return [*needed, stages[target]]
 
 
 def assignments(text: str) -> dict[str, str]:
@@ -125,7 +125,7 @@ def assignments(text: str) -> dict[str, str]:
 
 
 def mount(flag: str) -> dict[str, str]:
-    """The value of a --mount; a word alone, such as rw, stands for itself."""
+    """The options of a --mount; an option without a value, such as rw, is its own value."""
     return {name: value or name for name, _, value in (p.partition("=") for p in flag.split(","))}
 
 
@@ -138,8 +138,8 @@ def words(text: str) -> list[str]:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """Whether a pattern of .dockerignore matches this path, or a folder that it lies in."""
-    # `**/` stands for any number of folders, none included; a `*` stays within one name.
+    """Whether a pattern of .dockerignore matches this path or one of its folders."""
+    # `**/` matches any number of folders, also none; `*` matches within one name.
     any_depth = pattern.startswith("**/")
     parts, names = pattern.removeprefix("**/").split("/"), path.split("/")
     starts = range(len(names)) if any_depth else range(1)
@@ -151,13 +151,13 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def context(root: Path) -> list[Path]:
-    """The files that Docker would be sent from `root`, relative to it, sorted."""
+    """The files of the build context below `root`, relative to it, sorted."""
     rules: list[tuple[bool, str]] = []
     for line in (root / ".dockerignore").read_text().splitlines():
         if line.strip() and not line.startswith("#"):
             pattern = line.strip().removeprefix("!").strip("/")
             if "**" in pattern.removeprefix("**/"):
-                raise DockerfileError(f"{line}: ** is known at the start only.")
+                raise DockerfileError(f"{line}: ** is supported at the start only.")
             rules.append((line.startswith("!"), pattern))
     if (False, "*") not in rules[:1]:
         raise DockerfileError(".dockerignore does not open with *, so that its names are all of it")
@@ -165,8 +165,8 @@ def context(root: Path) -> list[Path]:
     for top in sorted({pattern.split("/")[0] for kept, pattern in rules if kept}):
         for path in _files(root / top):
             relative = path.relative_to(root).as_posix()
-            verdicts = [kept for kept, pattern in rules if _matches(pattern, relative)]
-            if verdicts[-1]:  # the last rule that matches decides
+            matches = [kept for kept, pattern in rules if _matches(pattern, relative)]
+            if matches[-1]:  # the last rule that matches decides
                 found.append(Path(relative))
     return sorted(found)
 
@@ -179,5 +179,5 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def sources(instruction: Instruction) -> Sequence[str]:
-    """What a COPY takes, without where it goes."""
+    """The sources of a COPY, without its destination."""
     return instruction.rest.split()[:-1]

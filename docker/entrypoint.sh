@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Says on stderr which versions this image holds, then becomes the command that was given, or
-# `latentmill --help`. Nothing is imported for it, so that it takes a moment only, and not from the
-# folder that it starts in (-P), which may be anything.
+# Prints the versions in this image on stderr, then runs the given command, or `latentmill --help`.
+# It imports no package, to be fast, and nothing from the current folder (-P), which is the user's.
 set -euo pipefail
 python -P - >&2 <<'PYTHON'
 import platform

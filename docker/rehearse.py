@@ -1,16 +1,16 @@
-"""Runs the steps of the Dockerfile here, without Docker, and then a command in the result.
+"""Runs the steps of the Dockerfile without Docker, and then a command in the resulting folder.
 
     Dockerfile -> stages -> one folder each: debootstrap, or a copy of the stage it starts from
-               -> ARG ENV WORKDIR COPY RUN in it, in namespaces of their own -> ENTRYPOINT + COMMAND
+               -> ARG ENV WORKDIR COPY RUN in it, in own namespaces -> ENTRYPOINT + COMMAND
 
-For Debian as root: apt-get install debootstrap, then
+On Debian, as root: apt-get install debootstrap, then
 
     python3 docker/rehearse.py [--target cpu] [--work FOLDER] [-- COMMAND ...]
 
-It needs the network for Debian's packages and Python's, some 5 GB of disk and five minutes. Where
-they come from is this machine's matter: `pip config`, apt's settings and the names of hosts are
-lent to the steps as Docker would lend them, and nothing of it stays. A folder that is given as
---work keeps the base and pip's downloads, which spares the next rehearsal half of its time.
+It needs the network for packages of Debian and Python, about 5 GB of disk and five minutes. The
+steps use this machine's settings of pip, apt and host names, as Docker's builds would; nothing of
+them stays in the result. A folder given as --work keeps the base and pip's downloads, which halves
+the time of the next rehearsal.
 """
 
 import argparse
@@ -45,7 +45,7 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  #
 
 
 def say(line: str) -> None:
-    """Progress, between the lines that the steps print."""
+    """Print a line about the progress."""
     print(f"== {line}", flush=True)
 
 
@@ -55,7 +55,7 @@ def run(argv: Sequence[str | Path]) -> None:
 
 
 class Rehearsal:
-    """Builds stages as folders below `work`; `kept` is for what the next rehearsal may use, too."""
+    """Builds stages as folders in `work`; `kept`: for files that the next rehearsal reuses."""
 
     def __init__(self, work: Path, kept: Path, arguments: Mapping[str, str]) -> None:
         self._work = work
@@ -75,7 +75,7 @@ class Rehearsal:
         return self.start(stages[target], command)
 
     def root(self, stage: str) -> Path:
-        """Where a stage's files lie."""
+        """The folder of a stage's files."""
         return self._work / "stages" / stage
 
     def build(self, stage: Stage) -> None:
@@ -98,7 +98,7 @@ class Rehearsal:
             say(f"{time.monotonic() - started:.1f} s")
 
     def _image(self, image: str) -> Path:
-        """A fresh root of the image's Debian release, as it is today; made once and kept."""
+        """A root folder with the image's Debian release, as of today; created once and kept."""
         found = re.fullmatch(r"debian:([a-z]+)(-\d+)?-slim(@\S+)?", image)
         if found is None:
             raise DockerfileError(f"{image}: only debian:RELEASE-DATE-slim can be rehearsed.")
@@ -131,11 +131,11 @@ class Rehearsal:
                 pass
 
     def _inside(self, stage: str, path: str) -> Path:
-        """A path of the stage, absolute or relative to its directory, as one of this machine."""
+        """The path on this machine of a path of the stage."""
         return self.root(stage) / os.path.join(self._directories[stage], path).lstrip("/")  # noqa: PTH118
 
     def _copy(self, stage: Stage, instruction: Instruction) -> None:
-        """COPY as Docker does it: a folder gives its content, a file goes into DEST/."""
+        """COPY as in Docker: of a folder its content; a file goes into DEST/."""
         to = instruction.rest.split()[-1]
         target = self._inside(stage.name, to)
         other = instruction.flag("from")
@@ -154,7 +154,7 @@ class Rehearsal:
                 run(["cp", "--archive", path, into])
 
     def _context(self) -> Path:
-        """The files that Docker would be sent, and no others, owned by root."""
+        """A folder with the files of the build context only, owned by root."""
         folder = self._work / "context"
         if not folder.exists():
             for path in context(ROOT):
@@ -163,8 +163,8 @@ class Rehearsal:
         return folder
 
     def _mounts(self, stage: str, flags: Sequence[str]) -> list[tuple[Path, str]]:
-        """What a RUN's --mount flags show it: (here, in the stage)."""
-        shown: list[tuple[Path, str]] = []
+        """The mounts of a RUN's --mount flags: (path here, path in the stage)."""
+        mounts: list[tuple[Path, str]] = []
         for flag in flags:
             options = mount(flag)
             match options["type"]:
@@ -173,13 +173,13 @@ class Rehearsal:
                     here.mkdir(exist_ok=True)
                 case "secret":
                     here = self._pip
-                case "bind":  # what a step writes there is thrown away
+                case "bind":  # a copy: what a step writes there is discarded
                     here = self._work / f"bound-by-{stage}"
                     shutil.copytree(self._context(), here, dirs_exist_ok=True)
                 case kind:
                     raise DockerfileError(f"--mount=type={kind} cannot be rehearsed.")
-            shown.append((here, options["target"]))
-        return shown
+            mounts.append((here, options["target"]))
+        return mounts
 
     def _run_step(
         self, stage: Stage, instruction: Instruction, environment: Mapping[str, str]
@@ -196,7 +196,7 @@ class Rehearsal:
             raise DockerfileError(f"{stage.name}: exit code {code} of {instruction}")
 
     def start(self, stage: Stage, command: Sequence[str]) -> int:
-        """ENTRYPOINT with `command`, as the image's user; returns its exit code."""
+        """Run ENTRYPOINT with `command` as the image's user; return its exit code."""
         last: dict[str, str] = {}
         for instruction in stage.instructions:
             last[instruction.keyword] = instruction.rest
@@ -214,7 +214,7 @@ class Rehearsal:
         *,
         user: str,
     ) -> int:
-        """Run in the stage's folder, as its process 1; the mounts end with it."""
+        """Run as process 1 in the stage's folder; its mounts disappear with it."""
         root, lines = self.root(stage), ["set -e"]
         lines += ["mount -t proc proc proc", "mount --rbind /dev dev", "mount --rbind /sys sys"]
         for name in ("etc/resolv.conf", "etc/hosts"):  # as Docker makes them for a container
@@ -236,7 +236,7 @@ class Rehearsal:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     top = argparse.ArgumentParser(description="Rehearse docker/Dockerfile without Docker.")
     top.add_argument("--target", default="cpu", help="stage of the Dockerfile (%(default)s)")
     top.add_argument("--work", type=Path, help="folder to keep the base and pip's downloads in")
@@ -248,17 +248,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Rehearse, or print what would be."""
+    """Run the command line; return the exit code."""
     options = parser().parse_args()
     try:
-        return carry_out(options)
+        return run_options(options)
     except (DockerfileError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
         return 1
 
 
-def carry_out(options: argparse.Namespace) -> int:
-    """What the command line asks for; returns the exit code."""
+def run_options(options: argparse.Namespace) -> int:
+    """Rehearse, or print the plan or the build context; return the exit code."""
     arguments = dict(pair.split("=", 1) for pair in options.build_arg)
     if options.context:
         print(*context(ROOT), sep="\n")

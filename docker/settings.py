@@ -1,17 +1,17 @@
-"""Where this machine gets its packages from, as pip and apt know it, for steps in another root."""
+"""This machine's settings of pip and apt, for steps that run in another root folder."""
 
 import ast
 import re
 import subprocess
 import sys
 
-MACHINE = "/mnt"  # where a step finds this machine's files, if a setting of pip names some
+MACHINE = "/mnt"  # mount point, in a step, of this machine's files that pip's settings name
 
 
 def pip_settings() -> str:
-    """This machine's settings as one pip.conf, later sources over earlier ones, as pip reads them.
+    """Return this machine's settings of pip as one pip.conf; later sources override earlier ones.
 
-    Files and folders that it names are found by a step below MACHINE.
+    Paths in it are changed to paths below MACHINE.
     """
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
@@ -29,7 +29,7 @@ def pip_settings() -> str:
 
 
 def apt_settings() -> str:
-    """How this machine's apt acquires packages: proxies, time-outs, checks of the date."""
+    """Return apt's settings for downloads: proxies, timeouts, checks of dates."""
     dump = subprocess.run(
         ["apt-config", "dump", "Acquire"], check=True, capture_output=True, text=True
     )

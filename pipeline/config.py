@@ -1,7 +1,7 @@
 """The config of a training run: one frozen tree, checked as a whole before anything starts.
 
-`strict` reads it from YAML; `configs/train/` has examples. A component's own settings stand in the
-component's file; here stand the run's, and the rules that join several parts.
+`strict` reads it from YAML; `configs/train/` has examples. Each component's settings are defined in
+the component's file. This file has the settings of the run, and rules about several parts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,16 +28,16 @@ from pipeline.metrics import LogLikelihood, Metric, SquaredErrorMetric
 from pipeline.models.autoencoder import ModelConfig
 from pipeline.monitoring.monitor import MonitorConfig
 
-# Of the defaults below. Raised when one of them changes, so that a key that a file leaves out means
-# what it meant to whoever wrote it. Version 1 is commit 93dd2d6, whose files do not say so.
+# Version of the defaults below. Raised when a default changes: a key that is missing in an old file
+# keeps its old meaning. Version 1 is commit 93dd2d6, whose files have no `version`.
 VERSION = 2
-# By the version that changed defaults: what puts those from before into a file's tree, where they
-# are missing; `strict.set_default` does so for a dotted key.
+# For each version that changed defaults: a function that fills the former defaults into a file's
+# tree, where keys are missing; see `strict.set_default`.
 FormerDefaults = Mapping[int, Callable[[dict[str, Any]], None]]
 FORMER_DEFAULTS: FormerDefaults = {}
 
-# What may differ when a run goes on, because it changes no number that the run computes, or is
-# meant to be extended. Names of whole sections cover what is in them.
+# Settings that a resumed run may change: they change no number that the run computes, or are meant
+# to be extended. The name of a section stands for everything in it.
 MAY_CHANGE = (
     "run_dir",
     "num_steps",
@@ -60,7 +60,7 @@ class EvaluationConfig(Component):
     every_steps: int = Field(default=1000, gt=0)
     # Besides the parts of the objective.
     metrics: tuple[Metric, ...] = (SquaredErrorMetric(), LogLikelihood())
-    # End the run after so many evaluations in a row that were not better than the best one, by
+    # Early stopping: end the run after this many evaluations in a row without a new best value of
     # checkpoint.keep.best; null: never.
     patience: int | None = Field(default=None, gt=0)
 
@@ -68,20 +68,19 @@ class EvaluationConfig(Component):
 class TrainConfig(Component):
     """A training run."""
 
-    version: int = Field(default=VERSION, ge=1, le=VERSION)  # of the defaults; see VERSION
-    run_dir: str  # everything that the run writes
+    version: int = Field(default=VERSION, ge=1, le=VERSION)  # version of the defaults; see VERSION
+    run_dir: str  # where the run writes everything
     data: DataConfig
     model: ModelConfig = ModelConfig()
     corruptions: tuple[Corruption, ...] = ()  # in this order; the target stays clean
     latent_transforms: LatentTransforms = ()  # in this order, before the decoder
     objective: Objective = Objective()
     optimizer: AdamWConfig = AdamWConfig()
-    batch_size: int = Field(
-        default=256, gt=0
-    )  # the global batch G: samples per step over all processes
+    # The global batch G: samples per step, over all processes.
+    batch_size: int = Field(default=256, gt=0)
     accumulation: int = Field(default=1, gt=0)  # micro-batches per step and process
     num_steps: int = Field(default=10_000, gt=0)
-    seed: int = Field(default=0, ge=0)  # weights, order, corruption and noise follow from it
+    seed: int = Field(default=0, ge=0)  # of weights, order, corruption and noise
     precision: Precision = "fp32"
     ema_decay: float | None = Field(default=0.999, gt=0, lt=1)  # null: no average
     channels_last: bool = True
@@ -104,7 +103,7 @@ class TrainConfig(Component):
 
     @property
     def may_change(self) -> tuple[str, ...]:
-        """What may differ when this run goes on."""
+        """Settings that a resumed run may change."""
         fixed = ("accumulation",) if self.depends_on_processes else ()
         return tuple(name for name in MAY_CHANGE if name not in fixed)
 
@@ -113,7 +112,7 @@ class TrainConfig(Component):
         return self.optimizer.learning_rate.at(samples, total_samples=self.total_samples)
 
     def learning_rates_at(self, samples: int) -> dict[Player, float]:
-        """Learning rates of the players; 0 for one that does not play, which AdamW would decay."""
+        """Learning rates of the players; 0 for a player that is not trained: no weight decay."""
         rates: dict[Player, float] = {"autoencoder": self.learning_rate_at(samples)}
         if (term := self.objective.adversarial) is not None:
             plays = term.discriminator_weight_at(samples) > 0
@@ -129,7 +128,7 @@ class TrainConfig(Component):
         }
 
     def resolved(self) -> Self:
-        """Return the config with what follows from other settings written down."""
+        """Return the config with derived settings filled in."""
         lanes = self.data.lanes or default_lanes(self.batch_size)
         return self.model_copy(update={"data": self.data.model_copy(update={"lanes": lanes})})
 
@@ -138,10 +137,10 @@ class TrainConfig(Component):
         return step % self.evaluation.every_steps == 0 or step >= self.num_steps
 
     def is_over(self, step: int, evaluations_since_best: int) -> bool:
-        """Whether the run ends at this step: it has its length, or no longer gets better."""
+        """Whether the run ends at this step: by num_steps or by early stopping."""
         patience = self.evaluation.patience
-        gives_up = patience is not None and evaluations_since_best >= patience
-        return step >= self.num_steps or gives_up
+        stops_early = patience is not None and evaluations_since_best >= patience
+        return step >= self.num_steps or stops_early
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
@@ -245,8 +244,8 @@ def read_config(
 ) -> TrainConfig:
     """Read a config; see `strict.load`.
 
-    version: of a file that names none; None: that of the run which the file goes on with, so that
-    the same command resumes after an update, or the newest.
+    version: version of a file without `version`. None: that of the run in its run_dir, so that the
+    same command resumes after an update; without such a run the newest.
     """
 
     def read(version: int) -> TrainConfig:
@@ -267,7 +266,7 @@ def read_config(
 def fill_in_defaults(
     tree: dict[str, Any], version: int, former_defaults: FormerDefaults = FORMER_DEFAULTS
 ) -> None:
-    """Put into a file's tree what a missing key meant to the version that wrote the file."""
+    """Fill in the defaults of the version that wrote the file."""
     written_by = tree.setdefault("version", version)
     for changed_in in sorted(former_defaults):
         if isinstance(written_by, int) and written_by < changed_in:

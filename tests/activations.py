@@ -1,4 +1,4 @@
-"""How much a forward pass keeps for its backward."""
+"""Bytes that a forward pass keeps for its backward pass."""
 
 from collections.abc import Callable, Iterable
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def kept_bytes(forward: Callable[[], object], besides: Iterable[Tensor] = ()) -> int:
-    """Bytes of the distinct storages, but those of `besides`, that autograd keeps of `forward`."""
+    """Return the bytes of the storages that autograd keeps for `forward`, except `besides`."""
     known = {tensor.untyped_storage().data_ptr() for tensor in besides}
-    kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses apart
+    kept: dict[int, torch.UntypedStorage] = {}  # references, so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

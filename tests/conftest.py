@@ -1,4 +1,4 @@
-"""Fixtures that every part's tests may use; areas of tests, and the time that each may take."""
+"""Fixtures for all tests; the areas of tests and their time budgets."""
 
 import itertools
 import subprocess
@@ -12,11 +12,11 @@ import torch
 
 from tests.processes import ROOT, Processes, Result, argv_of, env_of
 
-# As the launcher has it for each process: threads that wait for each other over tiny tensors cost
-# more than they give, above all where several processes share two cores.
+# As the launcher sets it for each process: threads slow down tiny tensors, above all when several
+# processes share two cores.
 torch.set_num_threads(1)
 
-# A test counts for the first of these markers that it carries; without any, for "default".
+# A test belongs to the first of these lanes whose marker it has; without a marker to "default".
 LANES = (
     "soak",
     "gpu",
@@ -33,13 +33,13 @@ DEFAULT = "default lane"  # what `make test` runs
 
 
 class Area(NamedTuple):
-    """Tests that share a budget: those of the lanes beyond the default one, by folder."""
+    """Folders whose tests share a time budget, in all lanes but the default one."""
 
     aim_minutes: float  # on two idle cores
     folders: tuple[str, ...] = ()
 
 
-# A new folder of tests/ joins an area here; a test without a folder fails for that.
+# Every folder of tests/ needs an area; a test in a folder without one is an error.
 AREAS = {
     DEFAULT: Area(5),
     "main job": Area(5, ("training", "monitoring", "released", "gpu")),
@@ -52,7 +52,7 @@ AREAS = {
     "users": Area(5, ("commands", "common", "config", "project")),
 }
 AREA_OF = {folder: name for name, area in AREAS.items() for folder in area.folders}
-SLACK = 1.5  # a build fails at this many times an area's aim: slower machines exist
+SLACK = 1.5  # a build fails above this multiple of an area's aim, as machines differ in speed
 MAX_MINUTES = 75
 NUM_SLOWEST = 10
 Seconds = dict[str, dict[str, float]]  # area -> test -> seconds
@@ -60,7 +60,7 @@ seconds_spent = pytest.StashKey[Seconds]()
 
 
 def area_of(test: str, lane: str) -> str:
-    """The area whose budget a test's time counts for."""
+    """Return the area whose budget includes a test."""
     folders = test.split("/")[1:-1]
     inner = "/".join(folders)
     return DEFAULT if lane == "default" else AREA_OF.get(inner) or AREA_OF[folders[0]]
@@ -83,14 +83,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every folder of tests has an area."""
-    homeless = {item.nodeid for item in items if item.nodeid.split("/")[1] not in AREA_OF}
-    if homeless:
-        raise pytest.UsageError(f"no area in tests/conftest.py for {sorted(homeless)[0]}")
+    """Fail if a test's folder has no area."""
+    without_area = {item.nodeid for item in items if item.nodeid.split("/")[1] not in AREA_OF}
+    if without_area:
+        raise pytest.UsageError(f"no area in tests/conftest.py for {sorted(without_area)[0]}")
 
 
 class Stopwatch:
-    """Adds up the seconds of each test: set-up, call and tear-down; soak tests have no budget."""
+    """Adds up the seconds of each test: set-up, call and tear-down; not of soak tests."""
 
     def __init__(self, seconds: Seconds) -> None:
         self._seconds = seconds
@@ -102,7 +102,7 @@ class Stopwatch:
 
 
 def minutes_of(config: pytest.Config) -> dict[str, float]:
-    """What each area's tests took, side by side in as many processes as `-n` says."""
+    """Return the minutes of each area, divided by the number of processes of `-n`."""
     seconds, at_once = config.stash[seconds_spent], config.getoption("numprocesses", None) or 1
     return {name: sum(seconds[name].values()) / 60 / at_once for name in AREAS}
 
@@ -140,11 +140,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five uneven shards of 60 small RGB pictures, indexed; shared by all tests: never write here.
+    """Five uneven shards of 60 small RGB images, indexed; shared by all tests, so read-only.
 
     Splits: train (about three quarters) and held_out.
     """
-    # Not at the top: `make test-gpu` takes an interpreter that may lack what these need.
+    # Not at the top: the interpreter of `make test-gpu` may lack packages that these need.
     from pipeline.data.index import build_index
     from pipeline.data.index.splits import SplitSpec
     from tests.shards import write_tiny_shards
@@ -172,7 +172,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 @pytest.fixture
 def start_processes(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
-    """Start a module or script under `accelerate launch`, or plainly; ended with the test.
+    """Start a module or script, under `accelerate launch` or not; killed at the end of the test.
 
     forked: see `Processes`.
     """
@@ -204,7 +204,7 @@ def start_processes(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
 def run_processes(start_processes: Callable[..., Processes]) -> Callable[..., Result]:
     """Run a module or script to its end: `run_processes("pipeline.train", 2, config, "a.b=c")`.
 
-    None processes means plain Python: the exit code is then the program's own.
+    None as the number of processes: plain Python without a launcher, with the program's exit code.
     """
 
     def run(
@@ -226,18 +226,18 @@ def run_processes(start_processes: Callable[..., Processes]) -> Callable[..., Re
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mount a real file system of a given size, or change its size; needs root."""
-    place = tmp_path / "disk"
+    """Mount a tmpfs of a given size, or change its size; needs root."""
+    folder = tmp_path / "disk"
 
     def mount(size: str, *options: str) -> Path:
-        how = ",".join([*(["remount"] if place.is_mount() else []), f"size={size}", *options])
-        place.mkdir(exist_ok=True)
-        argv = ["mount", "-t", "tmpfs", "-o", how, "tmpfs", place]
+        how = ",".join([*(["remount"] if folder.is_mount() else []), f"size={size}", *options])
+        folder.mkdir(exist_ok=True)
+        argv = ["mount", "-t", "tmpfs", "-o", how, "tmpfs", folder]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"no tmpfs can be mounted here (it needs root): {done.stderr.strip()}")
-        return place
+        return folder
 
     yield mount
-    if place.is_mount():
-        subprocess.run(["umount", place], check=True)
+    if folder.is_mount():
+        subprocess.run(["umount", folder], check=True)

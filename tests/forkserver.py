@@ -1,13 +1,13 @@
-"""Commands that start at once: forked from a process that has imported the libraries already.
+"""Starts commands fast: forks them from a process that has imported the libraries.
 
-Importing torch, accelerate and DeepSpeed takes each process of a command most of its time on two
-cores. Here one process imports them, and none of our own code, and forks every command:
+On two cores a process of a command spends most of its time on imports of torch, accelerate and
+DeepSpeed. Here one process imports them, without our own code, and forks every command:
 
     client: Command([python, -m, accelerate.commands.launch, ...]) --argv, env, cwd, log--> server
-    server --fork--> the command, a session of its own --its end--> client: the exit code
+    server --fork--> the command in a session of its own --at its end--> client: the exit code
 
-`accelerate launch` runs as it is, with torchrun below it; only what it would start as new
-interpreters are forks. Tests of the launchers themselves start real ones: see `Processes`.
+`accelerate launch` and torchrun run unchanged, but the processes that they start are forks, not new
+interpreters. Tests of the launchers themselves use new interpreters: see `Processes`.
 """
 
 import atexit
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCHER = ["-m", "accelerate.commands.launch"]
 LIBRARIES = (
     *("torch", "torch.distributed.run", "accelerate", "accelerate.commands.launch"),
-    # What torch and DeepSpeed import when a model is first wrapped or trained.
+    # Imported by torch and DeepSpeed when a model is first wrapped or trained.
     *("torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "torch.onnx"),
     *("torch._inductor.compile_fx", "deepspeed.module_inject", "deepspeed.moe", "networkx"),
     *("setuptools", "transformers", "safetensors.torch", "wandb", "webdataset", "sklearn"),
@@ -43,7 +43,7 @@ POLL_SECONDS = 0.01
 
 
 class Command:
-    """A forked command, as its client sees it: the part of `subprocess.Popen` that tests use."""
+    """A forked command, with the part of the interface of `subprocess.Popen` that tests use."""
 
     def __init__(self, argv: Sequence[str], log: Path, *, env: Mapping[str, str], cwd: Path):
         self._connection = socket.socket(socket.AF_UNIX)
@@ -67,7 +67,7 @@ class Command:
         return self._code
 
     def poll(self) -> int | None:
-        """Return the exit code, None while the command runs."""
+        """Return the exit code; None while the command runs."""
         try:
             return self.wait(0)
         except subprocess.TimeoutExpired:
@@ -76,7 +76,7 @@ class Command:
 
 @cache
 def server() -> str:
-    """Start the server of this test run, which ends with it; return the path of its socket."""
+    """Start the server of this test run, and return the path of its socket."""
     path = f"{mkdtemp(prefix='forkserver-')}/socket"
     env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WANDB_SILENT": "true"}
     process = subprocess.Popen([sys.executable, __file__, path], env=env, start_new_session=True)
@@ -88,7 +88,7 @@ def server() -> str:
 
 
 def serve(path: str) -> None:
-    """Fork commands until the client's process is gone."""
+    """Fork commands until the client's process has ended."""
     parent = os.getppid()
     for name in LIBRARIES:
         import_module(name)
@@ -124,13 +124,13 @@ def serve(path: str) -> None:
 
 
 def ended(running: Mapping[int, object]) -> list[tuple[int, int]]:
-    """Process ids and statuses of the commands that have ended since."""
+    """Return process ids and statuses of the commands that have ended."""
     found = (os.waitpid(pid, os.WNOHANG) for pid in running)
     return [(pid, status) for pid, status in found if pid]
 
 
 def become(argv: list[str], log: str, env: dict[str, str], cwd: str) -> None:
-    """Go on as the command; returns, or raises, as an interpreter ends that runs it."""
+    """Turn this process into the command; returns or raises at its end."""
     os.setsid()
     with Path(log).open("ab") as file, Path(os.devnull).open("rb") as nothing:
         for stream, target in enumerate((nothing, file, file)):
@@ -149,14 +149,14 @@ def become(argv: list[str], log: str, env: dict[str, str], cwd: str) -> None:
 
 
 def default_signals() -> None:
-    """Take signals as a new interpreter does: the parent's handlers stay in a fork."""
+    """Set the signal handlers of a new interpreter: a fork keeps its parent's."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def own_media_folder() -> None:
-    """Give W&B a staging folder of this command: the first command to end removes a shared one."""
+    """Give W&B a staging folder per command: the first command that ends removes its folder."""
     folder = import_module("wandb.sdk.data_types._private").MEDIA_TMP
     folder._finalizer.detach()
     folder.__init__("wandb-media")
@@ -193,7 +193,7 @@ def launch(words: Sequence[str]) -> None:
 
 
 def launch_one(prepare: Callable[[Any], tuple[list[str], dict[str, str]]], args: Any) -> None:
-    """Accelerate's launcher of one process."""
+    """Run one process, as accelerate's launcher of one process does."""
     command, env = prepare(args)
     pid = os.fork()
     if pid == 0:
@@ -206,9 +206,9 @@ def launch_one(prepare: Callable[[Any], tuple[list[str], dict[str, str]]], args:
 
 
 def run_rank(words: Sequence[str]) -> None:
-    """Run the target, and its exit functions as an interpreter does; return if all went well."""
+    """Run the target and its exit functions, as an interpreter does; return if it succeeded."""
     code: Any = 0
-    default_signals()  # torchrun's would raise an exception in the middle of the command
+    default_signals()  # torchrun's handlers would raise an exception inside the command
     try:
         run_target(words)
     except SystemExit as error:
@@ -216,7 +216,7 @@ def run_rank(words: Sequence[str]) -> None:
         if isinstance(code, str):
             print(code, file=sys.stderr)
             code = 1
-    except BaseException:  # noqa: BLE001 - an interpreter prints any, too
+    except BaseException:  # noqa: BLE001 - as an interpreter prints any
         sys.excepthook(*sys.exc_info())
         code = 1
     threading._shutdown()

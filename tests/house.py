@@ -1,4 +1,4 @@
-"""A copy of the tree, to which tests add what a developer would add."""
+"""A copy of the source tree, for tests that change code as a developer would."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ from tests.processes import ROOT
 
 @dataclass
 class House:
-    """A copy of the tree, and what was done to it."""
+    """A copy of the source tree in a git repository of its own."""
 
     root: Path
 
@@ -21,7 +21,7 @@ class House:
         (self.root / path).write_text(text.lstrip())
 
     def insert(self, path: str, *texts: tuple[str, str]) -> None:
-        """Put a text behind another that stands once in a file."""
+        """Insert a text after another one that occurs once in a file."""
         content = (self.root / path).read_text()
         for behind, text in texts:
             assert content.count(behind) == 1, f"{path} has not one {behind!r}"
@@ -29,13 +29,13 @@ class House:
         (self.root / path).write_text(content)
 
     def replace(self, path: str, old: str, new: str) -> None:
-        """Put a text in place of another that stands once in a file."""
+        """Replace a text that occurs once in a file."""
         content = (self.root / path).read_text()
         assert content.count(old) == 1, f"{path} has not one {old!r}"
         (self.root / path).write_text(content.replace(old, new))
 
     def touched(self) -> tuple[list[str], list[str]]:
-        """The files that are new since the last call, and those that differ; prints them."""
+        """Return, and print, the files that are new and that differ since the last call."""
         self._git("add", "--all")
         print("\n" + self._git("diff", "--staged", "--stat"))
         lines = self._git("diff", "--staged", "--name-status", "--no-renames").splitlines()
@@ -45,7 +45,7 @@ class House:
         return new, [path for status, path in found if status != "A"]
 
     def begin(self) -> None:
-        """Take the copy as it is as what was there before."""
+        """Commit the copy as it is."""
         self._git("init", "--quiet")
         self._git("add", "--all")
         self._commit()
@@ -61,7 +61,7 @@ class House:
         return done.stdout
 
     def latentmill(self, *arguments: object) -> str:
-        """Run the copy's command line; what it printed."""
+        """Run the copy's command line; return what it printed."""
         argv = [sys.executable, "-m", "pipeline", *map(str, arguments)]
         done = subprocess.run(argv, cwd=self.root, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -69,7 +69,7 @@ class House:
 
 
 def copy_house(root: Path) -> House:
-    """Copy what runs to the new folder `root`."""
+    """Copy the packages and settings to the new folder `root`."""
     house = House(root)
     for top in ("pipeline", "launch", "configs"):
         shutil.copytree(ROOT / top, root / top, ignore=shutil.ignore_patterns("__pycache__", ".*"))

@@ -1,4 +1,4 @@
-"""Processes for tests: started under `accelerate launch`, watched, and never left behind."""
+"""Processes for tests: started under `accelerate launch`, watched, and always killed."""
 
 import os
 import signal
@@ -24,22 +24,22 @@ CPU_ENV = {
 
 
 def env_of(strategy: str) -> dict[str, str]:
-    """What a strategy's processes need besides CPU_ENV."""
+    """Return the environment that a strategy's processes need besides CPU_ENV."""
     return {} if strategy == "ddp" else {"ACCELERATE_USE_CPU": "false"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended: the launcher's exit code, and what all its processes printed."""
+    """Exit code of the launcher, and the output of all its processes."""
 
     code: int
     output: str
 
 
 class Processes:
-    """A running command with everything that it started.
+    """A running command and its descendants.
 
-    forked: started at once by `tests.forkserver`; else by new interpreters, as a user starts it.
+    forked: started fast by `tests.forkserver`; otherwise with new interpreters, as users do.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Processes:
 
     @property
     def output(self) -> str:
-        """What has been printed so far."""
+        """Output so far."""
         return self._log.read_text(errors="replace")
 
     @property
@@ -93,7 +93,7 @@ class Processes:
             return []
 
     def kill(self) -> None:
-        """SIGKILL to everything at once, as a power cut would."""
+        """Send SIGKILL to all processes, as a power cut would end them."""
         alive = self.everything()
         for process in alive:
             try:
@@ -104,7 +104,7 @@ class Processes:
         self._process.wait(timeout=10)
 
     def wait(self, timeout: float = 180) -> Result:
-        """Wait for the end; kills everything and fails with the output after `timeout` seconds."""
+        """Wait for the end; after `timeout` seconds kill all processes and fail with the output."""
         try:
             code = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -113,7 +113,7 @@ class Processes:
         return Result(code, self.output)
 
     def wait_for(self, text: str, timeout: float = 60) -> None:
-        """Wait until `text` has been printed; fails with the output if that does not happen."""
+        """Wait until `text` has been printed; otherwise fail with the output."""
         limit = time.monotonic() + timeout
         while text not in self.output:
             if not self.running or time.monotonic() > limit:
@@ -122,9 +122,9 @@ class Processes:
 
 
 def argv_of(target: str | Path, num_processes: int | None, strategy: str = "ddp") -> list[str]:
-    """The command for a script (*.py) or module; None processes = plain Python, no launcher.
+    """Return the command for a script (*.py) or module; None processes: no launcher.
 
-    strategy: ddp, zero1, zero2 or zero3; a ZeRO run must not be told to stay on the CPU.
+    strategy: ddp, zero1, zero2 or zero3.
     """
     what = [str(target)] if str(target).endswith(".py") else ["-m", str(target)]
     if num_processes is None:

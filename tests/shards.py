@@ -1,4 +1,4 @@
-"""Small real shards, written as anyone would (TarWriter, Pillow), and their streams."""
+"""Small real shards, written by public libraries (TarWriter, Pillow), and their streams."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ TINY_COUNTS = (7, 24, 1, 16, 12)  # samples per shard: uneven on purpose, 60 in 
 
 
 def tiny_image(number: int, size: int = 32) -> np.ndarray:
-    """RGB [size, size, 3] uint8: a coloured square whose place, size and colour follow `number`."""
+    """Return RGB [size, size, 3] uint8: a square whose position, size and colour vary."""
     rng = np.random.Generator(np.random.Philox(key=number))
     image = np.full((size, size, 3), rng.integers(0, 60, 3), np.uint8)
     x, y = rng.integers(0, size // 2, 2)
@@ -64,7 +64,7 @@ def open_stream(
     states: Sequence[States] | None = None,
     **options,
 ) -> Stream:
-    """A stream in the order of these numbers; states: of the shards, None looks at them."""
+    """Open a stream. states: of the shards; None: check the shards here."""
     indexes = [index] if isinstance(index, Index) else index
     order = order_of(data, indexes, seed, batch_size, tail)
     seen = check_shards(data, indexes) if states is None else states
@@ -72,6 +72,6 @@ def open_stream(
 
 
 def open_data_sets(data: DataConfig, index: Index, *, seed: int, batch_size: int) -> DataSets:
-    """What a stream of one data set reads from."""
+    """Open what a stream of one data set reads from."""
     order = order_of(data, [index], seed, batch_size)
     return DataSets(data, [index], order, check_shards(data, [index]))

@@ -1,1 +1,1 @@
-"""Checkpoints of a run: the folder's protocol, saving by all processes together, what is kept."""
+"""Checkpoints of a run: the files of one, saving by all processes, and which ones are kept."""

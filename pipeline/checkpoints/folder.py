@@ -1,13 +1,13 @@
-"""Checkpoints that are whole or absent, verified before use, and independent of the strategy.
+"""The files of a checkpoint: written atomically, verified before use, the same for any strategy.
 
     <run>/checkpoints/step-N/
         model.safetensors  ema.safetensors  optimizer.safetensors
         state.json         step and position, ids of data and order
         MANIFEST.json      bytes and sha256 of the others, written last
 
-Save: everything is written and flushed under `step-N.tmp-*`, then the directory is renamed, then
-old ones are removed (see `retention`). Load: the newest whose manifest verifies on every process; a
-damaged one is set aside as `step-N.corrupt-*`, with a message. No pickle anywhere.
+Save: all files are written and flushed in `step-N.tmp-*`, then the directory is renamed, then old
+checkpoints are removed (see `retention`). Load: the newest checkpoint that verifies on every
+process; a damaged one is set aside as `step-N.corrupt-*`, with a message. No file is a pickle.
 """
 
 import json
@@ -38,7 +38,7 @@ FORMAT = "latentmill-checkpoint-1"
 _STEP = re.compile(r"step-(\d+)")
 
 Weights = Literal["raw", "ema"]  # as trained, or their moving average
-# The files that hold them; the average leaves out buffers.
+# The files with these weights; ema.safetensors has no buffers.
 WEIGHT_FILES: dict[Weights, tuple[str, ...]] = {
     "raw": ("model.safetensors",),
     "ema": ("model.safetensors", "ema.safetensors"),
@@ -47,7 +47,7 @@ WEIGHT_FILES: dict[Weights, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands; everything but the tensors."""
+    """The state of a run without the tensors."""
 
     step: int  # global batches consumed
     position: int  # samples consumed: T of the order
@@ -63,9 +63,9 @@ class DamagedCheckpointError(Exception):
 
 
 def save_checkpoint(directory: Path, state: RunState, tensors: FullState) -> Path:
-    """Write `step-N` in `directory` and return its path; OSError leaves nothing behind.
+    """Write `step-N` in `directory` and return its path; leave no files after an OSError.
 
-    A checkpoint of that step which exists already is kept: it holds the same state.
+    An existing checkpoint of that step is kept: it holds the same state.
     """
     final = directory / f"step-{state.step}"
     if final.exists():
@@ -93,9 +93,9 @@ def _write_files(staged: Path, state: RunState, tensors: FullState) -> None:
         path = staged / f"{name}.safetensors"
         try:
             save_file(content, path)
-        except SafetensorError as error:  # its way to report a full disk
+        except SafetensorError as error:  # raised for a full disk
             raise OSError(f"{path.name}: {error}") from error
-        # safetensors lets only the owner read; the umask decides, as for the other files.
+        # safetensors allows only the owner to read; other files get their mode from the umask.
         shutil.copymode(staged / "state.json", path)
         sync_file(path)
     names = sorted(path.name for path in staged.iterdir())
@@ -118,7 +118,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 def verify_checkpoint(path: Path, only: Collection[str] | None = None) -> None:
     """Raise DamagedCheckpointError unless every file has the size and hash of the manifest.
 
-    only: the files that are going to be read, beside state.json; the others are not touched.
+    only: the files to check besides state.json; None: all.
     """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
@@ -173,7 +173,7 @@ def read_tensors(path: Path) -> FullState:
 
 
 def read_weights(path: Path, weights: Weights) -> Named:
-    """Read the model's tensors alone out of a checkpoint whose WEIGHT_FILES verify, on the CPU.
+    """Read only the model's tensors, on the CPU, from a checkpoint whose WEIGHT_FILES verify.
 
     Raises UserError if the run kept no average.
     """
@@ -190,8 +190,8 @@ def _with_prefix(values: Named, prefix: str) -> Named:
     return {name.removeprefix(prefix): v for name, v in values.items() if name.startswith(prefix)}
 
 
-def quarantine(path: Path, reason: str) -> None:
-    """Set a damaged checkpoint aside and say so."""
+def set_aside(path: Path, reason: str) -> None:
+    """Rename a damaged checkpoint to `step-N.corrupt-*` and warn."""
     aside = path.with_name(temporary_name(path).name.replace(".tmp-", ".corrupt-"))
     publish(path, aside)
     warn(
@@ -201,10 +201,10 @@ def quarantine(path: Path, reason: str) -> None:
 
 
 def find_checkpoint(directory: Path, step: int | None, only: Collection[str] | None = None) -> Path:
-    """Return the checkpoint of `step`, or the newest that verifies; for readers of a finished run.
+    """Return the checkpoint of `step`, or (None) the newest that verifies; for readers of a run.
 
-    only: see `verify_checkpoint`. Raises UserError if there is none, and for an explicit step that
-    is damaged: no fallback then.
+    only: see `verify_checkpoint`. Raises UserError if there is none, or if the checkpoint of an
+    explicit step is damaged.
     """
     if step is not None:
         path = directory / f"step-{step}"
@@ -220,7 +220,7 @@ def find_checkpoint(directory: Path, step: int | None, only: Collection[str] | N
         try:
             verify_checkpoint(path, only)
         except DamagedCheckpointError as error:
-            warn(f"passing over {path}: {error}")
+            warn(f"skipping {path}: {error}")
             continue
         return path
     raise UserError(
@@ -228,7 +228,7 @@ def find_checkpoint(directory: Path, step: int | None, only: Collection[str] | N
     )
 
 
-def remove_litter(directory: Path) -> None:
-    """Remove what killed saves left behind. Only for the one process that saves."""
+def remove_unfinished(directory: Path) -> None:
+    """Remove the directories of saves that were killed; only for the process that saves."""
     for path in directory.glob("step-*.tmp-*"):
         shutil.rmtree(path)

@@ -1,10 +1,10 @@
-"""Checkpoints of a running job: all processes save together and agree on what they resume from.
+"""Checkpoints of a running job: all processes save together and resume from the same one.
 
-    save    all: gather the state in the memory of the main process    the stall of the training
-            main, in a thread of its own: write, publish, retain       while the training goes on
+    save    all processes: gather the state on the main process      the training waits
+            main process, in a thread: write, publish, retain        the training goes on
 
-`folder` owns the directory protocol of one process, `retention` what stays; here stand the
-collectives around them.
+`folder` writes and reads the files in one process, `retention` decides which checkpoints are kept;
+this file has the collectives.
 """
 
 import time
@@ -17,10 +17,10 @@ from pipeline.checkpoints.folder import (
     DamagedCheckpointError,
     RunState,
     list_checkpoints,
-    quarantine,
     read_state,
     read_tensors,
     save_checkpoint,
+    set_aside,
     verify_checkpoint,
 )
 from pipeline.checkpoints.retention import CheckpointConfig, retain
@@ -31,7 +31,7 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import FullState, Strategy
 from pipeline.monitoring.monitor import Records
 
-NUM_TRIES, RETRY_SECONDS = 3, 2.0  # for what another process does not see yet
+NUM_TRIES, RETRY_SECONDS = 3, 2.0  # for a shared disk that shows files late
 _VERSIONS_OF = ("latentmill", "torch", "accelerate", "numpy", "safetensors")
 
 
@@ -63,10 +63,10 @@ class Checkpoints:
     def restore(self) -> int:
         """Restore the newest checkpoint that verifies everywhere, and return its step.
 
-        Without a checkpoint the initial state stays, and the step is 0. Raises UserError if the
-        checkpoint belongs to other data or another order.
+        Without a checkpoint the initial state is kept, and the step is 0. Raises UserError if the
+        checkpoint belongs to other data or another order of samples.
         """
-        path = newest_good(self._directory, self._runtime)
+        path = newest_verified(self._directory, self._runtime)
         if path is None:
             return 0
         state = read_state(path)
@@ -82,23 +82,23 @@ class Checkpoints:
 
     @property
     def evaluations_since_best(self) -> int:
-        """How many evaluations in a row were not better than the best, or not finite."""
+        """Number of evaluations since the best one, those that are not finite included."""
         best = self.best_step
         return sum(best is None or step > best for step in self._values)
 
-    def recall(self, records: Records) -> None:
-        """Take in the evaluations of the run so far, as the main process read them.
+    def load_evaluations(self, records: Records) -> None:
+        """Load the former evaluations of the run, from the records that the main process read.
 
         Raises UserError if they lack the metric that `keep.best` names.
         """
         by, values = self._config.keep.best, self._values
-        with self._runtime.together():
+        with self._runtime.sharing_errors():
             if by is not None and self._runtime.is_main:
                 values = by.values(records)
-        self._values = self._runtime.from_main(values)
+        self._values = self._runtime.broadcast(values)
 
-    def judge(self, metrics: Mapping[str, float], step: int) -> bool:
-        """Take in the evaluation of `step`; tell whether it is the best and worth a checkpoint.
+    def add_evaluation(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Add the evaluation of `step`; return whether it is the best one, to be saved.
 
         Raises UserError if it lacks the metric that `keep.best` names.
         """
@@ -111,8 +111,8 @@ class Checkpoints:
     def save(self, step: int) -> None:
         """Save the state after `step` global batches: gathered now, written in the background.
 
-        At most one is being written; the next waits for it. A full or broken disk costs one
-        checkpoint, not the run: it is reported and counted, and older checkpoints stay.
+        At most one checkpoint is being written; the next waits for it. If the disk is full or
+        broken, the failure is reported and counted, older checkpoints stay, and the run goes on.
         """
         started = time.monotonic()
         self._collect()
@@ -137,12 +137,12 @@ class Checkpoints:
         return self._pending is not None and not self._pending.done()
 
     def finish(self) -> bool:
-        """Wait until the last save is written, and tell whether that worked."""
+        """Wait for the last save; return whether it succeeded."""
         self._collect()
-        return self._runtime.from_main(self._last_worked)
+        return self._runtime.broadcast(self._last_worked)
 
     def read(self) -> dict[str, float]:
-        """What to log: failures since this start; seconds of stall and writing since the last."""
+        """Return what to log: failures since this start, and seconds since the last call."""
         if not self.is_writing:
             self._collect()
         values = {
@@ -154,11 +154,11 @@ class Checkpoints:
         return values
 
     def close(self) -> None:
-        """Let a save that is being written come to its end."""
+        """Wait for a save that is being written."""
         self._writer.shutdown()
 
     def _collect(self) -> None:
-        """Wait for the save that is being written, if any, and take in what became of it."""
+        """Wait for the save that is being written, if any, and record its result."""
         if self._pending is None:
             return
         try:
@@ -175,26 +175,26 @@ class Checkpoints:
             self._pending = None
 
     def _write(self, state: RunState, tensors: FullState, values: dict[int, float]) -> float:
-        """Write, publish, retain; return the seconds that took."""
+        """Write, publish and retain; return the seconds that it took."""
         started = time.monotonic()
         save_checkpoint(self._directory, state, tensors)
         try:
             retain(self._directory, self._config.keep, values)
-        except OSError as error:  # as of NFS while somebody still reads an old one
-            warn(f"an old checkpoint could not be removed ({error}); the new one is there")
+        except OSError as error:  # such as NFS's while another process reads it
+            warn(f"an old checkpoint could not be removed ({error}); the new one is saved")
         return time.monotonic() - started
 
 
-def newest_good(directory: Path, runtime: Runtime) -> Path | None:
+def newest_verified(directory: Path, runtime: Runtime) -> Path | None:
     """Return the newest checkpoint that verifies on every process, if any; a collective.
 
-    Damaged ones are set aside. Where the main process sees no damage, another's view of a shared
-    disk may only be late, and has some time to catch up.
+    Damaged checkpoints are set aside. If only another process sees damage, its view of a shared
+    disk may be late: it tries again for some seconds.
     """
     num_tries = 0
     while True:
         found = list_checkpoints(directory) if runtime.is_main else []
-        path: Path | None = runtime.from_main(found[0] if found else None)
+        path: Path | None = runtime.broadcast(found[0] if found else None)
         if path is None:
             return None
         try:
@@ -205,21 +205,21 @@ def newest_good(directory: Path, runtime: Runtime) -> Path | None:
         if not runtime.any(problem is not None):
             return path
         num_tries += 1
-        if runtime.from_main(problem is None and num_tries < NUM_TRIES):
+        if runtime.broadcast(problem is None and num_tries < NUM_TRIES):
             time.sleep(RETRY_SECONDS)
             continue
         num_tries = 0
         if runtime.is_main:
-            quarantine(path, problem or "it does not verify on another process")
+            set_aside(path, problem or "it does not verify on another process")
 
 
 def newest_state(directory: Path) -> tuple[Path, RunState] | None:
-    """Return the newest readable checkpoint, and where it stands."""
+    """Return the newest checkpoint with a readable state, and the state."""
     for path in list_checkpoints(directory):
         try:
             return path, read_state(path)
         except (OSError, ValueError, TypeError):
-            continue  # damaged: `newest_good` says so and sets it aside
+            continue  # damaged: `newest_verified` warns and sets it aside
     return None
 
 
@@ -240,5 +240,5 @@ def _check_data(state: RunState, order: Mixture, path: Path) -> None:
             raise UserError(
                 f"{path} was trained on another {name} (id {saved}, now {now}): the shards or "
                 "data.split, data.lanes, data.interleave, data.window or seed have changed. "
-                "Restore them, or start anew in another run_dir."
+                "Restore them, or start again in another run_dir."
             )

@@ -1,6 +1,6 @@
-"""Which checkpoints stay: the newest, one for good every so many samples, and the best.
+"""Which checkpoints are kept: the newest ones, one per `every_samples`, and the best.
 
-The best follows from the evaluations in `metrics.jsonl`: step -> value of the chosen metric.
+The best one is found by the evaluations in `metrics.jsonl`: step -> value of the chosen metric.
 """
 
 import math
@@ -26,8 +26,8 @@ class BestMetric(Component):
     def values(self, records: Iterable[Mapping[str, Any]]) -> dict[int, float]:
         """Return the metric's values by step, in the order of `records` of metrics.jsonl.
 
-        That of step 0 is left out: initial weights are not saved. Raises UserError if an evaluation
-        lacks the metric.
+        Without step 0, whose weights are not saved. Raises UserError if an evaluation lacks the
+        metric.
         """
         evaluations = [record for record in records if "eval/loss" in record]
         for record in evaluations:
@@ -40,7 +40,7 @@ class BestMetric(Component):
         return {record["step"]: record[self.metric] for record in evaluations if record["step"]}
 
     def best(self, values: Mapping[int, float]) -> int | None:
-        """Return the step of the best value; the first of equal ones, none that is not finite."""
+        """Return the step of the best finite value, the first if several are equal."""
         finite = {step: value for step, value in values.items() if math.isfinite(value)}
         choose = min if self.mode == "min" else max
         return choose(finite, key=lambda step: finite[step]) if finite else None
@@ -49,16 +49,16 @@ class BestMetric(Component):
 class Keep(Component):
     """Which checkpoints are kept; the others are removed after each save."""
 
-    latest: int = Field(default=2, ge=2)  # two, so that a damaged one has a predecessor
-    # For good: the first checkpoint in every stretch of so many samples. null: none.
+    latest: int = Field(default=2, ge=2)  # two, in case the newest is damaged
+    # Keep the first checkpoint of each interval of this many samples for good; null: none.
     every_samples: int | None = Field(default=None, gt=0)
-    # The best evaluated one, which is saved when it is found. null: none.
+    # Keep the best by evaluation; it is saved as soon as it is found. null: do not.
     best: BestMetric | None = None
 
     def at_most(self, total_samples: int) -> int:
-        """How many checkpoints a run of so many samples may keep."""
-        milestones = total_samples // self.every_samples if self.every_samples else 0
-        return self.latest + milestones + (self.best is not None)
+        """Return how many checkpoints a run of `total_samples` may keep."""
+        for_good = total_samples // self.every_samples if self.every_samples else 0
+        return self.latest + for_good + (self.best is not None)
 
 
 class CheckpointConfig(Component):
@@ -71,14 +71,14 @@ class CheckpointConfig(Component):
 def best_checkpoint(
     checkpoints: Collection[Path], by: BestMetric, values: Mapping[int, float]
 ) -> Path | None:
-    """Return the best of the checkpoints that are there, if any of them was evaluated."""
-    there = {int(path.name.removeprefix("step-")): path for path in checkpoints}
-    best = by.best({step: value for step, value in values.items() if step in there})
-    return None if best is None else there[best]
+    """Return the best of the given checkpoints; None if none was evaluated."""
+    by_step = {int(path.name.removeprefix("step-")): path for path in checkpoints}
+    best = by.best({step: value for step, value in values.items() if step in by_step})
+    return None if best is None else by_step[best]
 
 
 def retain(directory: Path, keep: Keep, values: Mapping[int, float]) -> None:
-    """Remove what `keep` does not name; renamed first, so that none is ever half there.
+    """Remove the checkpoints that `keep` does not name; each is renamed first, which is atomic.
 
     values: of the metric of `keep.best`, by step.
     """
@@ -87,18 +87,18 @@ def retain(directory: Path, keep: Keep, values: Mapping[int, float]) -> None:
     if keep.best is not None and (best := best_checkpoint(checkpoints, keep.best, values)):
         kept.add(best)
     if keep.every_samples is not None:
-        # Oldest last, so that the first checkpoint of each stretch is the one that is left.
-        stretches = {_position(path) // keep.every_samples: path for path in checkpoints}
-        kept |= {path for number, path in stretches.items() if number > 0}
+        # The list ends with the oldest: of each interval the oldest checkpoint remains in the dict.
+        intervals = {_position(path) // keep.every_samples: path for path in checkpoints}
+        kept |= {path for number, path in intervals.items() if number > 0}
     for path in checkpoints:
         if path not in kept:
-            doomed = temporary_name(path)
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            removed = temporary_name(path)
+            path.rename(removed)
+            shutil.rmtree(removed)
 
 
 def _position(path: Path) -> int:
-    """Samples seen; 0 for a checkpoint that is damaged and will be no milestone."""
+    """Return the samples seen; 0 for a damaged checkpoint, which is not kept for good."""
     try:
         return read_state(path).position
     except (OSError, ValueError, TypeError):

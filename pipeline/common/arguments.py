@@ -88,9 +88,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="a.b=c", help="settings that override the file's"
     )
     parser.add_argument("--worker", metavar="i/n", help="be worker i (from 0) of n")
-    parser.add_argument(
-        "--retry-failed", action="store_true", help="try tasks again that failed too often"
-    )
+    parser.add_argument("--retry-failed", action="store_true", help="try failed tasks again")
 
 
 def parse_train(argv: Sequence[str]) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Rows of all processes together, for losses that depend on the whole global batch."""
+"""Differentiable all-gather, for losses that depend on the whole global batch."""
 
 from typing import Any, cast
 
@@ -8,23 +8,23 @@ from torch import Tensor
 
 
 class RowGather:
-    """[B, ...] of each process -> [processes * B, ...], in the order of the ranks.
+    """[B, ...] of each process -> [processes * B, ...], by rank; a collective, backward as well.
 
-    The gradient of a row is the sum of what all processes ask of it, and returns to its owner: with
-    losses that each process takes over its own rows, and engines that average over the processes,
-    that is the gradient of the mean over the global batch. A collective, forward and backward.
+    Backward sums the gradient of a row over all processes and returns it to the row's process. Each
+    process takes losses over its own rows, and DDP and DeepSpeed average over processes: together
+    that is the gradient of the mean over the global batch.
     """
 
     @property
     def rank(self) -> int:
-        """Whose rows stand at [rank * B, (rank + 1) * B) are this process's."""
+        """Rank of this process, whose rows are [rank * B, (rank + 1) * B)."""
         return dist.get_rank() if dist.is_initialized() else 0
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Return the rows of all processes; every process gives equally many."""
+        """Return the rows of all processes; B must be equal on all."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return rows
-        if rows.dtype == torch.bool:  # which gloo does not carry
+        if rows.dtype == torch.bool:  # gloo has no bool
             return self(rows.to(torch.uint8)).bool()
         return cast(Tensor, _AllGather.apply(rows))
 
@@ -32,7 +32,6 @@ class RowGather:
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        """Concatenate the rows of all ranks."""
         ctx.num_rows = len(rows)
         parts = [rows.new_empty(rows.shape) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, rows.contiguous())
@@ -40,7 +39,6 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore
-        """Sum the gradient over the ranks and take this rank's rows."""
         summed = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(summed)
         start = dist.get_rank() * ctx.num_rows

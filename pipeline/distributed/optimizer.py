@@ -1,4 +1,4 @@
-"""AdamW: the one optimizer, so that one canonical checkpoint serves every strategy."""
+"""AdamW, the only optimizer: so all strategies share one checkpoint format."""
 
 from typing import Any
 
@@ -19,18 +19,18 @@ class AdamWConfig(Component):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     epsilon: float = Field(default=1e-8, gt=0)
-    # Of weight matrices and kernels; biases, scales and a learned sigma are not decayed.
+    # Of weight matrices and kernels only, not of biases, scales or a learned sigma.
     weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float | None = Field(
-        default=None, gt=0
-    )  # of the global batch's gradient; null: no clip
+    # Bound of the norm of the global batch's gradient; null: no clipping.
+    max_grad_norm: float | None = Field(default=None, gt=0)
 
     def build(
-        self, model: nn.Module, opponent: DiscriminatorConfig | None = None
+        self, model: nn.Module, discriminator: DiscriminatorConfig | None = None
     ) -> torch.optim.AdamW:
-        """Return the optimizer; one fused kernel, which CPU and CUDA both have.
+        """Return the optimizer, fused on CPU and CUDA.
 
-        Its groups: the parameters of each player, `player` by name, decayed and not.
+        Each player has two parameter groups, with and without weight decay; the key `player` of a
+        group names its player.
         """
         groups: list[dict[str, Any]] = []
         for player in PLAYERS:
@@ -40,10 +40,10 @@ class AdamWConfig(Component):
                 if parameter.requires_grad and player_of(name) == player
             ]
             settings: dict[str, Any] = {"player": player}
-            if player == "discriminator" and opponent is not None:
+            if player == "discriminator" and discriminator is not None:
                 settings["betas"] = (
-                    self.beta1 if opponent.beta1 is None else opponent.beta1,
-                    self.beta2 if opponent.beta2 is None else opponent.beta2,
+                    self.beta1 if discriminator.beta1 is None else discriminator.beta1,
+                    self.beta2 if discriminator.beta2 is None else discriminator.beta2,
                 )
             for decay, some in (
                 (self.weight_decay, [p for p in own if p.ndim > 1]),

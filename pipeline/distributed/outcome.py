@@ -1,11 +1,11 @@
-"""How a start of a run ended: `outcome.json`, the contract with launchers, who flatten exit codes.
+"""How a start of a run ended: `outcome.json`, for launchers, which do not pass on exit codes.
 
-A process that fails takes its peers with it, and they fail, too. So the first that fails says why:
-in `outcome.json`, and in a folder of this start below `failure/`, which the next one removes:
+When one process fails, the others fail as a consequence. The process that fails first records why:
+in `outcome.json`, and in a folder of this start below `failure/`, which the next start removes:
 
     first.json    rank and message of the process that failed first
     rank-N.txt    the traceback of process N, or, if it hung, the stacks of its threads
-    rank-N.json   where process N stood when it hung: see `watchdog`
+    rank-N.json   phase and step of process N when it hung: see `watchdog`
 """
 
 import shutil
@@ -27,7 +27,7 @@ _MEMORY_RAN_OUT = ("out of memory", "can't allocate memory")  # CUDA's, the CPU 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a start of a run ended (or that it has not ended)."""
+    """How a start of a run ended, or that it is running."""
 
     status: Literal["running", "done", "preempted", "failed"]
     exit_code: int | None
@@ -41,7 +41,7 @@ def write_outcome(run_dir: Path, outcome: Outcome) -> None:
 
 
 def begin(run_dir: Path) -> str:
-    """Forget how earlier starts failed, and say that this one runs; return its name."""
+    """Remove the failures of earlier starts, record that this one runs, and return its name."""
     if (run_dir / FAILURE).exists():
         shutil.rmtree(run_dir / FAILURE)
     write_outcome(run_dir, Outcome("running", exit_code=None, step=None))
@@ -52,7 +52,7 @@ class Failures:
     """Where one process of a start records why it fails."""
 
     def __init__(self, run_dir: Path, attempt: str, rank: int, world: int) -> None:
-        """attempt: the name that `begin` gave this start; a late process of another is no match."""
+        """attempt: the name of this start, by `begin`: late processes of another start differ."""
         self.folder = run_dir / FAILURE / attempt
         self._run_dir = run_dir
         self._rank = rank
@@ -61,10 +61,10 @@ class Failures:
 
     @contextmanager
     def recorded(self) -> Generator[None]:
-        """Record an exception that leaves the context, unless that was done further inside.
+        """Record an exception that leaves the context, unless an inner context has recorded it.
 
-        The first process that fails raises on; another's trouble follows from that, and it ends
-        with a line instead of a traceback (which failure/ has). A UserError is raised on all.
+        The process that failed first raises it again. The others fail as a consequence: they print
+        one line and exit; their tracebacks are in failure/. A UserError is raised on all.
         """
         try:
             yield
@@ -75,15 +75,15 @@ class Failures:
             if self._record_exception(error) or isinstance(error, UserError):
                 raise
             warn(
-                f"rank {self._rank} ends, too ({type(error).__name__}): see "
+                f"rank {self._rank} ends as well ({type(error).__name__}): see "
                 f"{self._run_dir}/outcome.json"
             )
             raise SystemExit(FAILED) from error
 
     def record(self, message: str, *, exit_code: int = FAILED, details: str = "") -> bool:
-        """Record why this process fails; tell whether it is the first, whose word counts.
+        """Record why this process fails; return whether it is the first to fail.
 
-        details: for rank-N.txt. Where nothing can be written, each process has its own word.
+        details: for rank-N.txt. If nothing can be written, every process counts as the first.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,17 +94,17 @@ class Failures:
                 return False
             write_outcome(self._run_dir, Outcome("failed", exit_code, None, message))
         except OSError as error:
-            warn(f"how this run failed could not be recorded in {self._run_dir} ({error})")
+            warn(f"the failure of this run could not be recorded in {self._run_dir} ({error})")
         return True
 
     def _record_exception(self, error: BaseException) -> bool:
         message = f"{type(error).__name__}: {error}"
-        if isinstance(error, UserError):  # of all processes alike
+        if isinstance(error, UserError):  # raised on all processes
             return self.record(message, exit_code=WRONG_USE)
         if isinstance(error, MemoryError) or any(sign in str(error) for sign in _MEMORY_RAN_OUT):
             message += (
-                " (less memory is needed with a larger accumulation, a smaller batch_size, or "
-                "model.gradient_checkpointing)"
+                " (a larger accumulation, a smaller batch_size or model.gradient_checkpointing "
+                "needs less memory)"
             )
         if self._world > 1:
             message = f"rank {self._rank}: {message}"

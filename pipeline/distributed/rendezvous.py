@@ -1,8 +1,8 @@
-"""What the launcher announced, and where the processes of a run meet.
+"""Checks of the launcher's variables, and the rendezvous of a run's processes.
 
-`accelerate launch` (by torchrun) tells every process WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT.
-Each mistake in them ends in one paragraph, instead of in a process that trains alone or that waits
-for others for half an hour.
+`accelerate launch` (by torchrun) gives every process WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT.
+A mistake in them ends with one paragraph. Without these checks a process would train alone, or wait
+half an hour for the others.
 """
 
 import json
@@ -26,18 +26,18 @@ HOW_TO_LAUNCH = (
     "Launch with a topology file that starts them together, for example "
     "`accelerate launch --config_file configs/accelerate/cpu-ddp.yaml`."
 )
-MEETING_SECONDS = 8.0  # longer than processes of one machine, started by one hand, differ
-LATE_SECONDS = 60.0  # of others: torchrun lets them start together, but machines may be slow
-MAIN_FIRST_SECONDS = 10.0  # by which the main process comes later to a mistake than another
-STORE_SECONDS = 30.0  # in which another machine's launcher answers, which is up already
+RENDEZVOUS_SECONDS = 8.0  # timeout on one machine without torchrun: its processes start together
+LATE_SECONDS = 60.0  # then a warning; with torchrun or several machines, which may be slow
+MAIN_FIRST_SECONDS = 10.0  # that other ranks wait before they print an error
+STORE_SECONDS = 30.0  # timeout of a connection to torchrun on another machine
 _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 _PRECISIONS = ("fp16", "bf16", "amp", "torch_autocast")  # sections of DeepSpeed's JSON
 _HOW_TO_CHOOSE = "set `precision` (fp32 or bf16; there is no fp16) in the config"
-_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate knows them
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate reads these
 
 
 def check_announced(environment: Mapping[str, str]) -> None:
-    """Raise UserError if what the launcher says contradicts itself, or our config's rights."""
+    """Raise UserError if the launcher's variables contradict each other or the run's config."""
     world, rank = _number(environment, "WORLD_SIZE", 1), _number(environment, "RANK", 0)
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in environment]
     if world > 1 and missing:
@@ -50,7 +50,7 @@ def check_announced(environment: Mapping[str, str]) -> None:
             f"RANK is {rank}, but WORLD_SIZE announces {world} processes, with ranks from 0 to "
             f"{world - 1}. {HOW_TO_LAUNCH}"
         )
-    # With use_cpu, `accelerate launch` starts one process, however many it is asked for.
+    # With use_cpu, `accelerate launch` starts one process, whatever --num_processes says.
     is_launched = "ACCELERATE_MIXED_PRECISION" in environment
     is_alone = not environment.keys() & {"WORLD_SIZE", *_OF_MPI}
     if is_launched and is_alone and "MASTER_ADDR" in environment:
@@ -73,41 +73,42 @@ def check_device(environment: Mapping[str, str], *, has_gpu: bool) -> None:
 
 
 def check_launcher(environment: Mapping[str, str]) -> None:
-    """Raise UserError if torchrun, which holds the meeting place, has died meanwhile."""
+    """Raise UserError if torchrun, which keeps the rendezvous store, has died."""
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
-    place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     try:
-        socket.create_connection(place, timeout=STORE_SECONDS).close()
+        socket.create_connection(address, timeout=STORE_SECONDS).close()
     except OSError as error:
         raise UserError(
-            f"nobody answers at {place[0]}:{place[1]} (MASTER_ADDR, MASTER_PORT), where the "
-            f"launcher brings its processes together ({error}): has it been killed?"
+            f"nobody answers at {address[0]}:{address[1]} (MASTER_ADDR, MASTER_PORT), where the "
+            f"launcher waits for its processes ({error}): has it been killed?"
         ) from error
 
 
 @contextmanager
-def meeting(environment: Mapping[str, str]) -> Generator[None]:
-    """Inside, this process joins the others; one who waits for too long is told for whom.
+def rendezvous(environment: Mapping[str, str]) -> Generator[None]:
+    """Join the other processes inside the context, and report if they do not all come.
 
-    Processes that were started by hand on one machine do not wait for longer than MEETING_SECONDS.
-    Raises UserError if they cannot meet.
+    Processes of one machine that no torchrun started wait for RENDEZVOUS_SECONDS at most. Raises
+    UserError if they cannot meet.
     """
     world, rank = _number(environment, "WORLD_SIZE", 1), _number(environment, "RANK", 0)
-    place = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
+    address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
     announced = f"WORLD_SIZE announces {world} processes, of which this is process {rank}"
-    is_limited = _by_hand(environment) and environment.get("MASTER_ADDR") in _THIS_MACHINE
-    seconds = MEETING_SECONDS if is_limited else LATE_SECONDS
+    is_limited = not _has_torchrun(environment)
+    is_limited &= environment.get("MASTER_ADDR") in _THIS_MACHINE
+    seconds = RENDEZVOUS_SECONDS if is_limited else LATE_SECONDS
 
-    def speak() -> None:
-        late = f"they have not all come to {place} (MASTER_ADDR, MASTER_PORT)"
+    def report_timeout() -> None:
+        late = f"they have not all come to {address} (MASTER_ADDR, MASTER_PORT)"
         text = f"{announced}, but after {seconds:g} s {late}"
         if is_limited:
             print(f"error: {text}. {HOW_TO_LAUNCH}", file=sys.stderr, flush=True)
             os._exit(WRONG_USE)  # torch waits in C++, and cannot be interrupted
         print(f"warning: {text}; still waiting", file=sys.stderr, flush=True)
 
-    timer = threading.Timer(seconds, speak)
+    timer = threading.Timer(seconds, report_timeout)
     timer.daemon = True
     if world > 1:
         timer.start()
@@ -116,7 +117,7 @@ def meeting(environment: Mapping[str, str]) -> Generator[None]:
     except dist.DistError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{announced}, but it cannot meet the others at {place} (MASTER_ADDR, MASTER_PORT): "
+            f"{announced}, but it cannot meet the others at {address} (MASTER_ADDR, MASTER_PORT): "
             f"{reason}. Take an address of the machine of process 0 that all can reach, and a "
             "port that is free there."
         ) from error
@@ -124,13 +125,13 @@ def meeting(environment: Mapping[str, str]) -> Generator[None]:
         timer.cancel()
 
 
-def tell(error: UserError, environment: Mapping[str, str]) -> None:
-    """Print a mistake on which this process ends; as a rule every process meets the same one.
+def print_error(error: UserError, environment: Mapping[str, str]) -> None:
+    """Print the error; other ranks wait 10 s, so that rank 0's message comes first.
 
-    Under torchrun the first process that ends takes the others with it: the main process has the
-    first word, and the others theirs, if they are still there.
+    Usually every process has the same error. Under torchrun the first process that ends takes the
+    others with it: so the message is printed once.
     """
-    if not _by_hand(environment) and environment.get("RANK", "0") != "0":
+    if _has_torchrun(environment) and environment.get("RANK", "0") != "0":
         time.sleep(MAIN_FIRST_SECONDS)
     print(f"error: {error}", file=sys.stderr, flush=True)
 
@@ -140,13 +141,13 @@ def _check_precision(environment: Mapping[str, str]) -> None:
     if precision != "no":
         raise UserError(
             f"accelerate is told to use mixed precision {precision!r} (mixed_precision in the "
-            "topology file, --mixed_precision, or ACCELERATE_MIXED_PRECISION), which the run's "
-            f"config decides: leave it out there, and {_HOW_TO_CHOOSE}."
+            "topology file, --mixed_precision, or ACCELERATE_MIXED_PRECISION), but the run's "
+            f"config decides the precision: leave it out there, and {_HOW_TO_CHOOSE}."
         )
     path = Path(environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""))
     try:
         config: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError):  # there is none, or DeepSpeed will explain it
+    except (OSError, ValueError):  # no such file, or DeepSpeed will report it
         return
     if not isinstance(config, dict):
         return
@@ -163,8 +164,8 @@ def _is_enabled(section: Any) -> bool:
     return isinstance(section, dict) and bool(cast(dict[str, Any], section).get("enabled"))
 
 
-def _by_hand(environment: Mapping[str, str]) -> bool:
-    return "TORCHELASTIC_RUN_ID" not in environment  # of torchrun, so of `accelerate launch`, too
+def _has_torchrun(environment: Mapping[str, str]) -> bool:
+    return "TORCHELASTIC_RUN_ID" in environment  # also under `accelerate launch`, by torchrun
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

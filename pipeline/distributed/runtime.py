@@ -1,8 +1,7 @@
-"""The process and its siblings: start-up guard, the few collectives, stop requests.
+"""This process among the processes of a run: start-up checks, collectives, stop requests.
 
-What only one process may do is decided where it is done (`monitoring.monitor`,
-`checkpoints.manager`, `training.run_directory` ...): the training loop reads as if there were one
-process.
+Modules that only the main process may write from check `is_main` themselves (`monitoring.monitor`,
+`checkpoints.manager`, `training.run_directory`): so the training loop reads as for one process.
 """
 
 import ctypes
@@ -36,7 +35,7 @@ from pipeline.distributed.rendezvous import (
     check_announced,
     check_device,
     check_launcher,
-    meeting,
+    rendezvous,
 )
 
 STOP_FILE_POLL_SECONDS = 1.0
@@ -51,17 +50,17 @@ class Runtime:
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
-        # Decisions (stop? saved?) travel over the CPU, beside the gradients' own group.
+        # Decisions (stop? saved?) use a CPU group of their own, apart from the gradients' group.
         needs_own_group = self.world > 1 and dist.get_backend() != "gloo"
         own_group = dist.new_group(backend="gloo", timeout=timeout) if needs_own_group else None
         self._control = cast(dist.ProcessGroup | None, own_group)
 
     @classmethod
-    def start(cls, *, accumulation: int, patience: float | None = None) -> "Runtime":
+    def start(cls, *, accumulation: int, timeout_seconds: float | None = None) -> "Runtime":
         """Join the other processes; raises UserError if they do not see each other.
 
-        accumulation: micro-batches per step, by which accelerate divides every loss. patience:
-        seconds after which a collective fails that a process does not join; None: torch's default.
+        accumulation: micro-batches per step, by which accelerate divides every loss.
+        timeout_seconds: timeout of collectives; None: torch's default.
         """
         check_announced(os.environ)
         _die_with_parent()
@@ -69,7 +68,7 @@ class Runtime:
         on_cpu = not torch.accelerator.is_available()
         check_device(os.environ, has_gpu=not on_cpu)
         fix_arithmetic()
-        timeout = None if patience is None else timedelta(seconds=patience)
+        timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
         handlers: list[Any] = [
             InitProcessGroupKwargs(timeout=timeout),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -78,11 +77,11 @@ class Runtime:
             prepare_deepspeed(os.environ, on_cpu=on_cpu)
             backend = "gloo" if on_cpu else None
             handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)]
-        with meeting(os.environ):
+        with rendezvous(os.environ):
             accelerator = Accelerator(
-                # Told to stay on the CPU, accelerate would leave DeepSpeed out without a word.
+                # With cpu=True, accelerate would leave out DeepSpeed without a warning.
                 cpu=on_cpu and not asks_for_deepspeed(os.environ),
-                mixed_precision="no",  # `precision` owns autocast
+                mixed_precision="no",  # the config's `precision` does autocast
                 gradient_accumulation_steps=accumulation,
                 kwargs_handlers=handlers,
             )
@@ -99,8 +98,8 @@ class Runtime:
         return runtime
 
     @property
-    def place(self) -> str:
-        """In words: how many processes, and on what."""
+    def hardware(self) -> str:
+        """Number of processes and kind of device, in words."""
         kind = "CPU"
         if self.device.type != "cpu":
             kind = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
@@ -113,7 +112,7 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what only one may write."""
+        """Whether this is the process that writes for all."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -132,13 +131,13 @@ class Runtime:
         return bool(votes.item())
 
     def first_reason(self, reason: str | None) -> str | None:
-        """Return the reason of the lowest rank that has one; cheap while nobody has one."""
+        """Return the reason of the lowest rank that has one; a collective, cheap if none has."""
         if not self.any(reason is not None):
             return None
         return next(found for found in self.gather(reason) if found is not None)
 
-    def from_main(self, value: Any) -> Any:
-        """Return the main process's `value` (of the others' nothing is used); a collective."""
+    def broadcast(self, value: Any) -> Any:
+        """Return the main process's `value` on all; the others' is ignored; a collective."""
         if self.world == 1:
             return value
         box = [value]
@@ -154,10 +153,10 @@ class Runtime:
         return values
 
     @contextmanager
-    def together(self) -> Generator[None]:
-        """Make a UserError of any process inside the context everyone's, at its end; a collective.
+    def sharing_errors(self) -> Generator[None]:
+        """Raise on all processes, at the end, a UserError of any process; a collective.
 
-        What is inside must be no collective.
+        The context must contain no collective.
         """
         problem: str | None = None
         try:
@@ -179,17 +178,17 @@ def asks_for_deepspeed(environment: Mapping[str, str]) -> bool:
 
 
 def prepare_deepspeed(environment: MutableMapping[str, str], *, on_cpu: bool) -> None:
-    """Make DeepSpeed ready to be started; raise UserError if it cannot be.
+    """Prepare the environment for DeepSpeed; raise UserError if it cannot run.
 
-    On CPUs nothing is compiled: the one op that DeepSpeed would build there serves inference.
+    On CPUs nothing is compiled: the only op that DeepSpeed would build there is for inference.
     """
     if environment.get("ACCELERATE_USE_CPU", "false") == "true":
         raise UserError(
-            "ACCELERATE_USE_CPU is set, so accelerate would leave DeepSpeed out without a word: "
+            "ACCELERATE_USE_CPU is set, so accelerate would leave out DeepSpeed without a warning: "
             "unset it (and use_cpu in the topology file); without a GPU it stays on the CPU anyway."
         )
     try:
-        importlib.import_module("transformers")  # by accelerate's DeepSpeed path
+        importlib.import_module("transformers")  # accelerate imports it for DeepSpeed
         if on_cpu:
             environment["DS_ACCELERATOR"] = "cpu"
         ops: Any = importlib.import_module("deepspeed").ops
@@ -205,8 +204,8 @@ def prepare_deepspeed(environment: MutableMapping[str, str], *, on_cpu: bool) ->
 def check_launch(environment: Mapping[str, str], *, rank: int, world: int) -> None:
     """Raise UserError unless rank and world size are those that the launcher announced.
 
-    On a machine without GPUs, accelerate can leave each of several processes believing that it is
-    alone: they would then train apart and write over each other.
+    On a machine without GPUs, accelerate can start several processes that each take themselves for
+    the only one: they would train apart and overwrite each other's files.
     """
     announced_world = int(environment.get("WORLD_SIZE", "1"))
     announced_rank = int(environment.get("RANK", "0"))
@@ -218,14 +217,14 @@ def check_launch(environment: Mapping[str, str], *, rank: int, world: int) -> No
         )
 
 
-class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """All processes were asked to stop; the message says by what."""
+class Stopped(Exception):  # noqa: N818 - not an error
+    """All processes are asked to stop; the message says what asked."""
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1, Ctrl-C or a file named STOP in the run directory; seen between steps.
+    """SIGTERM, SIGUSR1, Ctrl-C or a file STOP in the run directory; checked between steps.
 
-    A second Ctrl-C interrupts at once.
+    A second Ctrl-C interrupts immediately.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -246,7 +245,7 @@ class StopRequest:
         self._signal = number
 
     def reason(self) -> str | None:
-        """Say why this process should stop, if it should."""
+        """Return why this process should stop; None if it should not."""
         if self._signal is not None:
             return f"signal {signal.Signals(self._signal).name}"
         now = time.monotonic()
@@ -263,14 +262,14 @@ class StopRequest:
             raise Stopped(reason)
 
     def close(self) -> None:
-        """Give the signals back to their former handlers."""
+        """Restore the former signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
 
 def _die_with_parent() -> None:
     """Ask Linux for a SIGTERM when the launcher dies, so that no trainer is left behind."""
-    # What torchrun and accelerate launch set; a plain Python may outlive its shell.
+    # Only under torchrun or accelerate launch: a plain Python process may outlive its shell.
     is_launched = not {"WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"}.isdisjoint(os.environ)
     if sys.platform != "linux" or not is_launched:
         return

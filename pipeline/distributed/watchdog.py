@@ -1,10 +1,11 @@
-"""The watchdog: a job that hangs is ended, and says where.
+"""The watchdog: ends a job that hangs, and reports where each process was.
 
-The training says what it is about to do (`enter`). If nothing new is said for too long, a thread of
-that process prints the stacks of all its threads and leaves a report in the run directory (see
-`outcome`). The watchdogs of the others see it and leave theirs, and the lowest of them tells who
-stands where, and who left no report within the grace: it is stopped, dead or cut off, and killed if
-it lives on the same machine. Then all end, and the launcher with them.
+The training names the phase that it enters (`enter`). If a process enters none for too long, its
+watchdog thread prints the stacks of all threads and writes a report into the run directory (see
+`outcome`). The other watchdogs see that report and write theirs. The lowest rank that reported
+records the phase of each process, and which processes wrote no report within the grace period:
+these are stopped, dead or cut off, and are killed if they run on the same machine. Then all
+processes end, and the launcher with them.
 """
 
 import faulthandler
@@ -16,7 +17,8 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,39 +33,39 @@ from pipeline.distributed.outcome import FIRST, Failures
 from pipeline.distributed.runtime import Runtime
 
 Phase = Literal["start", "data", "update", "evaluation", "log", "checkpoint", "end"]
-ORDER = get_args(Phase)  # of the phases that belong to one step
-MIN_GRACE_SECONDS, MAX_GRACE_SECONDS = 10.0, 60.0  # shared disks show others' files late
+PHASES = get_args(Phase)  # in the order in which a step goes through them
+MIN_GRACE_SECONDS, MAX_GRACE_SECONDS = 10.0, 60.0  # a shared disk shows new files late
 _POLL_SECONDS = 0.5
 
 
 class WatchdogConfig(Component):
     """When a process that makes no progress counts as hanging."""
 
-    # Longer than any honest wait: compiling, one batch from slow storage, one checkpoint.
+    # Longer than any regular wait: compiling, one batch from slow storage, one checkpoint.
     seconds: float | None = Field(default=900.0, gt=0)  # null: never
 
     @property
     def grace(self) -> float:
-        """Seconds in which the other processes are to notice, and leave their reports."""
+        """Seconds that the other processes have to write their reports."""
         limit = self.seconds or 0.0
         return min(max(limit / 10, MIN_GRACE_SECONDS), MAX_GRACE_SECONDS)
 
     @property
-    def patience(self) -> float | None:
-        """Seconds that a collective waits for a process: the watchdog is to bark before."""
+    def collective_timeout(self) -> float | None:
+        """Timeout of collectives in seconds: longer than the watchdog's, which reports first."""
         return None if self.seconds is None else self.seconds + 3 * self.grace
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a process lives."""
+class _Host:
+    """Host and id of a process."""
 
     host: str
     pid: int
-    machine: str  # equal where one process may signal the other by its pid
+    machine: str  # equal for two processes if one can signal the other by its pid
 
     @classmethod
-    def here(cls) -> "_Place":
+    def current(cls) -> "_Host":
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return cls(
             socket.gethostname(), os.getpid(), boot + str(Path("/proc/self/ns/pid").readlink())
@@ -72,7 +74,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class Report:
-    """Where a process stands."""
+    """Phase and step of a process."""
 
     rank: int
     host: str
@@ -89,23 +91,23 @@ class Report:
 
 
 def _flight_record() -> bytes:
-    """Return what PyTorch's flight recorder holds: the last collectives of this process, pickled.
+    """Return the content of PyTorch's flight recorder, pickled: the last collectives.
 
-    NCCL has a recorder of its own, in a build that has NCCL.
+    Builds with NCCL have another recorder for NCCL.
     """
     bindings: Any = importlib.import_module("torch._C._distributed_c10d")
     return getattr(bindings, "_dump_nccl_trace", bindings._dump_fr_trace)()
 
 
 class Watchdog:
-    """Watches this process from a thread; every process has one."""
+    """Watches its own process from a thread; every process has one."""
 
     def __init__(self, config: WatchdogConfig, failures: Failures, runtime: Runtime) -> None:
         """Start watching; a collective."""
         self._config = config
         self._failures = failures
         self._rank = runtime.rank
-        self._peers: list[_Place] = runtime.gather(_Place.here())
+        self._peers: list[_Host] = runtime.gather(_Host.current())
         self._now: tuple[Phase, int, object] = ("start", 0, object())
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -113,8 +115,15 @@ class Watchdog:
             self._thread.start()
 
     def enter(self, phase: Phase, step: int) -> None:
-        """Say what comes next for this step, or that it still goes on."""
-        self._now = (phase, step, object())  # unlike the last, also in the same phase
+        """Name the phase that begins; entering the same phase again counts as progress."""
+        self._now = (phase, step, object())  # never equal to the last one
+
+    @contextmanager
+    def phase(self, phase: Phase, step: int) -> Generator[None]:
+        """Enter a phase twice: what is inside has the whole time limit, and so has what follows."""
+        self.enter(phase, step)
+        yield
+        self.enter(phase, step)
 
     def close(self) -> None:
         """Stop watching."""
@@ -129,7 +138,7 @@ class Watchdog:
         seen, seconds, last = self._now, 0.0, time.monotonic()
         while not self._closed.wait(interval):
             now = time.monotonic()
-            # A whole process that stood still, with this thread, has not been hanging meanwhile.
+            # The time in which the whole process was suspended, with this thread, does not count.
             seconds += min(now - last, 2 * interval)
             last = now
             if self._now is not seen:
@@ -138,14 +147,14 @@ class Watchdog:
                 self._end_job(seconds)
 
     def _reports(self) -> list[str]:
-        """The names of the reports that are there."""
+        """Names of the reports that exist."""
         try:
             return [path.name for path in self._failures.folder.glob("rank-*.json")]
         except OSError:
             return []
 
     def _end_job(self, seconds: float) -> None:
-        """Print, report, and end this process, whatever hangs: also the storage may."""
+        """Print, report and end this process, even if the storage hangs as well."""
         timer = threading.Timer(2 * self._config.grace, os._exit, (FAILED,))
         timer.daemon = True
         timer.start()
@@ -155,27 +164,27 @@ class Watchdog:
         print(f"watchdog: {mine}, limit watchdog.seconds = {self._config.seconds}", file=sys.stderr)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         try:
-            self._leave(mine)
-            reports = self._collect()
+            self._write_report(mine)
+            reports = self._collect_reports()
             if reports:
-                self._conclude(reports)
+                self._record_cause(reports)
         except (OSError, ValueError) as error:
-            warn(f"the watchdog cannot do its work in {self._failures.folder}: {error}")
+            warn(f"the watchdog cannot use {self._failures.folder}: {error}")
         finally:
             os._exit(FAILED)
 
-    def _leave(self, mine: Report) -> None:
+    def _write_report(self, mine: Report) -> None:
         folder = self._failures.folder
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"rank-{mine.rank}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         write_json(folder / f"rank-{mine.rank}.json", asdict(mine))
-        # Before NCCL's timeout, at which PyTorch would; beside what follows, which must not wait.
+        # PyTorch would write it at NCCL's timeout only. In a thread: it must not delay the rest.
         path = folder / f"collectives-rank-{mine.rank}"
         threading.Thread(target=lambda: path.write_bytes(_flight_record()), daemon=True).start()
 
-    def _collect(self) -> dict[int, Report]:
-        """Wait for the others' reports; empty if a lower rank will conclude, and has."""
+    def _collect_reports(self) -> dict[int, Report]:
+        """Wait for the other reports; return none if a lower rank records the cause."""
         folder = self._failures.folder
         deadline = time.monotonic() + self._config.grace
         reports: dict[int, Report] = {}
@@ -192,8 +201,8 @@ class Watchdog:
                     reports[rank] = Report(**json.loads((folder / name).read_bytes()))
         return reports if is_lowest else {}
 
-    def _conclude(self, reports: dict[int, Report]) -> None:
-        """Name who hangs, end who cannot do so itself, and record it."""
+    def _record_cause(self, reports: dict[int, Report]) -> None:
+        """Record which processes hang, and kill those that wrote no report."""
         grace = self._config.grace
         silent = [rank for rank in range(len(self._peers)) if rank not in reports]
         lines = [str(report) for _, report in sorted(reports.items())]
@@ -203,7 +212,7 @@ class Watchdog:
             for rank in silent
         ]
         if not silent:
-            last = min(reports.values(), key=lambda r: (r.step, ORDER.index(r.phase), r.rank))
+            last = min(reports.values(), key=lambda r: (r.step, PHASES.index(r.phase), r.rank))
             lines.append(f"rank {last.rank} is the furthest behind")
         message = f"no progress for {self._config.seconds:g} s: {'; '.join(lines)}"
         self._failures.record(message)

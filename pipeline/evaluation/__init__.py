@@ -1,1 +1,1 @@
-"""What a trained model is worth: held-out losses, pictures, probes of its latents."""
+"""Evaluation of trained models: held-out losses, pictures, probes of latents."""

@@ -1,7 +1,7 @@
-"""`latentmill probe EXPORT`: what can be read off exported latents, beside the raw pixels.
+"""`latentmill probe EXPORT`: probes of exported latents, compared with the raw pixels.
 
 EXPORT/manifest.json -> rows (mu, label, metadata) -> targets -> evaluation.probe
-the source's shards  -> the same rows as stored values, flattened -> evaluation.probe
+the source's shards  -> stored values of the same rows, flattened -> evaluation.probe
 """
 
 import json
@@ -38,13 +38,13 @@ def probe_export(
 ) -> list[Score]:
     """Probe a finished export and, if `source` names its data set, the raw pixels of the same rows.
 
-    targets: `label` or fields of the samples' JSON; None takes every one that all samples have.
-    Of more than max_samples rows, evenly spaced ones are taken. Raises UserError if the export is
-    not finished, the source is another data set, or a target is not there.
+    targets: `label` or fields of the samples' JSON; None: all that every sample has. max_samples:
+    of more rows, evenly spaced ones are taken. Raises UserError if the export is not finished, the
+    source is another data set, or a target is missing.
     """
     manifest = read_manifest(LocalFiles(root), None).values
     stride = max(1, -(-manifest["rows"] // max_samples))
-    chosen = [_thin(rows, stride) for rows in _read_rows(root, manifest)]
+    chosen = [_every_nth(rows, stride) for rows in _read_rows(root, manifest)]
     latents = np.concatenate([rows.latents[rows.main].reshape(len(rows), -1) for rows in chosen])
     keys = [key for rows in chosen for key in rows.keys]
     values = _targets(chosen, targets)
@@ -63,7 +63,7 @@ def _read_rows(root: Path, manifest: Mapping[str, Any]) -> Iterator[Rows]:
         yield writer.read(root / task["files"][0]["path"])
 
 
-def _thin(rows: Rows, stride: int) -> Rows:
+def _every_nth(rows: Rows, stride: int) -> Rows:
     """Return every stride-th of the valid rows."""
     chosen: NDArray[np.int64] = np.flatnonzero(rows.valid)[::stride]
     return replace(
@@ -90,7 +90,7 @@ def _targets(chosen: Sequence[Rows], names: Sequence[str] | None) -> dict[str, N
         if all(isinstance(value, str | int | float) for value in values):
             found[name] = np.array(values)
     if names is None:
-        # A path or a serial number is no class: it has a value of its own in every sample.
+        # Leave out paths and serial numbers, which differ in every sample.
         names = [n for n, v in found.items() if v.dtype.kind == "f" or len(set(v)) < len(v) // 4]
     missing = [name for name in names if name not in found]
     if missing or not names:

@@ -1,6 +1,6 @@
-"""Held-out evaluation of a run, while it trains and, by `latentmill evaluate RUN`, afterwards.
+"""Held-out evaluation of a run, during the training and afterwards by `latentmill evaluate RUN`.
 
-held-out split of every data set, in turn --each view: raw weights, averaged weights--> metrics
+held-out split of each data set --each view: raw weights, averaged weights--> metrics
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -26,12 +26,12 @@ from pipeline.distributed.strategies.base import Strategy
 from pipeline.evaluation.reconstruction import Measurement, evaluating
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.monitoring.monitor import Monitor
-from pipeline.training.build import check_data, make_forward, place_model
+from pipeline.training.build import check_data, make_forward, move_model
 from pipeline.training.forward import Forward
 from pipeline.training.loading import Step, choose_checkpoint, load_config, load_run
 from pipeline.training.run_directory import check_ranks
 
-# Metric prefix -> what gives the model with those weights, for as long as the context lasts.
+# Metric prefix -> context in which the model has those weights.
 Views = Mapping[str, Callable[[], AbstractContextManager[nn.Module]]]
 CHUNK_BYTES = 256 << 20  # per process
 PREFIXES: dict[str, Weights] = {"eval": "raw", "eval_ema": "ema"}
@@ -39,7 +39,7 @@ PREFIXES: dict[str, Weights] = {"eval": "raw", "eval_ema": "ema"}
 
 @dataclass(frozen=True)
 class HeldOutSplit:
-    """What an evaluation reads of one data set: every sample once, not augmented."""
+    """The held-out split of one data set, to be read once and without augmentations."""
 
     data: DataConfig
     index: Index
@@ -50,7 +50,7 @@ class HeldOutSplit:
 def held_out_splits(
     config: TrainConfig, indexes: Sequence[Index], states: Sequence[States]
 ) -> list[HeldOutSplit]:
-    """Return the held-out splits that hold samples; once per start. states: see `check_data`."""
+    """Return the held-out splits that have samples. states: see `check_data`."""
     splits: list[HeldOutSplit] = []
     for source, index, seen in zip(config.data.sources, indexes, states, strict=True):
         held_out = {"split": config.evaluation.split, "augmentations": ()}
@@ -64,14 +64,14 @@ def held_out_splits(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How a run is evaluated: on what, by which losses, on which processes."""
+    """Evaluates a run on its held-out splits."""
 
     config: TrainConfig
     splits: Sequence[HeldOutSplit]
     forward: Forward
     runtime: Runtime
-    quarantine: Quarantine  # takes samples that could not be used
-    # Read once for all views: so much at a time goes through one view's weights, then the other's.
+    quarantine: Quarantine  # lists bad samples
+    # Every sample is read once for all views: chunks of this size go through each view in turn.
     chunk_bytes: int = CHUNK_BYTES
 
     def evaluate(
@@ -84,8 +84,8 @@ class HeldOut:
     ) -> dict[str, float]:
         """Evaluate every view, with the regularisers' weights of `step`; a collective.
 
-        Returns the metrics, as they are logged, and shows them on the monitor. before_batch: may
-        raise, on all processes together.
+        Returns the metrics by their logged names, and logs them on the monitor. before_batch: may
+        raise, but on all processes.
         """
         config, num_tombstones = self.config, 0.0
         measurements = {
@@ -131,9 +131,9 @@ class HeldOut:
 
 
 def chunks(batches: Iterable[Batch], max_bytes: int) -> Iterator[list[Batch]]:
-    """Yield the batches in lists of at most `max_bytes`, but of one batch at least.
+    """Yield lists of batches, of at most `max_bytes` or of one batch.
 
-    A list of several holds copies: a stream uses a batch's memory again.
+    A list of several batches has copies: a stream reuses a batch's memory.
     """
     chunk: list[Batch] = []
     num_bytes = 0
@@ -152,7 +152,7 @@ def chunks(batches: Iterable[Batch], max_bytes: int) -> Iterator[list[Batch]]:
 
 
 def views_of(strategy: Strategy, config: TrainConfig) -> Views:
-    """Return the weights of a running training, and the averaged ones beside them."""
+    """Return the views of a running training: its weights and, if kept, their average."""
 
     @contextmanager
     def averaged() -> Generator[nn.Module]:
@@ -166,10 +166,10 @@ def views_of(strategy: Strategy, config: TrainConfig) -> Views:
 def evaluate_run(
     run_dir: Path, *, step: Step | None = None, split: str | None = None
 ) -> dict[str, float]:
-    """Evaluate a checkpoint of a run: the metrics that training logged, by the same names.
+    """Evaluate a checkpoint of a run; the metrics have the names that the training logs.
 
-    step: None takes the newest checkpoint that verifies. split: None takes the config's held-out
-    split. Raises UserError if there is no such run, checkpoint or split.
+    step: None: the newest checkpoint that verifies. split: None: the config's held-out split.
+    Raises UserError if there is no such run, checkpoint or split.
     """
     config = load_config(run_dir)
     if split is not None:
@@ -186,18 +186,18 @@ def evaluate_run(
         Quarantine(run_dir, config.data, runtime),
     )
     kept = [prefix for prefix in PREFIXES if prefix == "eval" or config.ema_decay is not None]
-    # Chosen once: a training may save and remove checkpoints meanwhile.
+    # Chosen once for both views: a running training may save and remove checkpoints.
     chosen: int | None = None
-    with runtime.together():
+    with runtime.sharing_errors():
         if runtime.is_main:
             path = choose_checkpoint(run_dir, config, step, PREFIXES[kept[-1]])
             chosen = read_state(path).step
-    chosen = runtime.from_main(chosen)
+    chosen = runtime.broadcast(chosen)
     assert chosen is not None
 
     views: Views = {}
     for prefix in kept:
         run = load_run(run_dir, step=chosen, weights=PREFIXES[prefix], config=config)
-        model = place_model(run.model, config, runtime.device)
+        model = move_model(run.model, config, runtime.device)
         views[prefix] = partial(nullcontext, model)
     return {"step": chosen, **held_out.evaluate(views, chosen)}

@@ -1,10 +1,10 @@
-"""How much of what is known about a sample can be read off its latent, linearly or by neighbours.
+"""Probes: how well targets can be predicted from latents, linearly or by nearest neighbours.
 
-    features [N, D], targets -> per target: linear and k-nearest-neighbour score on held-out samples
+features [N, D], targets -> per target: linear and k-nearest-neighbour score on held-out samples
 
-Classes are scored by accuracy (beside chance: the share of the commonest class), numbers by R2, the
-share of their variance that is explained. The same probe on raw pixels says what a score is worth.
-A hash of the key decides which samples train the probe and which test it.
+Classes are scored by accuracy (chance: the share of the most frequent class), numbers by R2, the
+explained share of their variance. The same probe on raw pixels is the baseline. A hash of the key
+decides which samples train the probe and which test it.
 """
 
 import hashlib
@@ -21,21 +21,21 @@ from pipeline.common.errors import UserError
 
 TEST_FRACTION = 0.25
 NUM_NEIGHBOURS = 10
-# Of the logistic regression, whose loss is a sum over samples: a few latents hardly notice it, and
-# thousands of separable pixels converge.
+# Of the logistic regression, whose loss is a sum over samples: weak enough for a few latents, and
+# strong enough for thousands of separable pixels to converge.
 INVERSE_PENALTY = 0.1
 RIDGE_PENALTY = 0.01  # per training sample
 MIN_SAMPLES = 40
 MIN_SAMPLES_PER_CLASS = 2
 
 Kind = Literal["class", "number"]
-# scikit-learn ships no type stubs; its estimators meet only `_score`.
+# scikit-learn has no type stubs.
 Estimator = Any
 
 
 @dataclass(frozen=True)
 class Score:
-    """One target's result from one kind of features."""
+    """The result of one target and one kind of features."""
 
     target: str
     features: str  # "latents" or "pixels"
@@ -48,13 +48,13 @@ class Score:
 
 
 def is_test_key(key: str) -> bool:
-    """Tell whether a sample tests the probe (a quarter does); the same in every probe."""
+    """Return whether a sample is one of the quarter that tests every probe."""
     digest = hashlib.blake2b(f"probe-v1/{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < TEST_FRACTION * 2**64
 
 
 def target_kind(values: NDArray[Any]) -> Kind:
-    """Say how a target is scored: floats are numbers, everything else names a class."""
+    """Return how a target is scored: floats as numbers, everything else as classes."""
     return "number" if values.dtype.kind == "f" else "class"
 
 
@@ -65,7 +65,7 @@ def probe_features(
     *,
     name: str,
 ) -> list[Score]:
-    """Probe features [N, D] for every target [N]; `name` says what the features are.
+    """Probe features [N, D] for every target [N]; `name`: of the features.
 
     Raises UserError if there are too few samples to split, or a target with one value only.
     """
@@ -105,16 +105,16 @@ def _probe_one(
 def _score(
     estimator: Estimator, features: NDArray[Any], values: NDArray[Any], test: NDArray[np.bool_]
 ) -> float:
-    """Fit on the training samples and score on the others: accuracy or R2, scikit-learn's own."""
+    """Fit on the training samples; return accuracy or R2 on the test samples, by scikit-learn."""
     estimator.fit(features[~test], values[~test])
     return float(estimator.score(features[test], values[test]))
 
 
 def _scaled(features: NDArray[Any], train: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Centre every feature, and divide all by one number: the training samples' standard deviation.
+    """Centre every feature; divide all by one standard deviation, of the training samples.
 
-    A scale of its own for each feature would blow up the pixels that are nearly always black, and
-    the latents that a rate term has switched off.
+    A scale per feature would amplify pixels that are nearly always black, and latents that a rate
+    term has switched off.
     """
     # In single precision the normal equations of thousands of pixels are ill-conditioned.
     centred = features.astype(np.float64) - features[train].mean(axis=0, dtype=np.float64)

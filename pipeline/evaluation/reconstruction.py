@@ -1,7 +1,7 @@
-"""Held-out losses and pictures: every sample of a split once, the same on any number of processes.
+"""Held-out losses and pictures: every sample of a split once, on any number of processes.
 
-Corruption and posterior noise are keyed by sample alone, so two evaluations differ by the weights
-only. Likelihoods use one noise sample per image; the squared error uses the posterior's mean.
+Corruption and posterior noise depend on the sample only, so two evaluations differ only by the
+weights. Likelihoods use one noise sample per image; the squared error uses the posterior's mean.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -24,7 +24,7 @@ from pipeline.training.forward import Forward, Inputs
 
 
 class Measurement:
-    """One model's evaluation: micro-batch by micro-batch, then what they come to."""
+    """The evaluation of one model: add its micro-batches, then take the result."""
 
     def __init__(
         self,
@@ -37,21 +37,21 @@ class Measurement:
     ) -> None:
         """weights: of the objective's terms in `loss`.
 
-        show: gets the picture of the first `num_images` samples [num_images * H, 4 * W, 3], as soon
-        as it is complete; not where events are no images.
+        show: called with the picture of the first `num_images` samples [num_images * H, 4 * W, 3]
+        as soon as it is complete; not for data that are not images.
         """
         self._forward = forward
         self._weights = weights
         self._num_images, self._show = num_images, show
         self._losses = Meter(forward.device)
-        self._tallies = [Tally(metric, forward.seed) for metric in metrics]
+        self._sums_of = [MetricSums(metric, forward.seed) for metric in metrics]
         self._sigma2: Tensor | None = None
         self._pictures: list[NDArray[np.uint8]] = []
-        self._held: object = None  # of the last micro-batch; see `training.step.train_step`
+        self._kept: object = None  # tensors of the last micro-batch; see `training.step.train_step`
 
     @torch.no_grad()
     def add(self, model: nn.Module, batch: Batch) -> None:
-        """Run `model`, which is in evaluation mode, on one micro-batch."""
+        """Evaluate `model`, in evaluation mode, on one micro-batch."""
         forward = self._forward
         inputs = forward.inputs(batch, "evaluation")
         output, losses = forward.run(model, inputs, weights=self._weights)
@@ -60,7 +60,7 @@ class Measurement:
         self._losses.add(values, inputs.weight)
         self._sigma2 = forward.likelihood.sigma2(output.learned)
 
-        def again(*arguments: Tensor, **settings: object) -> ModelOutput:
+        def run_model(*arguments: Tensor, **settings: object) -> ModelOutput:
             with autocast(forward.precision, forward.device):
                 return model(*arguments, **settings)
 
@@ -73,11 +73,11 @@ class Measurement:
             output=output,
             losses=losses,
             likelihood=forward.likelihood,
-            model=again,
+            model=run_model,
         )
-        for tally in self._tallies:
-            tally.add(seen)
-        self._held = seen
+        for sums in self._sums_of:
+            sums.add(seen)
+        self._kept = seen
         missing = self._num_images - sum(map(len, self._pictures))
         if missing > 0 and (rows := picture_rows(inputs, mean, missing)) is not None:
             self._pictures.append(rows)
@@ -85,44 +85,44 @@ class Measurement:
                 self._show(picture_grid(self._pictures))
 
     def result(self, runtime: Runtime) -> dict[str, float]:
-        """Return the figures over all processes, and `samples`; a collective."""
+        """Return the metrics over all processes, and `samples`; a collective."""
         metrics, num_samples = self._losses.reduce(runtime)
-        for tally in self._tallies:
-            metrics |= tally.value(runtime)
+        for sums in self._sums_of:
+            metrics |= sums.value(runtime)
         metrics = {**dict(sorted(metrics.items())), "samples": num_samples}
         if self._sigma2 is not None:
             metrics["sigma2"] = float(self._sigma2)
-        if 0 < sum(map(len, self._pictures)) < self._num_images:  # the split holds no more
+        if 0 < sum(map(len, self._pictures)) < self._num_images:  # a split with few samples
             self._show(picture_grid(self._pictures))
         return metrics
 
 
-class Tally:
-    """What a metric has seen so far, of this process's part of a split."""
+class MetricSums:
+    """Sums and rows of one metric, over this process's part of a split."""
 
     def __init__(self, metric: MetricBase, seed: int) -> None:
-        """seed: chooses the images whose rows are kept, where there are too many."""
+        """seed: chooses the images whose rows are kept, if there are more than `max_rows`."""
         self._metric, self._seed = metric, seed
         self._sums: dict[str, Tensor] = {}
-        # Of the images with the smallest draws: uid, and the metric's row.
+        # uid and row of the images with the smallest random draws.
         self._kept: list[Tensor] = []
 
-    def add(self, seen: EvaluatedBatch) -> None:
-        """Take in a micro-batch."""
-        for name, value in self._metric.sums(seen).items():
+    def add(self, batch: EvaluatedBatch) -> None:
+        """Add a micro-batch."""
+        for name, value in self._metric.sums(batch).items():
             value = value.to(torch.float64)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        rows = self._metric.rows(seen)
+        rows = self._metric.rows(batch)
         if rows is not None:
-            counted = seen.weight > 0
-            uid, rows = seen.uid[counted], rows[counted]
+            counted = batch.weight > 0
+            uid, rows = batch.uid[counted], rows[counted]
             kept = [uid, rows]
             if self._kept:
                 kept = [torch.cat(pair) for pair in zip(self._kept, kept, strict=True)]
             self._kept = self._chosen(*kept)
 
     def value(self, runtime: Runtime) -> dict[str, float]:
-        """Return the metric's figures over all processes; a collective."""
+        """Return the metric's values over all processes; a collective."""
         shapes = {name: value.shape for name, value in self._sums.items()}
         if shapes:
             packed = torch.cat([value.flatten() for value in self._sums.values()])
@@ -140,7 +140,7 @@ class Tally:
         return self._metric.value(sums, rows)
 
     def _chosen(self, uid: Tensor, *columns: Tensor) -> list[Tensor]:
-        """The same images whatever the processes: those whose draws are the smallest."""
+        """Keep the images with the smallest draws: the same for any number of processes."""
         zero = torch.zeros_like(uid)
         draws = rng.sample_keys(self._seed, "evaluation/rows", epoch=zero, uid=uid)
         chosen = draws.argsort()[: self._metric.max_rows]
@@ -148,7 +148,7 @@ class Tally:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Return the rows of all processes, of which each may have another number; a collective."""
+    """Return the rows of all processes, which may differ in number; a collective."""
     gather = RowGather()
     lengths = gather(torch.tensor([len(rows)], device=rows.device))
     size = int(lengths.max())
@@ -159,7 +159,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
-    """Put the model into evaluation mode, and back, however the evaluation ends."""
+    """Put the model into evaluation mode inside the context, and back after it."""
     was_training = model.training
     model.eval()
     try:
@@ -169,7 +169,7 @@ def evaluating(model: nn.Module) -> Generator[None]:
 
 
 def _reconstruction(model: nn.Module, output: ModelOutput, forward: Forward) -> Tensor:
-    """Decode the posterior's mean [B, *event], or the code itself where it has no posterior."""
+    """Decode the posterior's mean [B, *event]; without a posterior, the code itself."""
     assert output.decoded is not None
     if output.posterior is None or output.posterior.logvar is None:
         return forward.likelihood.mean(output.decoded)
@@ -190,6 +190,6 @@ def picture_rows(inputs: Inputs, mean: Tensor, num_images: int) -> NDArray[np.ui
 
 
 def picture_grid(rows: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Return the rows one below another, as RGB."""
+    """Return the rows below each other, as RGB."""
     picture = np.concatenate([row for part in rows for row in part])
     return np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))

@@ -1,8 +1,8 @@
 """The export command: `[accelerate launch [...]] -m pipeline.export CONFIG [a.b=c ...]`.
 
-It runs as any number of processes, under accelerate launch, torchrun, as a Slurm array, or in
-several shells (`--worker i/n`, or plainly: shares overlap then, which costs time only). The same
-command goes on where it stopped, whatever the number of processes is now.
+It runs as any number of processes: under accelerate launch or torchrun, as a Slurm array, or in
+several shells with `--worker i/n` (without it their shares overlap, which only costs time). The
+same command continues a stopped export, with any number of processes.
 """
 
 import argparse
@@ -24,12 +24,16 @@ from pipeline.common.console import print_report
 from pipeline.common.errors import FAILED, WRONG_USE, StoreError, UserError
 from pipeline.data.storage import ShardReadError
 from pipeline.export.command import begin, work_through
-from pipeline.export.failures import forget_failures, is_unwritable
+from pipeline.export.failures import clear_failures, is_unwritable
 from pipeline.export.settings import ExportConfig
 from pipeline.export.status import export_status
 from pipeline.export.workers import find_worker
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # end it between two batches
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+)  # the worker ends after the current batch
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,9 +45,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Take part in an export, as the command line says, and return the exit code.
+    """Run one worker of an export and return the exit code.
 
-    With `json` how far the export is then goes to stdout.
+    With `json` the status of the export is printed on stdout in the end.
     """
     asked_to_stop = False
 
@@ -53,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         asked_to_stop = True
 
     previous = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
-    # Mistakes at the start, which all processes of a machine share, are told once.
-    is_heard = os.environ.get("LOCAL_RANK", "0") == "0"
+    # All processes of a machine have the same mistakes at the start: one of them prints them.
+    prints_mistakes = os.environ.get("LOCAL_RANK", "0") == "0"
     out = ""
     try:
         config = strict.load(ExportConfig, arguments.config, arguments.overrides)
@@ -62,16 +66,16 @@ def run(arguments: argparse.Namespace) -> int:
         prepared, guarantee = begin(config, worker)
         if worker.rank == 0:
             print(f"export: {out}: each task once, by {guarantee}", file=sys.stderr)
-        is_heard = True  # from here on an error is this process's own
-        if arguments.retry_failed:  # who starts late may forget a new failure: that is tried again
-            forget_failures(prepared.export)
+        prints_mistakes = True  # from here on errors of the processes differ
+        if arguments.retry_failed:  # a late start may clear a fresh failure: it costs one retry
+            clear_failures(prepared.export)
         code = work_through(prepared, worker, lambda: asked_to_stop)
         if arguments.json:
             print_report(asdict(export_status(out)), as_json=True)
         return code
     except (UserError, OSError) as error:
         code, text = explain(error, out)
-        if is_heard or not isinstance(error, UserError):
+        if prints_mistakes or not isinstance(error, UserError):
             print(f"error: {text}", file=sys.stderr)
         return code
     finally:
@@ -80,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def explain(error: UserError | OSError, out: str) -> tuple[int, str]:
-    """Return exit code and message; raise again what only a traceback explains."""
+    """Return exit code and message; raise an error again that needs its traceback."""
     if isinstance(error, UserError):
         return WRONG_USE, f"{error}"
     if isinstance(error, StoreError | ShardReadError):
@@ -88,7 +92,7 @@ def explain(error: UserError | OSError, out: str) -> tuple[int, str]:
     if is_unwritable(error):
         return WRONG_USE, (
             f"{error.filename or out} cannot be used: {error.strerror}. What is committed is "
-            "whole: mend this, or set out to another place, and give the same command again."
+            "whole: fix this, or set out to another directory, and give the same command again."
         )
     raise error
 

@@ -1,4 +1,4 @@
-"""Taking part in an export: begin, work, and see that nothing is left; and its plan alone.
+"""The steps of the export command: begin, do tasks, check that all are done; or only the plan.
 
 config -> prepare -> plan stored or compared -> run_worker -> complete? -> finalize
 """
@@ -11,35 +11,35 @@ from pathlib import Path
 
 from pipeline.common import strict
 from pipeline.common.errors import DONE, PREEMPTED, StoreError, UserError
-from pipeline.export.adopt import adopt_plan
-from pipeline.export.failures import quarantined, reason_of
+from pipeline.export.adopt import store_plan
+from pipeline.export.failures import failed_tasks, reason_of
 from pipeline.export.finalize import finalize
 from pipeline.export.layout import FAILURES, ExportDir
-from pipeline.export.plan import Plan
+from pipeline.export.plan import ExportPlan
 from pipeline.export.prepare import Prepared, prepare
 from pipeline.export.progress import Progress
-from pipeline.export.run import MAX_FAILURES_IN_A_ROW, Outcome, run_worker
+from pipeline.export.run import MAX_FAILURES_IN_A_ROW, WorkerResult, run_worker
 from pipeline.export.settings import ExportConfig
 from pipeline.export.workers import Worker
 
 
 def begin(config: ExportConfig, worker: Worker) -> tuple[Prepared, str]:
-    """Load what the config names and store the plan; every process comes to the same result.
+    """Load what the config names and store the plan; the result is the same on every process.
 
-    Returns also what the place guarantees, in words. Raises UserError when something is missing, or
-    `config.out` holds an export of something else, or cannot tell finished work from unfinished.
+    Returns also how the store creates a file only once, in words. Raises UserError if something is
+    missing, if `config.out` holds another export, or if its store cannot create a file only once.
     """
     prepared = prepare(config, worker)
     if not prepared.plan.tasks:
         raise UserError(f"The split {config.data.split!r} holds no sample: set data.split.")
-    plan, guarantee = adopt_plan(prepared.export, prepared.plan)
+    plan, guarantee = store_plan(prepared.export, prepared.plan)
     return replace(prepared, plan=plan), guarantee
 
 
 def work_through(prepared: Prepared, worker: Worker, should_stop: Callable[[], bool]) -> int:
     """Do tasks until all are done, finish the export, and return the exit code.
 
-    Raises UserError when tasks are in quarantine, StoreError when data or disks cannot be reached.
+    Raises UserError if tasks have failed, StoreError if data or disks cannot be reached.
     """
     export, plan = prepared.export, prepared.plan
     if not export.is_finished():
@@ -57,34 +57,34 @@ def work_through(prepared: Prepared, worker: Worker, should_stop: Callable[[], b
     return DONE
 
 
-def check_complete(export: ExportDir, plan: Plan, outcome: Outcome) -> None:
-    """Raise what keeps the export from being finished: UserError, StoreError or a task's own."""
+def check_complete(export: ExportDir, plan: ExportPlan, outcome: WorkerResult) -> None:
+    """Raise the reason why the export is not finished: UserError, StoreError or a task's error."""
     names = [task.name for task in plan.tasks]
     committed = export.committed(names)
     missing = [name for name in names if name not in committed]
     if not missing:
         return
-    resting = quarantined(export, missing)
-    untried = len(missing) - len(outcome.errors.keys() | resting)
+    failed = failed_tasks(export, missing)
+    untried = len(missing) - len(outcome.errors.keys() | failed)
     given_up = (
         f" {MAX_FAILURES_IN_A_ROW} failures in a row ended this worker, which left {untried} tasks."
         if outcome.gave_up
         else ""
     )
-    if resting:
-        task, records = next(iter(resting.items()))
+    if failed:
+        task, records = next(iter(failed.items()))
         raise UserError(
-            f"{len(resting)} of {len(names)} tasks are in quarantine, so the export is not "
-            f"finished ({len(committed)} are committed).{given_up} The first, {task}: "
-            f"{reason_of(export, records[-1])} Its records lie in {export.store.where(FAILURES)}; "
-            "when the cause is mended give the same command with --retry-failed."
+            f"{len(failed)} of {len(names)} tasks have failed, so the export is not finished "
+            f"({len(committed)} are committed).{given_up} The first, {task}: "
+            f"{reason_of(export, records[-1])} Its records are in {export.store.where(FAILURES)}; "
+            "when the cause is fixed, give the same command with --retry-failed."
         )
-    task, error = next(iter(outcome.errors.items()), (missing[0], OSError("nobody has done it")))
+    task, error = next(iter(outcome.errors.items()), (missing[0], OSError("no worker has done it")))
     if not isinstance(error, OSError):
         raise error
     raise StoreError(
         f"{len(missing)} of {len(names)} tasks are not done.{given_up} The first, {task}: {error} "
-        "The same command goes on where it stopped."
+        "The same command continues the export."
     ) from error
 
 
@@ -98,12 +98,12 @@ class PlanReport:
     fields: list[str]
     latent_shape: list[int]
     dtype: str
-    latent_bytes: int  # of all rows, in each format
+    latent_bytes: int  # of all rows, per format
     each_task_once_by: str
 
 
 def make_plan(config_file: Path, overrides: Sequence[str]) -> PlanReport:
-    """Write the plan of an export, or find that it is there; raises UserError as `begin` does."""
+    """Write the plan of an export, if it is not there; raises UserError as `begin` does."""
     config = strict.load(ExportConfig, config_file, overrides)
     prepared, guarantee = begin(config, Worker())
     plan, output = prepared.plan, prepared.plan.fingerprint["output"]

@@ -1,13 +1,13 @@
 """The commit protocol: safe against SIGKILL at every instruction, with any number of processes.
 
 1. stage    all files of a task under a unique name in `_stage/`, flushed (uploaded) and hashed
-2. commit   create `_run/commits/<task>.json`, which fails if it exists: the one atomic instant. Of
-            any number of processes with the same task one wins, the others drop their stage
-3. publish  move the winner's files to their final names; whoever finds a commit whose files are
-            not there finishes the move
+2. commit   create `_run/commits/<task>.json`, which fails if it exists: this step is atomic. If
+            several processes do the same task, one wins, the others remove their stage
+3. publish  move the winner's files to their final names; any process that finds a commit record
+            without its files finishes the move
 
-Killed before 2: litter in `_stage/`, the task is done again. Killed between 2 and 3 or during 3:
-the next process publishes. There are no locks to go stale, no claims to time out, and no clock.
+Killed before 2: the files in `_stage/` are useless, the task is done again. Killed between 2 and 3
+or during 3: the next process publishes. There are no locks, no timeouts and no clocks.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Staged:
-    """A task's files, complete and flushed, under a name that nobody else uses."""
+    """A task's files, complete and flushed, in a folder of their own."""
 
     attempt: str  # name of their folder in `_stage/`
     files: tuple[FileRecord, ...]
@@ -54,7 +54,7 @@ class Staged:
 
 @dataclass(frozen=True)
 class Commit:
-    """The record of a finished task. `attempt` and `process` may differ between equal exports."""
+    """The record of a finished task; `attempt` and `process` may differ between equal exports."""
 
     task: str
     attempt: str  # the winner's
@@ -66,7 +66,7 @@ class Commit:
 
     @property
     def rows(self) -> int:
-        """Rows of the task, the failed ones included."""
+        """Number of rows, failed ones included."""
         return len(self.keys)
 
     @classmethod
@@ -78,7 +78,7 @@ class Commit:
 
 
 def keys_digest(keys: Sequence[str]) -> str:
-    """Return the hash of a shard's keys in their order."""
+    """Return the hash of a shard's keys, which depends on their order."""
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
@@ -97,18 +97,18 @@ def stage_rows(export: ExportDir, task: str, rows: Rows, writers: Sequence[BaseW
 
 
 def _staged_name(final: str) -> str:
-    """Return the name in the stage of a file that will lie at data/<kind>/...<suffix>."""
+    """Return the name in the stage of the file data/<kind>/...<suffix>."""
     path = PurePosixPath(final)
     return f"{path.parts[1]}{path.suffix}"
 
 
 def drop(export: ExportDir, staged: Staged) -> None:
-    """Remove a stage that is not needed (any more)."""
+    """Remove a stage."""
     export.store.delete_folder(f"{STAGE}/{staged.attempt}")
 
 
 def commit(export: ExportDir, record: Commit) -> bool:
-    """Create the task's commit record; tell whether this call did it."""
+    """Create the task's commit record; return False if another process has."""
     data = json.dumps(asdict(record), sort_keys=True, allow_nan=False).encode()
     return export.store.create(commit_path(record.task), data)
 
@@ -137,10 +137,10 @@ def read_commits(export: ExportDir, tasks: Sequence[str]) -> list[Commit]:
 def publish_commit(
     export: ExportDir, record: Commit, published: Mapping[str, int] | None = None
 ) -> None:
-    """Move the committed files to their final names, as far as nobody has done so.
+    """Move the committed files to their final names, unless another process has.
 
-    published: name -> bytes of the final files that are there; None = nobody has asked. Raises
-    UserError when a committed file is neither staged nor published: somebody deleted it.
+    published: name -> bytes of the existing final files; None = not known. Raises UserError if a
+    committed file is neither staged nor published: it was deleted.
     """
     store, stage = export.store, f"{STAGE}/{record.attempt}"
     for file in record.files:
@@ -149,7 +149,7 @@ def publish_commit(
         try:
             store.move(f"{stage}/{_staged_name(file.path)}", file.path)
         except FileNotFoundError:
-            if not store.exists(file.path):  # else another process was faster
+            if not store.exists(file.path):  # otherwise another process has moved it
                 raise UserError(
                     f"{store.where(file.path)} was committed but is gone: remove "
                     f"{store.where(commit_path(record.task))} to have the task done again."
@@ -159,7 +159,7 @@ def publish_commit(
 
 
 def publish_all(export: ExportDir, records: Sequence[Commit], published: Mapping[str, int]) -> None:
-    """Publish what is committed and not published; `published` as `publish_commit` has it."""
+    """Publish the files of all records; `published`: see `publish_commit`."""
 
     def publish(record: Commit) -> None:
         publish_commit(export, record, published)
@@ -167,17 +167,17 @@ def publish_all(export: ExportDir, records: Sequence[Commit], published: Mapping
     map_in_threads(publish, records, READERS)
 
 
-def remove_litter(export: ExportDir, done: Collection[str]) -> tuple[int, int]:
-    """Remove what is staged for tasks that are committed and published; return files and bytes.
+def remove_unused_stages(export: ExportDir, done: Collection[str]) -> tuple[int, int]:
+    """Remove the stages of tasks that are committed and published; return files and bytes.
 
-    What is staged for others may be somebody's work in progress.
+    The stages of other tasks may be in progress.
     """
     names = {flat_name(task) for task in done}
-    litter = {
+    unused = {
         name: size
         for name, size in export.store.sizes(STAGE).items()
         if PurePosixPath(name).parts[1].rpartition(".")[0] in names
     }
-    for attempt in {PurePosixPath(name).parts[1] for name in litter}:
+    for attempt in {PurePosixPath(name).parts[1] for name in unused}:
         export.store.delete_folder(f"{STAGE}/{attempt}")
-    return len(litter), sum(litter.values())
+    return len(unused), sum(unused.values())

@@ -1,11 +1,11 @@
-"""Attempts that failed by the task's own fault, and when that is enough: `_run/failures/`.
+"""Records of failed attempts in `_run/failures/`, and when a task counts as failed.
 
-    a verdict on the data (RejectedError: too many bad rows)                 -> at once
-    an unexpected error of the code                                           -> MAX_ATTEMPTS
-    the disk, the network, memory, the device (run.is_infrastructure)         -> never counted
+    the data are rejected (RejectedError: too many bad rows)             -> after one attempt
+    an unexpected error of the code                                      -> after MAX_ATTEMPTS
+    the disk, the network, memory, the device (run.is_infrastructure)    -> never
 
-A task that had enough is in quarantine: workers pass it over until `--retry-failed`. Attempts of
-all processes and starts count; those of killed processes do not, as nobody wrote them down.
+Workers skip a failed task until `--retry-failed`. Attempts of all processes and starts count, but
+not those of killed processes, which leave no record.
 """
 
 import errno
@@ -23,23 +23,23 @@ from pipeline.data.storage.threads import map_in_threads
 from pipeline.export.layout import FAILURES, ExportDir, flat_name, new_id
 
 Kind = Literal["verdict", "attempt"]
-MAX_ATTEMPTS = 3  # that a task may fail by unexpected errors, over all processes and starts
+MAX_ATTEMPTS = 3  # with unexpected errors, over all processes and starts
 READERS = 16
-# What keeps everybody from writing, until a person does something.
+# Errors that keep all processes from writing until the user acts.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class RejectedError(UserError):
-    """The rows of a task cannot be exported with these settings; another try would say the same."""
+    """The rows of a task cannot be exported with these settings; a retry would fail again."""
 
 
 def is_unwritable(error: BaseException) -> bool:
-    """Tell whether an error is a full or protected disk."""
+    """Return whether an error says that the disk is full or protected."""
     return isinstance(error, OSError) and error.errno in UNWRITABLE
 
 
 def record_failure(export: ExportDir, task: str, error: Exception) -> None:
-    """Write down that an attempt at a task failed by its own fault."""
+    """Record an attempt that failed because of the task itself."""
     kind: Kind = "verdict" if isinstance(error, RejectedError) else "attempt"
     record = {
         "task": task,
@@ -53,8 +53,8 @@ def record_failure(export: ExportDir, task: str, error: Exception) -> None:
     export.store.put(name, json.dumps(record, indent=1).encode())
 
 
-def quarantined(export: ExportDir, tasks: Iterable[str]) -> dict[str, list[str]]:
-    """Return task -> names of its failures, for those of the tasks that had enough; one listing."""
+def failed_tasks(export: ExportDir, tasks: Iterable[str]) -> dict[str, list[str]]:
+    """Return failed task -> names of its records, of the given tasks; by one listing."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in export.store.sizes(FAILURES):
         found[PurePosixPath(name).name.rsplit(".", 3)[0]].append(name)
@@ -67,13 +67,13 @@ def quarantined(export: ExportDir, tasks: Iterable[str]) -> dict[str, list[str]]
 
 
 def reason_of(export: ExportDir, name: str) -> str:
-    """Return, in one line or paragraph, what a failure's record says."""
+    """Return the reason in a failure's record."""
     data = export.store.read(name)
     return "its record is gone" if data is None else str(json.loads(data)["reason"])
 
 
-def forget_failures(export: ExportDir) -> int:
-    """Let all tasks out of quarantine; return how many attempts are forgotten."""
+def clear_failures(export: ExportDir) -> int:
+    """Remove all records of failures, so that the tasks are tried again; return their number."""
     names = list(export.store.sizes(FAILURES))
     map_in_threads(export.store.delete, names, READERS)
     return len(names)

@@ -1,9 +1,9 @@
-"""Finish an export whose tasks are all committed; any process may, several at once, again.
+"""Finishes an export whose tasks are all committed; several processes may do so, and repeatedly.
 
-commit records -> publish what is not -> latent_stats.json, keys.parquet -> manifest.json
+commit records -> publish the rest -> latent_stats.json, keys.parquet -> manifest.json
 -> remove `_stage/` -> `_SUCCESS` with the manifest's hash
 
-The plan and the commit records say all: neither the model nor the data is needed.
+The plan and the commit records suffice: neither the model nor the data is needed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,18 +18,18 @@ from numpy.typing import NDArray
 from pipeline.export import statistics
 from pipeline.export.commit import Commit, keys_digest, publish_all, read_commits
 from pipeline.export.layout import DATA, KEYS, MANIFEST, STAGE, STATISTICS, SUCCESS, ExportDir
-from pipeline.export.manifest import Manifest, Sidecar, Statistics, TaskEntry, digest
-from pipeline.export.plan import Plan, Task
+from pipeline.export.manifest import ExportManifest, Sidecar, Statistics, TaskEntry, digest
+from pipeline.export.plan import ExportPlan, Task
 from pipeline.latents.keys import key_hash
 
-TASKS_AT_ONCE = 32  # whose commit records are in memory
+TASKS_AT_ONCE = 32  # commit records in memory at a time
 KEY_ROW_GROUP = 1 << 16  # rows; a look-up by key reads one group, found by its statistics
 
 
-def finalize(export: ExportDir, plan: Plan) -> None:
-    """Publish, merge, and mark the export as finished; harmless if it is.
+def finalize(export: ExportDir, plan: ExportPlan) -> None:
+    """Publish, merge, and mark the export as finished; does no harm if it is finished.
 
-    Of every row the key is held in memory, as Arrow has it.
+    The keys of all rows are in memory, as Arrow arrays.
     """
     if not export.is_finished():
         keys, entries, partials = Keys(), list[TaskEntry](), list[statistics.Partial]()
@@ -42,13 +42,13 @@ def finalize(export: ExportDir, plan: Plan) -> None:
                 keys.add(record.keys)
                 entries.append(_entry(task, record))
                 partials.append(statistics.Partial(**record.statistics))
-        _place_all(export, plan, keys, entries, statistics.merge(partials))
-    export.store.delete_folder(STAGE)  # what a process left that did a task a second time
+        _write_results(export, plan, keys, entries, statistics.merge(partials))
+    export.store.delete_folder(STAGE)  # a process may have done a task a second time
 
 
-def _place_all(
+def _write_results(
     export: ExportDir,
-    plan: Plan,
+    plan: ExportPlan,
     keys: "Keys",
     entries: list[TaskEntry],
     merged: Mapping[str, Any],
@@ -58,7 +58,7 @@ def _place_all(
         KEYS: keys.file([task.name for task in plan.tasks]),
     }
     digests = {name: digest(data) for name, data in sidecars.items()}
-    manifest = Manifest(
+    manifest = ExportManifest(
         fingerprint=plan.fingerprint,
         rows=sum(entry.rows for entry in entries),
         failed_rows=sum(len(entry.faults) for entry in entries),
@@ -69,16 +69,16 @@ def _place_all(
     )
     text = manifest.to_text()
     for name, data in (*sidecars.items(), (MANIFEST, text)):
-        export.place(name, data)
+        export.write_file(name, data)
     export.store.delete_folder(STAGE)
-    export.place(SUCCESS, f"{digest(text)}\n".encode())
+    export.write_file(SUCCESS, f"{digest(text)}\n".encode())
 
 
 class Keys:
     """The keys of all tasks, added in the tasks' order."""
 
     def __init__(self, keys: Iterable[Sequence[str]] = ()) -> None:
-        self._keys: list[Any] = []  # of pyarrow arrays, which take a third of Python's strings
+        self._keys: list[Any] = []  # pyarrow arrays, with a third of the memory of Python strings
         self._hashes: list[NDArray[np.uint64]] = []
         for of_task in keys:
             self.add(of_task)
@@ -90,11 +90,11 @@ class Keys:
 
     @property
     def num_tasks(self) -> int:
-        """How many tasks' keys were added."""
+        """Number of tasks whose keys were added."""
         return len(self._keys)
 
     def num_duplicates(self) -> int:
-        """Count keys that occur again; the source is at fault, and the export keeps them all."""
+        """Count the rows whose key an earlier row has; the export keeps them."""
         keys = pa.chunked_array(self._keys, pa.string())
         return len(keys) - pc.call_function("count_distinct", [keys]).as_py()
 

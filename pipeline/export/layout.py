@@ -1,4 +1,4 @@
-"""Where everything lies in an export, a directory or an s3:// URL.
+"""The files of an export, in a directory or at an s3:// URL.
 
     data/<kind>/<shard>.<ext>       the latents, one file per source shard and format
     keys.parquet                    which row holds which key
@@ -7,10 +7,10 @@
     _SUCCESS                        hash of the manifest; written last
     _run/plan.json                  the plan, created once
     _run/commits/<shard>.json       one record per finished task
-    _run/failures/<shard>.<id>.json one per attempt that failed by the task's own fault
-    _stage/<shard>.<id>/            work in progress, gone in the end
+    _run/failures/<shard>.<id>.json one per attempt that failed because of the task
+    _stage/<shard>.<id>/            work in progress, removed in the end
 
-All but `_run/` and `_stage/` is the same, byte for byte, however the work was divided.
+All files outside `_run/` and `_stage/` have the same bytes, however the work was divided.
 """
 
 import hashlib
@@ -26,13 +26,13 @@ __all__ = ["MANIFEST", "PLAN", "SUCCESS"]
 
 RUN, STAGE, DATA = "_run", "_stage", "data"
 COMMITS, FAILURES = f"{RUN}/commits", f"{RUN}/failures"
-MAX_NAME = 190  # bytes of a task's part in a file name, which may have 255
+MAX_NAME = 190  # bytes of a task's part of a file name, which has 255 at most
 STATISTICS, KEYS = "latent_stats.json", "keys.parquet"
 
 
 @dataclass(frozen=True)
 class ExportDir:
-    """The names of one export's files, and what is asked of them again and again."""
+    """One export in its store."""
 
     store: WritableStore
 
@@ -42,34 +42,34 @@ class ExportDir:
         return self.store.root
 
     def is_finished(self) -> bool:
-        """Tell whether the mark of a finished export is there."""
+        """Return whether the export is finished: it has `_SUCCESS`."""
         return self.store.exists(SUCCESS)
 
     def is_committed(self, task: str) -> bool:
-        """Tell whether a task has its commit record."""
+        """Return whether a task has its commit record."""
         return self.store.exists(commit_path(task))
 
     def committed(self, tasks: Iterable[str]) -> set[str]:
-        """Return those of the tasks that have their commit record, from one listing."""
+        """Return the committed ones of the tasks, by one listing."""
         names = self.store.sizes(COMMITS)
         return {task for task in tasks if commit_path(task) in names}
 
-    def place(self, name: str, data: bytes) -> None:
-        """Put a whole file into the root; what a crash leaves behind lies in `_run/`."""
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a file of the root atomically; a crash leaves a temporary file in `_run/`."""
         temporary = f"{RUN}/{name}.{new_id()}"
         self.store.put(temporary, data)
         self.store.move(temporary, name)
 
 
 def new_id() -> str:
-    """Return a name that nobody else uses."""
+    """Return a unique name."""
     return uuid.uuid4().hex[:12]
 
 
 def flat_name(task: str) -> str:
-    """Return a file name for a task, whose shard may lie in a sub-folder.
+    """Return a file name for a task, whose shard may be in a sub-folder.
 
-    What is too long, as an id and suffixes come after it, is cut and told apart by a hash.
+    A name that is too long (an id and suffixes follow it) is cut, and ends with a hash.
     """
     name = quote(task, safe=" ")
     if len(name) <= MAX_NAME:

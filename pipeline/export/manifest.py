@@ -1,7 +1,6 @@
 """manifest.json: every file of an export with its hash, every failed row; written by `finalize`.
 
-What reads latents takes the few values that it needs from `pipeline.latents.manifest`, which needs
-neither this nor its checks.
+Readers of latents use `pipeline.latents.manifest`, which reads a few values without these checks.
 """
 
 import hashlib
@@ -40,16 +39,16 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class Statistics(Sidecar):
-    """The statistics' file, with the scaling for who wants no more; None in older exports."""
+    """The statistics file; `scaling` is copied here for readers that need nothing else."""
 
-    scaling: dict[str, Any] | None = None
+    scaling: dict[str, Any] | None = None  # None in exports by 93dd2d6
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """An export, described by itself."""
+class ExportManifest:
+    """The content of manifest.json."""
 
-    fingerprint: Mapping[str, Any]  # of the plan: whoever exports anew must come to the same
+    fingerprint: Mapping[str, Any]  # of the plan; a repeated export must have the same
     rows: int
     failed_rows: int
     duplicate_keys: int
@@ -59,7 +58,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """Return the manifest in a file's content; raise ValueError, which says what is wrong."""
+        """Parse a file's content; raises ValueError with what is wrong."""
         try:
             values = json.loads(data)
         except ValueError as error:
@@ -80,14 +79,14 @@ class Manifest:
         return (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
     @property
-    def data(self) -> "Data":
+    def data(self) -> "FingerprintData":
         """The data set that was encoded."""
-        return TypeAdapter(Data).validate_python(self.fingerprint["data"])
+        return TypeAdapter(FingerprintData).validate_python(self.fingerprint["data"])
 
     @property
-    def output(self) -> "Output":
-        """What every file of the export holds."""
-        return TypeAdapter(Output).validate_python(self.fingerprint["output"])
+    def output(self) -> "FingerprintOutput":
+        """What the files of the export contain."""
+        return TypeAdapter(FingerprintOutput).validate_python(self.fingerprint["output"])
 
     def files(self) -> Iterator[FileRecord | Sidecar]:
         """Yield every file but the manifest and _SUCCESS."""
@@ -97,16 +96,16 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Data:
-    """What `verify` asks of the fingerprint's part `data`."""
+class FingerprintData:
+    """The values of the fingerprint's part `data` that `verify` needs."""
 
     dataset_id: str
-    split: str  # as pipeline.data.index.Index.split_identity has it
+    split: str  # by pipeline.data.index.Index.split_identity
 
 
 @dataclass(frozen=True)
-class Output:
-    """What `verify` asks of the fingerprint's part `output`."""
+class FingerprintOutput:
+    """The values of the fingerprint's part `output` that `verify` needs."""
 
     fields: list[str]
     latent_shape: tuple[int, ...]
@@ -115,8 +114,8 @@ class Output:
 
 @dataclass(frozen=True)
 class _Fingerprint:
-    data: Data
-    output: Output
+    data: FingerprintData
+    output: FingerprintOutput
 
 
 @dataclass(frozen=True)
@@ -128,5 +127,5 @@ _FINGERPRINT = TypeAdapter(_Whole)
 
 
 def digest(data: bytes) -> str:
-    """Return the hash by which _SUCCESS and the manifest name a file's content."""
+    """Return the hash that _SUCCESS and the manifest have of a file's content."""
     return hashlib.sha256(data).hexdigest()

@@ -1,7 +1,7 @@
-"""`latentmill export-model RUN OUT`: a checkpoint's model alone, to be loaded without the run.
+"""`latentmill export-model RUN OUT`: writes a checkpoint's model, to be loaded without the run.
 
-checkpoint -> LoadedRun (weights, config) + RunState (where it stood) -> OUT: `models.interchange`
-           -> on request, encoder and decoder alone: `models.portable`
+checkpoint -> LoadedRun (weights, config) + RunState (step, data) -> OUT: `models.interchange`
+           -> on request, encoder and decoder as separate files: `models.portable`
 latent_stats.json of a finished export -> on request, scaling factors in OUT/config.json
 """
 
@@ -53,11 +53,12 @@ def export_model(
     torch_export: bool = False,
     latents: str | None = None,
 ) -> ModelReport:
-    """Export the model of `step`, or of the newest checkpoint that verifies, to the new folder.
+    """Export the model of `step`, or of the newest checkpoint that verifies, to a new folder.
 
-    onnx, torch_export: write encoder and decoder in these formats, too. latents: directory or URL
-    of a finished export by this model, whose scaling is written down. Raises UserError if there is
-    no such run, checkpoint, average or export, if `out` exists, or if a format cannot be written.
+    onnx, torch_export: write encoder and decoder in these formats as well. latents: directory or
+    URL of a finished export by this model, whose scaling factors are stored. Raises UserError if
+    there is no such run, checkpoint, average or export, if `out` exists, or if a format cannot be
+    written.
     """
     check_absent(out)
     if onnx:
@@ -69,7 +70,7 @@ def export_model(
     stored = _stored_values(decode)
     networks, files = _networks(run, stored, onnx, torch_export)
     description = Description(
-        # How the training saved memory is no property of the network.
+        # Not a property of the network: it saves memory in training.
         model=run.config.model.model_copy(update={"gradient_checkpointing": False}),
         event_shape=decode.event_shape,
         latent_shape=run.model.latent_shape,
@@ -103,7 +104,7 @@ def export_model(
 def _networks(
     run: LoadedRun, stored: StoredValues, onnx: bool, torch_export: bool
 ) -> tuple[dict[str, Network] | None, dict[str, bytes]]:
-    """Return encoder and decoder in these formats: described, and as files."""
+    """Return encoder and decoder in these formats: their descriptions and files."""
     if not (onnx or torch_export):
         return None, {}
     decode = run.config.data.decode
@@ -123,7 +124,7 @@ def _stored_values(decode: Decode) -> StoredValues:
 
 
 def _read_scaling(latents: str, run: LoadedRun) -> dict[str, Any]:
-    """Return the scaling of a finished export by this encoder; raise UserError without."""
+    """Return the scaling of a finished export by this encoder; UserError if there is none."""
     with LatentDataset(latents) as dataset:
         manifest = dataset.manifest
         if not (manifest.is_of(run.weights_sha256) or manifest.is_of(run.encoder_sha256)):

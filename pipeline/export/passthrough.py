@@ -1,9 +1,9 @@
-"""Labels and columns that come from fields of the samples' JSON, as the settings name them.
+"""Labels and columns from fields of the samples' JSON.
 
 Rows with `metadata` -> label by `data.label_field`, columns by `columns` -> Rows
 
-Every valid row must have them: a column with holes, or a label that some samples lack, is a mistake
-in the settings or in the data set, and is told before anything is committed.
+Every valid row must have them. A missing value is a mistake in the settings or the data set, which
+is reported before the task is committed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ SHOWN = 80  # characters of a sample's JSON in a message
 
 @dataclass(frozen=True)
 class JsonFields:
-    """Which fields are taken out of the JSON."""
+    """The fields to read from the JSON."""
 
     label: str | None = None  # None = the label is that of the index
     columns: Mapping[str, ColumnType] = field(default_factory=dict[str, ColumnType])
@@ -46,7 +46,7 @@ def _values(
     rows: Rows, parsed: Sequence[Any], name: str, kind: ColumnType, setting: str
 ) -> list[Any]:
     values = typed_values(parsed, name, kind)
-    lacking = [place for place, value in enumerate(values) if value is None and rows.valid[place]]
+    lacking = [i for i, value in enumerate(values) if value is None and rows.valid[i]]
     if lacking:
         first = lacking[0]
         text = rows.metadata[first] or "nothing"

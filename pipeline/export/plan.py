@@ -1,7 +1,7 @@
-"""The plan: which tasks there are, and the fingerprint of everything that decides a byte.
+"""The plan: all tasks, and the fingerprint of everything that the files depend on.
 
-config, run, index -> Plan -> `_run/plan.json`, created once. A later start, with any number of
-processes, must come to the same plan, or it is refused with the differences.
+config, run, index -> ExportPlan -> `_run/plan.json`, created once. A later start must come to the
+same plan, with any number of processes, or it is refused and the differences are listed.
 """
 
 import json
@@ -28,8 +28,8 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All tasks in the order of the shards, and what they are done with."""
+class ExportPlan:
+    """All tasks in the order of the shards, and the fingerprint."""
 
     fingerprint: Mapping[str, Any]
     tasks: tuple[Task, ...]
@@ -52,24 +52,23 @@ class Plan:
         }
 
 
-def find_plan(export: ExportDir) -> Plan | None:
-    """Return the stored plan, if there is one.
-
-    Raises UserError when it is of another format, or damaged.
-    """
+def find_plan(export: ExportDir) -> ExportPlan | None:
+    """Return the stored plan, if there is one; raises UserError if it cannot be read."""
     data, where = export.store.read(PLAN), export.store.where(PLAN)
     if data is None:
         return None
     try:
         stored = json.loads(data)
         if stored["format"] == FORMAT:
-            return Plan(stored["fingerprint"], tuple(Task(**task) for task in stored["tasks"]))
+            return ExportPlan(
+                stored["fingerprint"], tuple(Task(**task) for task in stored["tasks"])
+            )
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{where} is damaged ({error!r}).") from error
     raise UserError(f"{where} has the format {stored['format']!r}; this code reads {FORMAT!r}.")
 
 
-def read_plan(export: ExportDir) -> Plan:
+def read_plan(export: ExportDir) -> ExportPlan:
     """Return the stored plan; raises UserError when there is none."""
     plan = find_plan(export)
     if plan is None:

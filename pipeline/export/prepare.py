@@ -1,4 +1,4 @@
-"""Everything an export needs before its first task, from the config.
+"""Prepares an export: what its config names, before the first task.
 
 config -> trained model, index, device -> encoder and plan -> Prepared
 """
@@ -26,14 +26,14 @@ from pipeline.distributed.rendezvous import check_device
 from pipeline.export.encoders import OpenEncoder
 from pipeline.export.layout import ExportDir
 from pipeline.export.passthrough import JsonFields
-from pipeline.export.plan import Plan, Task
+from pipeline.export.plan import ExportPlan, Task
 from pipeline.export.run import Work
 from pipeline.export.settings import ExportConfig
 from pipeline.export.work import Encoding, Noise
 from pipeline.export.workers import Worker
 
 CPU_THREADS = 1  # more would split sums differently; use more processes
-# Whatever turns bytes into pixels, pixels into latents, or latents into files.
+# Packages that turn bytes into pixels, pixels into latents, or latents into files.
 VERSIONED = (
     "torch",
     "numpy",
@@ -43,22 +43,22 @@ VERSIONED = (
     "opencv-python-headless",
     "webdataset",
 )
-CODE = 1  # of ours: raised when other bytes, or other statistics of a task, come out
+CODE = 1  # version of our code: raised when the bytes or statistics of a task change
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An export that can begin."""
+    """An export that is ready to start."""
 
     export: ExportDir
-    plan: Plan
+    plan: ExportPlan
     work: Work
     data: DataConfig
     index: Index
 
 
 def prepare(config: ExportConfig, worker: Worker) -> Prepared:
-    """Load the model, open the data, and make the plan; raises UserError for what is not there."""
+    """Load the model, open the data and make the plan; UserError if something is missing."""
     device = find_device(worker.local_rank)
     fix_arithmetic()
     if device.type == "cpu":
@@ -74,7 +74,7 @@ def prepare(config: ExportConfig, worker: Worker) -> Prepared:
     tasks = tuple(make_tasks(index, data.split))
     encoding = make_encoding(config, opened, tasks, device)
     fingerprint = make_fingerprint(config, opened, data, index, encoding)
-    plan = Plan(fingerprint, tasks)
+    plan = ExportPlan(fingerprint, tasks)
 
     work = Work(
         read=partial(
@@ -90,7 +90,7 @@ def prepare(config: ExportConfig, worker: Worker) -> Prepared:
 def find_device(local_rank: int) -> torch.device:
     """Return this worker's accelerator, or the CPU if there is none.
 
-    Raises UserError if there is none where the launcher wants one.
+    Raises UserError if there is none and the launcher requires one.
     """
     check_device(os.environ, has_gpu=torch.cuda.is_available())
     if not torch.cuda.is_available():
@@ -99,7 +99,7 @@ def find_device(local_rank: int) -> torch.device:
 
 
 def data_of(config: ExportConfig, encoder: OpenEncoder) -> DataConfig:
-    """Return the settings of the data that the model knows, with the export's own over them."""
+    """Return the data settings of the training, updated by those of the export."""
     trained = encoder.data
     if trained is None:
         if config.data.path is None:
@@ -125,7 +125,7 @@ def data_of(config: ExportConfig, encoder: OpenEncoder) -> DataConfig:
 def make_encoding(
     config: ExportConfig, encoder: OpenEncoder, tasks: Sequence[Task], device: torch.device
 ) -> Encoding:
-    """Return the function from stored values to latents; UserError for what cannot be stored."""
+    """Return the function from stored values to latents; UserError if it cannot be stored."""
     if "hflip" in config.views and encoder.decode.kind != "image":
         raise UserError(
             f"views is [{', '.join(config.views)}], but the run's data.decode.kind is "
@@ -178,7 +178,7 @@ def make_fingerprint(
     index: Index,
     encoding: Encoding,
 ) -> dict[str, Any]:
-    """Return everything that decides a byte of the export; no path, host or time is among it."""
+    """Return everything that the files depend on; without paths, hosts and times."""
     on_gpu = encoding.device.type == "cuda"
     return {
         "model": dict(encoder.identity),
@@ -191,7 +191,7 @@ def make_fingerprint(
         "encode": {
             "batch_size": config.batch_size,
             "precision": config.precision,
-            # Kernels, and with them the last bits, depend on it.
+            # Kernels, and so the last bits, depend on the device.
             "device": (
                 torch.cuda.get_device_name(encoding.device)
                 if on_gpu

@@ -1,7 +1,7 @@
-"""One line on stderr from time to time: images/s, share done, time left.
+"""Prints a line on stderr at intervals: images/s, share done, time left.
 
-The share counts the rows of all commit records, whichever process wrote them; the rate is that of
-all processes since this one started.
+The share counts the rows of all commit records, of any process; the rate is that of all processes
+since this one started.
 """
 
 import sys
@@ -9,19 +9,19 @@ import time
 from collections.abc import Callable, Sequence
 
 from pipeline.export.layout import ExportDir
-from pipeline.export.plan import Plan, Task
+from pipeline.export.plan import ExportPlan, Task
 
 PERIOD_SECONDS = 2.0
 LISTING_SHARE = 0.05  # of the time, at most, is spent on listing the commit records
 
 
 class Progress:
-    """Rows done by everybody, as seen by this process; silent unless `enabled`."""
+    """Rows done by all processes; prints nothing unless `enabled`."""
 
     def __init__(
         self,
         export: ExportDir,
-        plan: Plan,
+        plan: ExportPlan,
         *,
         enabled: bool,
         write: Callable[[str], object] = sys.stderr.write,
@@ -40,7 +40,7 @@ class Progress:
         start = time.monotonic()
         try:
             committed = self._export.committed(task.name for task in self._tasks)
-        except OSError as error:  # who works will meet it, too; a line of progress is no reason
+        except OSError as error:  # the work itself reports it, if it lasts
             self._write(f"export: the commit records cannot be listed now ({error})\n")
             return self._last_done
         self._period = max(PERIOD_SECONDS, (time.monotonic() - start) / LISTING_SHARE)
@@ -54,7 +54,7 @@ class Progress:
             self.report()
 
     def report(self) -> None:
-        """Print the line."""
+        """Print a line now."""
         if not self._enabled:
             return
         self._last = time.monotonic()

@@ -1,11 +1,11 @@
-"""A worker of an export: its share of the tasks, then what others have not committed.
+"""A worker of an export: does its share of the tasks, then those that are not committed.
 
     tasks -> read_shards (threads: bytes, pixels) -> this thread: latents
           -> a thread: statistics, stage -> commit -> publish (commit.py)
 
-All of them work at once, on consecutive tasks. A task that fails is passed over and tried again
-after the others; `failures` says what counts. Three in a row end the worker: not the tasks are at
-fault then, but the disk, the device or a setting.
+The three stages work at the same time, on consecutive tasks. A task that fails is tried again
+after the others; see `failures`. Three failures in a row end the worker: then the disk, the device
+or a setting is the cause, not the tasks.
 """
 
 import os
@@ -25,12 +25,12 @@ from pipeline.export.commit import Commit, Fault, commit, drop, publish_commit, 
 from pipeline.export.failures import (
     MAX_ATTEMPTS,
     RejectedError,
+    failed_tasks,
     is_unwritable,
-    quarantined,
     record_failure,
 )
 from pipeline.export.layout import ExportDir
-from pipeline.export.plan import Plan, Task
+from pipeline.export.plan import ExportPlan, Task
 from pipeline.export.progress import Progress
 from pipeline.export.statistics import partial_of, to_json
 from pipeline.export.work import Encoding, encode_task
@@ -45,7 +45,7 @@ Shards = Generator[tuple[int, Iterator[RowBatch]]]
 
 @dataclass(frozen=True)
 class Work:
-    """How tasks are done."""
+    """What every task needs."""
 
     read: Callable[[Iterable[int]], Shards]  # numbers of shards -> their rows
     encoder: Encoding
@@ -58,8 +58,8 @@ class StoppedError(Exception):
 
 
 @dataclass
-class Outcome:
-    """What a worker leaves: `errors` of tasks that it could not do and nobody has committed."""
+class WorkerResult:
+    """How a worker ended; `errors`: of tasks that it could not do."""
 
     stopped: bool = False
     gave_up: bool = False  # after MAX_FAILURES_IN_A_ROW
@@ -68,16 +68,16 @@ class Outcome:
 
 def run_worker(
     export: ExportDir,
-    plan: Plan,
+    plan: ExportPlan,
     work: Work,
     *,
     worker: Worker,
     should_stop: Callable[[], bool],
     progress: Progress,
-) -> Outcome:
-    """Do tasks until all are committed, by whomever, or in quarantine, or a stop is asked for."""
+) -> WorkerResult:
+    """Do tasks until all are committed, by any worker, or have failed, or a stop is asked for."""
     run = _Run(export, work, should_stop, progress)
-    tasks = worker.order(plan.tasks)
+    tasks = worker.task_queue(plan.tasks)
     for _ in range(MAX_ATTEMPTS):
         run.outcome.errors.clear()
         run.work_through(tasks)
@@ -87,19 +87,19 @@ def run_worker(
 
 
 class _Run:
-    """One worker at work."""
+    """State of a running worker."""
 
     def __init__(
         self, export: ExportDir, work: Work, should_stop: Callable[[], bool], progress: Progress
     ) -> None:
-        self.outcome = Outcome()
+        self.outcome = WorkerResult()
         self._num_in_a_row = 0
         self._broken: Exception | None = None  # what kept the next task from being chosen
         self._export, self._work, self._progress = export, work, progress
         self._should_stop = should_stop
 
     def work_through(self, tasks: Sequence[Task]) -> None:
-        """Do those of the tasks that nobody has done, each once."""
+        """Do each task that is not committed, once."""
         by_shard = {task.shard: task for task in tasks}
         with (
             ThreadPoolExecutor(1, thread_name_prefix="export-write") as writer,
@@ -113,33 +113,34 @@ class _Run:
                 except StoppedError:
                     self.outcome.stopped = True
                     break
-                except Exception as error:  # noqa: BLE001 - sorted out by `_note`
-                    while writing:  # in their order: whether it is one more in a row
-                        self._settle(*writing.popleft())
-                    self._note(task, error)
+                except Exception as error:  # noqa: BLE001 - handled by `_record_error`
+                    while writing:  # first, as failures in a row are counted in order
+                        self._finish_write(*writing.popleft())
+                    self._record_error(task, error)
                     continue
                 seconds = time.monotonic() - start
                 if len(writing) > WRITE_BEHIND:
-                    self._settle(*writing.popleft())
+                    self._finish_write(*writing.popleft())
                 job = (self._export, task.name, rows, faults, self._work.writers, seconds)
                 writing.append((task, writer.submit(commit_rows, *job)))
             while writing:
-                self._settle(*writing.popleft())
+                self._finish_write(*writing.popleft())
         if self._broken is not None:
             raise self._broken
 
     def _to_do(self, tasks: Sequence[Task]) -> Iterator[int]:
-        """Yield the shards of tasks that are still to be done, when each is about to be read.
+        """Yield the shards of tasks that are not done, when each is about to be read.
 
-        It runs inside the reader, whose errors are those of a task: its own are kept for later.
+        It runs inside the reader, whose errors count as errors of a task: so its own errors are
+        kept and raised later.
         """
         try:
             names = [task.name for task in tasks]
-            passed_over = self._export.committed(names) | set(quarantined(self._export, names))
+            skipped = self._export.committed(names) | set(failed_tasks(self._export, names))
             for task in tasks:
                 if self.outcome.gave_up:
                     return
-                if task.name in passed_over or self._export.is_committed(task.name):
+                if task.name in skipped or self._export.is_committed(task.name):
                     continue
                 yield task.shard
         except Exception as error:  # noqa: BLE001 - raised at the end of `work_through`
@@ -164,30 +165,30 @@ class _Run:
         assert len(rows) == task.rows, "the plan and the reader know the same index"
         return rows, faults
 
-    def _settle(self, task: Task, written: "Future[bool]") -> None:
-        """Wait until a task is written, and note how that went."""
+    def _finish_write(self, task: Task, written: "Future[bool]") -> None:
+        """Wait until a task is written, and record an error."""
         try:
             written.result()
         except Exception as error:  # noqa: BLE001 - as above
-            self._note(task, error)
+            self._record_error(task, error)
         else:
             self._num_in_a_row = 0
 
-    def _note(self, task: Task, error: Exception) -> None:
-        """Keep a task's error for later, unless it ends the worker."""
-        is_verdict = isinstance(error, RejectedError)
-        if is_unwritable(error) or (isinstance(error, UserError) and not is_verdict):
+    def _record_error(self, task: Task, error: Exception) -> None:
+        """Keep a task's error for later; raise it if it ends the worker."""
+        is_rejected = isinstance(error, RejectedError)
+        if is_unwritable(error) or (isinstance(error, UserError) and not is_rejected):
             raise error
         self.outcome.errors[task.name] = error
         if not is_infrastructure(error):
             record_failure(self._export, task.name, error)
-        if not is_verdict:  # which is the data's fault, and says nothing of this worker
+        if not is_rejected:  # rejected data are not the worker's fault
             self._num_in_a_row += 1
             self.outcome.gave_up |= self._num_in_a_row >= MAX_FAILURES_IN_A_ROW
 
 
 def is_infrastructure(error: BaseException) -> bool:
-    """Tell whether an error says nothing of the task: another try, elsewhere, may succeed."""
+    """Return whether an error is not the task's: a retry, or another machine, may succeed."""
     return isinstance(
         error, OSError | MemoryError | torch.AcceleratorError | torch.OutOfMemoryError
     )
@@ -201,15 +202,15 @@ def commit_rows(
     writers: Sequence[BaseWriter],
     seconds: float,
 ) -> bool:
-    """Write a task's rows and commit them; tell whether this process's commit won.
+    """Write a task's rows and commit them; return False if another process was first.
 
-    seconds: that it took to read, decode and encode them, for the record.
+    seconds: of reading, decoding and encoding, for the record.
     """
     statistics = to_json(partial_of(rows.latents, rows.valid, faults))
     try:
         staged = stage_rows(export, task, rows, writers)
     except FileNotFoundError:
-        # Another process has finished the task meanwhile, and removed the stage with our part.
+        # Another process has finished the export meanwhile, and removed `_stage/`.
         if not export.is_committed(task):
             raise
         return False
@@ -229,7 +230,7 @@ def commit_rows(
     try:
         won = commit(export, record)
     except OSError as error:
-        # A full disk needs the space. Elsewhere the record may be there, whatever the error says.
+        # On a full disk, free the space. After other errors the record may exist nevertheless.
         if is_unwritable(error) and not export.is_committed(task):
             drop(export, staged)
         raise

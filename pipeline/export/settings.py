@@ -20,20 +20,22 @@ View = Literal["identity", "hflip"]
 
 
 class ExportData(Component):
-    """Which samples; null = as the run was trained."""
+    """Which samples; null = as in the training."""
 
     path: str | None = None  # directory with the index
     shards: str | None = None  # directory of the shards, if not `path`
     split: str = ALL  # "all", or a split that the index names
-    threads: int = Field(default=2, ge=1)  # that read and decode, per process; changes no result
-    # Integer in the samples' JSON that is the label, dots lead into objects; null = as in `.cls`.
+    threads: int = Field(
+        default=2, ge=1
+    )  # for reading and decoding, per process; no effect on results
+    # Field of the samples' JSON with an integer label, dots for nested objects; null: from `.cls`.
     label_field: str | None = None
 
 
 class ExportConfig(Component):
     """Encode every sample of a dataset with a trained model."""
 
-    # The model: of a run, by the three settings below, or of anything that `model` names.
+    # The model: `run` with `step` and `weights`, or `model`.
     run: str | None = None  # the run directory
     model: Encoder | None = None
     out: str  # the directory to fill, or an s3:// URL
@@ -42,23 +44,23 @@ class ExportConfig(Component):
     data: ExportData = ExportData()
     batch_size: int = Field(default=256, ge=1)  # rows encoded at once; batches never span shards
     precision: Literal["fp32", "bf16"] = "fp32"
-    # What is stored: the posterior's mean and, where it has one, its log-variance; the mean alone;
-    # or one sample z = mu + sigma eps, with eps by (seed, row number in the export, element).
+    # moments: the posterior's mean mu and, if it has one, its log-variance; mean: mu only; sample:
+    # z = mu + sigma eps, where eps depends on (seed, row number in the export, element).
     store: Literal["moments", "mean", "sample"] = "moments"
     seed: NonNegativeInt = 0  # of `store: sample`
-    # hflip: of each image mirrored along its width, too, in fields of their own (mu_hflip ...).
+    # hflip: encode each image mirrored along its width as well, as mu_hflip, logvar_hflip, z_hflip.
     views: tuple[View, ...] = ("identity",)
-    # Fields of the samples' JSON as columns of their own in Parquet: name -> type. All JSON is in
-    # the column `metadata` in any case.
+    # Fields of the samples' JSON as extra Parquet columns: name -> type. The column `metadata` has
+    # the whole JSON in any case.
     columns: dict[str, ColumnType] = Field(default={})
-    dtype: Dtype = "float32"  # bfloat16: in safetensors only
+    dtype: Dtype = "float32"  # bfloat16: safetensors only
     formats: Annotated[tuple[Writer, ...], Field(min_length=1)] = (ParquetWriter(),)
-    # A task with more failed rows than this is not committed: something else is wrong.
+    # A task with a larger fraction of failed rows is not committed, but counts as failed.
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
 
     @property
     def encoder(self) -> EncoderBase:
-        """What encodes."""
+        """The encoder that the settings name."""
         if self.model is not None:
             return self.model
         assert self.run is not None
@@ -72,7 +74,7 @@ class ExportConfig(Component):
                 + ("neither is given" if self.run is None else "both are given")
             )
         if self.model is not None and (self.step, self.weights) != (None, "ema"):
-            raise ValueError("step and weights belong to run: give them inside of model")
+            raise ValueError("step and weights belong to run: give them inside model")
         return self
 
     @model_validator(mode="after")
@@ -82,7 +84,7 @@ class ExportConfig(Component):
         return self
 
     @model_validator(mode="after")
-    def _views_are_known_and_begin_with_the_image(self) -> Self:
+    def _views_fit(self) -> Self:
         if self.views not in (("identity",), ("identity", "hflip")):
             raise ValueError(
                 f"views is [{', '.join(self.views)}], but must be [identity] or [identity, hflip]"
@@ -90,7 +92,7 @@ class ExportConfig(Component):
         return self
 
     @model_validator(mode="after")
-    def _columns_have_names_of_their_own(self) -> Self:
+    def _column_names_fit(self) -> Self:
         for name in self.columns:
             if name in (*COLUMNS, *FIELDS):
                 raise ValueError(f"columns names {name!r}, which every export has already")

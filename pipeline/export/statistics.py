@@ -1,12 +1,11 @@
-"""Exact statistics of all latents, the same bits for any processes, order and restarts.
+"""Exact statistics of all latents: the same bits for any number of processes, and after restarts.
 
 stored values of one task -> `partial_of` (float64, fixed order of additions) -> commit record
 all partials, in plan order -> `merge` (math.fsum: correctly rounded) -> latent_stats.json
 
-They are computed from the values as stored, after rounding, so `verify` finds the same bits in the
-files. Nothing here goes through BLAS or a vectorised exp, whose last bits depend on the processor.
-They are those of the images themselves: of the field mu, or z where samples are stored. Mirrored
-views have none of their own.
+The statistics are of the stored, rounded values, so `verify` computes the same bits from the files.
+No BLAS and no vectorised exp is used: their last bits depend on the processor. They cover the field
+mu, or z if samples are stored, and not the mirrored views.
 
 # n valid rows; C channels = first axis of the latent; P positions = its other axes; M = n P
 """
@@ -22,35 +21,35 @@ from numpy.typing import NDArray
 
 from pipeline.latents.exact_math import portable_exp
 
-# Beyond this many channels the covariance is left out: its partials travel in the commit records,
-# about 165 KB each at 128 channels.
+# With more channels the covariance is left out: its sums are in every commit record, about 165 KB
+# each at 128 channels.
 MAX_COVARIANCE_CHANNELS = 128
 # A channel is active if Var(mu) over the data exceeds this (Burda, Grosse and Salakhutdinov 2016,
 # "Importance weighted autoencoders", section 5.3).
 ACTIVE_VARIANCE = 0.01
-NOT_FINITE = "latent"  # the stage of a fault: latents that are no finite numbers
-_CHUNK_VALUES = 1 << 16  # summed at once; fixed, as it decides the order of additions
+NOT_FINITE = "latent"  # stage of a fault: latents that are not finite
+_CHUNK_VALUES = 1 << 16  # summed at once; fixed: the order of additions depends on it
 
 
 @dataclass(frozen=True)
 class Partial:
     """Sums over the valid rows of one task, per channel."""
 
-    field: str  # mu, or z; below called mu
+    field: str  # mu or z; called mu below
     rows: int
-    not_finite: int  # rows left out since a latent was not finite
+    not_finite: int  # rows left out because of a latent that is not finite
     count: int  # M, values per channel
     total: list[float]  # [C] sum of mu
-    # Upper triangle, row by row, of the sum of (mu - mean)(mu - mean)^T about the task's own mean;
-    # only its diagonal beyond MAX_COVARIANCE_CHANNELS.
+    # Upper triangle, row by row, of the sum of (mu - mean)(mu - mean)^T about the task's mean; with
+    # more than MAX_COVARIANCE_CHANNELS only its diagonal.
     moment: list[list[float]]
     low: list[float]  # [C]; empty without valid rows, like `high`
     high: list[float]
-    sigma2_total: list[float] | None  # [C] sum of exp(logvar); None: nothing stored
+    sigma2_total: list[float] | None  # [C] sum of exp(logvar); None: no logvar is stored
 
 
 def has_covariance(num_channels: int) -> bool:
-    """Tell whether the covariance of so many channels is kept."""
+    """Return whether the covariance is computed for this number of channels."""
     return num_channels <= MAX_COVARIANCE_CHANNELS
 
 
@@ -89,7 +88,7 @@ def partial_of(
 def _chunks(values: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
     """Yield [m, C] pieces in row order, then position order, in float64.
 
-    numpy adds the rows of a C-ordered [m, C] array one after the other: a fixed order.
+    numpy adds the rows of a C-ordered [m, C] array one by one, in a fixed order.
     """
     rows_at_once = max(1, _CHUNK_VALUES // max(1, values[:1].size))
     for lo in range(0, len(values), rows_at_once):
@@ -118,12 +117,12 @@ def _sigma2_total(logvar: NDArray[Any]) -> list[float]:
 
 
 def to_json(partial: Partial) -> dict[str, Any]:
-    """Return the partial as JSON, which keeps every bit of a float."""
+    """Return the partial as JSON values, which keep every bit of a float."""
     return asdict(partial)
 
 
 def merge(partials: Sequence[Partial]) -> dict[str, Any]:
-    """Return the statistics of all tasks; the keys of `latent_stats.json` are explained there.
+    """Return the statistics of all tasks, the content of `latent_stats.json`.
 
     Var(z) of a sampled latent z = mu + sigma eps is Var(mu) + E[sigma^2] (law of total variance).
     """
@@ -212,7 +211,7 @@ SCALING = ("latents_mean", "latents_std", "shift_factor", "scaling_factor")
 
 
 def scaling(statistics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what normalises the latents; None where there is no valid row."""
+    """Return the factors that normalise latents; None without a valid row."""
     return {name: statistics.get(name) for name in SCALING}
 
 

@@ -1,4 +1,4 @@
-"""How far an export is, from its files alone; nobody has to run, and nothing is loaded.
+"""Status of an export from its files: no worker has to run, no model is loaded.
 
 listings of commits, failures and stages, and the commit records -> StatusReport
 """
@@ -9,8 +9,8 @@ from pathlib import PurePosixPath
 
 from pipeline.common.errors import UserError
 from pipeline.data.storage.opening import open_writable
-from pipeline.export.commit import Commit, publish_all, read_commits, remove_litter
-from pipeline.export.failures import quarantined, reason_of
+from pipeline.export.commit import Commit, publish_all, read_commits, remove_unused_stages
+from pipeline.export.failures import failed_tasks, reason_of
 from pipeline.export.finalize import finalize
 from pipeline.export.layout import DATA, FAILURES, STAGE, ExportDir, flat_name
 from pipeline.export.plan import read_plan
@@ -18,31 +18,31 @@ from pipeline.export.plan import read_plan
 
 @dataclass(frozen=True)
 class StatusReport:
-    """What stands in the place of an export."""
+    """The progress of an export."""
 
     out: str
-    finished: bool  # _SUCCESS is there: it can be read
+    finished: bool  # it has _SUCCESS and can be read
     tasks: int
     committed_tasks: int
-    rows: int  # of all tasks,
-    committed_rows: int  # of these
-    failed_rows: int  # committed as not valid
+    rows: int  # of all tasks
+    committed_rows: int
+    failed_rows: int  # committed rows that are not valid
     committed_bytes: int
     failed_attempts: int
-    quarantined: dict[str, str]  # task -> why
-    staged_tasks: list[str]  # uncommitted ones with work in progress, or what a kill left of it
+    quarantined: dict[str, str]  # failed task -> reason
+    staged_tasks: list[str]  # tasks that are being written, or whose write was killed
     rows_per_process_second: float | None  # over the committed tasks
 
 
 def export_status(out: str) -> StatusReport:
-    """Look at an export; raises UserError when there is none."""
+    """Return the status of an export; raises UserError if there is none."""
     export = ExportDir(open_writable(out))
     plan = read_plan(export)
     names = [task.name for task in plan.tasks]
     committed = export.committed(names)
     records = read_commits(export, [name for name in names if name in committed])
     waiting = [name for name in names if name not in committed]
-    failures = quarantined(export, waiting)
+    failures = failed_tasks(export, waiting)
     return StatusReport(
         out=export.root,
         finished=export.is_finished(),
@@ -89,7 +89,7 @@ def finalize_export(out: str) -> FinalizeReport:
         raise UserError(
             f"{export.root} cannot be finished: {len(missing)} of its {len(names)} tasks are not "
             f"committed, such as {missing[0]}. Give the export command again; `latentmill export "
-            f"status {export.root}` says what holds them up."
+            f"status {export.root}` says why."
         )
     finalize(export, plan)
     return FinalizeReport(export.root, len(names), plan.rows)
@@ -105,7 +105,7 @@ class GarbageReport:
 
 
 def collect_garbage(out: str) -> GarbageReport:
-    """Remove what dead attempts at committed tasks left behind; safe while others work."""
+    """Remove files that unused attempts at committed tasks left; safe while workers run."""
     export = ExportDir(open_writable(out))
     plan = read_plan(export)
     names = [task.name for task in plan.tasks]
@@ -113,4 +113,4 @@ def collect_garbage(out: str) -> GarbageReport:
     records = read_commits(export, [name for name in names if name in committed])
     if not export.is_finished():
         publish_all(export, records, export.store.sizes(DATA))
-    return GarbageReport(export.root, *remove_litter(export, committed))
+    return GarbageReport(export.root, *remove_unused_stages(export, committed))

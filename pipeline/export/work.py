@@ -1,10 +1,10 @@
-"""One task: the rows of a shard -> their latents, as they will be stored.
+"""One task: the rows of a shard -> their latents, as they are stored.
 
 RowBatch (stored values) -> device -> [0, 1] -> each view -> encoder -> mu, logvar (-> z)
 -> stored dtype -> Rows
 
-Batches have the same full shape always, the last one padded with zeros: kernels whose choice or
-summation order depends on the batch size then cannot change a bit between two runs.
+All batches have the same full shape; the last one is padded with zeros. The choice of kernels and
+their summation order can depend on the batch size, and must not change a bit between two runs.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ from pipeline.latents.rows import field_of
 
 @dataclass(frozen=True)
 class Noise:
-    """What the noise of sampled latents is keyed by, besides the element."""
+    """What the noise of sampled latents depends on, besides the element."""
 
     seed: int
     first_row: Mapping[str, int]  # of each task: row number in the export
@@ -38,9 +38,9 @@ class Noise:
 
 @dataclass(frozen=True)
 class Encoding:
-    """From stored values [B, *event] to what is stored of the latents, of each view."""
+    """The function from stored values [B, *event] to the stored latents of each view."""
 
-    encode: Callable[[Tensor], Mapping[str, Tensor]]  # as `OpenEncoder` has it
+    encode: Callable[[Tensor], Mapping[str, Tensor]]  # see `OpenEncoder`
     to_unit: Callable[[Tensor], Tensor]
     device: torch.device
     precision: Literal["fp32", "bf16"]
@@ -52,11 +52,11 @@ class Encoding:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The names of all arrays that are stored, view by view."""
+        """Names of all stored arrays, view by view."""
         return tuple(field_of(name, view) for view in self.views for name in self.stored)
 
     def start(self, stored: Tensor) -> list[Mapping[str, Tensor]]:
-        """Encode each view of a batch; on a GPU this returns before it is done."""
+        """Encode each view of a batch; on a GPU, without waiting for the result."""
         with torch.inference_mode(), autocast(self.precision, self.device):
             x = self.to_unit(stored.to(self.device, non_blocking=True))
             return [self.encode(x.flip(-1) if view == "hflip" else x) for view in self.views]
@@ -64,10 +64,10 @@ class Encoding:
     def finish(
         self, outputs: Sequence[Mapping[str, Tensor]], rows: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
-        """Return field -> [B, *latent] in the stored dtype; what does not fit becomes inf.
+        """Wait for the outputs of `start`; return field -> [B, *latent] in the stored dtype.
 
-        outputs: of `start`, for which this waits. rows: [B] row numbers in the export. Numbers
-        of bfloat16 come as float32.
+        rows: [B] row numbers in the export. Values beyond the dtype's range become inf; bfloat16
+        values are returned as float32.
         """
         return {
             field_of(name, view): self._store(self._values(output, name, rows, view))
@@ -80,7 +80,7 @@ class Encoding:
     ) -> NDArray[np.float32]:
         if name in output:
             return _to_numpy(output[name])
-        assert self.noise is not None, "z comes with its noise"
+        assert self.noise is not None, "z needs noise"
         mu, logvar = _to_numpy(output["mu"]), _to_numpy(output["logvar"])
         return sample(mu, logvar, rows, seed=self.noise.seed, view=view)
 
@@ -105,7 +105,7 @@ def encode_task(
 ) -> tuple[Rows, list[Fault]]:
     """Encode one shard; a row that cannot be decoded or encoded is kept as zeros and listed.
 
-    Raises RejectedError when more than `max_bad_fraction` of the rows fail, UserError when a sample
+    Raises RejectedError if more than `max_bad_fraction` of the rows fail, UserError if a sample
     lacks a JSON field that the settings name.
     """
     parts: list[Rows] = []
@@ -131,7 +131,7 @@ def encode_task(
 def _one_ahead(
     encoder: Encoding, batches: Iterable[RowBatch]
 ) -> Iterator[tuple[RowBatch, list[Mapping[str, Tensor]]]]:
-    """Start each batch before the one before it is fetched: a GPU is never without work."""
+    """Start each batch before the result of the previous one is fetched: a GPU never idles."""
     waiting: tuple[RowBatch, list[Mapping[str, Tensor]]] | None = None
     for batch in batches:
         started = (batch, encoder.start(batch.x))
@@ -155,9 +155,9 @@ def _rows_of(
     finite = np.ones(count, np.bool_)
     for values in latents.values():
         finite &= np.isfinite(values).reshape(count, -1).all(axis=1)
-    for place in np.flatnonzero(valid & ~finite):
+    for i in np.flatnonzero(valid & ~finite):
         reason = f"not a finite {encoder.dtype} number"
-        faults.append((int(batch.rows[place]), batch.keys[place], NOT_FINITE, reason))
+        faults.append((int(batch.rows[i]), batch.keys[i], NOT_FINITE, reason))
     valid &= finite
     for values in latents.values():
         values[~valid] = 0
@@ -167,7 +167,7 @@ def _rows_of(
         rows=batch.rows,
         valid=valid,
         labels=batch.labels,
-        # Not every format can tell an empty one, or JSON's null, from none.
+        # Some formats cannot distinguish an empty text, or JSON's null, from a missing one.
         metadata=[None if text in ("", "null") else text for text in batch.metadata],
         texts=[text or None for text in batch.texts],
         latents=latents,

@@ -1,8 +1,8 @@
-"""Which worker this process is, and which tasks it takes in which order.
+"""The number of this worker, and its queue of tasks.
 
-The number comes from the environment of a launcher, never from the other processes: none of them
-waits for another. A worker takes every n-th task, then those that others have not committed, from
-the end. Work done twice is harmless (commit.py), so any worker alone finishes the whole export.
+The number comes from the launcher's environment, not from the other processes: no process waits for
+another. A worker takes every n-th task, then those that others have not committed, from the end. A
+task done twice does no harm (commit.py), so a single worker can finish the whole export.
 """
 
 import random
@@ -16,20 +16,20 @@ from pipeline.export.plan import Task
 
 @dataclass(frozen=True)
 class Worker:
-    """Number `rank` of `world`, and the number of its device on this machine."""
+    """Worker `rank` of `world`; `local_rank`: number of its device on this machine."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    # Where in its share it begins, as a part of it: processes that were started without numbers
-    # have all the same share.
+    # Fraction of its share at which it begins: processes that were started without numbers all have
+    # the same share.
     start: float = 0.0
 
-    def order(self, tasks: Sequence[Task]) -> list[Task]:
-        """Return all tasks: the own share first, then the others' from the end.
+    def task_queue(self, tasks: Sequence[Task]) -> list[Task]:
+        """Return all tasks: this worker's share first, then the others' from the end.
 
-        Each worker begins with the others' at a place of its own: if one dies, all help, and would
-        do the same tasks at the same time.
+        Each worker begins with the others' tasks at another offset: otherwise, when a worker dies,
+        all others would do the same tasks at the same time.
         """
         own = list(tasks[self.rank :: self.world])
         others = [task for i, task in enumerate(tasks) if i % self.world != self.rank]
@@ -42,11 +42,11 @@ def _rotated(tasks: list[Task], by: int) -> list[Task]:
 
 
 def find_worker(environment: Mapping[str, str], worker: str | None = None) -> Worker:
-    """Read who this process is: `--worker i/n`, else the environment, else alone.
+    """Return this worker, by `--worker i/n` or the environment; otherwise worker 0 of 1.
 
     accelerate launch and torchrun set RANK, WORLD_SIZE and LOCAL_RANK; a Slurm array sets
-    SLURM_ARRAY_TASK_ID, _COUNT, _MIN and _STEP. In an array of launches both count. Without any
-    number it begins anywhere: another shell may have started the same command.
+    SLURM_ARRAY_TASK_ID, _COUNT, _MIN and _STEP. In an array of launches both are combined. Without
+    numbers the worker begins at a random task: another shell may run the same command.
     """
     if worker is not None:
         return _parse(worker)
@@ -59,7 +59,8 @@ def find_worker(environment: Mapping[str, str], worker: str | None = None) -> Wo
     first = _number(environment, "SLURM_ARRAY_TASK_MIN", 0)
     element = (_number(environment, "SLURM_ARRAY_TASK_ID", 0) - first) // step
     count = _number(environment, "SLURM_ARRAY_TASK_COUNT", 1)
-    # An array written as 1,5,7 has no regular step: any number will do, as all shares get done.
+    # An array such as 1,5,7 has no regular step: two elements may get the same number, which is
+    # harmless, as every worker goes on with the tasks that are left.
     return Worker((element % count) * world + rank, count * world, local_rank)
 
 

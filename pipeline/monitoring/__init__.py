@@ -1,1 +1,1 @@
-"""What a run says of itself: metrics, the ledger of its samples, bad samples, W&B."""
+"""The log of a run: metrics, the ledger of its samples, bad samples, W&B."""

@@ -1,6 +1,6 @@
-"""Samples that could not be used: listed once each in `<run>/quarantine.jsonl`, counted, limited.
+"""Bad samples of a training: listed once each in `<run>/quarantine.jsonl`, counted, limited.
 
-Such a sample keeps its slot with weight 0 (a tombstone), so nothing else moves.
+A sample that cannot be used keeps its slot, with weight 0 (a tombstone): no other sample moves.
 """
 
 import json
@@ -13,12 +13,12 @@ from pipeline.data.settings import DataConfig
 from pipeline.data.stream import Quarantined, Stream
 from pipeline.distributed.runtime import Runtime
 
-# The fraction is taken of at least so many samples: of fewer it says nothing.
+# max_bad_fraction is taken of at least this many samples: of fewer, one bad one is a large part.
 MIN_SAMPLES_JUDGED = 1000
 
 
 class Quarantine:
-    """The list of one run directory, kept by the main process."""
+    """The list of one run's bad samples, written by the main process."""
 
     def __init__(self, run_dir: Path, data: DataConfig, runtime: Runtime) -> None:
         self._path = run_dir / "quarantine.jsonl"
@@ -30,14 +30,14 @@ class Quarantine:
             content = self._path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
             if len(whole) < len(content):
-                # Half a line, left by a kill: the next entry must not be written behind it.
+                # A kill left half a line: remove it before the next entry is appended.
                 os.truncate(self._path, len(whole))
             self._known = {json.loads(line)["uid"] for line in whole.splitlines()}
 
     def collect(self, stream: Stream) -> dict[str, float]:
-        """Take new entries from every process's stream and return counts to log; a collective.
+        """Write new entries of every process's stream and return counts to log; a collective.
 
-        Raises UserError, on every process, if too many of the stream's samples were unusable.
+        Raises UserError, on every process, if too many samples of the stream were bad.
         """
         counters = stream.counters
         mine = (stream.take_quarantined(), counters.tombstones, counters.images)

@@ -1,21 +1,20 @@
-"""What the data stream did, for the log: every sample accounted for, and what the transfers took.
+"""Metrics of the data stream: a count of every sample, and the cost of transfers.
 
     each rank's Account and counters --all ranks--> sums -> checks -> values by metric name
 
 Names (prefix `data/`), all since the last log unless said otherwise:
-    order_digest             52 bits of which samples stood in which slots: the same for every
-                             number of processes and threads, and over restarts, if the same steps
-                             are logged
-    ready_batches            of the decoded batches that the ring can hold ahead, how many lay ready
-                             when one was asked for, as a fraction
-    bytes_per_second         read from the store, all processes together
-    read_amplification       bytes read over bytes of the members that were needed (since the start)
-    retries, reopened        requests sent again, and of these in the middle of a range (since the
-                             start)
+    order_digest             52-bit digest of which sample was in which slot: equal for any number
+                             of processes and threads, and after restarts, if the same steps are
+                             logged
+    ready_batches            decoded batches that were ready when one was asked for, as a fraction
+                             of `data.prefetch`
+    bytes_per_second         read from the store, by all processes
+    read_amplification       bytes read / bytes of the members that were needed (since the start)
+    retries, reopened        requests sent again; those in the middle of a range (since the start)
     decode_ms_p50, _p95      milliseconds per image in one decoding thread, of this process
     ledger/...               when an epoch of a data set is complete: epoch, samples in the data
-                             set, usable, tombstones, and carried, which are those that an earlier
-                             start of the run delivered
+                             set, usable, tombstones, and carried: delivered by an earlier start of
+                             the run
 """
 
 import time
@@ -29,11 +28,11 @@ from pipeline.data.stream import Stream
 from pipeline.data.stream.account import EpochCount, digest_of
 from pipeline.distributed.runtime import Runtime
 
-DIGEST_BITS = 52  # what a float64, and so JSON, holds exactly
+DIGEST_BITS = 52  # JSON's float64 holds 53 bits exactly
 
 
 class Ledger:
-    """The books of one training stream, over all processes."""
+    """Counts the samples of one training stream, over all processes."""
 
     def __init__(
         self,
@@ -50,13 +49,13 @@ class Ledger:
         self._prefetch = prefetch
         self._runtime = runtime
         self._closed: set[tuple[int, int]] = set()
-        self._last = (time.monotonic(), 0, 0, 0)  # of now, digest, bytes, batches
+        self._last = (time.monotonic(), 0, 0, 0)  # time, digest, bytes, batches
         self._num_ready = 0
 
     def read(self) -> dict[str, float]:
         """Return the values since the last call; a collective.
 
-        Raises RuntimeError, on every process, if a sample is missing from the books.
+        Raises RuntimeError, on every process, if a complete epoch lacks a sample.
         """
         account, counters = self._stream.account, self._stream.counters
         mine = (account.digest, account.epochs, counters.bytes_read, counters.bytes_wanted)
@@ -83,7 +82,7 @@ class Ledger:
         return values | self._close_epochs(epochs)
 
     def check_against_plan(self) -> None:
-        """Plan the newest step afresh and compare with what all processes delivered; a collective.
+        """Compare the newest step's samples, of all processes, with the order; a collective.
 
         Raises RuntimeError, on every process, if they differ.
         """
@@ -104,7 +103,7 @@ class Ledger:
     def _close_epochs(
         self, epochs: Sequence[dict[tuple[int, int], EpochCount]]
     ) -> dict[str, float]:
-        """Balance the books of the epochs that are complete now."""
+        """Return the counts of the epochs that are complete now; check their sums."""
         order, account = self._stream.order, self._stream.account
         values: dict[str, float] = {}
         for source, index in enumerate(self._indexes):
@@ -112,20 +111,20 @@ class Ledger:
             start = order.start_of(source, account.first_step)
             stop = order.start_of(source, account.next_step)
             for epoch in range(start // num, stop // num):
-                book = (index.ordinal, epoch)
-                if book in self._closed:
+                key = (index.ordinal, epoch)
+                if key in self._closed:
                     continue
-                self._closed.add(book)
+                self._closed.add(key)
                 total = EpochCount()
                 for part in epochs:
-                    total = total.plus(part.get(book, EpochCount()))
-                account.epochs.pop(book, None)  # nothing more will come of it
+                    total = total.plus(part.get(key, EpochCount()))
+                account.epochs.pop(key, None)  # the epoch is complete
                 carried = max(start - epoch * num, 0)
                 if total.usable + total.tombstones + carried != num:
                     raise RuntimeError(
-                        f"epoch {epoch} of {index.path} does not balance: {total.usable} usable "
-                        f"samples, {total.tombstones} tombstones and {carried} carried from an "
-                        f"earlier start are not its {num} samples"
+                        f"the counts of epoch {epoch} of {index.path} do not add up: "
+                        f"{total.usable} usable samples, {total.tombstones} tombstones and "
+                        f"{carried} carried from an earlier start are not its {num} samples"
                     )
                 prefix = "data/ledger/" if len(self._indexes) == 1 else f"data/ledger/{source}/"
                 values[f"{prefix}epoch"] = epoch
@@ -137,7 +136,7 @@ class Ledger:
 
 
 def planned_digest(order: Mixture, indexes: Sequence[Index], split: str, step: int) -> int:
-    """The digest of a whole step by planning alone."""
+    """Return the digest of a whole step that follows from the order."""
     source, shard, row = order.samples(step)
     uids = np.empty(order.batch_size, np.int64)
     for number, index in enumerate(indexes):

@@ -1,8 +1,8 @@
-"""Sums on the device, read once per log: a logged mean is over all images, ranks and micro-batches.
+"""Metrics of a training, summed on the device: means over all images, ranks and micro-batches.
 
 Names and units (prefix `train/`, `eval/` or `eval_ema/`):
-    loss               what is minimised, per image
-    distortion         its likelihood term, with emphasis, per image (nats, or squared error)
+    loss               the objective, per image
+    distortion         its likelihood term with emphasis, per image (nats, or squared error)
     squared_error      sum over the elements of an image of (x - mean)^2, x in [0, 1]
     kl                 KL(q(z|x) || N(0, I)) in nats per image
     nats               bound on -ln p(x) per image (likelihoods in nats only)
@@ -10,9 +10,10 @@ Names and units (prefix `train/`, `eval/` or `eval_ema/`):
     sigma2             variance of an element given z (Gaussian likelihood only)
 and, without these prefixes:
     optim/learning_rate, optim/grad_norm (before clipping, mean over applied steps),
-    optim/grad_norm_discriminator (its part, with an adversarial term),
+    optim/grad_norm_discriminator (the discriminator's part, with an adversarial term),
     optim/skipped_steps (since this start), optim/weight_kl (beta),
     perf/images_per_second, perf/data_wait_fraction (share of time in the stream's next()),
+    perf/device_memory_peak_bytes or, on a CPU, perf/process_memory_peak_bytes: see `memory`,
     data/samples_seen, data/epoch, data/images and data/tombstones (since this start)
 """
 
@@ -28,6 +29,7 @@ from pipeline.data.stream import Stream
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import StepResult
 from pipeline.losses.objective import Losses
+from pipeline.monitoring.memory import read_peak
 
 
 class Meter:
@@ -40,7 +42,7 @@ class Meter:
 
     def add(self, values: Mapping[str, Tensor], weight: Tensor) -> None:
         """Add values [B] (each name in every call) of images with weight [B]; no host sync."""
-        # A tombstone's value may be anything, also infinite: it must not reach the sum by 0 * inf.
+        # The value of a tombstone may be infinite: 0 * inf must not get into the sum.
         counted = weight > 0
         for name, value in values.items():
             weighted = (value.detach() * weight).where(counted, 0.0).sum(dtype=torch.float64)
@@ -48,22 +50,22 @@ class Meter:
         self._weight = self._weight + weight.sum(dtype=torch.float64)
 
     def reduce(self, runtime: Runtime) -> tuple[dict[str, float], float]:
-        """Return the means over all ranks and the total weight, and start anew.
+        """Return the means over all ranks and the total weight, and reset; a collective.
 
-        The one host sync. A collective: every rank calls it at the same step.
+        The only host sync.
         """
         names = sorted(self._sums)
         packed = torch.stack([self._weight, *(self._sums[name] for name in names)])
         total, *sums = runtime.sum(packed).tolist()
         self._sums.clear()
         self._weight = torch.zeros_like(self._weight)
-        # Without one usable sample there is no mean: NaN says so.
+        # Without a usable sample the mean is NaN.
         means = [value / total if total else math.nan for value in sums]
         return dict(zip(names, means, strict=True)), total
 
 
 class TrainingMeter:
-    """What a training run logs: losses per image, steps per log, speed and data faults."""
+    """Losses, gradient norms, speed and memory of a training, since the last log."""
 
     def __init__(self, runtime: Runtime, stream: Stream) -> None:
         self._runtime = runtime
@@ -88,14 +90,14 @@ class TrainingMeter:
         self._norm_sum = self._norm_sum + result.grad_norm.where(applied > 0, 0.0).float()
         if (norm := result.discriminator_norm) is not None:
             norm = norm.where(applied > 0, 0.0).float()
-            held = self._discriminator_norm_sum
-            self._discriminator_norm_sum = norm if held is None else held + norm
+            former = self._discriminator_norm_sum
+            self._discriminator_norm_sum = norm if former is None else former + norm
         self._applied = self._applied + applied
         self._num_steps += 1
 
     @contextmanager
     def paused(self) -> Generator[None]:
-        """Leave the time spent inside (an evaluation, a save) out of the rates."""
+        """Exclude the time spent inside (an evaluation, a save) from the rates."""
         started, stalled = time.monotonic(), self._stream.counters.stall_seconds
         try:
             yield
@@ -104,7 +106,7 @@ class TrainingMeter:
             self._stall_start += self._stream.counters.stall_seconds - stalled
 
     def read(self) -> dict[str, float]:
-        """Return all since the last call, and start anew; a collective, the one host sync."""
+        """Return the values since the last call, and reset; a collective, the only host sync."""
         means, num_images = self._losses.reduce(self._runtime)
         applied, norm_sum = self._applied.item(), self._norm_sum.item()
         seconds = time.monotonic() - self._start
@@ -120,6 +122,7 @@ class TrainingMeter:
         values["optim/skipped_steps"] = self._num_skipped
         values["perf/images_per_second"] = num_images / seconds
         values["perf/data_wait_fraction"] = stalled / (seconds * self._runtime.world)
+        values |= read_peak(self._runtime)
         self._norm_sum = torch.zeros_like(self._norm_sum)
         self._applied = torch.zeros_like(self._applied)
         self._num_steps = 0

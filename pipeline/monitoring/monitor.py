@@ -1,4 +1,4 @@
-"""What a run says while it runs: `metrics.jsonl` always, W&B beside it, one line on the console."""
+"""The log of a run: `metrics.jsonl`, Weights & Biases, and one line on the console."""
 
 import itertools
 import json
@@ -17,6 +17,7 @@ from pydantic import Field
 from pipeline.common.component import Component
 from pipeline.common.console import warn
 from pipeline.common.files import write_atomic
+from pipeline.monitoring.memory import memory_line
 from pipeline.monitoring.wandb_sink import Records, WandbConfig, WandbSink
 
 
@@ -24,13 +25,13 @@ class MonitorConfig(Component):
     """How often a run reports."""
 
     log_every_steps: int = Field(default=50, gt=0)
-    # Rows of the picture at every evaluation; 0: no pictures.
+    # Images in the picture of each evaluation; 0: no pictures.
     num_images: int = Field(default=8, ge=0)
     wandb: WandbConfig = WandbConfig()
 
 
 class Monitor:
-    """The reports of one run; on any process but the main one, silence."""
+    """The log of one run; does nothing on processes other than the main one."""
 
     def __init__(
         self,
@@ -43,22 +44,23 @@ class Monitor:
         is_main: bool,
         evaluates: bool = False,
     ) -> None:
-        """Open the sinks; records after `step`, where the run goes on, are cut off.
+        """Open metrics.jsonl and W&B; remove records after `step`, from which the run goes on.
 
-        resolved: the run's whole config, for W&B. num_steps: length of the run. evaluates: whether
-        an evaluation belongs to `step`.
+        resolved: the run's config, for W&B. num_steps: length of the run. evaluates: whether `step`
+        has an evaluation.
         """
         self._is_main = is_main
-        self.past: Records = ()  # what was logged up to `step`
-        self.lacks_evaluation = False  # of `step`, although it has one
+        self.past: Records = ()  # the records up to `step`
+        self.lacks_evaluation = False  # whether the evaluation of `step` is missing
         if not is_main:
             return
         self._run_dir = run_dir
         self._num_steps = num_steps
         self._last_progress = (step, time.monotonic())
+        self._memory_is_printed = False
         (run_dir / "images").mkdir(exist_ok=True)
-        # A run that begins again at step 0 evaluates there again.
-        self.past = cut_back(run_dir / "metrics.jsonl", step if step > 0 else -1)
+        # A run that starts again at step 0 evaluates there again.
+        self.past = truncate_records(run_dir / "metrics.jsonl", step if step > 0 else -1)
         self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
         self._unwritten = b""
         evaluated = any(r["step"] == step and "eval/loss" in r for r in self.past)
@@ -73,30 +75,30 @@ class Monitor:
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record values at a step; several calls at one step add up to one record per call."""
+        """Record values at a step; each call writes one record."""
         if not self._is_main:
             return
         record = {"step": step, "time": round(time.time(), 3), **values}
-        # NaN is written as Python's json does, so that a broken number is seen, not lost.
+        # Python's json writes NaN as NaN: a broken number stays visible.
         self._unwritten += json.dumps(record).encode() + b"\n"
         self._write()
         self._wandb.log(step, dict(values))
 
     def _write(self) -> None:
-        """Append what is not written yet, whole or not at all; a full disk only delays it."""
+        """Append the unwritten records, all or none; after a full disk the next call retries."""
         size = self._file.seek(0, os.SEEK_END)
         try:
             if self._file.write(self._unwritten) == len(self._unwritten):
                 self._unwritten = b""
                 return
-            problem = "only a part fitted"
+            problem = "only a part was written"
         except OSError as error:
             problem = str(error)
         self._file.truncate(size)
         warn(f"metrics.jsonl could not be written ({problem}); the next record tries again")
 
     def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
-        """Keep a picture [H, W, 3] as images/<name>-<step>.png and in W&B."""
+        """Save a picture [H, W, 3] as images/<name>-<step>.png and in W&B."""
         if not self._is_main:
             return
         image = Image.fromarray(pixels)
@@ -109,7 +111,7 @@ class Monitor:
         self._wandb.log_image(step, name, image)
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Print the console's line for one log."""
+        """Print the console's line of a log; after the first also the peak of memory."""
         if not self._is_main:
             return
         former_step, former_time = self._last_progress
@@ -117,14 +119,17 @@ class Monitor:
         self._last_progress = (step, now)
         seconds_per_step = (now - former_time) / max(step - former_step, 1)
         minutes, seconds = divmod(int((self._num_steps - step) * seconds_per_step), 60)
-        self.say(
+        self.print_line(
             f"step {step:,}/{self._num_steps:,}  loss {values['train/loss']:.4g}  "
             f"{values['perf/images_per_second']:,.0f} images/s  "
             f"waiting for data {values['perf/data_wait_fraction']:.0%}  "
             f"{minutes}:{seconds:02d} left"
         )
+        if not self._memory_is_printed and (line := memory_line(values)):
+            self.print_line(line)
+        self._memory_is_printed = True
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line on the console."""
         if self._is_main:
             print(text, file=sys.stderr, flush=True)
@@ -133,7 +138,7 @@ class Monitor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Finish the sinks; W&B shows a run that ends by an exception as failed."""
+        """Close metrics.jsonl and W&B, which shows a run that ends by an exception as failed."""
         if not self._is_main:
             return
         self._file.close()
@@ -141,14 +146,14 @@ class Monitor:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl, also while it is written: up to a last line that is not whole."""
+    """Read metrics.jsonl, without an incomplete last line: it may be in the middle of a write."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = itertools.takewhile(lambda line: line.endswith(b"\n"), lines)
     return [json.loads(line) for line in whole]
 
 
-def cut_back(path: Path, step: int) -> Records:
-    """Drop the records after `step` and a last line that a kill cut short; return the others."""
+def truncate_records(path: Path, step: int) -> Records:
+    """Remove the records after `step` and an incomplete last line; return the others."""
     if not path.exists():
         return []
     records = list(itertools.takewhile(lambda r: r["step"] <= step, read_records(path)))

@@ -1,6 +1,6 @@
-"""The offline pieces of a W&B run, read back: wandb itself ships no reader for Python.
+"""Reads the offline files of a W&B run, for which wandb has no Python reader.
 
-A piece is a .wandb file: a header of 7 bytes, then LevelDB's log format with W&B's records in it
+A piece is a .wandb file: a header of 7 bytes, then W&B's records in LevelDB's log format
 (https://github.com/google/leveldb/blob/main/doc/log_format.md; plain CRC-32 as the checksum).
 """
 
@@ -19,7 +19,7 @@ _Record: Any = getattr(wandb_internal_pb2, "Record")  # noqa: B009 - made at run
 
 
 def written_steps(directory: Path) -> set[int]:
-    """Return the steps that a run's offline pieces hold once they are joined."""
+    """Return the steps that the offline pieces of a run hold together."""
     steps: set[int] = set()
     for path in sorted(directory.glob("offline-run-*/*.wandb")):
         begun = False
@@ -34,18 +34,20 @@ def written_steps(directory: Path) -> set[int]:
 
 
 def read_piece(path: Path) -> Iterator[Any]:
-    """Yield the whole records of a .wandb file, in the order of writing."""
+    """Yield the complete records of a .wandb file, in the order of writing."""
     data = path.read_bytes()
     at, parts = HEADER_BYTES, b""
     while at + HEADER_BYTES <= len(data):
-        left = BLOCK_BYTES - at % BLOCK_BYTES  # in this block; less than a header is padding
+        left = (
+            BLOCK_BYTES - at % BLOCK_BYTES
+        )  # in this block; a rest below the header's size is padding
         if left < HEADER_BYTES:
             at += left
             continue
         checksum, length, kind = struct.unpack_from("<IHB", data, at)
         part = data[at + HEADER_BYTES : at + HEADER_BYTES + length]
         if zlib.crc32(part, zlib.crc32(bytes([kind]))) != checksum:
-            return  # cut short by a kill
+            return  # incomplete after a kill
         at, parts = at + HEADER_BYTES + length, parts + part
         if kind in (WHOLE, LAST):
             yield _Record.FromString(parts)

@@ -1,8 +1,8 @@
-"""Weights & Biases: a sink that may fail; the first failure is printed once and it is left alone.
+"""Weights & Biases: its first failure is printed and turns it off; the training goes on.
 
-Offline, every start of a run writes a piece of its own, `wandb/offline-run-*`; pieces of one run
-share an id, and a later piece replaces the steps from its own start on. W&B writes late, so a kill
-takes its last steps; the next piece begins where the former ones end, not where training goes on.
+Offline, every start of a run writes a piece of its own, `wandb/offline-run-*`. The pieces of a run
+share an id; a later piece replaces the steps after its start. W&B writes with a delay, so a kill
+loses its last steps: the next piece begins where the former pieces end, not where training resumes.
 """
 
 import re
@@ -20,14 +20,14 @@ from pipeline.common.console import warn
 from pipeline.common.files import write_atomic
 from pipeline.monitoring.wandb_pieces import written_steps
 
-# A run whose upload does not end by then ends without; `wandb sync` sends the rest.
+# Timeout of the upload at the end of a run; `wandb sync` sends the rest.
 WANDB_FINISH_SECONDS = 600.0
 
 Records = Sequence[Mapping[str, Any]]  # metrics.jsonl: step, time, values
 
 
 class WandbConfig(Component):
-    """Where Weights & Biases runs go."""
+    """Whether and where Weights & Biases keeps the run."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online when logged in
     project: str = "latentmill"
@@ -37,7 +37,7 @@ class WandbConfig(Component):
 
 
 class WandbSink:
-    """Weights & Biases behind a fuse."""
+    """Sends values and pictures to Weights & Biases, until its first failure."""
 
     def __init__(
         self,
@@ -49,10 +49,10 @@ class WandbSink:
         past: Records,
         goes_on: bool = False,
     ) -> None:
-        """Open a run that goes on from `step`.
+        """Open a W&B run that continues at `step`.
 
-        past: its records so far, of which W&B may have lost the last. goes_on: whether more records
-        of `step` itself will come.
+        past: the records so far, the last of which W&B may have lost. goes_on: whether more records
+        of `step` will follow.
         """
         self._run: Any = None
         self._failed = False
@@ -86,7 +86,7 @@ class WandbSink:
             lost = [record for record in past if record["step"] >= first_lost]
             kept = max((s for s in written if s < first_lost), default=None)
             if kept is not None:
-                # A WANDB_RUN_ID of the environment would contradict it in wandb's own check.
+                # wandb refuses resume_from if WANDB_RUN_ID in the environment differs.
                 wandb.setup(wandb.Settings(run_id=identity["id"]))
                 identity["resume_from"] = f"{identity['id']}?_step={kept}"
         self._run = wandb.init(
@@ -105,7 +105,7 @@ class WandbSink:
         self._log_again(run_dir / "images", lost)
 
     def _log_again(self, images: Path, lost: Records) -> None:
-        """Send records, with the pictures of their steps, that no former piece holds."""
+        """Send records that no former piece holds, with the pictures of their steps."""
         steps = {record["step"] for record in lost}
         pictures = [
             (int(found[2]), found[1], path)
@@ -133,12 +133,12 @@ class WandbSink:
             self._guarded(lambda: self.log(step, {f"images/{name}": wandb.Image(image)}))
 
     def close(self, exit_code: int) -> None:
-        """Send what is left and finish the run."""
+        """Send pending values and finish the W&B run."""
         self._send()
         if self._run is not None:
             self._guarded(lambda: self._run.finish(exit_code=exit_code))
         if self._failed:
-            # Now, while its errors can be silenced: at exit wandb would print them.
+            # Otherwise wandb would print its errors at exit.
             with suppress(Exception):
                 wandb.teardown(exit_code=exit_code)
 
@@ -150,8 +150,8 @@ class WandbSink:
     def _guarded(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # noqa: BLE001 - reported, and the sink is cut off
-            # Whatever W&B's reason is, the training is worth more: say it once and go on without.
+        except Exception as error:  # noqa: BLE001 - reported; W&B is turned off
+            # Whatever the error is, the training goes on without W&B.
             self._run = None
             self._failed = True
             warn(
@@ -161,7 +161,7 @@ class WandbSink:
 
 
 def wandb_run_id(run_dir: Path) -> str:
-    """Return the id that all pieces of this run share, made at its first start."""
+    """Return the id that all pieces of this run share; created at its first start."""
     path = run_dir / "wandb" / "run-id"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)

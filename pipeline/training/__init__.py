@@ -1,1 +1,1 @@
-"""The parts of a run between its config and its loop."""
+"""What a run is built from: between the config and the training loop."""

@@ -1,4 +1,4 @@
-"""From a config to the objects of a run."""
+"""Builds the objects of a run from its config."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -28,9 +28,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def check_data(config: TrainConfig, indexes: Sequence[Index]) -> tuple[States, ...]:
-    """Raise UserError unless the shards are the indexes', and there is something to evaluate on.
+    """Raise UserError unless the shards match the indexes and the evaluation split has samples.
 
-    The one look at the shards of a start; returns what was seen, for the streams.
+    A start checks the shards only here; returns their states, which the streams need.
     """
     states = check_shards(config.data, indexes)
     split, num_held_out = config.evaluation.split, 0
@@ -53,12 +53,12 @@ def check_data(config: TrainConfig, indexes: Sequence[Index]) -> tuple[States, .
 
 
 def make_order(config: TrainConfig, indexes: Sequence[Index]) -> Mixture:
-    """Return the order in which the run meets its samples."""
+    """Return the order of the run's samples."""
     return order_of(config.data, indexes, config.seed, config.batch_size)
 
 
 def make_forward(config: TrainConfig, device: torch.device) -> Forward:
-    """Return what turns batches into losses, with the frozen networks that it needs."""
+    """Return what computes losses from batches, with its frozen networks."""
     builders: dict[str, Callable[[], nn.Module]] = {}
     for term in config.objective.regularisers:
         builders |= term.networks()
@@ -83,7 +83,7 @@ def make_forward(config: TrainConfig, device: torch.device) -> Forward:
 
 
 def build_trained(config: TrainConfig) -> nn.Module:
-    """Return what is trained, as it starts: the autoencoder, or with an opponent both `Players`."""
+    """Return the initial autoencoder; with an adversarial term both `Players`."""
     shape, dtype = config.data.decode.event_shape, parameter_dtype(config.precision)
     autoencoder = build_autoencoder(config.model, shape, seed=config.seed, dtype=dtype)
     if config.compile:
@@ -96,23 +96,23 @@ def build_trained(config: TrainConfig) -> nn.Module:
     return Players(autoencoder, discriminator.to(dtype), term)
 
 
-def place_model(model: M, config: TrainConfig, device: torch.device) -> M:
+def move_model(model: M, config: TrainConfig, device: torch.device) -> M:
     """Move a model to its device and into the config's memory format."""
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    # torch's stubs leave this argument out
+    # torch's stubs lack this argument
     return model.to(device).to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
 
 
 def make_strategy(config: TrainConfig, runtime: Runtime) -> Strategy:
     """Return the initial model, distributed over the processes."""
-    model = place_model(build_trained(config), config, runtime.device)
+    model = move_model(build_trained(config), config, runtime.device)
     term = config.objective.adversarial
-    opponent = None if term is None else term.discriminator
+    discriminator = None if term is None else term.discriminator
     if runtime.uses_deepspeed:
         return ZeroStrategy(
             model,
             optimizer=config.optimizer,
-            opponent=opponent,
+            discriminator=discriminator,
             ema_decay=config.ema_decay,
             accelerator=runtime.accelerator,
             micro_batch=config.batch_size // (runtime.world * config.accumulation),
@@ -121,19 +121,19 @@ def make_strategy(config: TrainConfig, runtime: Runtime) -> Strategy:
     return DdpStrategy(
         model,
         optimizer=config.optimizer,
-        opponent=opponent,
+        discriminator=discriminator,
         ema_decay=config.ema_decay,
         accelerator=runtime.accelerator,
     )
 
 
-def throw_away_loss(
+def warm_up_loss(
     config: TrainConfig, forward: Forward, strategy: Strategy, runtime: Runtime
 ) -> Tensor:
-    """Return a zero that depends on every parameter, from a micro-batch of noise."""
+    """Return a loss of 0 that depends on every parameter, computed from a batch of noise."""
     size = config.batch_size // (runtime.world * config.accumulation)
     dtype = parameter_dtype(config.precision)
-    # Rows that differ: a term over a batch may be undefined where all are the same.
+    # The rows differ: a term over a batch may be undefined for equal rows.
     keys = torch.arange(size, dtype=torch.int64, device=runtime.device) + runtime.rank * size
     x = rng.uniform(keys, config.data.decode.event_shape).to(dtype)
     inputs = Inputs(x, x, None, keys, weight=torch.ones(size, device=runtime.device))

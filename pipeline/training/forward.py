@@ -1,4 +1,4 @@
-"""From a batch of the stream to losses per image: the same steps in training and evaluation.
+"""From a batch of the stream to losses per image, for training and evaluation alike.
 
     Batch (stored values) -> device -> clean x in [0, 1] -> corrupted x, mask -> model -> Losses
 
@@ -23,8 +23,8 @@ from pipeline.losses.terms import Game, Networks
 from pipeline.models.autoencoder import ModelOutput, Transform
 from pipeline.models.likelihoods import Likelihood
 
-# Every use of randomness has a stream of its own. Evaluation ignores the epoch, so that two
-# evaluations differ by the weights only.
+# Training and evaluation draw from separate random streams. Evaluation ignores the epoch, so that
+# two evaluations differ only by the weights.
 Use = Literal["train", "evaluation"]
 
 
@@ -51,7 +51,7 @@ class Forward:
     precision: str
     device: torch.device
     latent_transforms: LatentTransforms
-    networks: Networks  # frozen ones, by which terms judge
+    networks: Networks  # frozen networks of the objective's terms
     gather: Gather  # for terms over the global batch
 
     def inputs(self, batch: Batch, use: Use) -> Inputs:
@@ -76,10 +76,10 @@ class Forward:
         weights: Mapping[str, float],
         samples: int | None = None,
     ) -> tuple[ModelOutput, Losses]:
-        """Run the model on one micro-batch; `weights` are the terms' at this moment.
+        """Run the model on one micro-batch.
 
-        samples: seen before this step of a training; in an evaluation, None, no latent is
-        transformed and no opponent plays.
+        weights: current weights of the objective's terms. samples: seen before this step of a
+        training. None: an evaluation, without latent transforms and without a discriminator.
         """
         settings: dict[str, Any] = {"keys": inputs.noise_keys}
         mask, term = inputs.mask, self.objective.adversarial
@@ -89,7 +89,7 @@ class Forward:
             settings["generator_plays"] = weights[term.kind] > 0
         if samples is not None and self.latent_transforms:
             settings["transform"] = self._transform_at(samples)
-            mask = None  # it marks elements where they were
+            mask = None  # the transform moves the marked elements
         with autocast(self.precision, self.device):
             result: ModelOutput | tuple[ModelOutput, Game] = model(inputs.corrupted, **settings)
         output, game = result if isinstance(result, tuple) else (result, None)
@@ -108,7 +108,7 @@ class Forward:
         return output, losses
 
     def _transform_at(self, samples: int) -> Transform:
-        """The transform of latents and targets, the same for a whole step."""
+        """Return the transform of latents and targets, the same for the whole step."""
         step = torch.tensor([samples], device=self.device)
         key = rng.sample_keys(self.seed, "train/latents", epoch=torch.zeros_like(step), uid=step)
         return lambda z, target: transform(z, target, self.latent_transforms, key)

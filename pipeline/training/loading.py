@@ -1,6 +1,6 @@
-"""A run's model, read back: for evaluation, exports and whoever else needs no optimizer.
+"""Loads the model of a run, without the optimizer: for evaluation and exports.
 
-run directory -> config, once -> checkpoint: chosen, its weights verified -> model
+run directory -> config -> checkpoint: chosen, its weights verified -> model
 """
 
 from collections.abc import Mapping
@@ -32,12 +32,12 @@ from pipeline.models.autoencoder import (
 )
 from pipeline.monitoring.monitor import read_records
 
-Step = int | Literal["best"]  # which checkpoint: that of a step, or the best evaluated one
+Step = int | Literal["best"]  # names a checkpoint: by its step, or the best by its evaluation
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model as a run left it."""
+    """A trained model and the run that it comes from."""
 
     model: AutoEncoder  # evaluation mode, on the CPU
     config: TrainConfig
@@ -46,12 +46,12 @@ class LoadedRun:
 
     @property
     def encoder_sha256(self) -> str:
-        """What makes its latents; see `autoencoder.encoder_sha256`."""
+        """Digest of the encoder, see `autoencoder.encoder_sha256`."""
         return encoder_sha256(self.model)
 
     @property
     def step(self) -> int:
-        """Global batches that the model was trained on."""
+        """Number of global batches that the model was trained on."""
         return self.state.step
 
 
@@ -93,9 +93,9 @@ def load_run(
 ) -> LoadedRun:
     """Load the model of the checkpoint that `choose_checkpoint` names; the optimizer is not read.
 
-    weights: the averaged ones, or as trained. config: the run's, if it was read already. Raises
-    UserError if there is no such checkpoint, if the run kept no average, or if the config describes
-    another model.
+    weights: "ema" for averaged weights. config: the run's, if it was read already. Raises UserError
+    if there is no such checkpoint, if the run kept no average, or if the config describes another
+    model.
     """
     config = config or load_config(run_dir)
     path = choose_checkpoint(run_dir, config, step, weights)
@@ -112,7 +112,7 @@ def load_run(
 
 
 def check_shapes(model: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
-    """Raise UserError, beginning with `what`, unless the tensors are those of the model."""
+    """Raise UserError, which begins with `what`, unless names and shapes are the model's."""
     expected = {name: list(tensor.shape) for name, tensor in model.items()}
     found = {name: list(tensor.shape) for name, tensor in state.items()}
     differing = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]

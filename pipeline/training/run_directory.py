@@ -1,12 +1,12 @@
-"""The run directory: what a run is, where it stands, how it ended.
+"""The run directory: config, lock and state of a run.
 
-config.yaml        the resolved config, itself a valid input
+config.yaml        the resolved config, a valid input as well
 metrics.jsonl      every logged value
 checkpoints/       see `checkpoints.folder`
 images/  wandb/    see `monitoring.monitor`
-quarantine.jsonl   samples that could not be used, once each
+quarantine.jsonl   bad samples, once each
 changes.jsonl      settings changed on a resume by --accept-change
-outcome.json       how the last start ended, and failure/, if it failed: see `distributed.outcome`
+outcome.json       how the last start ended, and failure/ if it failed: see `distributed.outcome`
 """
 
 import fcntl
@@ -22,7 +22,7 @@ from pipeline.checkpoints.folder import (
     is_whole,
     list_checkpoints,
     read_weights,
-    remove_litter,
+    remove_unfinished,
 )
 from pipeline.checkpoints.manager import check_order, newest_state
 from pipeline.common import strict
@@ -37,12 +37,11 @@ from pipeline.training.build import build_trained
 from pipeline.training.loading import check_shapes, load_config
 
 
-def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) -> IO[bytes]:
-    """Make the run directory this process's, and return the lock to hold; for the main process.
+def lock_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) -> IO[bytes]:
+    """Lock the run directory, store the config and return the lock; for the main process only.
 
-    Raises UserError if it cannot be written, if another process runs there, or if it belongs to a
-    run whose config differs in more than `may_change` and `accepted` name, or that met its samples
-    in another order.
+    Raises UserError if the directory cannot be written, if another process runs there, if its run
+    has a config that differs in more than `may_change` and `accepted`, or another order of samples.
     """
     run_dir = Path(config.run_dir)
     try:
@@ -51,7 +50,7 @@ def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) 
     except OSError as error:
         raise UserError(
             f"cannot write to the run directory {run_dir}: {error.strerror}. Set run_dir to a "
-            "place where you may write."
+            "directory that you can write to."
         ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,16 +71,16 @@ def claim_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) 
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         lock.flush()
-        _take_over_config(run_dir, config, accepted, order)
+        _store_config(run_dir, config, accepted, order)
         (run_dir / "STOP").unlink(missing_ok=True)
-        remove_litter(run_dir / "checkpoints")
+        remove_unfinished(run_dir / "checkpoints")
     except BaseException:
         lock.close()
         raise
     return lock
 
 
-def _take_over_config(
+def _store_config(
     run_dir: Path, config: TrainConfig, accepted: Sequence[str], order: Mixture
 ) -> None:
     path = run_dir / "config.yaml"
@@ -104,10 +103,10 @@ def _take_over_config(
 
 
 def _check_weights(run_dir: Path, config: TrainConfig) -> None:
-    """Raise UserError unless the newest good checkpoint's weights are of the config's model."""
+    """Raise UserError unless the newest valid checkpoint's weights fit the config's model."""
     directory = run_dir / "checkpoints"
     path = next((path for path in list_checkpoints(directory) if is_whole(path)), None)
-    if path is None:  # all are damaged: `manager.newest_good` says so and sets them aside
+    if path is None:  # all are damaged: `manager.newest_verified` warns and sets them aside
         return
     model = build_trained(config).state_dict()
     what = f"{path} holds weights of another model than the changed config"
@@ -139,23 +138,23 @@ def _covered(path: str, names: Sequence[str]) -> bool:
 
 
 @contextmanager
-def claimed(
+def locked_run_dir(
     config: TrainConfig, accepted: Sequence[str], order: Mixture, runtime: Runtime
 ) -> Generator[Failures]:
-    """Hold the run directory inside the context, which gives where to record failures.
+    """Keep the run directory locked inside the context; yield where to record failures.
 
-    A collective. A UserError of the main process is raised on every process.
+    A collective. A UserError of the main process is raised on all.
     """
     run_dir = Path(config.run_dir)
     lock: IO[bytes] | None = None
     attempt: str | None = None
     try:
-        with runtime.together():
+        with runtime.sharing_errors():
             if runtime.is_main:
                 _check_world(config, runtime.world)
-                lock = claim_run_dir(config, accepted, order)
+                lock = lock_run_dir(config, accepted, order)
                 attempt = begin(run_dir)
-        failures = Failures(run_dir, runtime.from_main(attempt), runtime.rank, runtime.world)
+        failures = Failures(run_dir, runtime.broadcast(attempt), runtime.rank, runtime.world)
         with failures.recorded():
             yield failures
     finally:
@@ -164,15 +163,15 @@ def claimed(
 
 
 def _check_world(config: TrainConfig, world: int) -> None:
-    """Raise UserError if the number of processes belongs to what is minimised, and has changed."""
+    """Raise UserError if the objective depends on the number of processes, which changed."""
     newest = newest_state(Path(config.run_dir) / "checkpoints")
     if config.depends_on_processes and newest is not None and newest[1].world != world:
         terms = [t.kind for t in config.objective.regularisers if t.scope == "micro_batch"]
         raise UserError(
             f"{newest[0]} was trained on {newest[1].world} processes, and now there are {world}: "
-            f"the objective's {', '.join(terms)} is computed per micro-batch, so their number "
-            f"belongs to what is minimised. Start {newest[1].world} processes, or set another "
-            "run_dir."
+            f"the objective's {', '.join(terms)} is computed per micro-batch, so the objective "
+            f"depends on the number of processes. Start {newest[1].world} processes, or set "
+            "another run_dir."
         )
 
 

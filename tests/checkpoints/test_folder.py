@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, verified before use, and never costs an older one."""
+"""A checkpoint is complete or absent, verified before use, and never damages an older one."""
 
 import json
 import os
@@ -18,11 +18,11 @@ from pipeline.checkpoints.folder import (
     RunState,
     find_checkpoint,
     list_checkpoints,
-    quarantine,
     read_state,
     read_tensors,
-    remove_litter,
+    remove_unfinished,
     save_checkpoint,
+    set_aside,
     verify_checkpoint,
 )
 from pipeline.checkpoints.retention import Keep, retain
@@ -128,7 +128,7 @@ def is_damaged(path: Path) -> bool:
 
 
 def damaged_copies(path: Path, file: Path) -> Iterator[str]:
-    """Damage one file in many ways, each time from the whole one; yields what was done.
+    """Damage one file in many ways, each time from the original; yield what was done.
 
     (A JSON file that only lost its last line end says the same: no damage.)
     """
@@ -153,12 +153,12 @@ def damaged_copies(path: Path, file: Path) -> Iterator[str]:
 def test_any_damage_to_any_file_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ):
-    """And then the previous one serves, unless the damaged one was asked for by its step."""
+    """Then the previous one is used, unless the damaged one was chosen by its step."""
     older, newer = saved(tmp_path, 10, 20)
     for damage in damaged_copies(newer, newer / name):
         assert is_damaged(newer), damage
         assert find_checkpoint(tmp_path, None) == older, damage
-        assert f"warning: passing over {newer}: " in capsys.readouterr().err
+        assert f"warning: skipping {newer}: " in capsys.readouterr().err
         with pytest.raises(UserError, match=r"step-20 is damaged: .*(json|safetensors)"):
             find_checkpoint(tmp_path, 20)
     verify_checkpoint(newer)
@@ -226,8 +226,8 @@ def test_litter_of_killed_saves_is_removed_and_nothing_else(tmp_path: Path):
     shutil.copytree(path, tmp_path / "step-30.tmp-0123")
     (tmp_path / "step-30.tmp-0123" / FILES[0]).unlink()
     (tmp_path / "step-10.corrupt-0123").mkdir()
-    remove_litter(tmp_path)
-    remove_litter(tmp_path / "none")
+    remove_unfinished(tmp_path)
+    remove_unfinished(tmp_path / "none")
     assert {p.name for p in tmp_path.iterdir()} == {"step-20", "step-10.corrupt-0123"}
     verify_checkpoint(path)
 
@@ -239,9 +239,11 @@ def test_an_existing_step_is_kept(tmp_path: Path):
     assert {file: (file.stat().st_ino, sha256_file(file)) for file in path.iterdir()} == before
 
 
-def test_quarantine_sets_aside_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    for _ in range(2):  # the same step may go wrong again
-        quarantine(saved(tmp_path, 20)[0], "one bit is wrong")
+def test_a_damaged_checkpoint_is_set_aside_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for _ in range(2):  # the same step may be damaged again
+        set_aside(saved(tmp_path, 20)[0], "one bit is wrong")
     assert len(list(tmp_path.glob("step-20.corrupt-*"))) == 2
     assert list_checkpoints(tmp_path) == []
     assert "step-20 is damaged (one bit is wrong)" in capsys.readouterr().err

@@ -24,14 +24,14 @@ def names(folder: Path) -> set[str]:
 
 
 def trained(run_dir: Path) -> list[dict]:
-    """What was logged of the training."""
+    """The records of the training."""
     records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [record for record in records if "train/loss" in record]
 
 
 @pytest.mark.parametrize("limit", ["bytes", "inodes"])
 def test_a_disk_that_fills_up_at_any_write_leaves_no_litter(small_disk: Callable, limit: str):
-    """Room grows page by page (or file by file) until the whole checkpoint fits."""
+    """The free space grows page by page (or file by file) until the checkpoint fits."""
     disk = small_disk("1m", "nr_inodes=200")
     older = save_checkpoint(disk, STATE, TENSORS)
     failures = 0

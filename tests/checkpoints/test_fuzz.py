@@ -1,4 +1,4 @@
-"""A real checkpoint, damaged in every file at seeded places: always found, never loaded.
+"""A real checkpoint, damaged in every file at seeded offsets: always found, never loaded.
 
 `test_checkpoint` holds the protocol, on made-up tensors; here lies what a training really saved.
 """
@@ -45,7 +45,7 @@ def is_found(checkpoint: Path) -> bool:
 
 
 def damages(whole: bytes, name: str) -> Iterator[tuple[str, bytes | None]]:
-    """What one file may hold after an accident, None: it is gone; always other than before."""
+    """Damaged contents of one file (None: the file is missing), all unlike the original."""
     chance = random.Random(name)
     yield "deleted", None
     yield "zeros", bytes(len(whole))
@@ -114,7 +114,7 @@ sys.exit(main(sys.argv[2:]))
 def test_damage_that_one_of_two_processes_sees_makes_both_fall_back(
     tmp_path: Path, tiny_shards: Path, run_processes: Callable, damaged_on: int
 ):
-    """As with a cache of a network disk that is out of date on one machine."""
+    """As if the cache of a network disk were out of date on one machine."""
     config = write_config(tmp_path, tiny_shards)
     script = tmp_path / "elsewhere.py"
     script.write_text(ELSEWHERE)

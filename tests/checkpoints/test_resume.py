@@ -1,4 +1,4 @@
-"""The same command resumes: bit for bit after kills, stops and damage, and only what fits."""
+"""The same command resumes a run, bit for bit, after kills, stops and damage."""
 
 import functools
 import json
@@ -63,7 +63,7 @@ def newest_step(run: Path) -> int:
 
 
 def result_of(run: Path) -> dict:
-    """What two runs must have in common: their last checkpoint and what they logged."""
+    """What must be equal in two runs: their last checkpoint and their records."""
     assert outcome(run) == {"status": "done", "exit_code": 0, "step": NUM_STEPS, "message": ""}
     path = run / "checkpoints" / f"step-{NUM_STEPS}"
     verify_checkpoint(path)
@@ -103,7 +103,7 @@ def kill_after_a_step(running: Processes, step: int, delay: float) -> None:
 
 
 def kill_during_a_save(running: Processes, run: Path, file: str) -> None:
-    """Kill as soon as `file` of an unpublished checkpoint is there; see that it stays behind."""
+    """Kill as soon as `file` of an unpublished checkpoint exists; check that it remains."""
     running.wait_for(f"step {newest_step(run) + 1}/{NUM_STEPS} ")
     ranks = running.ranks()
     while not any((run / "checkpoints").glob(f"step-*.tmp-*/{file}")):
@@ -184,7 +184,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_costs_steps_only(
 def test_stop_file_sigterm_and_ctrl_c_stop_between_steps_and_lose_nothing(
     tmp_path: Path, tiny_shards: Path, start_processes: Callable, uninterrupted: Callable
 ):
-    """Each of them in turn stops the same run; one process without launcher shows exit codes."""
+    """Each of them in turn stops the same run; without a launcher the exit code is ours."""
     config, run = write_config(tmp_path, tiny_shards), tmp_path / "run"
 
     def touch_stop(running: Processes) -> None:

@@ -1,4 +1,4 @@
-"""What may change between a run and its resume, what only by --accept-change, and what never."""
+"""Which settings a resume may change: freely, by --accept-change, or never."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def resume(
     finished: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str]]:
-    """Give the command again, on a copy of the run, with more arguments; its code and errors."""
+    """Resume a copy of the run with more arguments; return exit code and errors."""
     config = write_config(tmp_path, tiny_shards)
     shutil.copytree(finished / "run", tmp_path / "run")
 
@@ -137,7 +137,7 @@ def test_an_accepted_change_is_made_and_recorded(resume: Callable, tmp_path: Pat
     rates = {r["step"]: r["optim/learning_rate"] for r in logged if "optim/learning_rate" in r}
     assert rates[4] > 100 * rates[2] > 0
 
-    assert resume(*change)[0] == 0  # from now on it is the run's
+    assert resume(*change)[0] == 0  # now it is the run's setting
     assert resume("num_steps=4")[0] == 2
 
 
@@ -164,7 +164,7 @@ def test_no_word_helps_against_another_order_of_samples(resume: Callable, tmp_pa
     code, errors = resume("seed=1", "num_steps=4", "--accept-change", "seed")
     assert code == 2
     assert "was trained on another order of samples" in errors
-    assert content(tmp_path / "run") == before  # so the former command goes on as if nothing was
+    assert content(tmp_path / "run") == before  # so the former command still resumes
     assert resume("num_steps=4")[0] == 0
 
 
@@ -183,7 +183,7 @@ def test_another_data_set_in_the_same_place_is_refused(
     assert main([str(config), "num_steps=4"]) == 2
     errors = capsys.readouterr().err
     assert "was trained on another data set (id " in errors
-    assert "start anew in another run_dir" in errors
+    assert "start again in another run_dir" in errors
     assert newest_step(tmp_path / "run") == 2
 
 

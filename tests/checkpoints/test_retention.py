@@ -1,4 +1,4 @@
-"""What stays of a run's checkpoints: the newest, milestones, the best; and a run that gives up."""
+"""Which checkpoints are kept: the newest, one per interval, the best; and early stopping."""
 
 import json
 from dataclasses import replace
@@ -41,14 +41,14 @@ BY_LOSS = Keep(best=BestMetric(metric="eval/loss"))
         (BY_LOSS, {3: 1.0, 6: 2.0}, [3, 11, 12]),
         (BY_LOSS, {3: 2.0, 12: 1.0}, [11, 12]),
         (BY_LOSS, {}, [11, 12]),
-        # The best of those that are there: 99 could not be saved.
+        # The best of those that exist: 99 could not be saved.
         (BY_LOSS, {3: 2.0, 7: 3.0, 99: 1.0}, [3, 11, 12]),
         (Keep(every_samples=50, best=BestMetric(mode="max")), {7: 3.0, 8: 1.0}, [5, 7, 10, 11, 12]),
         (Keep(), {3: 1.0}, [11, 12]),
     ],
 )
 def test_what_stays(tmp_path: Path, keep: Keep, values: dict[int, float], expected: list[int]):
-    """The same whether it is asked after each save or once at the end."""
+    """The result is the same after each save as once at the end."""
     for step in range(1, 13):
         write(tmp_path, step)
         retain(tmp_path, keep, {s: value for s, value in values.items() if s <= step or s == 99})
@@ -67,7 +67,7 @@ def test_a_damaged_old_checkpoint_is_no_milestone_and_ends_nothing(tmp_path: Pat
 
 
 def test_a_milestone_is_the_first_checkpoint_that_exists_after_it(tmp_path: Path):
-    """A run that is stopped saves at odd steps, too."""
+    """A run that is stopped also saves at steps between the regular ones."""
     write(tmp_path, 4, 6, 7, 8, 20)
     retain(tmp_path, Keep(every_samples=50), {})
     assert left(tmp_path) == [6, 8, 20]

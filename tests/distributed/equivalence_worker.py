@@ -23,7 +23,7 @@ from pipeline.data.index import Index
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import Strategy
 from pipeline.distributed.strategies.zero import ZeroStrategy
-from pipeline.training.build import make_forward, make_order, make_strategy, throw_away_loss
+from pipeline.training.build import make_forward, make_order, make_strategy, warm_up_loss
 from tests.shards import open_stream
 
 WINDOW_STEPS = 10
@@ -35,7 +35,7 @@ def record(config: TrainConfig, windows: Path | None = None) -> dict[str, Any]:
     index = Index.open(config.data.path)
     forward = make_forward(config, runtime.device)
     strategy = make_strategy(config, runtime)
-    strategy.warm_up(throw_away_loss(config, forward, strategy, runtime))
+    strategy.warm_up(warm_up_loss(config, forward, strategy, runtime))
     losses, gradients, norms, weights, dtypes = [], [], [], [], set()
     stream = open_stream(
         config.data,
@@ -49,7 +49,7 @@ def record(config: TrainConfig, windows: Path | None = None) -> dict[str, Any]:
     with stream:
         for step in range(config.num_steps):
             if windows is not None and step % WINDOW_STEPS == 0:
-                if runtime.from_main((windows / f"step-{step}").exists()):
+                if runtime.broadcast((windows / f"step-{step}").exists()):
                     strategy.load_full_state(read_tensors(windows / f"step-{step}"))
                 else:
                     kept = Checkpoints(

@@ -1,4 +1,4 @@
-"""Trouble of one process: its own error is the run's, its peers end, too, and nothing is left."""
+"""One process fails: its error is the run's, the other processes end, and none is left."""
 
 import resource
 import time
@@ -20,7 +20,7 @@ PEERS_GONE_SECONDS = 35.0
 def test_memory_that_runs_out_in_one_process_is_the_runs_error(
     tmp_path: Path, tiny_shards: Path, start_processes: Callable
 ):
-    """Rank 1 may map no more memory from some moment on; rank 0 only loses its peer."""
+    """Rank 1 gets no more memory after some steps; rank 0 only loses its peer."""
     config, run = write_config(tmp_path, tiny_shards, 100_000), tmp_path / "run"
     # A micro-batch of float images, 36 MB, is more than the allocator keeps between steps.
     settings = ("batch_size=6000", "data.lanes=12", "model.backbone={kind: mlp, hidden: [8]}")
@@ -41,13 +41,13 @@ def test_memory_that_runs_out_in_one_process_is_the_runs_error(
     assert ended["message"].startswith("rank 1: ")
     assert "a smaller batch_size" in ended["message"]
     assert "Traceback (most recent call last)" in next(run.glob("failure/*/rank-1.txt")).read_text()
-    # Rank 1's, and the launcher's own about an exit code.
+    # One by rank 1, and one by the launcher, about the exit code.
     assert running.output.count("Traceback (most recent call last)") == 2, running.output
-    assert "rank 0 ends, too" in running.output
+    assert "rank 0 ends as well" in running.output
 
 
 def fail(failures: Failures, error: BaseException) -> BaseException:
-    """Let the error leave the context, twice as `train` does; what comes out."""
+    """Let the error leave the context, twice as `train` does; return what is raised."""
     with pytest.raises(BaseException) as left, failures.recorded(), failures.recorded():
         raise error
     return left.value
@@ -62,7 +62,7 @@ def test_the_first_word_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ended = fail(other, consequence)
     assert isinstance(ended, SystemExit)
     assert ended.code == 1
-    assert "rank 0 ends, too (RuntimeError): see" in capsys.readouterr().err
+    assert "rank 0 ends as well (RuntimeError): see" in capsys.readouterr().err
     assert outcome(tmp_path)["message"] == "rank 3: RuntimeError: the cause"
     assert "a consequence" in (other.folder / "rank-0.txt").read_text()
 
@@ -82,8 +82,8 @@ def test_a_late_process_of_an_earlier_start_does_not_speak_for_this_one(tmp_path
         (UserError("x is wrong"), "UserError: x is wrong", 2),
         (RuntimeError("x"), "RuntimeError: x", 1),
         (KeyboardInterrupt(), "KeyboardInterrupt: ", 1),
-        (MemoryError(), "MemoryError:  (less memory is needed with a larger accumulation, a ", 1),
-        (RuntimeError("CUDA out of memory. Tried"), "a smaller batch_size, or model.gradient", 1),
+        (MemoryError(), "MemoryError:  (a larger accumulation, a smaller batch_size or ", 1),
+        (RuntimeError("CUDA out of memory. Tried"), "a smaller batch_size or model.gradient", 1),
     ],
 )
 def test_an_exception_becomes_an_outcome(tmp_path, error: BaseException, message: str, code: int):
@@ -98,4 +98,4 @@ def test_where_nothing_can_be_written_the_error_itself_stays(tmp_path: Path, cap
     error = RuntimeError("the cause")
     assert fail(Failures(tmp_path / "file", "attempt", rank=0, world=2), error) is error
     told = capsys.readouterr().err
-    assert f"how this run failed could not be recorded in {tmp_path}/file" in told
+    assert f"the failure of this run could not be recorded in {tmp_path}/file" in told

@@ -40,7 +40,7 @@ def length(number: int) -> int:
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """What a strategy's run ends with when nothing happens to it."""
+    """How a strategy's run ends without kills."""
 
     @functools.cache
     def run(strategy: str, num_steps: int) -> dict:
@@ -57,7 +57,7 @@ def undisturbed(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def strike(running: Processes, victim: str, chance: random.Random) -> float:
-    """Kill `victim` at a random moment; how many seconds the others lived on."""
+    """Kill `victim` at a random moment; return the seconds until the others ended."""
     if chance.random() < 1 / 8:
         while len(running.ranks()) < WORLD:  # the launcher is still starting them
             time.sleep(0.02)

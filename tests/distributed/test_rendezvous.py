@@ -1,4 +1,4 @@
-"""What launchers announce, as far as one process shows it; tests/launch/ has the real mistakes."""
+"""Checks of the launcher's variables, in one process; tests/launch/ has real launches."""
 
 import json
 import socket
@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.common.errors import UserError
 from pipeline.distributed import rendezvous as module
-from pipeline.distributed.rendezvous import check_announced, check_launcher, meeting
+from pipeline.distributed.rendezvous import check_announced, check_launcher, rendezvous
 
 TORCHRUN = {
     "WORLD_SIZE": "2",
@@ -59,7 +59,7 @@ def test_who_waits_under_a_launcher_is_told_where_and_goes_on_waiting(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(module, "LATE_SECONDS", 0.05)
-    with meeting(environment):
+    with rendezvous(environment):
         time.sleep(0.3)
     text = "warning: WORLD_SIZE announces 2 processes, of which this is process 1, but after 0.05 s"
     place = f"{environment['MASTER_ADDR']}:29500"
@@ -70,7 +70,7 @@ def test_who_meets_in_time_hears_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(module, "LATE_SECONDS", 0.2)
-    with meeting(TORCHRUN):
+    with rendezvous(TORCHRUN):
         pass
     time.sleep(0.4)
     assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Start-up guard, stop requests and collectives, as far as one process shows them."""
+"""Start-up checks, stop requests and collectives, in one process."""
 
 import ctypes
 import os
@@ -32,7 +32,7 @@ def test_processes_that_are_what_was_announced_may_start(
 @pytest.mark.parametrize(
     ("environment", "rank", "world"),
     [
-        ({"RANK": "1", "WORLD_SIZE": "2"}, 0, 1),  # each believes to be alone
+        ({"RANK": "1", "WORLD_SIZE": "2"}, 0, 1),  # each takes itself for the only one
         ({"RANK": "0", "WORLD_SIZE": "2"}, 0, 1),
         ({"RANK": "1", "WORLD_SIZE": "4"}, 2, 4),
         ({}, 0, 2),
@@ -51,7 +51,7 @@ def test_processes_that_do_not_see_each_other_may_not_start(
 
 
 def test_starting_alone_where_two_were_announced_is_refused(monkeypatch: pytest.MonkeyPatch):
-    Runtime.start(accumulation=1)  # accelerate remembers: this process is alone
+    Runtime.start(accumulation=1)  # accelerate keeps that this is the only process
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="announces 2 processes, but MASTER_ADDR, MASTER_PORT is"):
@@ -60,7 +60,7 @@ def test_starting_alone_where_two_were_announced_is_refused(monkeypatch: pytest.
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(UserError, match="process 1 of 2 .* but accelerate runs as process 0 of 1"):
         Runtime.start(accumulation=1)
-    ctypes.CDLL(None).prctl(1, 0)  # take back PR_SET_PDEATHSIG, which a launched process asks for
+    ctypes.CDLL(None).prctl(1, 0)  # undo PR_SET_PDEATHSIG, which launched processes set
 
 
 def test_one_process_is_its_own_group():
@@ -71,7 +71,7 @@ def test_one_process_is_its_own_group():
     assert runtime.sum(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
     assert (runtime.any(True), runtime.any(False)) == (True, False)
     assert runtime.gather("mine") == ["mine"]
-    assert runtime.from_main({"a": 1}) == {"a": 1}
+    assert runtime.broadcast({"a": 1}) == {"a": 1}
     assert runtime.first_reason(None) is None
     assert runtime.first_reason("full") == "full"
 

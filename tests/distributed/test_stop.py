@@ -1,4 +1,4 @@
-"""SIGTERM to the launcher at any moment: saved and gone within 15 s, and nothing is lost."""
+"""SIGTERM to the launcher at any moment: saved and ended within 15 s, and nothing is lost."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.distributed, pytest.mark.timeout(90
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """The run directory of a run with so many processes that nobody stops."""
+    """The run directory of a run with this many processes that is not stopped."""
 
     @functools.cache
     def run(num_processes: int) -> Path:
@@ -64,7 +64,7 @@ def in_a_save(running: Processes, run: Path) -> None:
 
 
 def in_an_evaluation(running: Processes, run: Path) -> None:
-    """Between its halves: the picture of the trained weights is there, the average's is not."""
+    """Within an evaluation: the raw weights have their picture, the average has none yet."""
     running.wait_for(f"/{NUM_STEPS} ", timeout=120)
     seen = num_pictures(run, "eval")
     while num_pictures(run, "eval") == seen:

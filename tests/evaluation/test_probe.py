@@ -1,4 +1,4 @@
-"""The probe on planted factors: what is there is found, what is not there is not."""
+"""The probe on planted factors: it finds those that are there, and no others."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Evaluation on a real stream against brute force over the very images, one at a time."""
+"""Evaluation on a real stream, compared with brute force over the same images, one by one."""
 
 import json
 import math
@@ -111,7 +111,7 @@ def held_out(config, index):
 
 @torch.no_grad()
 def by_hand_of(config, model, number, uid):
-    """The figures of one image, from the picture that its shard was made of."""
+    """The metrics of one image, from the picture in its shard."""
     x = torch.from_numpy(tiny_image(number)).permute(2, 0, 1).contiguous()[None].double() / 255
     one = torch.tensor([uid])
     corruption, noise = (
@@ -239,7 +239,7 @@ def test_pictures_are_clean_corrupted_reconstruction_error(tiny_shards, index, r
             assert np.abs(cells[column, row] - expected).max() <= 1
         assert np.array_equal(cells[0, row], tiny_image(numbers[row]))
     assert not evaluated(config, index, runtime, model).pictures
-    # A split with fewer samples than that: those that there are.
+    # A split with fewer samples: all of them.
     [grid] = evaluated(config, index, runtime, model, num_images=1000).pictures
     assert len(grid) == sum(index.counts("held_out")) * SIZE
 

@@ -53,7 +53,7 @@ def _fork(config: str, place: str, worker: str) -> int:
 
 
 def is_running(pid: int) -> bool:
-    """Tell whether a child, not yet waited for, lives."""
+    """Return whether a child process, not yet waited for, is alive."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
@@ -83,7 +83,7 @@ class Alone:
     files: int  # below data/
 
     def phase(self, place: str) -> str:
-        """Return how far another export is."""
+        """Return the progress of another export."""
         names = list(files_of(place))
         commits = sum(name.startswith(COMMITS) and name.endswith(".json") for name in names)
         files = sum(name.startswith("data/") for name in names)
@@ -164,7 +164,7 @@ class Killer:
 
 
 def kill_and_restart(config: str, out: str, seed: int, kills: int) -> dict[str, Any]:
-    """Go on until `kills` times one or more processes were killed."""
+    """Continue until one or more processes were killed `kills` times."""
     killer = Killer(config, run_alone(config, f"{out}/alone"), random.Random(seed))
     places, kinds = [f"{out}/alone"], cycle(KINDS)
     for number in count():

@@ -1,4 +1,4 @@
-"""Bad input to an export: one clear paragraph, exit code 2, and nothing half-written."""
+"""Bad input to an export: one clear paragraph, exit code 2, and no files half-written."""
 
 import re
 import shutil
@@ -30,7 +30,7 @@ def own_run(run_dir: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(config: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Start an export that must not start; what it says."""
+    """Start an export that must be refused; return its message."""
 
     def start(*overrides: str) -> str:
         before = listing(config.parent)
@@ -49,7 +49,7 @@ def refused(config: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
 
 
 def listing(folder: Path) -> dict[Path, int]:
-    """Everything that is there; when files were written."""
+    """All paths; of files the time of their last write."""
     return {
         path: path.stat().st_mtime_ns if path.is_file() else 0 for path in sorted(folder.rglob("*"))
     }

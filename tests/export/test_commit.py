@@ -1,4 +1,4 @@
-"""The crash table: whatever a dead process left behind, the next one comes to the same bytes.
+"""The crash table: whatever a dead process left, the next one writes the same bytes.
 
 Each state is made by doing the protocol's own steps and then nothing more, as SIGKILL would.
 """
@@ -20,7 +20,7 @@ from pipeline.export.finalize import finalize
 from pipeline.export.layout import PLAN, STATISTICS, SUCCESS, commit_path
 from pipeline.export.prepare import Prepared
 from pipeline.export.progress import Progress
-from pipeline.export.run import Outcome, Shards, Work, run_worker
+from pipeline.export.run import Shards, Work, WorkerResult, run_worker
 from pipeline.export.statistics import partial_of, to_json
 from pipeline.export.work import encode_task
 from pipeline.export.workers import Worker
@@ -59,7 +59,7 @@ def root(prepared: Prepared) -> Path:
     return Path(prepared.export.root)
 
 
-def do(prepared: Prepared, work: Work | None = None) -> Outcome:
+def do(prepared: Prepared, work: Work | None = None) -> WorkerResult:
     return run_worker(
         prepared.export,
         prepared.plan,
@@ -71,7 +71,7 @@ def do(prepared: Prepared, work: Work | None = None) -> Outcome:
 
 
 def do_all(prepared: Prepared) -> None:
-    assert do(prepared) == Outcome()
+    assert do(prepared) == WorkerResult()
 
 
 def only_the_plan(prepared: Prepared) -> None:
@@ -168,7 +168,7 @@ def test_next_process_comes_to_the_same_bytes(
 def test_a_clock_that_jumps_changes_nothing(
     prepared: Prepared, finished: Path, run_dir: Path, state: Callable[[Prepared], None]
 ):
-    """Whatever lies there is from the future, or from long ago."""
+    """Files with modification times in the future, or long ago."""
     state(prepared)
     for place, (folder, _, names) in enumerate(os.walk(root(prepared))):
         for number, name in enumerate(names):
@@ -200,7 +200,7 @@ def test_loser_leaves_nothing(prepared: Prepared):
                 commit(prepared.export, record)
             yield shard, batches
 
-    assert do(prepared, replace(work, read=read)) == Outcome()
+    assert do(prepared, replace(work, read=read)) == WorkerResult()
     assert read_commit(prepared, record.task) == record
     assert [path.name for path in (root(prepared) / "_stage").iterdir()] == [record.attempt]
 
@@ -223,7 +223,7 @@ def test_stage_removed_by_a_finished_export_is_no_error(prepared: Prepared):
                 shutil.rmtree(path.parent)
             super().write(path, rows)
 
-    assert do(prepared, replace(prepared.work, writers=(Vanishing(),))) == Outcome()
+    assert do(prepared, replace(prepared.work, writers=(Vanishing(),))) == WorkerResult()
 
 
 def test_a_stage_that_somebody_removed_is_written_again(prepared: Prepared):
@@ -236,7 +236,7 @@ def test_a_stage_that_somebody_removed_is_written_again(prepared: Prepared):
                 shutil.rmtree(path.parent)
             super().write(path, rows)
 
-    assert do(prepared, replace(prepared.work, writers=(Vanishing(),))) == Outcome()
+    assert do(prepared, replace(prepared.work, writers=(Vanishing(),))) == WorkerResult()
     assert len(times) == len(prepared.plan.tasks) + 1
 
 

@@ -1,4 +1,4 @@
-"""What can be exported: a model gives the same bytes wherever it is kept."""
+"""Encoders: a model gives the same bytes from its run and from its exported folder."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from tests.export.world import NUM_SHARDS, SHARD_ROWS, make_config, run_export, 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, run_dir: Path) -> Path:
-    """The run's model, standing alone."""
+    """The run's model, exported to a folder."""
     out = tmp_path_factory.mktemp("folder") / "model"
     export_model(run_dir, out)
     return out
@@ -51,7 +51,7 @@ def test_an_exported_model_gives_the_bytes_of_its_run(
 def test_a_trained_on_decoder_leaves_the_latents_valid(
     run_dir: Path, finished: Path, data: Path, tmp_path: Path
 ):
-    """The encoder's digest stays, so latents, plans and scaling go with the new decoder."""
+    """The encoder's digest is the same, so latents, plans and scaling fit the new decoder."""
     later = Path(shutil.copytree(run_dir, tmp_path / "later"))
     path = later / "checkpoints" / "step-2"
     tensors = read_tensors(path)
@@ -118,7 +118,7 @@ def test_a_config_is_what_its_dump_says(folder: Path, tmp_path: Path):
     [
         ({"run": "r"}, "name the model either by run or by model, but both are given"),
         ({"model": None}, "name the model either by run or by model, but neither is given"),
-        ({"step": 1}, "step and weights belong to run: give them inside of model"),
+        ({"step": 1}, "step and weights belong to run: give them inside model"),
     ],
 )
 def test_a_model_is_named_once(tmp_path: Path, settings: dict[str, object], message: str):

@@ -1,4 +1,4 @@
-"""The export as a whole: right latents, every row once, the same bytes however it was divided."""
+"""Whole exports: right latents, every row once, the same bytes however the work was divided."""
 
 import hashlib
 import io
@@ -165,7 +165,7 @@ def test_another_export_in_the_directory_is_refused(
 
 
 def test_every_setting_is_connected(finished: Path, run_dir: Path, tmp_path: Path):
-    """Each changes the files; one that did not would be a lie."""
+    """Each setting changes the files; otherwise it would have no effect."""
     seen = {(finished / "data/parquet/shard-000000.parquet").read_bytes()}
     settings = [
         {"dtype": "float16"},

@@ -1,4 +1,4 @@
-"""What cannot be done: counted where the task is at fault, told, and never half written."""
+"""Failures: counted if the task is the cause, reported, and never half-written."""
 
 import errno
 import io
@@ -80,14 +80,14 @@ def go(prepared: Prepared) -> int:
     return work_through(prepared, Worker(), lambda: False)
 
 
-def test_too_many_bad_rows_put_a_task_into_quarantine_and_the_others_are_done(
+def test_a_task_with_too_many_bad_rows_fails_and_the_others_are_done(
     run_dir: Path, bad_data: Path, tmp_path: Path
 ):
     out = tmp_path / "out"
     settings = {"data": {"path": str(bad_data)}}
     config = make_config(run_dir, out, **settings)
     told = (
-        r"2 of 5 tasks are in quarantine, so the export is not finished \(3 are committed\)\. "
+        r"2 of 5 tasks have failed, so the export is not finished \(3 are committed\)\. "
         r"The first, shard-000000: 2 of the 16 rows .* max_bad_fraction = 0\.1 .*--retry-failed"
     )
     for _ in range(2):
@@ -111,7 +111,7 @@ def test_too_many_bad_rows_put_a_task_into_quarantine_and_the_others_are_done(
     assert tree(out) == tree(tmp_path / "once")
 
 
-def test_an_unexpected_error_counts_over_starts_and_ends_in_quarantine(
+def test_unexpected_errors_count_over_starts_until_the_task_fails(
     run_dir: Path, finished: Path, tmp_path: Path
 ):
     prepared, _ = begin(make_config(run_dir, tmp_path / "out"), Worker())
@@ -138,7 +138,7 @@ def test_an_unexpected_error_counts_over_starts_and_ends_in_quarantine(
 
 
 def test_only_failures_in_a_row_end_a_worker(run_dir: Path, tmp_path: Path):
-    """Here a task that is done comes between any two, and is written while the next one fails."""
+    """Between two failures a task succeeds, which is written while the next one fails."""
     prepared, _ = begin(make_config(run_dir, tmp_path / "out"), Worker())
     lost = {0, 2, 4}
     broken = failing(prepared, lambda shard: ShardReadError("gone") if shard in lost else None)
@@ -149,7 +149,7 @@ def test_only_failures_in_a_row_end_a_worker(run_dir: Path, tmp_path: Path):
     }
 
 
-def test_any_worker_lets_tasks_out_of_quarantine(run_dir: Path, bad_data: Path, tmp_path: Path):
+def test_any_worker_retries_failed_tasks(run_dir: Path, bad_data: Path, tmp_path: Path):
     config = make_config(run_dir, tmp_path / "out", data={"path": str(bad_data)})
     (tmp_path / "export.yaml").write_text(strict.dump(config))
     argv = [str(tmp_path / "export.yaml"), "--worker", "1/2"]
@@ -159,7 +159,7 @@ def test_any_worker_lets_tasks_out_of_quarantine(run_dir: Path, bad_data: Path, 
 
 
 def test_names_that_a_file_system_only_just_holds(run_dir: Path, tmp_path: Path):
-    """Records and stages are named after a shard, with more behind it."""
+    """Names of records and stages begin with the name of the shard."""
     data = make_data(tmp_path / "data", shards=2)
     names = ["\u4e2d" * 60 + end for end in "ab"]
     for number, name in enumerate(names):
@@ -218,7 +218,7 @@ def test_reading_that_fails_is_never_counted(run_dir: Path, finished: Path, tmp_
 
 
 def test_three_in_a_row_end_the_worker(run_dir: Path, tmp_path: Path):
-    """A dead device, or a store that is down, must not put every task into quarantine."""
+    """A dead device, or a store that is down, must not make every task fail."""
     prepared, _ = begin(make_config(run_dir, tmp_path), Worker())
     with pytest.raises(RuntimeError, match="sick"):
         go(failing(prepared, lambda _: RuntimeError("sick")))
@@ -266,9 +266,7 @@ def test_any_number_of_verdicts_keeps_nobody_from_the_other_tasks(run_dir: Path,
         damage_sample(data, f"shard-{number:06d}.tar", sample)
     build_index(data, split=SPLIT)
     out = tmp_path / "out"
-    with pytest.raises(
-        UserError, match=r"4 of 7 tasks are in quarantine.*\(3 are committed\)\. The"
-    ):
+    with pytest.raises(UserError, match=r"4 of 7 tasks have failed.*\(3 are committed\)\. The"):
         run_export(make_config(run_dir, out, data={"path": str(data)}))
     assert committed(out) == {"shard-000000", "shard-000005", "shard-000006"}
 
@@ -311,7 +309,7 @@ def test_a_missing_shard_is_named_and_the_rest_is_done(
 def test_a_disk_that_fills_up_at_any_write_costs_nothing_that_was_committed(
     run_dir: Path, finished: Path, tmp_path: Path, small_disk: Callable
 ):
-    """Room for more and more: each start gets further, and says what is wrong until the end."""
+    """With more free space each start gets further; all but the last report the full disk."""
     disk = small_disk("16k", "nr_inodes=400")
     config = tmp_path / "export.yaml"
     config.write_text(strict.dump(make_config(run_dir, disk / "out")))
@@ -360,7 +358,7 @@ def test_a_reader_that_dies_leaves_no_thread_and_no_stage(
 def test_a_disk_that_fills_up_at_any_file_of_the_end_leaves_no_mark(
     run_dir: Path, finished: Path, tmp_path: Path, small_disk: Callable
 ):
-    """One page more each time: statistics fit, then the index, then the manifest, then the mark."""
+    """With one more page each time: statistics fit, then index, then manifest, then _SUCCESS."""
     disk = small_disk("16m")
     out = disk / "out"
     prepared, _ = begin(make_config(run_dir, out), Worker())
@@ -385,7 +383,7 @@ def test_a_disk_that_fills_up_at_any_file_of_the_end_leaves_no_mark(
 
 
 def fill_up(disk: Path, pages: int) -> None:
-    """Leave so many pages of a disk free."""
+    """Leave this many pages of a disk free."""
     filler = disk / "filler"
     filler.unlink(missing_ok=True)
     status = os.statvfs(disk)

@@ -1,4 +1,4 @@
-"""All formats from one commit: equal rows in each, the same bytes always, verify sees them all."""
+"""All formats of one export: equal rows, always the same bytes, all checked by verify."""
 
 import json
 import shutil

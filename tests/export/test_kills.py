@@ -44,7 +44,7 @@ def undisturbed(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 def kill_and_restart(run_dir: Path, folder: Path, out: str, seed: int, kills: int) -> list[str]:
-    """Let the killer do its work, check that it did, and return the places of its exports."""
+    """Run the killer, check that it killed, and return the folders of its exports."""
     config = folder / "export.yaml"
     config.write_text(strict.dump(make_config(run_dir, folder / "out", formats=FORMATS)))
     done = subprocess.run(
@@ -109,7 +109,7 @@ def test_killed_exports_to_s3_have_the_same_bytes(
     seed: int,
     kills: int,
 ):
-    """The store lives on; what dies are uploads, conditional puts and copies within it."""
+    """The store keeps running; uploads, conditional puts and copies are killed."""
     url = f"s3://bucket/killed-{seed}"
     for place in kill_and_restart(run_dir, tmp_path, url, seed, kills):
         assert remote_tree(place) == undisturbed

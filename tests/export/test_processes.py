@@ -36,7 +36,7 @@ def test_under_accelerate_launch(
 def test_one_of_two_launched_processes_is_killed(
     run_dir: Path, finished: Path, tmp_path: Path, start_processes: Callable, config: Path
 ):
-    """The launcher ends the other one; the same command, now alone, finishes."""
+    """The launcher ends the other process; the same command in one process finishes."""
     launched = start_processes("pipeline.export", 2, config)
     while len(launched.ranks()) < 2:
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Answers that are lost, listings that lie, and everybody who may work on an export at once."""
+"""Lost responses, wrong listings, and all kinds of processes on one export at once."""
 
 import os
 import threading
@@ -32,7 +32,7 @@ __all__ = ["s3_endpoint"]  # a fixture
 
 
 class LostAnswers(LocalWritable):
-    """A store that does what it is asked, and then says that it could not."""
+    """A store that does what is requested, and then reports a failure."""
 
     def __init__(self, root: str) -> None:
         super().__init__(root)
@@ -63,7 +63,7 @@ def test_a_commit_whose_answer_is_lost_is_a_commit(run_dir: Path, finished: Path
 
 
 def test_s3_creates_once_though_its_first_answer_is_lost(s3_endpoint: str):
-    """The library asks again, and is refused what it has done itself."""
+    """The library retries, and its own first request makes the second one fail."""
     S3FileSystem.clear_instance_cache()
     store = open_writable(f"s3://{BUCKET}/lost")
     answers = []
@@ -83,7 +83,7 @@ def test_s3_creates_once_though_its_first_answer_is_lost(s3_endpoint: str):
 
 
 def test_a_link_whose_answer_is_lost_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """NFS asks again when no answer comes, and is told that the name exists."""
+    """NFS retries when no response comes, and gets the error that the name exists."""
     link = os.link
 
     def link_twice(source: Path, target: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_link_whose_answer_is_lost_is_ours(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_store_that_does_not_answer_is_not_a_missing_file(monkeypatch: pytest.MonkeyPatch):
-    """Or a committed file would count as gone."""
+    """Otherwise a committed file would count as missing."""
     store = open_writable("memory://unreachable")
     store.put("a", b"x")
     assert [store.exists(name) for name in ("a", "b")] == [True, False]
@@ -184,7 +184,7 @@ def test_sigterm_amid_uploads_ends_with_them(
     tmp_path: Path,
     start_processes: Callable[..., Processes],
 ):
-    """What is on its way is uploaded, committed and published; the same command goes on."""
+    """Tasks in progress are uploaded, committed and published; the same command continues."""
     url = f"s3://{BUCKET}/term"
     config = tmp_path / "export.yaml"
     config.write_text(strict.dump(make_config(run_dir, tmp_path).model_copy(update={"out": url})))

@@ -1,4 +1,4 @@
-"""What people's own tools find in an export: the rows that went in, in their shape and order."""
+"""Exports read by public libraries: they return the rows in their shape and order."""
 
 import json
 import os

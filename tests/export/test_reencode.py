@@ -1,4 +1,4 @@
-"""verify's last level: this run's model gives what is stored, and no other model does."""
+"""verify's last level: the run's model gives the stored latents, and no other model does."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def other_run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 @pytest.fixture
 def forged(finished: Path, tmp_path: Path) -> Callable[[Path], Path]:
-    """An export that says it is of the run, whose latents another one gave, with fitting hashes."""
+    """An export with the fingerprint of the run, latents of another run, and valid hashes."""
 
     def forge(theirs: Path) -> Path:
         out = Path(shutil.copytree(theirs, tmp_path / "forged"))

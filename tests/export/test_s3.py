@@ -1,4 +1,4 @@
-"""Exports in an object store: the bytes of a local one, whoever dies; what verify finds there."""
+"""Exports in an object store: the bytes of a local one, also after kills; verify on them."""
 
 import hashlib
 import random
@@ -88,7 +88,7 @@ def content(key: str) -> bytes:
 
 
 def tree_of(url: str) -> dict[str, str]:
-    """As `tree`, by nothing of ours."""
+    """As `tree`, without our own code."""
     prefix = f"{url.removeprefix(URL + '/')}/"
     return {
         key.removeprefix(prefix): hashlib.sha256(content(key)).hexdigest()
@@ -106,7 +106,7 @@ def test_two_workers_leave_the_bytes_of_a_local_export(remote: str, local: Path,
 def test_every_state_that_a_death_leaves_is_taken_up(
     s3_endpoint: str, run_dir: Path, finished: Path
 ):
-    """Some tasks done, one committed and not published, one staged, litter of a committed one."""
+    """Some tasks done, one committed but not published, one staged, one unused stage."""
     url = f"{URL}/states/out"
     config = make_config(run_dir, url)
     prepared, _ = begin(config, Worker())
@@ -196,7 +196,7 @@ class Latents(IterableDataset):
 @pytest.mark.parametrize("kind", READERS)
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_workers_open_connections_of_their_own(remote: str, local: Path, kind: str):
-    """s3fs refuses to go on in them with what the parent has opened, and used."""
+    """s3fs refuses to use connections of the parent process in them."""
     ds = LatentDataset(remote, format=kind)
     expected = LatentDataset(local, format=kind)
     loader = DataLoader(Latents(ds), batch_size=None, num_workers=2, multiprocessing_context="fork")
@@ -295,7 +295,7 @@ def test_a_bucket_that_is_not_there(s3_endpoint: str, run_dir: Path, tmp_path: P
 def test_an_endpoint_that_is_dead(
     s3_endpoint: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    """Nobody listens: one paragraph from every command, whatever it wanted to do first."""
+    """No server listens: every command prints one paragraph."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(S3FileSystem, "retries", 1)

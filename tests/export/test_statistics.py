@@ -1,4 +1,4 @@
-"""Exact statistics against numpy in float64, and the same bits for every division of the rows."""
+"""Exact statistics, compared with numpy in float64; the same bits for any division of rows."""
 
 import itertools
 import json

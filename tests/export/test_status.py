@@ -1,4 +1,4 @@
-"""status, gc and finalize from the files alone, in every state that an export can be in."""
+"""status, gc and finalize from the files alone, in every state of an export."""
 
 import shutil
 from pathlib import Path
@@ -74,14 +74,14 @@ def test_half_done(prepared: Prepared, tmp_path: Path):
     assert snapshot(out) == before
 
 
-def test_quarantine_and_failed_rows(run_dir: Path, tmp_path: Path):
+def test_failed_tasks_and_failed_rows(run_dir: Path, tmp_path: Path):
     data = make_data(tmp_path / "data", shards=3)
     damage_sample(data, "shard-000000.tar", 3)
     for sample in range(4):
         damage_sample(data, "shard-000001.tar", sample)
     build_index(data, split=SPLIT)
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="1 of 3 tasks are in quarantine"):
+    with pytest.raises(UserError, match="1 of 3 tasks have failed"):
         run_export(make_config(run_dir, out, data={"path": str(data)}))
     status = export_status(str(out))
     assert (status.finished, status.tasks, status.committed_tasks) == (False, 3, 2)
@@ -142,7 +142,7 @@ def test_gc_removes_the_stages_of_committed_tasks_alone(prepared: Prepared, tmp_
 def test_finalize_needs_neither_model_nor_data(
     prepared: Prepared, finished: Path, tmp_path: Path, published: bool
 ):
-    """The place of the export is all that it is told."""
+    """Its only argument is the directory of the export."""
     out = tmp_path / "out"
     if published:
         do_all(prepared)

@@ -1,4 +1,4 @@
-"""What an export stores: keyed samples, mirrored views, texts, labels and columns from the JSON."""
+"""Stored values: samples with keyed noise, mirrored views, texts, labels, JSON columns."""
 
 import io
 import json
@@ -87,7 +87,7 @@ def model_run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 
 def export(model_run: Path, out: Path, worker: Worker | None = None, **settings: Any) -> Path:
-    """Make an export that allows for the bad sample; return where it lies."""
+    """Make an export that tolerates the bad sample; return its directory."""
     config = make_config(model_run, out, **{"max_bad_fraction": 0.2, **settings})
     assert run_export(config, worker) == DONE
     return out
@@ -285,7 +285,7 @@ def test_a_sample_that_cannot_be_read_needs_no_field(model_run: Path, tmp_path: 
 
 
 def test_a_row_is_valid_only_if_all_its_fields_are_finite():
-    """Two of them are, in one view alone, beyond float16, and one could not be decoded."""
+    """Two exceed float16 in one view only, and one could not be decoded."""
     x = torch.zeros(6, 1, 2, 2)
     x[1, 0, 0, 0] = x[4, 0, 1, 1] = 1.0
     batch = RowBatch(
@@ -343,7 +343,7 @@ def test_settings_that_clash_are_refused(tmp_path: Path, settings: dict, message
 
 
 def test_every_setting_is_connected(model_run: Path, tmp_path: Path):
-    """Each changes the files and is part of the plan: another export does not go on with them."""
+    """Each setting changes the files and is part of the plan: another one is refused."""
     out = export(model_run, tmp_path / "out", formats=PARQUET)
     first = out / "data/parquet/s-0.parquet"
     seen = {first.read_bytes()}

@@ -1,4 +1,4 @@
-"""verify finds every kind of damage, and nothing in a good export."""
+"""verify finds every kind of damage, and no problem in a good export."""
 
 import hashlib
 import json
@@ -215,7 +215,7 @@ def test_manifest_of_other_counts(out: Path):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_manifest_with_a_flipped_bit_never_ends_the_check(out: Path, data: Path, seed: int):
-    """Wherever the bit is, names of files and settings included, there is a list of problems."""
+    """Wherever the flipped bit is, also in names and settings, problems are listed."""
     path, rng = out / "manifest.json", np.random.default_rng(seed)
     content = path.read_bytes()
     texts = [b'"rows"', b'"path"', b'"tar"', b'"all"', b'"mu"', b'"files"', b'"fingerprint"']
@@ -298,7 +298,7 @@ def test_a_key_that_took_the_place_of_another(out: Path, data: Path):
 
 
 def test_a_missing_and_an_extra_task(out: Path, data: Path):
-    """The manifest does not know of a shard: its files are left over, its rows are missed."""
+    """The manifest lacks a shard: its files are superfluous, its rows are missing."""
     path = out / "manifest.json"
     manifest = json.loads(path.read_bytes())
     gone = manifest["tasks"].pop(2)
@@ -315,7 +315,7 @@ def test_a_missing_and_an_extra_task(out: Path, data: Path):
 
 
 def test_latents_of_another_shape(out: Path):
-    """The files agree with each other, not with what the manifest says of them."""
+    """The files agree with each other, but not with the manifest."""
 
     def cut(rows: Rows) -> Rows:
         return changed(rows, latents={"mu": rows.latents["mu"][:, :2]})

@@ -1,4 +1,4 @@
-"""Who a process is, from the environments of accelerate launch, torchrun and Slurm arrays."""
+"""The worker of a process, in environments of accelerate launch, torchrun, Slurm arrays."""
 
 from dataclasses import replace
 
@@ -64,7 +64,7 @@ def test_senseless_environment_is_refused(environment: dict[str, str]):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 20])
 def test_shares_are_disjoint_and_every_order_is_complete(world: int):
-    orders = [Worker(rank, world).order(TASKS) for rank in range(world)]
+    orders = [Worker(rank, world).task_queue(TASKS) for rank in range(world)]
     assert all(sorted(order, key=TASKS.index) == TASKS for order in orders)
     sizes = [len(TASKS[rank::world]) for rank in range(world)]
     own = [task.name for order, size in zip(orders, sizes, strict=True) for task in order[:size]]
@@ -72,7 +72,7 @@ def test_shares_are_disjoint_and_every_order_is_complete(world: int):
 
 
 def test_others_are_taken_from_the_end_each_from_a_place_of_its_own():
-    names = [[task.name for task in Worker(rank, 3).order(TASKS)] for rank in range(3)]
+    names = [[task.name for task in Worker(rank, 3).task_queue(TASKS)] for rank in range(3)]
     assert names[0] == ["0", "3", "6", "9", "8", "7", "5", "4", "2", "1"]
     assert names[1] == ["1", "4", "7", "6", "5", "3", "2", "0", "9", "8"]
     assert names[2] == ["2", "5", "8", "3", "1", "0", "9", "7", "6", "4"]
@@ -82,14 +82,14 @@ def test_processes_without_numbers_begin_anywhere():
     starts = {find_worker({}).start for _ in range(20)}
     assert len(starts) == 20
     assert all(0 <= start < 1 for start in starts)
-    orders = {Worker(start=start).order(TASKS)[0].name for start in (0, 0.35, 0.99)}
+    orders = {Worker(start=start).task_queue(TASKS)[0].name for start in (0, 0.35, 0.99)}
     assert orders == {"0", "3", "9"}
 
 
 def test_when_a_worker_dies_the_others_do_its_tasks_once_not_all_of_them_each():
-    """Simulated: all work in step, a task a turn; what two begin in one turn is done twice."""
+    """Simulated: all workers in step, one task per turn; two may begin the same task in a turn."""
     world, tasks = 16, [replace(TASKS[0], name=f"{i}") for i in range(1600)]
-    orders = {rank: iter(Worker(rank, world).order(tasks)) for rank in range(1, world)}
+    orders = {rank: iter(Worker(rank, world).task_queue(tasks)) for rank in range(1, world)}
     done, runs, turns = set[str](), 0, 0
     while len(done) < len(tasks):
         turn = [

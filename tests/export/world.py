@@ -1,4 +1,4 @@
-"""A small data set, and a run directory as training leaves it; what two exports must share."""
+"""A small data set and a run directory as of a training; what must be equal in two exports."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from pipeline.data.pack.pack import pack
 from pipeline.data.pack.sources import Sprites
 from pipeline.distributed.strategies.base import FullState
 from pipeline.export.command import begin, work_through
-from pipeline.export.failures import forget_failures
+from pipeline.export.failures import clear_failures
 from pipeline.export.settings import ExportConfig
 from pipeline.export.workers import Worker
 from pipeline.models.autoencoder import build_autoencoder
@@ -28,7 +28,7 @@ SPLIT = SplitSpec(fractions={"train": 0.7, "held_out": 0.3})
 
 
 def tree(root: Path) -> dict[str, str]:
-    """Every file of an export that must not depend on how the work was divided, with its hash."""
+    """Hashes of all files that must not depend on how the work was divided."""
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(root.rglob("*"))
@@ -37,7 +37,7 @@ def tree(root: Path) -> dict[str, str]:
 
 
 def source_keys(data: Path) -> list[str]:
-    """The keys of all shards in order, read by nothing of ours."""
+    """The keys of all shards in order, read without our own code."""
     keys: list[str] = []
     for path in sorted(data.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -107,5 +107,5 @@ def run_export(
     worker = worker or Worker()
     prepared, _ = begin(config, worker)
     if retry_failed:
-        forget_failures(prepared.export)
+        clear_failures(prepared.export)
     return work_through(prepared, worker, lambda: False)

@@ -1,4 +1,4 @@
-"""The gpu lane, on any interpreter that has torch; what it or the machine lacks is said."""
+"""The gpu lane runs on any interpreter with torch; skipped tests name what is missing."""
 
 import pytest
 import torch

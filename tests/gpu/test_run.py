@@ -1,6 +1,7 @@
 """A run on a card: batches, losses, training, resume, evaluation and export."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from pipeline.corruptions import GaussianNoise, Masking, corrupt
 from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream.device import DeviceBatches
+from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.held_out import evaluate_run
 from pipeline.models.autoencoder import build_autoencoder
+from pipeline.monitoring.memory import DEVICE_PEAK, read_peak
 from pipeline.train import train
 from pipeline.training.build import make_forward
 from pipeline.training.loading import load_run
@@ -108,6 +111,24 @@ def test_a_resumed_run_has_the_bits_of_one_without_a_break(
     for name, value in again.items():
         assert value == pytest.approx(last[name], rel=1e-5), name
     assert strict.load(TrainConfig, tmp_path / "whole" / "config.yaml", []) == whole
+
+
+def test_the_log_has_the_peak_of_the_device_s_memory(
+    tiny_shards: Path, tmp_path: Path, device: torch.device, capsys: pytest.CaptureFixture[str]
+):
+    runtime = Runtime.start(accumulation=1)
+    read_peak(runtime)
+    for num_bytes in (256 << 20, 64 << 20):  # the second peak is lower: each log starts anew
+        before = torch.cuda.memory_allocated(device)
+        torch.ones(num_bytes, dtype=torch.uint8, device=device)
+        assert read_peak(runtime) == {DEVICE_PEAK: before + num_bytes}
+    assert train(config_of(tiny_shards, tmp_path / "run")) == 0
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    peaks = [record[DEVICE_PEAK] for record in map(json.loads, logged) if "train/loss" in record]
+    assert len(peaks) == NUM_STEPS
+    assert all(0 < peak < torch.cuda.get_device_properties(device).total_memory for peak in peaks)
+    printed = capsys.readouterr().err
+    assert len(re.findall(r"^peak device memory [\d.]+ of [\d.]+ GiB$", printed, re.M)) == 1
 
 
 def test_an_export_has_the_same_bytes_again(

@@ -9,11 +9,11 @@ from pydantic import TypeAdapter
 
 from pipeline.common.files import sha256_file
 from pipeline.data.storage.opening import open_writable
-from pipeline.export.adopt import adopt_plan
+from pipeline.export.adopt import store_plan
 from pipeline.export.commit import Commit, FileRecord, commit
 from pipeline.export.finalize import finalize
 from pipeline.export.layout import ExportDir, data_path
-from pipeline.export.plan import Plan, Task
+from pipeline.export.plan import ExportPlan, Task
 from pipeline.export.statistics import partial_of, to_json
 from pipeline.latents.formats.writers import NO_LABEL, Rows, Writer
 
@@ -93,8 +93,8 @@ def write_export(
         Task(rows.shard, number, len(rows), f"{rows.shard}.tar", "")
         for number, rows in enumerate(shards)
     )
-    plan = Plan(fingerprint, tasks)
-    adopt_plan(export, plan)
+    plan = ExportPlan(fingerprint, tasks)
+    store_plan(export, plan)
     for rows in shards:
         record = Commit(
             task=rows.shard,

@@ -1,4 +1,4 @@
-"""Unusable samples: listed once each over restarts, and too many of them stop every process."""
+"""Bad samples: listed once each over restarts; too many of them stop every process."""
 
 import json
 from pathlib import Path
@@ -99,7 +99,7 @@ def test_half_a_line_from_a_kill_is_written_again(tmp_path, index, runtime, num_
 
 
 def run_until_stopped(index: Index, quarantine: Quarantine, num_steps: int) -> tuple[int, str]:
-    """(steps that were taken, the message that ended them)."""
+    """Return the number of steps and the message that ended them."""
     with opened(index, num_steps) as stream:
         for step, _ in enumerate(stream, start=1):
             try:
@@ -119,7 +119,7 @@ def test_the_bound_is_taken_of_a_thousand_samples_at_least(tmp_path, index, runt
     assert message.startswith(f"{2 * step} of {COUNT * step} samples could not be used: more than")
     assert f"data.max_bad_fraction {bound:g} allows" in message
     assert str(tmp_path / "quarantine.jsonl") in message
-    assert len(listed(tmp_path)) == 2  # what stopped the run is on the list
+    assert len(listed(tmp_path)) == 2  # with those that stopped the run
 
 
 def test_beyond_a_thousand_samples_the_fraction_itself_counts(tmp_path, index, runtime):
@@ -154,7 +154,7 @@ def test_too_many_in_a_row_stop_the_run_whatever_the_fraction(tmp_path, runtime)
 
 @pytest.mark.distributed
 def test_bad_samples_of_one_process_stop_all_together(tmp_path, run_processes):
-    """Only the second process meets them; the first must not go on and wait for it for ever."""
+    """Only the second process has bad samples; the first must not wait for it for ever."""
     write_shards(tmp_path / "good", (12,))
     slots = delivered(build_index(tmp_path / "good"), num_steps=1, decode=ARRAYS)
     bad = {slot.uid for slot in slots if slot.slot >= 6 and slot.slot % 2}

@@ -1,4 +1,4 @@
-"""The ledger: every sample accounted for, and a digest that no number of processes changes."""
+"""The ledger: counts every sample; its digest is the same for any number of processes."""
 
 import json
 
@@ -40,7 +40,7 @@ def ledgers_of(data, *, first_step, num_steps):
         found = []
         for _ in stream:
             found.append(ledger.read())
-            assert len(stream.account.epochs) <= 2  # closed books are not carried along
+            assert len(stream.account.epochs) <= 2  # counts of complete epochs are dropped
             ledger.check_against_plan()
         return found
 
@@ -70,7 +70,7 @@ def test_the_digest_of_steps_does_not_depend_on_where_a_run_was_cut(data):
 
 
 def test_of_batches_taken_ahead_only_the_used_are_in_the_books(data):
-    """As a GPU takes them: one more is on its way there when a step is logged."""
+    """As on a GPU: when a step is logged, one more batch is being copied."""
     options = {"index": open_indexes(data), "seed": SEED, "batch_size": 8, "num_steps": 5}
     with open_stream(data, **options) as plain, open_stream(data, **options) as early:
         early.account = Account(0, 0, ahead=1)
@@ -83,7 +83,7 @@ def test_of_batches_taken_ahead_only_the_used_are_in_the_books(data):
 
 
 def test_a_process_that_reads_another_split_is_found(data):
-    """The plan of one split beside the stream of another."""
+    """The order of one split with the stream of another."""
     runtime, indexes = Runtime.start(accumulation=1), open_indexes(data)
     train_only = data.model_copy(update={"split": "train"})
     with open_stream(train_only, index=indexes, seed=SEED, batch_size=8, num_steps=3) as stream:
@@ -95,18 +95,18 @@ def test_a_process_that_reads_another_split_is_found(data):
 
 
 def test_what_a_process_did_not_deliver_is_missed(data):
-    """One of two processes keeps the books alone."""
+    """One of two processes counts alone."""
     runtime, indexes = Runtime.start(accumulation=1), open_indexes(data)
     options = {"index": indexes, "seed": SEED, "batch_size": 8, "world": 2}
     with open_stream(data, num_steps=4, **options) as stream:
         ledger = Ledger(stream, indexes, split="all", prefetch=2, runtime=runtime)
         for _ in range(3):
             next(stream)
-        ledger.read()  # 24 of 28 samples are due: nothing to balance yet
+        ledger.read()  # 24 of 28 samples: no epoch is complete yet
         with pytest.raises(RuntimeError, match="not those of the order"):
             ledger.check_against_plan()
         next(stream)
-        with pytest.raises(RuntimeError, match="epoch 0 .* does not balance"):
+        with pytest.raises(RuntimeError, match="epoch 0 .* do not add up"):
             ledger.read()
 
 

@@ -1,4 +1,4 @@
-"""Logged means against numpy's, over one process and two; what a training run counts."""
+"""Logged means, compared with numpy's, on one process and two; counts of a training."""
 
 import math
 

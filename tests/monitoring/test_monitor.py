@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, pictures, the console's line, and W&B's own files read back.
+"""The log of a run: metrics.jsonl, pictures, the console's line, and W&B's files.
 
 W&B is the real library, offline; its files are read with wandb's own record definitions.
 """
@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.common import strict
 from pipeline.config import TrainConfig
-from pipeline.monitoring.monitor import Monitor, MonitorConfig, cut_back
+from pipeline.monitoring.monitor import Monitor, MonitorConfig, truncate_records
 from pipeline.monitoring.wandb_pieces import read_piece
 from tests.processes import ROOT
 
@@ -27,7 +27,7 @@ OFFLINE, DISABLED = {"mode": "offline"}, {"mode": "disabled"}
 
 @pytest.fixture(autouse=True)
 def no_login(monkeypatch, tmp_path):
-    """No account of this machine's user, and no setting of theirs, reaches a test."""
+    """Keep the W&B account and settings of this machine's user out of the tests."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -117,7 +117,7 @@ def test_other_ranks_are_silent(tmp_path, capsys):
         monitor.log(1, {"a": 1.0})
         monitor.picture(1, "eval", np.zeros((4, 4, 3), np.uint8))
         monitor.progress(1, {})
-        monitor.say("hello")
+        monitor.print_line("hello")
     assert list((tmp_path / "run").iterdir()) == []
     assert capsys.readouterr() == ("", "")
 
@@ -128,10 +128,10 @@ def test_a_resume_drops_later_records_and_a_half_line(tmp_path):
     for half in ("", '{"step": 4', '{"step": 20, "x": 1}'):
         for step, kept in ((-1, 0), (0, 1), (15, 2), (20, 4), (40, 5)):
             path.write_text("".join(whole) + half)
-            records = cut_back(path, step)
+            records = truncate_records(path, step)
             assert path.read_text() == "".join(whole[:kept])
             assert records == [json.loads(line) for line in whole[:kept]]
-    assert cut_back(tmp_path / "none", 3) == []
+    assert truncate_records(tmp_path / "none", 3) == []
 
 
 def test_a_run_that_begins_again_at_step_0_repeats_no_record(tmp_path):
@@ -196,7 +196,7 @@ def test_a_full_disk_loses_no_record_and_stops_nothing(tmp_path, capsys):
 def test_the_config_decides_and_no_login_means_offline(tmp_path, monkeypatch, mode, environment):
     for name, value in {**environment, "WANDB_RUN_ID": "other", "WANDB_PROJECT": "other"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("sys.stdin", None)  # nobody can be asked
+    monkeypatch.setattr("sys.stdin", None)  # no login prompt
     started = time.monotonic()
     for step in (0, 1):
         time.sleep(step)  # the name of a piece holds its second
@@ -239,7 +239,7 @@ def train_settings(tmp_path, tiny_shards, **settings):
     ]
 
 
-# Where the kill falls: right after a checkpoint, whose own records W&B had no time to write.
+# The kill comes right after a checkpoint, whose records W&B had no time to write.
 @pytest.mark.fault
 def test_offline_pieces_hold_every_step_once_over_kills(tmp_path, tiny_shards, start_processes):
     run_dir = tmp_path / "run"

@@ -19,7 +19,7 @@ from pipeline.data.index import Index
 from pipeline.distributed.runtime import Runtime
 from pipeline.losses.objective import gaussian_kl
 from pipeline.losses.players import Players
-from pipeline.training.build import make_forward, make_strategy, throw_away_loss
+from pipeline.training.build import make_forward, make_strategy, warm_up_loss
 from tests.shards import open_stream
 
 
@@ -97,7 +97,7 @@ def main(config: str, *settings: str) -> None:
     runtime = Runtime.start(accumulation=1)
     forward = make_forward(loaded, runtime.device)
     strategy = make_strategy(loaded, runtime)
-    strategy.warm_up(throw_away_loss(loaded, forward, strategy, runtime))
+    strategy.warm_up(warm_up_loss(loaded, forward, strategy, runtime))
     players = strategy.model
     assert isinstance(players, Players)
     start = [value.detach().clone() for value in players.discriminator.parameters()]

@@ -19,14 +19,14 @@ from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.held_out import HeldOut, held_out_splits, views_of
-from pipeline.evaluation.reconstruction import Tally
+from pipeline.evaluation.reconstruction import MetricSums
 from pipeline.metrics import EvaluatedBatch
 from pipeline.models.autoencoder import ModelOutput, build_autoencoder
 from pipeline.models.bottlenecks import Code, Posterior
 from pipeline.models.likelihoods import SquaredError
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.monitoring.meter import TrainingMeter
-from pipeline.training.build import check_data, make_forward, make_strategy, throw_away_loss
+from pipeline.training.build import check_data, make_forward, make_strategy, warm_up_loss
 from pipeline.training.forward import Inputs
 from pipeline.training.step import train_step
 from tests.distributed.equivalence_worker import record
@@ -68,7 +68,7 @@ def evaluation(config: TrainConfig) -> dict[str, Any]:
     indexes = [Index.open(config.data.path)]
     forward = make_forward(config, runtime.device)
     strategy = make_strategy(config, runtime)
-    strategy.warm_up(throw_away_loss(config, forward, strategy, runtime))
+    strategy.warm_up(warm_up_loss(config, forward, strategy, runtime))
     with torch.no_grad():  # the average is another model
         before = strategy.full_state()
         before.ema = {name: 1.5 * value for name, value in before.model.items()}
@@ -140,7 +140,7 @@ def reduction(config: TrainConfig) -> dict[str, Any]:
     z = torch.randn(num, 5, generator=recorded, dtype=torch.float64)
     weight = (torch.rand(num, generator=recorded) > 0.1).float()
     uid = torch.randperm(num, generator=recorded) + (1 << 48)
-    tallies = [Tally(metric, seed=3) for metric in config.evaluation.metrics]
+    tallies = [MetricSums(metric, seed=3) for metric in config.evaluation.metrics]
     first = runtime.rank * size
     for start in range(first, num, config.batch_size):
         for part in torch.arange(start, start + size).chunk(config.accumulation):
@@ -184,7 +184,7 @@ def rest(config: TrainConfig) -> dict[str, Any]:
     runtime = Runtime.start(accumulation=config.accumulation)
     forward = make_forward(config, runtime.device)
     strategy = make_strategy(config, runtime)
-    strategy.warm_up(throw_away_loss(config, forward, strategy, runtime))
+    strategy.warm_up(warm_up_loss(config, forward, strategy, runtime))
     before = strategy.full_state().model
     stream = open_stream(
         config.data,

@@ -1,4 +1,4 @@
-"""Bad input to a training run: one clear paragraph, exit code 2, and nothing half-written."""
+"""Bad input to a training: one clear paragraph, exit code 2, and no files half-written."""
 
 import ctypes
 import json
@@ -49,7 +49,7 @@ def own_shards(tmp_path: Path, tiny_shards: Path) -> Path:
 
 @pytest.fixture
 def refused(config: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Start a training that must not start; what it says."""
+    """Start a training that must be refused; return its message."""
 
     def start(*overrides: object) -> str:
         before = listing(config.parent)
@@ -156,7 +156,7 @@ def test_a_run_directory_that_may_only_be_read(refused: Callable[..., str]):
     # Root may write anywhere, but not to the kernel's own files.
     text = refused("run_dir=/proc/latentmill")
     assert "cannot write to the run directory /proc/latentmill" in text
-    assert "Set run_dir to a place where you may write" in text
+    assert "Set run_dir to a directory that you can write to" in text
 
 
 @pytest.mark.slow
@@ -201,12 +201,12 @@ def test_a_process_that_does_not_know_where_the_others_are(
 def test_processes_that_each_believe_to_be_alone(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ):
-    PartialState()  # what accelerate decided at its first use is kept: one process
+    PartialState()  # accelerate keeps what it found at its first use: one process
     launch = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "29500"}
     for name, value in launch.items():
         monkeypatch.setenv(name, value)
     text = refused()
-    ctypes.CDLL(None).prctl(1, 0)  # take back PR_SET_PDEATHSIG, which a launched process asks for
+    ctypes.CDLL(None).prctl(1, 0)  # undo PR_SET_PDEATHSIG, which launched processes set
     assert "the launcher announced process 0 of 2 (RANK, WORLD_SIZE), but accelerate runs" in text
     assert "the processes do not see each other" in text
 
@@ -215,14 +215,14 @@ def test_processes_that_each_believe_to_be_alone(
 def test_two_launched_processes_that_do_not_see_each_other(
     config: Path, tmp_path: Path, start_processes: Callable[..., Processes]
 ):
-    """A launcher that numbers them, but does not say where they meet."""
+    """A launcher that sets RANK and WORLD_SIZE, but not MASTER_ADDR."""
     both = [
         start_processes("pipeline.train", None, config, env={"RANK": str(rank), "WORLD_SIZE": "2"})
         for rank in range(2)
     ]
     results = [processes.wait(60) for processes in both]
     assert [result.code for result in results] == [2, 2]
-    for result in results:  # nobody stands between them and the reader
+    for result in results:  # without a launcher's output
         text = result.output
         assert "WORLD_SIZE announces 2 processes, but MASTER_ADDR, MASTER_PORT is not set" in text
         assert "configs/accelerate/cpu-ddp.yaml" in text
@@ -233,7 +233,7 @@ def test_two_launched_processes_that_do_not_see_each_other(
 @pytest.mark.distributed
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the trap exists on machines without a GPU")
 def test_multi_gpu_on_a_machine_without_one_still_trains_together(config: Path, tmp_path: Path):
-    """A trap of accelerate: without ACCELERATE_USE_CPU, two could each believe to be alone."""
+    """Without ACCELERATE_USE_CPU, each of two processes may take itself for the only one."""
     argv = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     argv += ["--num_processes", "2", "-m", "pipeline.train", str(config)]
     env = {k: v for k, v in (os.environ | CPU_ENV).items() if k != "ACCELERATE_USE_CPU"}

@@ -92,7 +92,7 @@ def newest(run_dir: Path) -> Path:
 
 
 def names(run_dir: Path) -> list[str]:
-    """The checkpoints, and those that were set aside, short of what makes their names unique."""
+    """The checkpoints, and those that were set aside, without the unique part of their names."""
     found = (run_dir / "checkpoints").iterdir()
     return sorted(re.sub(r"\.corrupt-.*", ".corrupt", path.name) for path in found)
 
@@ -162,11 +162,11 @@ def test_a_damaged_average_matters_to_who_asks_for_it(
     expected = runs.exported(runs.original, "expected", weights="raw")
     assert runs.exported(damaged, "raw", weights="raw") == expected
 
-    # By itself an older one is taken; in place of one that was named, none.
+    # Without a step an older one is taken; for an explicit step no other one is.
     capsys.readouterr()
     assert sha256(damaged) == sha256(runs.original, step=2)
     assert evaluate_run(damaged) == evaluate_run(runs.original, step=2)
-    assert f"warning: passing over {newest(damaged)}: ema.safetensors" in capsys.readouterr().err
+    assert f"warning: skipping {newest(damaged)}: ema.safetensors" in capsys.readouterr().err
     with pytest.raises(UserError, match="step-4 is damaged: ema.safetensors does not have"):
         evaluate_run(damaged, step=NUM_STEPS)
     assert runs.export(damaged, "ema", weights="ema", step=NUM_STEPS) == WRONG_USE

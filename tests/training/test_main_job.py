@@ -1,4 +1,4 @@
-"""The demo, shorter: every command of it runs, and its numbers make sense."""
+"""The demo with fewer steps: every command runs, and its numbers make sense."""
 
 import json
 import re

@@ -30,7 +30,7 @@ NUM_STEPS = 2  # each with an evaluation, besides that of the start
 
 @pytest.fixture(scope="module")
 def running(tiny_shards: Path) -> Iterator[FaultServer]:
-    """The tiny shards as two data sets, a and b, behind a server that writes down all requests."""
+    """The tiny shards as two data sets, a and b, on a server that records all requests."""
     paths = sorted(tiny_shards.glob("*.tar"))
     files = {f"{root}/{path.name}": path.read_bytes() for root in "ab" for path in paths}
     with pytest.MonkeyPatch.context() as environment, serving(FaultServer(files)) as server:
@@ -50,7 +50,7 @@ def trained(
 
 @pytest.fixture
 def server(running: FaultServer, trained: Path) -> FaultServer:
-    """The server, which was asked for nothing yet."""
+    """The server, without recorded requests."""
     running.requests.clear()
     return running
 
@@ -121,7 +121,7 @@ def shards_of(server: FaultServer, roots: str) -> set[str]:
 
 
 def looks(server: FaultServer) -> Counter[str]:
-    """How often each shard was looked at, without reading a byte of it."""
+    """Number of checks of each shard, which read no byte of it."""
     return Counter(request.path for request in server.requests if request.method == "HEAD")
 
 
@@ -179,7 +179,7 @@ def test_evaluating_a_run_looks_once_and_reads_its_config_once(
 
 
 def test_what_was_seen_at_the_start_holds_for_the_evaluation(server: FaultServer, trained: Path):
-    """Shards that change between the look and the first byte are not evaluated on."""
+    """Shards that change between their check and the first byte are not evaluated."""
 
     def replace_all(request: Request) -> None:
         if request.method == "GET":

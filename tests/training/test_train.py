@@ -153,7 +153,7 @@ def test_the_target_of_a_denoising_autoencoder_is_the_clean_image(tiny_shards, r
     shown = (reconstruction > 0) & (reconstruction < 255)  # a mean beyond [0, 1] is not
     assert shown.mean() > 0.5
     assert np.abs(error - np.abs(clean - reconstruction))[shown].max() <= 1
-    # The same start and the same clean targets: only what the encoder sees is different.
+    # Equal initial weights and clean targets: only the encoder's input differs.
     plain = series(runs("ae"), "eval/squared_error")
     noisy = series(runs("dae"), "eval/squared_error")
     assert noisy[0] == pytest.approx(plain[0], rel=0.01)
@@ -227,7 +227,7 @@ def test_a_run_that_explodes_fails_once_it_skipped_too_much(tmp_path, tiny_shard
     assert (ended["status"], ended["exit_code"]) == ("failed", 1)
     assert "6 updates were skipped" in ended["message"]
     norms = series(run_dir, "optim/grad_norm")
-    assert math.isnan(norms[max(norms)])  # seen, not hidden
+    assert math.isnan(norms[max(norms)])  # visible in the log
 
 
 def test_skipped_steps_within_the_limit_leave_finite_weights(tmp_path, tiny_shards):

@@ -29,10 +29,10 @@ from pipeline.data.sequential import ShardRowReader
 from pipeline.data.storage import open_storage
 from pipeline.data.storage.opening import open_writable
 from pipeline.export.layout import ExportDir, new_id
-from pipeline.export.plan import Plan
+from pipeline.export.plan import ExportPlan
 from pipeline.export.prepare import prepare
 from pipeline.export.progress import Progress
-from pipeline.export.run import Outcome, run_worker
+from pipeline.export.run import WorkerResult, run_worker
 from pipeline.export.settings import ExportConfig
 from pipeline.export.workers import Worker
 
@@ -180,7 +180,7 @@ class _Share:
         """Export the tasks to a new place, and remove it."""
         out = f"{self._out}.bench-{new_id()}"
         export = ExportDir(open_writable(out))
-        plan = Plan(self._plan.fingerprint, self._tasks)
+        plan = ExportPlan(self._plan.fingerprint, self._tasks)
         try:
             outcome = run_worker(
                 export,
@@ -192,4 +192,4 @@ class _Share:
             )
         finally:
             export.store.delete_folder("")
-        assert outcome == Outcome(), outcome.errors
+        assert outcome == WorkerResult(), outcome.errors

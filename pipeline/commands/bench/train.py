@@ -30,8 +30,8 @@ from pipeline.training.build import (
     make_forward,
     make_order,
     make_strategy,
-    place_model,
-    throw_away_loss,
+    move_model,
+    warm_up_loss,
 )
 from pipeline.training.step import train_step
 
@@ -105,7 +105,7 @@ class OurLoop:
         self._config, self._runtime = config, runtime
         self._forward = make_forward(config, runtime.device)
         self.strategy = make_strategy(config, runtime)
-        self.strategy.warm_up(throw_away_loss(config, self._forward, self.strategy, runtime))
+        self.strategy.warm_up(warm_up_loss(config, self._forward, self.strategy, runtime))
         self.order = make_order(config, indexes)
         self.stream: Stream = open_stream(
             config.data, indexes, self.order, states, device=runtime.device
@@ -155,7 +155,7 @@ class _BareLoop:
             seed=config.seed,
             dtype=parameter_dtype(config.precision),
         )
-        self._model = place_model(model, config, runtime.device)
+        self._model = move_model(model, config, runtime.device)
         if config.compile:
             self._model.compile()
         self._optimizer = config.optimizer.build(self._model)

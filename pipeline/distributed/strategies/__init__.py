@@ -1,1 +1,1 @@
-"""Ways to distribute a model over processes: plain or DDP (`ddp`), ZeRO-1 to 3 (`zero`)."""
+"""How a model is distributed over processes: DDP (`ddp`) or ZeRO-1 to 3 (`zero`)."""

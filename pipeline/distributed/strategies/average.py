@@ -1,4 +1,4 @@
-"""A moving average of the parameters, in whatever layout a strategy keeps them."""
+"""Exponential moving average of the parameters, in the layout of the strategy."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from torch import Tensor
 class MovingAverage:
     """ema += (1 - decay_u) * (value - ema), with decay_u = min(decay, (1 + u) / (10 + u)).
 
-    The ramp (that of diffusers' EMAModel) keeps a young average from remembering the initial
-    weights; u counts applied updates. `values` are this process's tensors in every method: whole
-    parameters, or its shards of them.
+    u counts applied updates. The ramp, as in diffusers' EMAModel, keeps the initial weights from
+    staying in a young average. `values` are always this process's tensors: whole parameters, or its
+    shards of them.
     """
 
     def __init__(self, values: Sequence[Tensor], decay: float) -> None:
@@ -21,7 +21,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def advance(self, values: Sequence[Tensor], num_updates: Tensor, applied: Tensor) -> None:
-        """Follow the values, unless `applied` is 0; everything stays on the device."""
+        """Update the averages, unless `applied` is 0; without a host sync."""
         decay = ((1.0 + num_updates) / (10.0 + num_updates)).clamp(max=self._decay)
         change = torch._foreach_sub(list(values), self.averages)  # pyright: ignore
         torch._foreach_mul_(change, (1.0 - decay) * applied)  # pyright: ignore
@@ -29,8 +29,8 @@ class MovingAverage:
 
     @torch.no_grad()
     def exchange(self, values: Sequence[Tensor]) -> None:
-        """Swap the contents of values and averages; the tensors stay where they are."""
+        """Swap the contents of values and averages, in place."""
         for value, average in zip(values, self.averages, strict=True):
-            held = value.detach().clone()
+            copy = value.detach().clone()
             value.copy_(average)
-            average.copy_(held)
+            average.copy_(copy)

@@ -1,4 +1,4 @@
-"""What the training loop asks of a way to distribute the model.
+"""The interface of strategies: what the training loop needs of a distributed model.
 
 Add a strategy: one file with a class that has these methods, and its name in `build.make_strategy`.
 """
@@ -18,13 +18,13 @@ Named = dict[str, Tensor]
 
 @dataclass
 class FullState:
-    """Canonical training state, by parameter name, of any strategy: see `checkpoints.folder`."""
+    """Training state by parameter name, the same for every strategy: see `checkpoints.folder`."""
 
-    model: Named  # parameters and buffers; of a discriminator, too
-    ema: Named | None  # averaged parameters, of the autoencoder
+    model: Named  # parameters and buffers, those of a discriminator included
+    ema: Named | None  # averaged parameters of the autoencoder
     exp_avg: Named  # Adam's first moments; empty before the first update
     exp_avg_sq: Named  # Adam's second moments; empty before the first update
-    num_updates: int = field(default=0)  # updates applied: Adam's step, the EMA's clock
+    num_updates: int = field(default=0)  # updates applied: the step of Adam and of the EMA
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Parameters:
     def __init__(self, module: nn.Module) -> None:
         named = [(checkpoint_name(name), value) for name, value in module.named_parameters()]
         self.all = dict(named)
-        # What has moments, and what an average follows.
+        # The trainable parameters have moments; `averaged` are those that have an average.
         self.trainable = {name: value for name, value in named if value.requires_grad}
         self.averaged = {
             name: value
             for name, value in self.trainable.items()
             if player_of(name) == "autoencoder"
         }
-        kept = module.state_dict().keys()  # a buffer may say that it is not to be kept
+        kept = module.state_dict().keys()  # without non-persistent buffers
         self.buffers = {
             checkpoint_name(name): value for name, value in module.named_buffers() if name in kept
         }
@@ -58,13 +58,13 @@ class Parameters:
         ]
 
 
-def no_state(num_updates: int = 0) -> FullState:
-    """A state without tensors."""
+def empty_state(num_updates: int = 0) -> FullState:
+    """Return a state without tensors."""
     return FullState({}, None, {}, {}, num_updates)
 
 
 def to_cpu(value: Tensor, into: Tensor | None = None) -> Tensor:
-    """A contiguous copy that later updates do not touch; in the memory of `into`, if given."""
+    """Return a contiguous copy in CPU memory; in that of `into`, if given."""
     if into is None:
         into = torch.empty(value.shape, dtype=value.dtype)
     return into.copy_(value.detach())
@@ -73,18 +73,18 @@ def to_cpu(value: Tensor, into: Tensor | None = None) -> Tensor:
 class Strategy(Protocol):
     """A wrapped model with its optimizer and moving average."""
 
-    model: nn.Module  # wrapped: call it, never its parts
+    model: nn.Module  # wrapped: call the whole, never its submodules
 
     def warm_up(self, loss: Tensor) -> None:
-        """Run the throw-away first backward: `loss` is a zero that depends on every parameter."""
+        """Run a first backward that changes nothing; `loss`: 0, depends on every parameter."""
         ...
 
     def set_learning_rates(self, rates: Mapping[Player, float]) -> None:
-        """Set the players' rates of the next update; before its first backward."""
+        """Set the players' learning rates; called before the first backward of an update."""
         ...
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """Surround forward and backward of a micro-batch; gradients are exchanged in the last."""
+        """Context of a micro-batch's forward and backward; the last one exchanges gradients."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -96,18 +96,18 @@ class Strategy(Protocol):
         ...
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Have the model hold the averaged parameters inside the context."""
+        """Give the model the averaged parameters inside the context."""
         ...
 
     def full_state(self, *, wanted: bool = True, into: FullState | None = None) -> FullState:
         """Gather the canonical state in CPU memory; a collective.
 
-        wanted: whether this process needs it; else the tensors are left out. into: a former result
-        of this method that is needed no more: its memory is used again, for fetching new memory
-        from the system takes longer than the copy. Later updates do not touch what is returned.
+        wanted: whether this process needs the tensors; otherwise they are left out. into: a former
+        result of this method, whose memory is reused: allocating it anew takes longer than the
+        copy. Later updates do not change the result.
         """
         ...
 
     def load_full_state(self, state: FullState) -> None:
-        """Take over a canonical state."""
+        """Load a canonical state."""
         ...

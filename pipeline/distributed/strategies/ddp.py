@@ -1,4 +1,4 @@
-"""One process, or DistributedDataParallel over several: every process holds the whole model."""
+"""One process, or DistributedDataParallel over several; every process holds the whole model."""
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +15,7 @@ from pipeline.distributed.strategies.base import (
     Named,
     Parameters,
     StepResult,
-    no_state,
+    empty_state,
     to_cpu,
 )
 from pipeline.losses.players import Player, checkpoint_name
@@ -30,7 +30,7 @@ class DdpStrategy:
         model: nn.Module,
         *,
         optimizer: AdamWConfig,
-        opponent: DiscriminatorConfig | None = None,
+        discriminator: DiscriminatorConfig | None = None,
         ema_decay: float | None,
         accelerator: Accelerator,
     ) -> None:
@@ -39,7 +39,7 @@ class DdpStrategy:
         self._module = model
         self._parameters = Parameters(model)
         self._max_grad_norm = optimizer.max_grad_norm
-        self._optimizer = optimizer.build(model, opponent)
+        self._optimizer = optimizer.build(model, discriminator)
         self._average = MovingAverage(self._averaged(), ema_decay) if ema_decay else None
         self._num_updates = torch.zeros((), device=accelerator.device)
         self.model: nn.Module
@@ -51,51 +51,48 @@ class DdpStrategy:
     def warm_up(self, loss: Tensor) -> None:
         """Run one backward whose gradient is dropped.
 
-        DDP regroups its buckets after the first backward, and the order of float additions changes
-        with them: spent here, a resumed run adds in the same order as an uninterrupted one.
+        DDP regroups its buckets after the first backward, which changes the order of float
+        additions. Regrouped here, a resumed run adds in the same order as an uninterrupted one.
         """
         self._accelerator.backward(loss)
         self._prepared.zero_grad(set_to_none=True)
 
     def set_learning_rates(self, rates: Mapping[Player, float]) -> None:
-        """Set the players' rates of the next update."""
         for group in self._optimizer.param_groups:
             group["lr"] = rates[group["player"]]
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """Exchange gradients in the last micro-batch of a step only."""
         return nullcontext() if is_last else self._accelerator.no_sync(self.model)
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradient; accelerate divides by accumulation, DDP by ranks."""
+        # accelerate divides by the accumulation, DDP by the number of ranks.
         self._accelerator.backward(loss)
 
     @torch.no_grad()
     def step(self) -> StepResult:
-        """Clip and update, unless the norm is not finite: then nothing moves.
+        """Clip and update; change nothing if the norm is not finite.
 
-        The decision stays on the device: fused AdamW takes it as `found_inf`, as a gradient scaler
-        would hand it over, and leaves parameters, moments and its step as they were.
+        The decision stays on the device: fused AdamW reads `found_inf`, as a gradient scaler sets
+        it, and leaves parameters, moments and its step unchanged.
         """
         trained = list(self._parameters.trainable.values())
         norm = _norm(trained)
-        opponent = self._parameters.discriminator
-        opponents_norm = _norm(opponent) if opponent else None
+        discriminator = self._parameters.discriminator
+        discriminator_norm = _norm(discriminator) if discriminator else None
         if self._max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(trained, self._max_grad_norm, norm)
         applied = norm.isfinite().to(torch.float32)
-        # An attribute that torch's own GradScaler sets from outside; no stub knows it.
+        # torch's GradScaler sets this attribute from outside, too; the type stubs lack it.
         setattr(self._optimizer, "found_inf", 1.0 - applied)  # noqa: B010
         self._prepared.step()
         self._prepared.zero_grad(set_to_none=True)
         self._num_updates += applied
         if self._average is not None:
             self._average.advance(self._averaged(), self._num_updates, applied)
-        return StepResult(norm, opponents_norm, applied)
+        return StepResult(norm, discriminator_norm, applied)
 
     @contextmanager
     def averaged(self) -> Generator[None]:
-        """Exchange parameters and averages, and back."""
         assert self._average is not None, "no moving average is kept"
         self._average.exchange(self._averaged())
         try:
@@ -104,11 +101,11 @@ class DdpStrategy:
             self._average.exchange(self._averaged())
 
     def full_state(self, *, wanted: bool = True, into: FullState | None = None) -> FullState:
-        """Copy the state to the CPU; no communication, all processes hold the same."""
+        # No communication: all processes hold the same state.
         num_updates = int(self._num_updates.item())
         if not wanted:
-            return no_state(num_updates)
-        into = into or no_state()
+            return empty_state(num_updates)
+        into = into or empty_state()
         ema: Named | None = None
         if self._average is not None:
             averages = dict(zip(self._parameters.averaged, self._average.averages, strict=True))
@@ -122,18 +119,17 @@ class DdpStrategy:
         )
 
     def load_full_state(self, state: FullState) -> None:
-        """Overwrite parameters, buffers, averages and moments."""
         names = {checkpoint_name(name): name for name in self._module.state_dict()}
         whole = {names.get(name, name): value for name, value in state.model.items()}
         self._module.load_state_dict(whole, strict=True)
         if self._average is not None:
-            # A run that turns its average on late starts it from the weights of that moment.
+            # If the average was turned on at a resume, it starts from the current weights.
             source = state.ema if state.ema is not None else state.model
             columns = zip(self._parameters.averaged, self._average.averages, strict=True)
             for name, average in columns:
                 average.copy_(source[name])
         self._num_updates.fill_(state.num_updates)
-        self._optimizer.state.clear()  # a state before the first update has no moments
+        self._optimizer.state.clear()  # before the first update there are no moments
         for name, parameter in self._parameters.trainable.items():
             if name not in state.exp_avg:
                 continue
@@ -149,7 +145,6 @@ class DdpStrategy:
         return {name: state[kind] for name, state in states.items() if state}
 
     def _averaged(self) -> list[nn.Parameter]:
-        """What the moving average follows."""
         return list(self._parameters.averaged.values())
 
     def _state(self) -> Named:
@@ -158,7 +153,6 @@ class DdpStrategy:
 
 
 def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The norm of their gradients together."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
@@ -167,6 +161,6 @@ def _copies(values: Mapping[str, Tensor], into: Named) -> Named:
 
 
 def _moment_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A moment on the parameter's device and in its memory format, as AdamW would create it."""
+    """Return a moment on the parameter's device, in its memory format, as AdamW creates it."""
     moment = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return moment.copy_(value)

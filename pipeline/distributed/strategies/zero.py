@@ -1,11 +1,11 @@
 """DeepSpeed ZeRO-1, 2 and 3: optimizer states, gradients and parameters in shards.
 
-    stage 1, 2   every process holds all parameters; moments lie in shards of flat buffers
-    stage 3      parameters, too: each is a padded, flat shard per process (`ds_tensor`)
+    stage 1, 2   every process holds all parameters; moments are shards of flat buffers
+    stage 3      parameters as well: a padded, flat shard per process and parameter (`ds_tensor`)
 
 Precision, clipping, skipping, learning rate and moving average are those of `ddp`; DeepSpeed's own
-checkpoints, schedulers and precision modes are not used. Facts about its internals that this file
-relies on are tested in tests/distributed/.
+checkpoints, schedulers and precision modes are not used. tests/distributed/ tests the facts about
+DeepSpeed's internals on which this file relies.
 """
 
 from collections.abc import Generator, Iterable, Mapping
@@ -26,14 +26,14 @@ from pipeline.distributed.strategies.base import (
     Named,
     Parameters,
     StepResult,
-    no_state,
+    empty_state,
     to_cpu,
 )
 from pipeline.distributed.strategies.zero_engine import (
-    complete,
+    check_norms_in_float32,
+    fill_in_config,
     group_norms,
     group_players,
-    judge_norms_in_float32,
 )
 from pipeline.losses.players import Player, checkpoint_name
 from pipeline.losses.terms.adversarial import DiscriminatorConfig
@@ -49,7 +49,7 @@ class ZeroStrategy:
         model: nn.Module,
         *,
         optimizer: AdamWConfig,
-        opponent: DiscriminatorConfig | None = None,
+        discriminator: DiscriminatorConfig | None = None,
         ema_decay: float | None,
         accelerator: Accelerator,
         micro_batch: int,
@@ -59,7 +59,7 @@ class ZeroStrategy:
         deepspeed: Any = import_module("deepspeed")  # an extra
         if precision == "fp64":
             raise UserError("precision fp64 runs in one process or under DDP, not under DeepSpeed.")
-        # DeepSpeed flattens parameters, and views them as bytes: not in channels-last memory.
+        # DeepSpeed views flattened parameters as bytes, which channels-last memory does not allow.
         model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         self._tools: Any = deepspeed.utils
         self._device = accelerator.device
@@ -73,9 +73,9 @@ class ZeroStrategy:
         )
         plugin: Any = accelerator.state.deepspeed_plugin
         self._stage = int(plugin.zero_stage)
-        complete(plugin.deepspeed_config, optimizer, accelerator, micro_batch, precision)
+        fill_in_config(plugin.deepspeed_config, optimizer, accelerator, micro_batch, precision)
         self._engine: Any
-        self._engine, _ = accelerator.prepare(model, optimizer.build(model, opponent))
+        self._engine, _ = accelerator.prepare(model, optimizer.build(model, discriminator))
         found = type(self._engine).__name__
         if not isinstance(self._engine, deepspeed.DeepSpeedEngine):
             raise RuntimeError(f"accelerate wrapped the model as {found}, not for DeepSpeed")
@@ -85,42 +85,40 @@ class ZeroStrategy:
                 f"file asks for {self._stage}: choose stage 1, 2 or 3."
             )
         if self._stage == 3:
-            judge_norms_in_float32(self._engine.optimizer)
+            check_norms_in_float32(self._engine.optimizer)
         self._group_norms = group_norms(self._engine.optimizer)
         self.model: nn.Module = self._engine
         self._num_updates = torch.zeros((), device=self._device)
         self._average = MovingAverage(self._averaged(), ema_decay) if ema_decay else None
 
     def warm_up(self, loss: Tensor) -> None:
-        """Take a throw-away step, which creates the moments, and restore the initial state."""
+        """Take one step, which creates the moments, and restore the initial state."""
         assert self._initial is not None, "already warmed up"
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(loss)
         self._engine.step()
         if self._stage < 3:
-            # DeepSpeed links the moments to their parameters after the step of the first parameter
-            # group, when those of the second do not exist yet, and never again.
+            # DeepSpeed links moments to parameters once, after the step of the first parameter
+            # group, when the moments of the second group do not exist yet. So link them again.
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
         self.load_full_state(self._initial)
         self._initial = None
 
     def set_learning_rates(self, rates: Mapping[Player, float]) -> None:
-        """Set the players' rates of the next update."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rates[group["player"]]
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """Tell the engine whether this micro-batch ends the step."""
         self._engine.set_gradient_accumulation_boundary(is_last)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradient; the engine divides by accumulation and ranks."""
+        # The engine divides by the accumulation and the number of ranks.
         self._engine.backward(loss)
 
     def step(self) -> StepResult:
-        """Clip and update; the engine itself skips where the norm is not finite."""
+        # The engine skips the update if the norm is not finite.
         self._group_norms.clear()
         self._engine.step()
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
@@ -133,7 +131,6 @@ class ZeroStrategy:
 
     @contextmanager
     def averaged(self) -> Generator[None]:
-        """Exchange parameters and averages, and back."""
         assert self._average is not None, "no moving average is kept"
         self._release()
         self._average.exchange(self._averaged())
@@ -144,8 +141,7 @@ class ZeroStrategy:
             self._average.exchange(self._averaged())
 
     def full_state(self, *, wanted: bool = True, into: FullState | None = None) -> FullState:
-        """Gather parameters, averages and moments on the CPU; a collective."""
-        into = into or no_state()
+        into = into or empty_state()
         model: Named = {}
         for name, buffer in self._parameters.buffers.items() if wanted else ():
             model[name] = to_cpu(buffer, into.model.get(name))
@@ -166,7 +162,6 @@ class ZeroStrategy:
 
     @torch.no_grad()
     def load_full_state(self, state: FullState) -> None:
-        """Overwrite parameters, buffers, averages, moments and Adam's step."""
         self._release()
         for name, buffer in self._parameters.buffers.items():
             buffer.copy_(state.model[name])
@@ -185,31 +180,30 @@ class ZeroStrategy:
                 adam["step"].fill_(state.num_updates)
         self._num_updates.fill_(state.num_updates)
         if self._average is not None:
-            # A run that turns its average on late starts it from the weights of that moment.
+            # If the average was turned on at a resume, it starts from the current weights.
             source = state.ema if state.ema is not None else state.model
             columns = zip(self._parameters.averaged.items(), self._average.averages, strict=True)
             for (name, parameter), average in columns:
                 average.copy_(self._mine(parameter, source[name]))
 
     def _release(self) -> None:
-        """Have stage 3 gather every parameter anew before its next use.
+        """Make stage 3 gather every parameter again before its next use.
 
-        After a forward pass without a backward, as in an evaluation, it keeps some whole, and would
-        go on with those values whatever is written into the shards.
+        After a forward pass without a backward, as in an evaluation, it keeps some parameters
+        whole, and would ignore what is written into their shards.
         """
         if self._stage == 3:
             self._engine.optimizer._partition_all_parameters()
 
     def _held(self, parameter: nn.Parameter) -> Tensor:
-        """This process's part of a parameter: the whole, or under stage 3 its shard."""
+        """Return the whole parameter, or under stage 3 this process's shard of it."""
         return parameter.data if self._stage < 3 else cast(Any, parameter).ds_tensor.data
 
     def _averaged(self) -> list[Tensor]:
-        """What the moving average follows."""
         return list(map(self._held, self._parameters.averaged.values()))
 
     def _discriminator_norm(self) -> Tensor | None:
-        """The discriminator's part of the last step's gradient norm, without a host sync."""
+        """Return the discriminator's part of the last step's gradient norm; no host sync."""
         if not self._parameters.discriminator:
             return None
         players = group_players(self._engine.optimizer)
@@ -218,7 +212,7 @@ class ZeroStrategy:
         return torch.linalg.vector_norm(torch.stack(own))
 
     def _mine(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        """This process's part of a whole value."""
+        """Return this process's part of a whole value."""
         assert value.shape == self._shape(parameter), "padding would hide another model's weights"
         value = value.to(self._device)
         if self._stage < 3:
@@ -230,7 +224,7 @@ class ZeroStrategy:
         return padded[rank * size : (rank + 1) * size]
 
     def _set(self, parameter: nn.Parameter, kind: str | None, value: Tensor) -> None:
-        """Write the optimizer's own copy of a parameter, or one of its moments."""
+        """Overwrite the optimizer's copy of a parameter (kind None), or one of its moments."""
         mine = self._mine(parameter, value)
         reach = "local" if self._stage == 3 else "full"
         if kind is None:
@@ -239,10 +233,10 @@ class ZeroStrategy:
             getattr(self._tools, f"safe_set_{reach}_optimizer_state")(parameter, mine, kind)
 
     def _moments(self, kind: str, wanted: bool, into: Named) -> Named:
-        """One of Adam's moments of all parameters; a collective, also where it is not wanted."""
+        """Return one of Adam's moments of all parameters; a collective, even if not wanted."""
         moments: Named = {}
         if self._num_updates.item() == 0:
-            return moments  # as in `ddp`: before the first update there are none
+            return moments  # as in `ddp`: none before the first update
         for name, parameter in self._parameters.trainable.items():
             whole = self._tools.safe_get_full_optimizer_state(parameter, kind)
             if wanted:
@@ -256,7 +250,7 @@ class ZeroStrategy:
         wanted: bool,
         into: Named,
     ) -> Named:
-        """Whole values from what every process holds of them; a collective under stage 3."""
+        """Return whole values from the parts of all processes; a collective under stage 3."""
         whole: Named = {}
         for (name, parameter), mine in zip(parameters.items(), held, strict=True):
             shape = self._shape(parameter)

@@ -1,6 +1,6 @@
-"""What is done to DeepSpeed's engine, so that it computes what `ddp` computes.
+"""Changes of DeepSpeed's engine that make it compute what `ddp` computes.
 
-Facts about its internals that this file relies on are tested in tests/distributed/.
+tests/distributed/ tests the facts about DeepSpeed's internals on which this file relies.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ from pipeline.distributed.optimizer import AdamWConfig
 from pipeline.losses.players import Player
 
 
-def judge_norms_in_float32(optimizer: Any) -> None:
-    """Have stage 3 skip a step if the square of the norm leaves float32, as `ddp` does.
+def check_norms_in_float32(optimizer: Any) -> None:
+    """Make stage 3 skip a step if the square of the norm overflows float32, as `ddp` does.
 
-    Stages 1 and 2 do so; stage 3 adds the squares up in float64. It would apply a gradient whose
-    own squares, Adam's second moments, are infinite in float32: that parameter would never move
+    Stages 1 and 2 do so; stage 3 sums the squares in float64. It would apply a gradient whose
+    squares, Adam's second moments, are infinite in float32: that parameter would never change
     again.
     """
     original = optimizer._get_norm_groups
@@ -32,7 +32,7 @@ def judge_norms_in_float32(optimizer: Any) -> None:
 def group_norms(optimizer: Any) -> list[Tensor]:
     """Return a list to which each step appends the gradient norm of every group of parameters.
 
-    DeepSpeed itself keeps the norm of all only. Their order is that of `group_players`.
+    DeepSpeed itself keeps the total norm only. The groups are in the order of `group_players`.
     """
     original = optimizer.get_grad_norm_direct
     found: list[Tensor] = []
@@ -46,20 +46,20 @@ def group_norms(optimizer: Any) -> list[Tensor]:
 
 
 def group_players(optimizer: Any) -> list[Player]:
-    """Return whose parameters each group holds; stage 3 cuts groups into smaller ones."""
+    """Return the player of each parameter group; stage 3 splits groups into smaller ones."""
     groups = optimizer.param_groups
     of = getattr(optimizer, "sub_group_to_group_id", None)
     return [groups[of[i]]["player"] for i in sorted(of)] if of else [g["player"] for g in groups]
 
 
-def complete(
+def fill_in_config(
     config: dict[str, Any],
     optimizer: AdamWConfig,
     accelerator: Accelerator,
     micro_batch: int,
     precision: str,
 ) -> None:
-    """Fill in what follows from our own config, so that it stands in one place only."""
+    """Fill DeepSpeed's config with the settings that follow from the run's config."""
     config["train_micro_batch_size_per_gpu"] = micro_batch
     config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
     config["train_batch_size"] = (
@@ -67,7 +67,7 @@ def complete(
     )
     config["gradient_clipping"] = optimizer.max_grad_norm or 0.0
     if precision == "bf16":
-        # Its autocast keeps fp32 weights, as ours does under DDP; gradients travel in fp32, too.
+        # Autocast with fp32 weights, as under DDP; gradients are exchanged in fp32 as well.
         config["torch_autocast"] = {
             "enabled": True,
             "dtype": "bfloat16",

@@ -1,4 +1,4 @@
-"""Encoders: whatever keeps a model whose latents can be exported.
+"""Encoders: models whose latents can be exported.
 
 Add a kind: one file with an `EncoderBase`, and its name below.
 """

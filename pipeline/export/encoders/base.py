@@ -1,4 +1,4 @@
-"""What an export asks of a model, whatever keeps it.
+"""The interface of models that can be exported.
 
 # B samples; event = shape of one sample; latent = shape of one latent
 """
@@ -20,20 +20,20 @@ from pipeline.models.autoencoder import AutoEncoder, encoder_sha256
 class OpenEncoder:
     """A model that is ready to encode."""
 
-    where: str  # what keeps it, for messages
+    where: str  # run directory or folder, for messages
     decode: Decode  # how files become events
-    data: DataConfig | None  # what it was trained on, if that is known
+    data: DataConfig | None  # that it was trained on, if known
     latent_shape: tuple[int, ...]  # of every output
-    outputs: tuple[str, ...]  # names: mu, and where the posterior has one, logvar
+    outputs: tuple[str, ...]  # mu and, if the posterior has one, logvar
     encode: Callable[[Tensor], Mapping[str, Tensor]]  # x [B, *event] in [0, 1] -> [B, *latent]
-    identity: Mapping[str, Any]  # whatever of it decides a byte: digests, architecture
+    identity: Mapping[str, Any]  # what the latents depend on: digests, architecture
 
 
 class EncoderBase(Component):
-    """Where a model is."""
+    """Names a model to encode with."""
 
     def open(self, device: torch.device) -> OpenEncoder:
-        """Load it onto the device; raises UserError if it is not there or damaged."""
+        """Load the model onto the device; raises UserError if it is missing or damaged."""
         raise NotImplementedError
 
 
@@ -48,7 +48,7 @@ def open_autoencoder(
     step: int,
     weights_sha256: str,
 ) -> OpenEncoder:
-    """Return one of our models, ready to encode in fp32; UserError if it has no posterior."""
+    """Return an autoencoder as an encoder, in fp32; UserError if it has no posterior."""
     model = model.to(device=device, dtype=torch.float32)
 
     def encode(x: Tensor) -> Mapping[str, Tensor]:
@@ -68,7 +68,7 @@ def open_autoencoder(
             "step": step,
             "weights_sha256": weights_sha256,
             "encoder_sha256": encoder_sha256(model),
-            # How the training saved memory is no property of the network.
+            # Not a property of the network: it saves memory in training.
             "architecture": model.config.model_dump(
                 mode="json", exclude={"gradient_checkpointing"}
             ),

@@ -1,4 +1,4 @@
-"""A model that stands alone: what `latentmill export-model` wrote."""
+"""A model without its run, as `latentmill export-model` writes it."""
 
 import json
 from typing import Literal
@@ -12,13 +12,12 @@ from pipeline.models.interchange import from_pretrained, read_description
 
 
 class FolderEncoder(EncoderBase):
-    """An exported model. It knows how files are decoded, and no data set."""
+    """An exported model, which has `decode` settings and no data set."""
 
     kind: Literal["folder"] = "folder"
     path: str
 
     def open(self, device: torch.device) -> OpenEncoder:
-        """Load the folder; see `EncoderBase.open`."""
         description = read_description(self.path)
         decode: Decode = TypeAdapter(Decode).validate_json(json.dumps(description.decode))
         return open_autoencoder(

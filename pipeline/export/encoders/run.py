@@ -19,7 +19,6 @@ class RunEncoder(EncoderBase):
     weights: Literal["ema", "raw"] = "ema"  # averaged, or as trained
 
     def open(self, device: torch.device) -> OpenEncoder:
-        """Load the checkpoint; see `EncoderBase.open`."""
         run = load_run(Path(self.path), step=self.step, weights=self.weights)
         return open_autoencoder(
             run.model,

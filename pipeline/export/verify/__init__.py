@@ -1,1 +1,1 @@
-"""What proves an export: its levels, from listing to encoding again."""
+"""Checks of an export, in levels: from the listing of its files to encoding again."""

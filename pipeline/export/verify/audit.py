@@ -1,5 +1,5 @@
-"""What the files hold: hashes, then rows, equal in every format, to the manifest and to the source;
-then the key index and the statistics that follow from all rows.
+"""Checks the content of the files: hashes; rows, against the other formats, the manifest and the
+source; then the key index and the statistics, computed from all rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from pipeline.common.files import sha256_file
 from pipeline.export.commit import keys_digest
 from pipeline.export.finalize import Keys
 from pipeline.export.layout import KEYS, MANIFEST, STATISTICS, ExportDir, data_path
-from pipeline.export.manifest import Manifest, Output, TaskEntry, digest
+from pipeline.export.manifest import ExportManifest, FingerprintOutput, TaskEntry, digest
 from pipeline.export.statistics import Partial, merge, partial_of, scaling, to_text
 from pipeline.export.verify.source import SourceKeys
 from pipeline.latents.fields import field_values
@@ -21,18 +21,18 @@ from pipeline.latents.formats.writers import BaseWriter, Rows
 
 
 class Audit:
-    """Reads every file once, and holds one task in memory at a time."""
+    """Reads every file once, with one task in memory at a time."""
 
     def __init__(
         self,
         export: ExportDir,
-        manifest: Manifest,
+        manifest: ExportManifest,
         *,
         rows: bool,
         statistics: bool,
         source: SourceKeys | None,
     ) -> None:
-        """rows, statistics: whether to look at them, or at hashes alone. source: None = any."""
+        """rows, statistics: whether to check them, besides the hashes. source: None = unchecked."""
         self._export, self._manifest, self._source = export, manifest, source
         self._with_rows, self._with_statistics = rows, statistics
         self._output = manifest.output
@@ -40,13 +40,13 @@ class Audit:
         self._partials: list[Partial] = []
 
     def problems(self) -> Iterator[str]:
-        """Yield all that is wrong."""
+        """Yield all problems."""
         manifest = self._manifest
         if self._source is not None and self._with_rows:
             differences = list(self._source.differences(manifest.data))
             yield from differences or self._source.left_out(manifest.tasks)
             if differences:
-                self._source = None  # each of its keys would be another problem
+                self._source = None  # otherwise each of its keys would be a problem
         for task in manifest.tasks:
             with self._export.store.local_copy([file.path for file in task.files]) as root:
                 yield from _check_hashes(root, task)
@@ -103,10 +103,7 @@ def _other_content(path: str) -> str:
 
 
 def _main_paths(task: TaskEntry, writers: Sequence[BaseWriter]) -> list[str]:
-    """Return the file that each writer reads, together with those beside it.
-
-    None at all, if not exactly their files are listed.
-    """
+    """Return the main file of each writer; an empty list if the task lists other files."""
     expected = {
         data_path(writer.kind, task.name, suffix)
         for writer in writers
@@ -121,10 +118,10 @@ def _read_rows(
     root: Path,
     task: TaskEntry,
     paths: Sequence[str],
-    output: Output,
+    output: FingerprintOutput,
     source: SourceKeys | None,
 ) -> tuple[Rows | None, list[str]]:
-    """Return the rows of the task's first readable file, and all that is wrong with its files.
+    """Return the rows of the task's first readable file, and the problems of all its files.
 
     root: a directory with the task's files, named as in the export. paths: one per format.
     """
@@ -150,8 +147,8 @@ def _read_rows(
     return first, problems
 
 
-def _unfit(rows: Rows, output: Output) -> Iterator[str]:
-    """Yield how latents are not those of an export with such an output."""
+def _unfit(rows: Rows, output: FingerprintOutput) -> Iterator[str]:
+    """Yield what is wrong with the latents' fields, shapes or values."""
     shape = output.latent_shape
     for field in output.fields:
         if field not in rows.latents or rows.latents[field].shape[1:] != shape:
@@ -160,7 +157,7 @@ def _unfit(rows: Rows, output: Output) -> Iterator[str]:
         yield "latents that are not finite"
 
 
-def _check_against(rows: Rows, task: TaskEntry, output: Output) -> Iterator[str]:
+def _check_against(rows: Rows, task: TaskEntry, output: FingerprintOutput) -> Iterator[str]:
     yield from _unfit(rows, output)
     if len(rows) != task.rows:
         yield f"{len(rows)} rows instead of {task.rows}"
@@ -172,7 +169,7 @@ def _check_against(rows: Rows, task: TaskEntry, output: Output) -> Iterator[str]
 
 
 def _equal(one: Rows, other: Rows) -> bool:
-    """Tell whether two formats hold the same; the columns of one of them are its JSON's fields."""
+    """Return whether two formats hold the same rows; columns are compared with the JSON."""
     arrays = (
         (one.rows, other.rows),
         (one.valid, other.valid),

@@ -1,14 +1,14 @@
-"""Is an export what it says it is? Levels, each with all before it; every problem is listed.
+"""Verifies an export in levels, each of which includes those before it; lists every problem.
 
 listing     finished; exactly the files of the manifest are there, with their sizes
 counts      manifest, plan and commit records agree on rows and files
 hashes      every file has the content that was committed
-keys        every file's keys, in order, are those of the source shard; formats agree; key index
+keys        every file has the keys of the source shard, in order; formats agree; key index
 statistics  recomputed from the stored values, they have the same bits
-encode      the run named encodes some batches anew, and gets what is stored (`reencode`)
+encode      a given model encodes some tasks again, and gives the stored latents (`reencode`)
 
-The source is only read from the level `keys` on, and only if it is given. Files of a store behind a
-URL are fetched task by task; no level but the last needs a model.
+The source is read from the level `keys` on, if it is given. Files at a URL are fetched task by
+task. Only the last level needs a model.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ from pipeline.common.errors import UserError
 from pipeline.data.storage.opening import open_writable
 from pipeline.export.commit import Commit, keys_digest
 from pipeline.export.layout import MANIFEST, RUN, SUCCESS, ExportDir, commit_path
-from pipeline.export.manifest import Manifest, TaskEntry, digest
-from pipeline.export.plan import Plan, find_plan
+from pipeline.export.manifest import ExportManifest, TaskEntry, digest
+from pipeline.export.plan import ExportPlan, find_plan
 from pipeline.export.verify.audit import Audit
 from pipeline.export.verify.source import SourceKeys
 
@@ -32,7 +32,7 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was looked at, and everything that is wrong."""
+    """What was checked, and all problems."""
 
     out: str
     level: Level
@@ -40,11 +40,11 @@ class VerifyReport:
     failed_rows: int = 0
     files: int = 0
     problems: list[str] = field(default_factory=list[str])
-    notes: list[str] = field(default_factory=list[str])  # not looked at, or worth knowing
+    notes: list[str] = field(default_factory=list[str])  # what was not checked, and other remarks
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
 
@@ -55,10 +55,10 @@ def verify_export(
     shards: str | Path | None = None,
     level: Level = "statistics",
 ) -> VerifyReport:
-    """Check an export up to `level`, of which `encode` is `reencode.verify_with_run`'s.
+    """Check an export up to `level`; for `encode` see `reencode.verify_with_run`.
 
-    source: the directory with the data set's index; None leaves that comparison out. shards: where
-    its shards lie, None = in `source`. Raises UserError when there is no export in `out`.
+    source: the directory with the data set's index; None: no comparison with it. shards: directory
+    of its shards; None: `source`. Raises UserError if there is no export in `out`.
     """
     if level not in LEVELS:
         raise UserError(f"level is {level!r}, but must be one of {', '.join(LEVELS)}.")
@@ -104,7 +104,7 @@ def verify_export(
     )
 
 
-def _find_plan(export: ExportDir, problems: list[str]) -> Plan | None:
+def _find_plan(export: ExportDir, problems: list[str]) -> ExportPlan | None:
     try:
         return find_plan(export)
     except UserError as error:
@@ -112,7 +112,7 @@ def _find_plan(export: ExportDir, problems: list[str]) -> Plan | None:
         return None
 
 
-def _unfinished(export: ExportDir, plan: Plan | None) -> Iterator[str]:
+def _unfinished(export: ExportDir, plan: ExportPlan | None) -> Iterator[str]:
     if export.is_finished():
         return
     state = ""
@@ -122,23 +122,25 @@ def _unfinished(export: ExportDir, plan: Plan | None) -> Iterator[str]:
     yield f"unfinished, there is no _SUCCESS{state}; give the export command again"
 
 
-def _parse_manifest(export: ExportDir, data: bytes | None, problems: list[str]) -> Manifest | None:
-    seal = export.store.read(SUCCESS)
+def _parse_manifest(
+    export: ExportDir, data: bytes | None, problems: list[str]
+) -> ExportManifest | None:
+    success = export.store.read(SUCCESS)
     if data is None:
-        if seal is not None:
+        if success is not None:
             problems.append("manifest.json is missing")
         return None
     try:
-        manifest = Manifest.parse(data)
+        manifest = ExportManifest.parse(data)
     except ValueError as error:
         problems.append(f"manifest.json {error}")
         return None
-    if seal is not None and seal.decode(errors="replace") != f"{digest(data)}\n":
+    if success is not None and success.decode(errors="replace") != f"{digest(data)}\n":
         problems.append("_SUCCESS does not hold the hash of manifest.json: one of them was changed")
     return manifest
 
 
-def _check_listing(export: ExportDir, manifest: Manifest) -> Iterator[str]:
+def _check_listing(export: ExportDir, manifest: ExportManifest) -> Iterator[str]:
     expected = {file.path for file in manifest.files()} | {MANIFEST, SUCCESS}
     sizes = export.store.sizes()
     found = {name: size for name, size in sizes.items() if name.partition("/")[0] != RUN}
@@ -151,7 +153,9 @@ def _check_listing(export: ExportDir, manifest: Manifest) -> Iterator[str]:
                 yield f"{file.path} has {size} bytes instead of {file.bytes}"
 
 
-def _check_counts(export: ExportDir, manifest: Manifest, plan: Plan | None) -> Iterator[str]:
+def _check_counts(
+    export: ExportDir, manifest: ExportManifest, plan: ExportPlan | None
+) -> Iterator[str]:
     tasks = manifest.tasks
     for name, total, parts in (
         ("rows", manifest.rows, sum(task.rows for task in tasks)),

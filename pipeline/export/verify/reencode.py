@@ -1,9 +1,9 @@
-"""The last level of `verify`: whether this run's model really gives these latents.
+"""The last level of `verify`: encodes some tasks again and compares the latents.
 
-manifest's fingerprint, run, data -> the export's config -> Work -> some tasks anew -> stored rows
+manifest's fingerprint, run, data -> the export's config -> Work -> some tasks again -> stored rows
 
-Batches are those of the export, padding included, so on the same kind of device the bits are equal;
-on another one they are close.
+Batches are those of the export, padding included: on the same kind of device the bits are equal, on
+another one the values are close.
 """
 
 import json
@@ -22,7 +22,7 @@ from pipeline.common.errors import UserError
 from pipeline.data.storage.opening import open_writable
 from pipeline.export.adopt import with_defaults
 from pipeline.export.layout import MANIFEST, ExportDir, data_path
-from pipeline.export.manifest import Manifest, TaskEntry
+from pipeline.export.manifest import ExportManifest, TaskEntry
 from pipeline.export.prepare import prepare
 from pipeline.export.run import Work
 from pipeline.export.settings import ExportConfig
@@ -32,19 +32,19 @@ from pipeline.export.workers import Worker
 from pipeline.latents.formats.writers import BaseWriter, Rows, Writer
 from pipeline.models.interchange import CONFIG
 
-# Of the greatest difference to a field's standard deviation over the task: other devices' kernels.
+# Largest difference over a field's standard deviation in the task, for kernels of other devices.
 TOLERANCES = {"float32": 1e-3, "float16": 3e-3, "bfloat16": 2e-2}
-# Parts of the fingerprint that may differ from another machine's without other latents.
+# Parts of the fingerprint that may differ on another machine while the latents agree.
 MAY_DIFFER = ("versions", "encode.device")
 
 
 def verify_with_run(
     out: str, run: str | None, *, source: str | None, shards: str | None, num_tasks: int
 ) -> VerifyReport:
-    """Check an export on all levels: encode randomly chosen tasks anew, too.
+    """Check an export on all levels; encode randomly chosen tasks again.
 
-    source, shards: where index and shards lie, None = where the run was trained. Raises UserError
-    when run or data cannot be read.
+    source, shards: directories of index and shards; None: those of the training. Raises UserError
+    if run or data cannot be read.
     """
     if run is None:
         raise UserError(
@@ -65,22 +65,22 @@ def _verify_encoding(
     out: str, run: str, source: str | None, shards: str | None, num_tasks: int
 ) -> tuple[list[str], list[str]]:
     export = ExportDir(open_writable(out))
-    manifest = Manifest.parse(export.store.read(MANIFEST) or b"")
+    manifest = ExportManifest.parse(export.store.read(MANIFEST) or b"")
     config = config_of(manifest.fingerprint, run, out, source, shards)
     prepared = prepare(config, Worker())
     asked = json.loads(json.dumps(prepared.plan.fingerprint))
     differences = strict.difference(with_defaults(manifest.fingerprint), asked)
     there, here = (part["model"].get("encoder_sha256") for part in (manifest.fingerprint, asked))
-    if there is None:  # an export by 93dd2d6: the digest of all weights decides
-        beside_the_point = ("model.encoder_sha256",)
-    elif there == here:  # the same latents, whatever became of the decoder
-        beside_the_point = ("model.",)
+    if there is None:  # an export by 93dd2d6: compare the digest of all weights
+        ignored = ("model.encoder_sha256",)
+    elif there == here:  # the same latents, even if the decoder differs
+        ignored = ("model.",)
     else:
-        beside_the_point = ("model.weights_sha256",)
+        ignored = ("model.weights_sha256",)
     problems = [
         f"{path}: the export has {there!r}, {run} {here!r}"
         for path, there, here in differences
-        if not path.startswith((*MAY_DIFFER, *beside_the_point))
+        if not path.startswith((*MAY_DIFFER, *ignored))
     ]
     if problems:
         is_elsewhere = source is None and any("dataset_id" in problem for problem in problems)
@@ -95,7 +95,7 @@ def _verify_encoding(
 def config_of(
     fingerprint: Mapping[str, Any], run: str, out: str, source: str | None, shards: str | None
 ) -> ExportConfig:
-    """Return the config of the export with such a fingerprint; `run` may be an exported model."""
+    """Return the config of the export with this fingerprint; `run` may be an exported model."""
     model, data, encode, output = (
         fingerprint[name] for name in ("model", "data", "encode", "output")
     )
@@ -124,7 +124,7 @@ def config_of(
 
 
 class _Check:
-    """Compares stored tasks with those encoded now."""
+    """Encodes tasks again and compares them with the stored ones."""
 
     def __init__(
         self, export: ExportDir, work: Work, config: ExportConfig, shards: Mapping[str, int]
@@ -137,7 +137,7 @@ class _Check:
         )
 
     def tasks(self, tasks: Sequence[TaskEntry]) -> Iterator[str]:
-        """Yield what is wrong with the stored rows of tasks."""
+        """Yield the problems of the tasks' stored rows."""
         with closing(self._work.read(self._shards[task.name] for task in tasks)) as shards:
             for task, (_, batches) in zip(tasks, shards, strict=True):
                 rows, _ = encode_task(
@@ -159,7 +159,7 @@ class _Check:
                 yield f"{name}: {error}"
                 return
         if list(stored.keys) != list(rows.keys) or not np.array_equal(stored.valid, rows.valid):
-            yield f"{name}: other keys, or others that cannot be used, than in the source"
+            yield f"{name}: its keys, or its rows that cannot be used, differ from the source"
             return
         same = np.ones(len(rows), np.bool_)
         for field, values in rows.latents.items():
@@ -171,7 +171,7 @@ class _Check:
             same &= (there == here).all(axis=1)
             spread = max(float(here[rows.valid].std()) if rows.valid.any() else 0.0, 1e-12)
             difference = float(np.abs(there - here).max(initial=0)) / spread
-            if not difference <= self._tolerance:  # NaN neither
+            if not difference <= self._tolerance:  # also if it is NaN
                 yield (
                     f"{name}: {field} is not what the model gives, by up to {difference:.3g} "
                     f"standard deviations (tolerance {self._tolerance})"

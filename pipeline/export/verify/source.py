@@ -1,4 +1,4 @@
-"""The source side of `verify`: the keys as they stand in the shards themselves."""
+"""The source side of `verify`: reads the keys from the source shards."""
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -11,7 +11,7 @@ from pipeline.data.index.one_pass import OnePass
 from pipeline.data.index.splits import ALL
 from pipeline.data.index.tar import ReadBytes, TarScan, group_samples
 from pipeline.data.storage import is_url, open_storage
-from pipeline.export.manifest import Data, TaskEntry
+from pipeline.export.manifest import FingerprintData, TaskEntry
 from pipeline.latents.formats.writers import Rows
 
 
@@ -19,16 +19,16 @@ class SourceKeys:
     """The data set that an export was made from."""
 
     def __init__(self, path: str | Path, shards: str | Path | None = None) -> None:
-        """Open the index in `path`; shards: where they lie, None = there."""
+        """Open the index in `path`. shards: their directory; None: `path`."""
         self._index = Index.open(path)
         self._storage = open_storage(shards or path)
         self._number = {shard.name: i for i, shard in enumerate(self._index.shards)}
         self._split = ALL
-        # Every format's file of a task is checked after the other: the shard is read once.
+        # The files of a task are checked one after the other: their shard is read once.
         self._keys = lru_cache(maxsize=1)(self._keys_in)
 
-    def differences(self, data: Data) -> Iterator[str]:
-        """Yield how the data set is not the one that was exported: nothing else fits then."""
+    def differences(self, data: FingerprintData) -> Iterator[str]:
+        """Yield why the data set is not the one that was exported."""
         self._split = data.split.partition("/")[0]
         if self._index.dataset_id != data.dataset_id:
             yield f"the source {self._index.path} is another data set (dataset_id)"
@@ -38,7 +38,7 @@ class SourceKeys:
             yield f"the source {self._index.path} is split by another rule now"
 
     def left_out(self, tasks: Sequence[TaskEntry]) -> Iterator[str]:
-        """Yield the shards that have rows and no task."""
+        """Yield the shards with rows and without a task."""
         sources = {task.source for task in tasks}
         counts = np.asarray(self._index.counts(self._split)).tolist()
         for shard, rows in zip(self._index.shards, counts, strict=True):
@@ -47,7 +47,7 @@ class SourceKeys:
                 yield f"{where} has {rows} rows of split {self._split}, but no task"
 
     def check(self, task: TaskEntry, rows: Rows) -> Iterator[str]:
-        """Yield how the rows of a file are not those of its source shard, in its order."""
+        """Yield how the rows of a file differ from its source shard."""
         number, keys = self._number.get(task.source), self._keys(task.source)
         if number is None or keys is None:
             yield f"its source shard {self._storage.where(task.source)} is missing"
@@ -62,7 +62,7 @@ class SourceKeys:
     def _keys_in(self, name: str) -> list[str] | None:
         """Return the keys of all samples in a shard; None if it is missing.
 
-        From a remote store it comes in large pieces, from a disk the headers alone.
+        A remote shard is read whole, in large pieces; of a local one only the headers.
         """
         state = self._storage.states([name])[name]
         if state is None:
@@ -80,5 +80,5 @@ class SourceKeys:
             return scan(bytes_of.read)
 
     def close(self) -> None:
-        """Give back what the shards were read by."""
+        """Close the storage of the shards."""
         self._storage.close()
