@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from latentmill.model import Codes, LoadedModel, load
     from pipeline.config import TrainConfig
     from pipeline.data.wds import OrderedShards
-    from pipeline.latents import LatentDataset
+    from pipeline.latents import NO_LABEL, LatentDataset
     from pipeline.train import train
 
 __all__ = [
+    "NO_LABEL",
     "Codes",
     "LatentDataset",
     "LoadedModel",
@@ -41,6 +42,7 @@ _MODULES = {
     "Codes": "latentmill.model",
     "LatentDataset": "pipeline.latents",
     "LoadedModel": "latentmill.model",
+    "NO_LABEL": "pipeline.latents",
     "OrderedShards": "pipeline.data.wds",
     "TrainConfig": "pipeline.config",
     "load": "latentmill.model",
