@@ -23,7 +23,7 @@ def cells(path: Path, kind: str = "code") -> list[dict[str, Any]]:
 
 
 def program(path: Path) -> str:
-    """The code of all cells; a line `!COMMAND` runs the command, as in Jupyter, but must succeed."""
+    """The code of all cells; a line `!COMMAND` runs it, as in Jupyter, and must succeed."""
     lines = ["import subprocess"]
     for cell in cells(path):
         for line in "".join(cell["source"]).splitlines():
@@ -44,6 +44,7 @@ def test_a_notebook_is_kept_without_what_it_printed(path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a minute of training, and three starts of Python
 def test_the_first_steps(tmp_path: Path):
     (tmp_path / "first_steps.py").write_text(program(FIRST_STEPS))
     (tmp_path / "work").mkdir()
