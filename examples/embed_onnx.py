@@ -1,18 +1,17 @@
 """Embed image files with an exported encoder: onnxruntime, numpy and Pillow, nothing of pipeline.
 
 latentmill export-model runs/photos models/photos --onnx
-python examples/embed_onnx.py models/photos latents.npy a.png b.jpg ...
+python examples/embed_onnx.py models/photos a.png b.jpg ... --out latents.npy
 
-latents.npy: float32 [images, *latent], the posterior means in the order of the files. An image of
-the model's size is taken as it is; any other is cut to its central square and resized as a whole.
-The pipeline does the same but for large JPEGs, which its decoder scales down on the way.
+latents.npy: float32 [images, *latent], the posterior means in the order of the files. An image is
+cut to its central square and resized to the model's size, as the pipeline does but for large JPEGs.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -21,7 +20,7 @@ from PIL import Image, ImageOps
 BATCH_SIZE = 64
 
 
-def read_image(file: str, decode: dict[str, Any]) -> np.ndarray:
+def read_image(file: str, decode: dict) -> np.ndarray:
     """Return uint8 [size, size, channels], by the settings under which the model was trained."""
     with Image.open(file) as opened:
         image = ImageOps.exif_transpose(opened)
@@ -34,8 +33,7 @@ def read_image(file: str, decode: dict[str, Any]) -> np.ndarray:
     side, size = min(image.size), decode["size"]
     left, top = ((length - side) // 2 for length in image.size)
     image = image.crop((left, top, left + side, top + side))
-    if side != size:
-        image = image.resize((size, size), Image.Resampling[decode["resample"].upper()])
+    image = image.resize((size, size), Image.Resampling[decode["resample"].upper()])
     return np.asarray(image).reshape(size, size, decode["channels"])
 
 
@@ -46,8 +44,7 @@ def embed(model: Path, files: Sequence[str]) -> np.ndarray:
         sys.exit(f"{model} takes arrays, not image files: give encoder.onnx its x by yourself")
     if not (model / "encoder.onnx").exists():
         sys.exit(f"{model} holds no encoder.onnx: `latentmill export-model RUN {model} --onnx`")
-    session = onnxruntime.InferenceSession(model / "encoder.onnx")
-    latents: list[np.ndarray] = []
+    session, latents = onnxruntime.InferenceSession(model / "encoder.onnx"), []
     for start in range(0, len(files), BATCH_SIZE):
         x = np.stack([read_image(file, decode) for file in files[start : start + BATCH_SIZE]])
         latents += session.run(["mu"], {"x": x})
@@ -55,4 +52,9 @@ def embed(model: Path, files: Sequence[str]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    np.save(sys.argv[2], embed(Path(sys.argv[1]), sys.argv[3:]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("images", nargs="+")
+    parser.add_argument("--out", required=True)
+    arguments = parser.parse_args()
+    np.save(arguments.out, embed(arguments.model, arguments.images))

@@ -1,11 +1,11 @@
 """An export as a Hugging Face data set: shapes restored, mapped, split, and batched for torch.
 
-python -m pipeline.export configs/export/parquet.yaml run=runs/vae out=exports/vae
+latentmill export run parquet run=runs/vae out=exports/vae
 python examples/huggingface.py exports/vae
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,4 +43,6 @@ def main(export: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("export")
+    main(parser.parse_args().export)

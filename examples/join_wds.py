@@ -1,14 +1,14 @@
 """Pictures beside their latents, by webdataset: the tars of an export follow those of its source.
 
-python -m pipeline.export configs/export/tar.yaml run=runs/vae out=exports/vae-tar
+latentmill export run tar run=runs/vae out=exports/vae-tar
 python examples/join_wds.py exports/vae-tar data/sprites
 
 Both have the same shards, and these the same keys in the same order (an export takes all splits
 unless told otherwise), so that one is read beside the other, and nothing is looked up.
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,4 +54,7 @@ def main(export: str, shards: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("export")
+    parser.add_argument("shards")
+    main(**vars(parser.parse_args()))

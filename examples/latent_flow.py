@@ -1,24 +1,22 @@
 """New pictures, one row per class below a row of the export's own, by a rectified flow of latents.
 
-latentmill export-model runs/vae models/vae
-python -m pipeline.export configs/export/parquet.yaml run=runs/vae out=exports/vae
-python examples/latent_flow.py models/vae exports/vae flow.png 50    # epochs
+latentmill export run parquet run=runs/vae out=exports/vae
+python examples/latent_flow.py runs/vae exports/vae flow.png 50    # epochs
 """
 
-import sys
+import argparse
 
 import torch
 from PIL import Image
 from torch import nn
 
-from pipeline.latents import LatentDataset
-from pipeline.models.interchange import from_pretrained
+import latentmill as lm
 
 ROWS, COLUMNS, NUM_STEPS, WIDTH = 4, 12, 100, 1024
 FREQUENCIES = torch.pi * torch.arange(16)  # the time t is seen as its cosines
 
 
-def train(latents: LatentDataset, classes: torch.Tensor, num_epochs: int) -> nn.Module:
+def train(latents: lm.LatentDataset, classes: torch.Tensor, num_epochs: int) -> nn.Module:
     """Fit the velocity of lines from noise z0 to latents z1: E |v(z, t, class) - (z1 - z0)|^2."""
     size = latents[0].mu.size
     layers: list[nn.Module] = [nn.Linear(size + len(FREQUENCIES) + len(classes), WIDTH), nn.SiLU()]
@@ -32,8 +30,7 @@ def train(latents: LatentDataset, classes: torch.Tensor, num_epochs: int) -> nn.
             z0, t = torch.randn_like(z1), torch.rand(len(z1), 1)  # noise is at t = 0
             known = (1 - t) * z0 + t * z1, (t * FREQUENCIES).cos(), classes[rows.labels[rows.valid]]
             with torch.autocast("cpu", torch.bfloat16):
-                velocity = network(torch.cat(known, dim=1))
-            loss = (velocity - (z1 - z0)).square().mean()
+                loss = (network(torch.cat(known, dim=1)) - (z1 - z0)).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -42,11 +39,14 @@ def train(latents: LatentDataset, classes: torch.Tensor, num_epochs: int) -> nn.
 
 
 if __name__ == "__main__":
-    model_path, export_path, picture, epochs = sys.argv[1:]
+    parser = argparse.ArgumentParser()
+    for name, kind in (("model", str), ("export", str), ("picture", str), ("epochs", int)):
+        parser.add_argument(name, type=kind)
+    arguments = parser.parse_args()
     torch.manual_seed(0)
-    latents = LatentDataset(export_path, normalized=True)
+    latents = lm.LatentDataset(arguments.export, normalized=True)
     classes = torch.eye(int(latents.column("label").max()) + 1)
-    network = train(latents, classes, int(epochs)).requires_grad_(False)
+    network = train(latents, classes, arguments.epochs).requires_grad_(False)
     z = torch.randn(ROWS * COLUMNS, latents[0].mu.size)
     labels = (torch.arange(len(z)) // COLUMNS - 1) % len(classes)
     for t in torch.arange(NUM_STEPS) / NUM_STEPS:  # Euler's method
@@ -54,7 +54,7 @@ if __name__ == "__main__":
         z += network(torch.cat(known, dim=1)) / NUM_STEPS
     z[:COLUMNS] = torch.from_numpy(latents[:COLUMNS].mu).flatten(1)
     z = latents.denormalize(z.unflatten(1, latents.latent_shape).numpy())
-    x = from_pretrained(model_path).requires_grad_(False).reconstruct(torch.from_numpy(z))
+    x = lm.load(arguments.model).decode(z)
     x = nn.functional.pad(nn.functional.interpolate(x, scale_factor=2), (2, 2, 2, 2), value=0.5)
     grid = x.unflatten(0, (ROWS, COLUMNS)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    Image.fromarray((255 * grid).byte().squeeze(2).numpy()).save(picture, optimize=True)
+    Image.fromarray((255 * grid).byte().squeeze(2).numpy()).save(arguments.picture, optimize=True)

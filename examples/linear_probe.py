@@ -1,13 +1,13 @@
 """What can be read off the latents of an export by a straight line, with scikit-learn.
 
-python -m pipeline.export configs/export/parquet.yaml run=runs/vae out=exports/vae
+latentmill export run parquet run=runs/vae out=exports/vae
 python examples/linear_probe.py exports/vae
 
 Prints the accuracy on held-out labels, and R2 of every number in the samples' JSON, beside chance.
 """
 
+import argparse
 import json
-import sys
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import train_test_split
 
-from pipeline.latents import NO_LABEL, LatentDataset
+import latentmill as lm
 
 
 def label_accuracy(z: NDArray[np.float32], label: NDArray[np.int64]) -> tuple[float, float]:
@@ -34,11 +34,11 @@ def ridge_r2(z: NDArray[np.float32], value: NDArray[np.float64]) -> float:
 
 def probe(export: str) -> dict[str, tuple[float, float]]:
     """Return (score, chance) by the name of what was predicted."""
-    latents = LatentDataset(export, normalized=True)
+    latents = lm.LatentDataset(export, normalized=True)
     z = latents.column("mu").reshape(len(latents), -1)  # flat, also where latents are maps
     valid, label = latents.column("valid"), latents.column("label")
     scores: dict[str, tuple[float, float]] = {}
-    labelled = valid & (label != NO_LABEL)
+    labelled = valid & (label != lm.NO_LABEL)
     if labelled.any():
         scores["label"] = label_accuracy(z[labelled], label[labelled])
     notes = [json.loads(text or "{}") for text in latents.column("metadata")]
@@ -52,5 +52,7 @@ def probe(export: str) -> dict[str, tuple[float, float]]:
 
 
 if __name__ == "__main__":
-    for name, (score, chance) in probe(sys.argv[1]).items():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("export")
+    for name, (score, chance) in probe(parser.parse_args().export).items():
         print(f"{name}: {score:.3f}, chance {chance:.3f}")

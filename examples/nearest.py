@@ -1,11 +1,12 @@
 """Nearest neighbours in an export, by a faiss index over its matrices.
 
-python -m pipeline.export configs/export/npy.yaml run=runs/vae out=exports/vae-npy
+latentmill export run npy run=runs/vae out=exports/vae-npy
 python examples/nearest.py exports/vae-npy
 
 Prints the recall of the index beside brute force, and the keys of a few neighbours.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -26,35 +27,34 @@ def read_matrices(export: str) -> tuple[NDArray[np.float32], NDArray[np.object_]
         vectors.append(np.load(path, mmap_mode="r")[valid].astype(np.float32))
         keys.append(twin["key"].to_numpy()[valid])
     if not vectors:
-        sys.exit(f"{export} holds no .npy files: export with configs/export/npy.yaml, as above")
+        sys.exit(f"{export} holds no .npy files: export with the config npy, as above")
     return np.concatenate(vectors), np.concatenate(keys)
 
 
 def recall(found: NDArray[np.int64], nearest: NDArray[np.int64]) -> float:
     """Return the share of the true neighbours [queries, k] that are among the found ones."""
-    hits = [np.isin(true, row).mean() for true, row in zip(nearest, found, strict=True)]
-    return float(np.mean(hits))
+    return float(np.mean([np.isin(t, f).mean() for t, f in zip(nearest, found, strict=True)]))
 
 
 def main(export: str) -> None:
     """Index all rows but every twentieth, and ask for the neighbours of those."""
     vectors, keys = read_matrices(export)
     asked = np.arange(len(vectors)) % 20 == 0
-    queries, query_keys = vectors[asked], keys[asked]
-    indexed, indexed_keys = vectors[~asked], keys[~asked]
+    queries, indexed, indexed_keys = vectors[asked], vectors[~asked], keys[~asked]
     index = faiss.IndexHNSWFlat(vectors.shape[1], 32)  # 32 links per vector; distances are squared
     index.hnsw.efConstruction, index.hnsw.efSearch = 100, 64
     index.add(indexed)
     exact = faiss.IndexFlatL2(vectors.shape[1])
     exact.add(indexed)
-
     _, found = index.search(queries, NUM_NEIGHBOURS)
     _, nearest = exact.search(queries, NUM_NEIGHBOURS)
     print(f"{index.ntotal} vectors of {index.d} numbers, {len(queries)} queries")
     print(f"recall@{NUM_NEIGHBOURS}: {recall(found, nearest):.3f}")
-    for key, row in zip(query_keys[:5], found, strict=False):
+    for key, row in zip(keys[asked][:5], found, strict=False):
         print(f"{key}: {', '.join(indexed_keys[row[:3]])}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("export")
+    main(parser.parse_args().export)

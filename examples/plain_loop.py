@@ -12,9 +12,9 @@ import torch
 import webdataset as wds
 from torch import nn
 
-from pipeline.data.ordered_shards import OrderedShards
+import latentmill as lm
 
-BATCH_SIZE = 64  # over all ranks; this loop is one rank, see OrderedShards(rank=, world=)
+BATCH_SIZE = 64  # over all ranks; this loop is one rank, see lm.OrderedShards(rank=, world=)
 
 
 def train(shards: str, checkpoint: Path, num_steps: int, save_every: int) -> None:
@@ -24,7 +24,7 @@ def train(shards: str, checkpoint: Path, num_steps: int, save_every: int) -> Non
     decoder = nn.Sequential(nn.Linear(10, 128), nn.ReLU(), nn.Linear(128, 64 * 64))
     model = nn.Sequential(encoder, decoder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    source = OrderedShards(shards, split="train", seed=0, batch_size=BATCH_SIZE)
+    source = lm.OrderedShards(shards, split="train", seed=0, batch_size=BATCH_SIZE)
     start = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)

@@ -2,14 +2,16 @@
 
 import operator
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, overload
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
+from pipeline.common.needs import is_missing
 from pipeline.data.storage import RemotePolicy, is_url, open_storage
 from pipeline.latents.batches import (
     INTERLEAVE,
@@ -86,7 +88,7 @@ class LatentDataset:
         self._shards = Shards(self._files, self.manifest, self.format, scale)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.root, self._arguments)
+        return partial(LatentDataset, self.root, **self._arguments), ()
 
     def __enter__(self) -> Self:
         return self
@@ -158,6 +160,10 @@ class LatentDataset:
             return self._take(self._checked(numbers.astype(np.int64).reshape(-1)))
         return self._take(self._checked(np.array([operator.index(rows)]))).row(0)
 
+    def __getitems__(self, rows: Sequence[int]) -> list[LatentRow]:
+        """Return the rows of a batch, which torch's DataLoader asks for at once."""
+        return self[rows].split()
+
     def by_key(self, key: str) -> LatentRow:
         """Return the row with a key; raise UnknownKeyError, or UserError when several have it."""
         rows = self.rows_of_key(key)
@@ -195,6 +201,18 @@ class LatentDataset:
         for shard, count in enumerate(self.manifest.counts.tolist()):
             parts.append(self._shards.read(shard, name, np.arange(count)))
         return np.concatenate(parts)
+
+    def to_pandas(self) -> Any:
+        """Return all rows as a pandas.DataFrame: key, label, valid, metadata, text, the columns of
+        the export's setting `columns`, each field of the latents; UserError without pandas.
+        """
+        if is_missing("pandas"):
+            raise UserError("to_pandas() needs pandas, which is not installed: pip install pandas.")
+        names = ("key", "label", "valid", "metadata", "text", *self.manifest.columns)
+        frame = pa.table({name: pa.array(self.column(name)) for name in names}).to_pandas()
+        for field in self.fields:  # an array [*latent_shape] per row
+            frame[field] = list(self.column(field))
+        return frame
 
     def num_steps(self, batch_size: int, *, tail: Tail = "mask") -> int:
         """Return the steps of an epoch of `batches`."""
@@ -285,7 +303,3 @@ class LatentDataset:
 
     def _texts(self, name: str, rows: Ints) -> list[Any]:
         return self._shards.take(rows, (name,))[name].tolist()
-
-
-def _reopen(root: str, arguments: dict[str, Any]) -> LatentDataset:
-    return LatentDataset(root, **arguments)

@@ -1,6 +1,6 @@
 """Rows of an export in memory: one, or many with their latents as arrays."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -11,6 +11,9 @@ from pipeline.common.errors import UserError
 from pipeline.latents.noise import sample
 
 NO_LABEL = -1  # the same as in pipeline.latents.formats.writers
+# Of a row as a mapping, besides its latents.
+ROW_ITEMS = ("index", "key", "valid", "label", "metadata", "text")
+TEXTS = ("key", "metadata", "text")
 
 # Column of texts, row numbers -> its values.
 LookUp = Callable[[str, NDArray[np.int64]], list[Any]]
@@ -34,8 +37,12 @@ def _mean(latents: Latents, view: str = "identity") -> NDArray[Any]:
 
 
 @dataclass(frozen=True)
-class LatentRow:
-    """One row; `valid` is False where the sample could not be encoded: its latents are zeros."""
+class LatentRow(Mapping[str, Any]):
+    """One row; `valid` is False where the sample could not be encoded: its latents are zeros.
+
+    Also a mapping of what torch's DataLoader makes batches of: index, key, valid, label, metadata
+    and text ("" = none), and the latents by field.
+    """
 
     index: int  # row number in the export
     key: str
@@ -44,6 +51,20 @@ class LatentRow:
     metadata: str | None  # JSON text of the source
     text: str | None  # of the source's `.txt`
     latents: Latents  # field -> [*latent_shape]
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.latents:
+            return self.latents[name]
+        if name not in ROW_ITEMS:
+            raise KeyError(name)
+        value = getattr(self, name)
+        return "" if value is None else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*ROW_ITEMS, *self.latents))
+
+    def __len__(self) -> int:
+        return len(ROW_ITEMS) + len(self.latents)
 
     @property
     def mu(self) -> NDArray[Any]:
@@ -109,15 +130,23 @@ class LatentRows:
         return replace(self, view_name=name)
 
     def row(self, position: int) -> LatentRow:
-        """Return the row at `position`; looks up its key, metadata and text."""
+        """Return one of the rows."""
         number = self.index[position : position + 1]
+        return self._row(position, *(self.look_up(name, number)[0] for name in TEXTS))
+
+    def split(self) -> list[LatentRow]:
+        """Return the rows one by one; their texts are looked up together."""
+        texts = zip(*(self.look_up(name, self.index) for name in TEXTS), strict=True)
+        return [self._row(position, *one) for position, one in enumerate(texts)]
+
+    def _row(self, position: int, key: str, metadata: str | None, text: str | None) -> LatentRow:
         return LatentRow(
-            int(number[0]),
-            self.look_up("key", number)[0],
+            int(self.index[position]),
+            key,
             bool(self.valid[position]),
             int(self.labels[position]),
-            self.look_up("metadata", number)[0],
-            self.look_up("text", number)[0],
+            metadata,
+            text,
             {name: values[position] for name, values in self.latents.items()},
         )
 

@@ -272,7 +272,7 @@ def test_the_example_finds_the_pipelines_latents(
         run = leave_run(tmp_path / "run", case)
         model = export(run, tmp_path / "model", onnx=True)
     files = write_images(tmp_path)
-    command = [sys.executable, "-I", EXAMPLE, model, tmp_path / "latents.npy", *files.values()]
+    command = [sys.executable, "-I", EXAMPLE, model, *files.values(), "--out", "latents.npy"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
     found = np.load(tmp_path / "latents.npy")
@@ -289,7 +289,14 @@ def test_the_example_needs_nothing_of_the_package_and_refuses_arrays(tmp_path: P
     assert "import torch" not in EXAMPLE.read_text()
     assert not re.search(r"(import|from) (pipeline|launch)", EXAMPLE.read_text())
     model = export(leave_run(tmp_path / "run", CASES["float32"]), tmp_path / "model")
-    command = [sys.executable, EXAMPLE, model, tmp_path / "latents.npy", tmp_path / "a.png"]
+    command = [
+        sys.executable,
+        EXAMPLE,
+        model,
+        tmp_path / "a.png",
+        "--out",
+        tmp_path / "latents.npy",
+    ]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 1
     assert "takes arrays, not image files" in ended.stderr
