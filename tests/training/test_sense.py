@@ -33,8 +33,8 @@ def config_of(data: Path, **settings: Any) -> TrainConfig:
     return strict.load(TrainConfig, None, [], text=json.dumps(tree))
 
 
-def told(data: Path, processes: int = 1, **settings: Any) -> dict[str, str]:
-    return dict(doubts(config_of(data, **settings), [Index.open(data)], processes))
+def told(data: Path, **settings: Any) -> dict[str, str]:
+    return dict(doubts(config_of(data, **settings), [Index.open(data)]))
 
 
 def test_nothing_is_said_of_a_sound_run(data: Path):
