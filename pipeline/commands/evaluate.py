@@ -1,13 +1,24 @@
 """`latentmill evaluate`: evaluate a run's checkpoint on held-out data."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.common.arguments import bind, step
-from pipeline.common.console import print_report
+from pipeline.common.console import listing, plural, print_report
 from pipeline.common.errors import DONE
 
 HELP = "evaluate a run's checkpoint on held-out data"
+
+UNITS = {
+    "loss": "per image: what was minimised",
+    "nats": "nats/image: at least -ln p(x)",
+    "kl": "nats/image",
+    "bits_per_dimension": "bits per value of an image",
+    "squared_error": "squared error/image: summed over its values in [0, 1]",
+    "sigma2": "the likelihood's variance",
+    "tombstones": "samples that could not be used",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +32,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, and print the metrics under the names that training logs."""
     from pipeline.evaluation.held_out import evaluate_run
+    from pipeline.training.loading import load_config
 
     metrics = evaluate_run(arguments.run, step=arguments.step, split=arguments.split)
-    print_report(dict(metrics), arguments.json)
+    config = load_config(arguments.run)
+    split = arguments.split or config.evaluation.split
+    lines = _lines(metrics, split, in_nats=config.model.likelihood.is_nats)
+    print_report(dict(metrics), arguments.json, lines)
     return DONE
+
+
+def _lines(metrics: Mapping[str, float], split: str, *, in_nats: bool) -> list[str]:
+    """The figures with their units, under the names that training logs."""
+    samples = plural(int(metrics["eval/samples"]), "sample")
+    averaged = "eval_ema/loss" in metrics
+    weights = "eval: weights as trained; eval_ema: averaged ones" if averaged else ""
+    lines = [f"step {metrics['step']:,} on split {split}: {samples}, each once; means over them"]
+    units = UNITS | {"distortion": "nats/image" if in_nats else "squared error/image"}
+    shown = {
+        name: f"{value:,.5g}  {units.get(name.partition('/')[2], 'per image')}".rstrip()
+        for name, value in metrics.items()
+        if name != "step" and not name.endswith("/samples")
+    }
+    return [*lines, *listing({"weights": weights, **shown})]

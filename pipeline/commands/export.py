@@ -44,7 +44,8 @@ def run_plan(arguments: argparse.Namespace) -> int:
     """Write the plan of an export."""
     from pipeline.export.command import make_plan
 
-    print_report(asdict(make_plan(arguments.config, arguments.overrides)), arguments.json)
+    report = make_plan(arguments.config, arguments.overrides)
+    print_report(asdict(report), arguments.json, report.lines())
     return DONE
 
 
@@ -53,5 +54,6 @@ def run_on_files(arguments: argparse.Namespace) -> int:
     from pipeline.export.status import collect_garbage, export_status, finalize_export
 
     parts = {"status": export_status, "finalize": finalize_export, "gc": collect_garbage}
-    print_report(asdict(parts[arguments.part](arguments.out)), arguments.json)
+    report = parts[arguments.part](arguments.out)
+    print_report(asdict(report), arguments.json, report.lines())
     return DONE

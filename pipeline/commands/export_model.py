@@ -45,5 +45,5 @@ def run(arguments: argparse.Namespace) -> int:
         torch_export=arguments.torch_export,
         latents=arguments.latents,
     )
-    print_report(asdict(report), arguments.json)
+    print_report(asdict(report), arguments.json, report.lines())
     return DONE

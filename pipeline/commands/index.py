@@ -1,10 +1,12 @@
 """`latentmill index`: index webdataset shards."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.common.arguments import add_split, add_workers, bind
-from pipeline.common.console import print_report, progress
+from pipeline.common.console import in_bytes, listing, named, plural, print_report, progress
 from pipeline.common.errors import DONE
 
 HELP = "index webdataset shards, once per data set or new split"
@@ -22,17 +24,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Index shards."""
+    from pipeline.common import strict
     from pipeline.data.index import build_index
     from pipeline.data.index.build import summary
-    from pipeline.data.index.splits import read_split
+    from pipeline.data.index.splits import SplitSpec
 
+    split = arguments.split
     built = build_index(
         arguments.shards,
         out=arguments.out,
-        split=read_split(arguments.split),
+        split=split and strict.load(SplitSpec, None, [], text=split),
         deep=arguments.deep,
         workers=arguments.workers,
         progress=progress,
     )
-    print_report(summary(built), arguments.json)
+    print_report(summary(built), arguments.json, _lines(summary(built)))
     return DONE
+
+
+def _lines(built: Mapping[str, Any]) -> list[str]:
+    """The verdict, and what was wrong with the shards."""
+    num_duplicates, damage = built["num_duplicate_keys"], built["damage"]
+    samples = plural(built["num_samples"], "sample")
+    shards = f"{plural(built['num_shards'], 'shard')}, {in_bytes(built['num_bytes'])}"
+    duplicates = [f"{key} in {', '.join(shards)}" for key, *shards in built["duplicate_keys"]]
+    return [
+        f"{'WARN' if damage or num_duplicates else 'OK'}  {samples} in {shards}",
+        *listing(
+            {
+                "index": str(built["index"]),
+                "splits": named(built["num_samples_per_split"]),
+                "data set id": built["dataset_id"],
+                f"{plural(num_duplicates, 'key')} of an earlier sample": duplicates,
+                "damage: what is lost is left out": damage,
+            }
+        ),
+    ]

@@ -49,16 +49,18 @@ def _add(part: argparse.ArgumentParser, name: str, field: "FieldInfo", **options
 
 def run(arguments: argparse.Namespace) -> int:
     """Pack, and print what lies there now."""
-    from pipeline.data.index.splits import read_split
+    from pipeline.common import strict
+    from pipeline.data.index.splits import SplitSpec
     from pipeline.data.pack.pack import pack
 
+    split = arguments.split
     settings = {name: getattr(arguments, name) for name in arguments.settings}
     report = pack(
         arguments.source_type(**settings),
         arguments.out,
         workers=arguments.workers,
-        split=read_split(arguments.split),
+        split=split and strict.load(SplitSpec, None, [], text=split),
         progress=progress,
     )
-    print_report(asdict(report), arguments.json)
+    print_report(asdict(report), arguments.json, report.lines())
     return DONE

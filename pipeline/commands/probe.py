@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.arguments import bind
-from pipeline.common.console import print_report
+from pipeline.common.console import print_report, table
 from pipeline.common.errors import DONE
 
 HELP = "what can be read off exported latents: a linear probe and nearest neighbours"
+
+UNITS = {"class": "accuracy", "number": "R2"}
+MEANING = {
+    "accuracy": "accuracy: share of the samples told right; by chance: the commonest class",
+    "R2": "R2: share of the variance explained; 0 is the mean of all, below 0 worse than that",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,12 +55,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _lines(scores: Sequence[dict[str, Any]]) -> list[str]:
     """The scores, a line each: accuracy for classes, R2 for numbers."""
-    names = ("target", "features", "score", "linear", "neighbours", "chance")
-    lines = ["{:<16}{:<10}{:<10}{:>8}{:>12}{:>8}".format(*names)]
-    for score in scores:
-        unit = "accuracy" if score["kind"] == "class" else "R2"
-        lines.append(
-            f"{score['target']:<16}{score['features']:<10}{unit:<10}"
-            f"{score['linear']:8.3f}{score['neighbours']:12.3f}{score['chance']:8.3f}"
+    rows = [
+        (
+            score["target"],
+            score["features"],
+            UNITS[score["kind"]],
+            *(f"{score[name]:.3f}" for name in ("linear", "neighbours", "chance")),
         )
-    return [*lines, "trained on {num_train:,} samples, tested on {num_test:,}".format(**scores[0])]
+        for score in scores
+    ]
+    units = {UNITS[score["kind"]] for score in scores}
+    return [
+        "probed on {num_train:,} samples, tested on {num_test:,} others".format(**scores[0]),
+        *table(("target", "features", "score", "linear", "neighbours", "chance"), rows),
+        *(MEANING[unit] for unit in UNITS.values() if unit in units),
+    ]

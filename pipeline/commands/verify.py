@@ -29,12 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify, print what was found, and fail on problems."""
-    from pipeline.data.index.verify import has_index, verify_shards
-    from pipeline.export.verify.levels import verify_export
+    from pipeline.data.index.manifest import has_index
 
     path, shards = arguments.path, arguments.shards
     level = arguments.level or (LEVELS[-1] if arguments.run else LEVELS[-2])
     if has_index(path):
+        from pipeline.data.index.verify import verify_shards
+
         how = {"decode": arguments.decode, "threads": arguments.threads}
         report = verify_shards(path, shards=shards, progress=progress, **how)
     elif level == "encode":
@@ -43,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         places = {"source": arguments.source, "shards": shards}
         report = verify_with_run(path, arguments.run, **places, num_tasks=arguments.tasks)
     else:
+        from pipeline.export.verify.levels import verify_export
+
         report = verify_export(path, source=arguments.source, shards=shards, level=level)
-    print_report(asdict(report), arguments.json)
+    print_report(asdict(report), arguments.json, report.lines())
     return FAILED if report.problems else DONE

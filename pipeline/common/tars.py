@@ -1,16 +1,15 @@
 """Reproducible tars: the same samples in the same order always give the same bytes.
 
-Used by pack and by the tar writer of the export. The container is webdataset's own `TarWriter`,
-set to ustar with fixed time, owner and mode; tarfile's default would be PAX.
+pack and the tar writer of the export write through here: ustar with fixed time, owner and mode. The
+bytes are those of webdataset's own writer with the same settings.
 """
 
+import io
 import os
 import tarfile
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-from webdataset.writer import TarWriter
 
 OWNER = "root"
 MODE = 0o444
@@ -27,22 +26,16 @@ def open_tar(path: Path) -> Generator[WriteSample, None, None]:
     use a temporary name and publish afterwards.
     """
     with path.open("xb") as file:
-        # mtime=0 is an integer: a float would be written as a PAX record.
-        writer = TarWriter(
-            file, user=OWNER, group=OWNER, mode=MODE, compress=False, encoder=False, mtime=0
-        )
-        # TarWriter accepts `format` but does not hand it to tarfile (webdataset 1.0.2).
-        writer.tarstream.format = tarfile.USTAR_FORMAT
+        tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
         def write(key: str, members: Mapping[str, bytes]) -> None:
-            writer.write({"__key__": key, **members})
+            for suffix in sorted(members):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(members[suffix])
+                member.mode, member.uname, member.gname = MODE, OWNER, OWNER
+                tar.addfile(member, io.BytesIO(members[suffix]))
 
-        try:
-            yield write
-            writer.close()
-        except BaseException:
-            # Otherwise its destructor would write buffered data into the closed file.
-            writer.tarstream.fileobj.closed = True  # pyright: ignore[reportAttributeAccessIssue]
-            raise
+        yield write
+        tar.close()  # not after an error: nothing more is to be written then
         file.flush()
         os.fsync(file.fileno())

@@ -60,7 +60,13 @@ def _read_rows(root: Path, manifest: Mapping[str, Any]) -> Iterator[Rows]:
     formats = manifest["fingerprint"]["output"]["formats"]
     writer: BaseWriter = TypeAdapter[Writer](Writer).validate_python(formats[0])
     for task in manifest["tasks"]:
-        yield writer.read(root / task["files"][0]["path"])
+        path = root / task["files"][0]["path"]
+        try:
+            yield writer.read(path)
+        except ValueError as error:
+            raise UserError(
+                f"{path} is damaged: {error}. `latentmill verify {root}` says what else is."
+            ) from error
 
 
 def _every_nth(rows: Rows, stride: int) -> Rows:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.common import strict
+from pipeline.common.console import in_bytes, listing, plural
 from pipeline.common.errors import DONE, PREEMPTED, StoreError, UserError
+from pipeline.data.pack.parts import few_shards
 from pipeline.export.adopt import store_plan
 from pipeline.export.failures import failed_tasks, reason_of
 from pipeline.export.finalize import finalize
@@ -100,6 +102,22 @@ class PlanReport:
     dtype: str
     latent_bytes: int  # of all rows, per format
     each_task_once_by: str
+
+    def lines(self) -> list[str]:
+        """Return the report for a person: the verdict first."""
+        shape = " x ".join(map(str, self.latent_shape))
+        return [
+            f"OK  planned: {plural(self.rows, 'row')} in {plural(self.tasks, 'task')}",
+            *listing(
+                {
+                    "out": self.out,
+                    "each row": f"{' and '.join(self.fields)}, {shape} of {self.dtype} each",
+                    "latents": f"{in_bytes(self.latent_bytes)} in each format",
+                    "each task once by": self.each_task_once_by,
+                    "WARN": few_shards(self.tasks, self.rows),
+                }
+            ),
+        ]
 
 
 def make_plan(config_file: Path, overrides: Sequence[str]) -> PlanReport:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.common.console import listing
 from pipeline.common.errors import UserError
 from pipeline.data.decode import ArrayDecode, Decode
 from pipeline.export.statistics import scaling
@@ -41,6 +42,22 @@ class ModelReport:
     event_shape: tuple[int, ...]
     latent_shape: tuple[int, ...]
     files: tuple[str, ...]  # below `out`
+
+    def lines(self) -> list[str]:
+        """Return the report for a person: the verdict first."""
+        weights = {"ema": "averaged weights (ema)", "raw": "weights as trained (raw)"}[self.weights]
+        return [
+            f"OK  step {self.step:,}, {weights}, {self.num_parameters:,} parameters",
+            *listing(
+                {
+                    "folder": str(self.out),
+                    "files": ", ".join(self.files),
+                    "takes": f"[B, {', '.join(map(str, self.event_shape))}] in [0, 1]",
+                    "gives latents": f"[B, {', '.join(map(str, self.latent_shape))}]",
+                    "sha256 of the weights": self.weights_sha256,
+                }
+            ),
+        ]
 
 
 def export_model(

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from pipeline.common.console import in_bytes, listing, names, plural
 from pipeline.common.errors import UserError
 from pipeline.data.storage.opening import open_writable
 from pipeline.export.commit import Commit, publish_all, read_commits, remove_unused_stages
@@ -32,6 +33,34 @@ class StatusReport:
     quarantined: dict[str, str]  # failed task -> reason
     staged_tasks: list[str]  # tasks that are being written, or whose write was killed
     rows_per_process_second: float | None  # over the committed tasks
+
+    def lines(self) -> list[str]:
+        """Return the report for a person: the verdict first."""
+        done = f"{self.committed_tasks:,} of {plural(self.tasks, 'task')} committed"
+        if self.finished:
+            verdict = f"OK  finished: {plural(self.rows, 'row')} in {plural(self.tasks, 'task')}"
+        elif self.quarantined:
+            verdict = f"FAILED  {plural(len(self.quarantined), 'task')} in quarantine, {done}"
+        elif self.committed_tasks == self.tasks:
+            verdict = f"UNFINISHED  {done}: latentmill export finalize {self.out}"
+        else:
+            verdict = f"UNFINISHED  {done}: the export command goes on where it stopped"
+        rows = f"{self.committed_rows:,} of {plural(self.rows, 'row')}"
+        rate, failed = self.rows_per_process_second, self.failed_rows
+        return [
+            verdict,
+            *listing(
+                {
+                    "out": self.out,
+                    "committed": f"{rows}, {in_bytes(self.committed_bytes)}",
+                    "rows that cannot be used": f"{failed:,}, zeros in their place" * bool(failed),
+                    "rate": None if rate is None else f"{rate:,.1f} rows/s in each process",
+                    "failed attempts": self.failed_attempts or None,
+                    "in quarantine": [f"{task}: {why}" for task, why in self.quarantined.items()],
+                    "begun, not committed": names(self.staged_tasks),
+                }
+            ),
+        ]
 
 
 def export_status(out: str) -> StatusReport:
@@ -78,6 +107,11 @@ class FinalizeReport:
     tasks: int
     rows: int
 
+    def lines(self) -> list[str]:
+        """Return the report for a person."""
+        rows = f"{plural(self.rows, 'row')} in {plural(self.tasks, 'task')}"
+        return [f"OK  finished: {rows}, in {self.out}"]
+
 
 def finalize_export(out: str) -> FinalizeReport:
     """Finish an export whose tasks are all committed; raises UserError if they are not."""
@@ -102,6 +136,11 @@ class GarbageReport:
     out: str
     removed_files: int
     removed_bytes: int
+
+    def lines(self) -> list[str]:
+        """Return the report for a person."""
+        files = f"{plural(self.removed_files, 'file')}, {in_bytes(self.removed_bytes)}"
+        return [f"OK  removed {files}, from {self.out}"]
 
 
 def collect_garbage(out: str) -> GarbageReport:

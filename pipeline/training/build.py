@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.common import rng, strict
+from pipeline.common.console import warn
 from pipeline.common.errors import UserError
 from pipeline.common.precision import parameter_dtype
 from pipeline.config import TrainConfig
@@ -23,6 +24,7 @@ from pipeline.distributed.strategies.zero import ZeroStrategy
 from pipeline.losses.players import Players
 from pipeline.models.autoencoder import AutoEncoder, build_autoencoder, num_parameters
 from pipeline.training.forward import Forward, Inputs
+from pipeline.training.sense import doubts
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -143,10 +145,21 @@ def warm_up_loss(
 
 
 def describe(config: TrainConfig) -> str:
-    """Return what --dry-run prints: the resolved config as YAML, sizes as comments."""
+    """Return what --dry-run prints: the resolved config as YAML, sizes as comments.
+
+    Warns of what is likely to be a mistake; where the data cannot be read, of what the config alone
+    shows, before UserError says why.
+    """
     config = config.resolved()
-    indexes = open_indexes(config.data)
-    check_data(config, indexes)
+    try:
+        indexes = open_indexes(config.data)
+        check_data(config, indexes)
+    except UserError:
+        for what, text in doubts(config, []):
+            warn(f"{what}: {text}")
+        raise
+    for what, text in doubts(config, indexes):
+        warn(f"{what}: {text}")
     order = make_order(config, indexes)
     with torch.device("meta"):
         model = AutoEncoder(config.model, config.data.decode.event_shape)

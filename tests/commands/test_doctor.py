@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from webdataset.writer import TarWriter
 
 from pipeline.__main__ import main
@@ -28,11 +29,13 @@ CHECKS = [
     "members",
     "shards",
     "order",
+    "device",
     "memory",
     "disk",
     "clock",
     "threads",
     "strategy",
+    "wandb",
 ]
 
 
@@ -47,6 +50,8 @@ def config_of(shards: Path | str, folder: Path, **settings: object) -> Path:
     lines = {
         "run_dir": f"{folder}/run",
         "batch_size": 12,
+        "num_steps": 100,
+        "model": "{bottleneck: {kind: deterministic}}",
         "data": f"{{path: {shards}, decode: {{kind: image, size: 32}}}}",
     } | settings
     path.write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
@@ -55,7 +60,9 @@ def config_of(shards: Path | str, folder: Path, **settings: object) -> Path:
 
 def bad(findings: list[Finding]) -> list[tuple[str, str, str]]:
     return [
-        (f.verdict, f.check, f.text) for f in findings if f.verdict != "ok" and f.check != "threads"
+        (f.verdict, f.check, f.text)
+        for f in findings
+        if f.verdict != "ok" and f.check != "threads" and "fewer than 100" not in f.text
     ]
 
 
@@ -67,8 +74,9 @@ def test_a_sound_run_is_green(shards: Path, tmp_path: Path, capsys: pytest.Captu
     config = config_of(shards, tmp_path)
     assert main(["doctor", str(config), "data.threads=1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["ok"] * len(lines)
     assert list(dict.fromkeys(line.split()[1] for line in lines)) == CHECKS
+    (tiny,) = [line for line in lines if line.split()[0] != "ok"]
+    assert tiny.startswith("WARN     split     evaluation.split held_out holds 1")
     assert not (tmp_path / "run").exists()  # it only looks
     assert not bad(diagnose(config, [f"data.shards='file://{shards}'"]))
 
@@ -177,6 +185,53 @@ def test_more_threads_than_cores_are_a_warning(shards: Path, tmp_path: Path):
     assert "data.threads 1000" in texts(findings, "warning", "threads")
 
 
+def test_cores_that_nothing_uses_are_a_warning(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda _: list(range(16)))
+    config = config_of(shards, tmp_path)
+    warning = texts(diagnose(config), "warning", "threads")
+    assert "1 process x data.threads 2, 16 cores here, and one thread of each computes" in warning
+    assert "13 cores idle; set --processes to 12" in warning  # 12 of 16: the batch divides by it
+    assert texts(diagnose(config, world=4), "ok", "threads")
+
+
+def test_what_nobody_means_is_a_warning_and_no_failure(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = config_of(shards, tmp_path, model="{bottleneck: {kind: gaussian}}")
+    assert main(["doctor", str(config), "batch_size=120", "num_steps=1000000"]) == 0
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARN")]
+    assert [line.split()[1] for line in warned] == ["objective", "split", "length", "batch"]
+
+
+def test_a_gpu_that_is_asked_for_must_be_there(shards: Path, tmp_path: Path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    config = config_of(shards, tmp_path)
+    assert "sees no GPU here" in texts(diagnose(config), "ok", "device")
+    assert "--device cpu" in texts(diagnose(config, device="cpu"), "ok", "device")
+    assert "use another --device" in texts(diagnose(config, device="gpu"), "FAIL", "device")
+
+
+def test_where_the_metrics_will_go(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    config = config_of(shards, tmp_path)
+
+    def told(mode: str, verdict: str) -> str:
+        return texts(diagnose(config, [f"monitor.wandb.mode={mode}"]), verdict, "wandb")
+
+    assert "offline, into" in told("auto", "ok")
+    assert "no key for wandb.example.org here" in told("auto", "ok")
+    assert "run `wandb login`" in told("online", "warning")
+    assert "disabled: monitor.wandb.mode disabled" in told("disabled", "ok")
+    (tmp_path / "netrc").write_text("machine wandb.example.org login user password key\n")
+    assert "online: monitor.wandb.mode auto, a key for wandb.example.org" in told("auto", "ok")
+    assert "offline, into" in told("offline", "ok")
+
+
 def test_files_from_the_future_show_a_wrong_clock(shards: Path, tmp_path: Path):
     later = time.time() + 3600
     os.utime(shards / "tiny-0000.tar", (later, later))
@@ -267,3 +322,4 @@ def test_colours_are_for_terminals():
     finding = Finding("disk", "FAIL", "two\n  lines")
     assert finding.line(in_colour=False) == "FAIL     disk      two lines"
     assert finding.line(in_colour=True).startswith("\x1b[31mFAIL")
+    assert Finding("disk", "warning", "x").line(in_colour=False) == "WARN     disk      x"

@@ -10,7 +10,8 @@ from webdataset.writer import TarWriter
 from pipeline.__main__ import main
 from pipeline.common.errors import UserError
 from pipeline.data.index import Index, build_index
-from pipeline.data.index.verify import has_index, verify_shards
+from pipeline.data.index.manifest import has_index
+from pipeline.data.index.verify import verify_shards
 from pipeline.data.pack.pack import pack
 from pipeline.data.pack.sources import Sprites
 from tests.data.streams import members_of, write_shards

@@ -72,6 +72,30 @@ def test_a_light_environment_is_all_that_is_needed(out: Path, tmp_path: Path):
     assert (done.stdout, done.stderr) == (FOUND, "")
 
 
+RELEASED = ROOT / "tests" / "released" / "93dd2d6" / "export"  # in all formats
+REPORTS = {
+    "verify": "OK  40 rows, each exactly once, ",
+    "export verify": "OK  40 rows, each exactly once, ",
+    "export status": "OK  finished: 40 rows in 3 tasks",
+    "export gc": "OK  removed 0 files, 0 B, from ",
+    "export finalize": "OK  finished: 40 rows in 3 tasks, in ",
+}
+# Of the extra; what the others of `LIGHT` import of their own accord is not asked.
+EXTRA = (*HEAVY, "cv2", "PIL", "psutil", "safetensors", "simplejpeg", "sklearn", "yaml")
+
+
+@pytest.mark.parametrize("verb", REPORTS)
+def test_an_export_is_looked_after_without_the_extra(tmp_path: Path, verb: str):
+    without = tmp_path / "without"
+    without.mkdir()
+    for name in EXTRA:
+        (without / f"{name}.py").write_text(f"raise ImportError('{name} is not here')\n")
+    out = shutil.copytree(RELEASED, tmp_path / "export")
+    done = python("-m", "pipeline", *verb.split(), out, path=without)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(REPORTS[verb])
+
+
 def test_another_missing_module_is_no_light_installation(tmp_path: Path):
     (tmp_path / "webdataset.py").write_text("import no_such_module\n")
     done = python("-m", "pipeline", "pack", "sprites", tmp_path / "shards", path=tmp_path)

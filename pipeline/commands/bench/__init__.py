@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.kind == "export":
         exported = strict.load(ExportConfig, arguments.config, arguments.overrides)
         result = bench_export(exported, processes=arguments.processes, rounds=rounds)
-        print_report(asdict(result), arguments.json)
+        print_report(asdict(result), arguments.json, result.lines())
         return DONE
     config = read_config(arguments.config, arguments.overrides)
     if arguments.kind == "data":
@@ -63,5 +63,5 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         measure = bench_checkpoint if arguments.checkpoint else bench_train
         result = measure(config, num_steps=arguments.steps, rounds=rounds)
-    print_report(asdict(result), arguments.json)
+    print_report(asdict(result), arguments.json, result.lines())
     return DONE

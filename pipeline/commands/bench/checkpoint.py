@@ -17,7 +17,9 @@ import torch
 
 from pipeline.checkpoints.manager import Checkpoints
 from pipeline.checkpoints.retention import CheckpointConfig
+from pipeline.commands.bench.rounds import rounds_of
 from pipeline.commands.bench.train import OurLoop
+from pipeline.common.console import in_bytes, in_seconds, listing
 from pipeline.common.errors import UserError
 from pipeline.config import TrainConfig
 from pipeline.data.stream.datasets import open_indexes
@@ -40,6 +42,28 @@ class CheckpointBench:
     whole_over_plain: float
     stall_over_whole: float
     training_rate_while_writing: float  # over the rate without a save
+
+    def lines(self) -> list[str]:
+        """Return the report for a person: the verdict first."""
+        stall, whole = self.stall_of_background_save, self.whole_save
+        return [
+            f"a save in the background stops the training for {in_seconds(stall)}, "
+            f"{self.stall_over_whole:.0%} of the {in_seconds(whole)} that it takes",
+            *listing(
+                {
+                    "checkpoint": f"{in_bytes(self.state_bytes)} to {self.directory}",
+                    "torch.save alone": in_seconds(self.plain_torch_save),
+                    "our save, from end to end": (
+                        f"{in_seconds(whole)}, {self.whole_over_plain:.1f} x torch.save: "
+                        "with hashes, flushed to the disk"
+                    ),
+                    "rate while one is written": (
+                        f"{self.training_rate_while_writing:.0%} of the rate without"
+                    ),
+                    "measured": f"{rounds_of(self.rounds)} on {self.device}",
+                }
+            ),
+        ]
 
 
 def bench_checkpoint(config: TrainConfig, *, num_steps: int, rounds: int) -> CheckpointBench:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.commands.bench.rounds import Rates, interleave
+from pipeline.commands.bench.rounds import Rates, interleave, rounds_of, share
+from pipeline.common.console import in_bytes, plural, table
 from pipeline.config import TrainConfig
 from pipeline.data.order import Run
 from pipeline.data.storage import Storage
@@ -46,6 +47,23 @@ class DataBench:
     images_per_second: Rates
     share_of_ceiling: dict[str, float]
     bottleneck: str
+
+    def lines(self) -> list[str]:
+        """Return the report for a person: the verdict first."""
+        rates, shares = self.images_per_second, self.share_of_ceiling
+        rows = [(name, f"{rates[name]:,.0f}", share(shares[name])) for name in rates]
+        lines = [
+            f"{rates[STREAM]:,.0f} images/s from the stream, {share(shares[STREAM])} of what "
+            f"decoding alone reaches here; the bottleneck is {self.bottleneck}",
+            *table(("", "images/s", "of the ceiling"), rows),
+            f"{rounds_of(self.rounds)} of {self.images_per_round:,} images of "
+            f"{in_bytes(self.bytes_per_image)}, {plural(self.threads, 'thread')} that decode",
+        ]
+        if max(shares[READ], shares[PARSE]) > 1:
+            lines.append("reading above the ceiling: faster than decoding, so it holds up nothing")
+        if shares[STREAM] > 1:
+            lines.append("the stream above the ceiling: noise, so take more --rounds or --images")
+        return lines
 
 
 def bench_data(config: TrainConfig, *, num_images: int, rounds: int) -> DataBench:

@@ -23,7 +23,8 @@ from multiprocessing.connection import Connection
 import numpy as np
 import torch
 
-from pipeline.commands.bench.rounds import Rates, interleave
+from pipeline.commands.bench.rounds import Rates, interleave, rounds_of, share
+from pipeline.common.console import plural, table
 from pipeline.common.errors import UserError
 from pipeline.data.sequential import ShardRowReader
 from pipeline.data.storage import open_storage
@@ -52,6 +53,21 @@ class ExportBench:
     images_per_second: Rates
     bound: float  # what the two ceilings leave
     share_of_bound: float
+
+    def lines(self) -> list[str]:
+        """Return the report for a person: the verdict first."""
+        rates = self.images_per_second
+        rows = [(name, f"{rate:,.0f}") for name, rate in rates.items()]
+        lines = [
+            f"{rates[EXPORT]:,.0f} images/s, {share(self.share_of_bound)} of the "
+            f"{self.bound:,.0f} that decoding and encoding leave",
+            *table(("", "images/s"), rows),
+            f"{rounds_of(self.rounds)} of {self.images_per_round:,} images on {self.device}, "
+            f"{plural(self.processes, 'process')} of {plural(self.threads, 'thread')} that decode",
+        ]
+        if self.share_of_bound > 1:
+            lines.append("above what the two leave: noise, so take more --rounds")
+        return lines
 
 
 def bench_export(config: ExportConfig, *, processes: int | None, rounds: int) -> ExportBench:

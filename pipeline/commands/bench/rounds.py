@@ -9,6 +9,16 @@ from statistics import median
 Rates = dict[str, float]  # contender -> images per second, the median over the rounds
 
 
+def share(of_ceiling: float) -> str:
+    """Return a share of a ceiling: 93 %, or 1.3 x where there is more than the ceiling."""
+    return f"{of_ceiling:.0%}" if of_ceiling <= 1 else f"{of_ceiling:.3g} x"
+
+
+def rounds_of(rounds: int) -> str:
+    """Say what the figures are."""
+    return "1 round" if rounds == 1 else f"medians of {rounds} rounds"
+
+
 def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Rates:
     """Run all contenders `rounds` times in turn, after one warm-up; each returns its rate."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.commands.bench.rounds import Rates, interleave
+from pipeline.commands.bench.rounds import Rates, interleave, rounds_of, share
+from pipeline.common.console import plural, table
 from pipeline.common.errors import UserError
 from pipeline.common.precision import parameter_dtype
 from pipeline.config import TrainConfig
@@ -49,6 +50,31 @@ class TrainBench:
     images_per_second: Rates
     share_of_bare_loop: dict[str, float]
     data_wait: dict[str, float]
+
+    def lines(self) -> list[str]:
+        """Return the report for a person: the verdict first."""
+        name, best = next(iter(self.share_of_bare_loop.items()))
+        rates = self.images_per_second
+        rows = [
+            (
+                variant,
+                f"{rates[f'ours, {variant}']:,.0f}",
+                f"{rates[f'bare, {variant}']:,.0f}",
+                share(of_bare),
+                f"{self.data_wait[variant]:.0%}",
+            )
+            for variant, of_bare in self.share_of_bare_loop.items()
+        ]
+        lines = [
+            f"{rates[f'ours, {name}']:,.0f} images/s on {self.device}, {share(best)} of a bare "
+            "loop over tensors in memory",
+            *table(("training", "images/s", "bare loop", "share", "waits for data"), rows),
+            f"{rounds_of(self.rounds)} of {plural(self.steps_per_round, 'step')}, "
+            f"{plural(self.torch_threads, 'thread')} of torch",
+        ]
+        if max(self.share_of_bare_loop.values()) > 1:
+            lines.append("above the bare loop: noise, so take more --rounds or --steps")
+        return lines
 
 
 def bench_train(config: TrainConfig, *, num_steps: int, rounds: int) -> TrainBench:

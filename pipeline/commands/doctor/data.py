@@ -13,6 +13,7 @@ from pipeline.data.settings import DataConfig, DataSource
 from pipeline.data.storage import is_url, open_storage
 from pipeline.data.storage.opening import local_path
 from pipeline.data.stream.stream import MAX_READ_AMPLIFICATION
+from pipeline.training.sense import doubts
 
 
 def check_index(patient: Patient) -> Findings:
@@ -63,6 +64,19 @@ def _check_members(data: DataConfig, index: Index) -> Findings:
         yield Finding("members", "ok", f"{index.path} has members with a suffix of {wanted}")
     except UserError as error:
         yield Finding("members", "FAIL", str(error))
+
+
+def check_sense(patient: Patient) -> Findings:
+    """What the config allows and nobody means; without the counts where a data set has no index."""
+    if patient.config is None:
+        return
+    complete = len(patient.indexes) == len(patient.parts.data.sources)
+    indexes = [index for _, index in patient.indexes] if complete else []
+    try:
+        for what, text in doubts(patient.config, indexes, patient.world):
+            yield Finding(what, "warning", text)
+    except UserError:  # a split that is not there: `check_index` says so
+        return
 
 
 def check_shards(patient: Patient) -> Findings:

@@ -1,7 +1,9 @@
 """Will this training start, and stay up? A finding per check, all of them.
 
     config -> the parts that parse -> checks of the data (index, splits, members, shards, order)
-                                   -> checks of the machine (memory, disk, clock, threads, strategy)
+                                   -> checks of the machine (device, memory, disk, clock, threads,
+                                      strategy, W&B)
+           -> if it is valid as a whole: what nobody means (`pipeline.training.sense`)
 
 A finding is ok, a warning (it runs, but think of it) or a failure; each says what to do.
 """
@@ -9,15 +11,18 @@ A finding is ok, a warning (it runs, but think of it) or a failure; each says wh
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline.commands.doctor.data import check_index, check_order, check_shards
-from pipeline.commands.doctor.finding import Finding, Findings, Parts, Patient
+import torch
+
+from pipeline.commands.doctor.compute import check_device, check_threads
+from pipeline.commands.doctor.data import check_index, check_order, check_sense, check_shards
+from pipeline.commands.doctor.finding import Device, Finding, Findings, Parts, Patient
 from pipeline.commands.doctor.machine import (
     check_batch,
     check_clock,
     check_disk,
     check_memory,
     check_strategy,
-    check_threads,
+    check_wandb,
 )
 from pipeline.common import strict
 from pipeline.common.errors import UserError
@@ -32,18 +37,31 @@ CHECKS: dict[str, Callable[[Patient], Findings]] = {
     "index": check_index,
     "shards": check_shards,
     "order": check_order,
+    "sense": check_sense,
+    "device": check_device,
     "memory": check_memory,
     "disk": check_disk,
     "clock": check_clock,
     "threads": check_threads,
     "strategy": check_strategy,
+    "wandb": check_wandb,
 }
 
 
 def diagnose(
-    config: Path, overrides: Sequence[str] = (), *, world: int = 1, topology: Path | None = None
+    config: Path,
+    overrides: Sequence[str] = (),
+    *,
+    world: int | None = None,
+    device: Device = "auto",
+    topology: Path | None = None,
 ) -> list[Finding]:
-    """Check everything that can be checked; `topology`: the accelerate file of the launch."""
+    """Check everything that can be checked; `topology`: the accelerate file of the launch.
+
+    world: processes; None: one per GPU that is to compute, and 1 without any.
+    """
+    if world is None:
+        world = max(1, torch.cuda.device_count()) if device != "cpu" else 1
     if world < 1:
         raise UserError(f"--processes {world}: a training has at least 1.")
     findings: list[Finding] = []
@@ -52,7 +70,7 @@ def diagnose(
         return findings
     indexes = _open_indexes(parts, findings)
     order = _make_order(parts, indexes, findings)
-    patient = Patient(parts, whole, indexes, order, world, topology)
+    patient = Patient(parts, whole, indexes, order, world, topology, device)
     for name, check in CHECKS.items():
         try:
             findings += check(patient)

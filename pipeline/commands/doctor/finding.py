@@ -20,6 +20,7 @@ COLOURS = {"ok": "\x1b[32m", "warning": "\x1b[33m", "FAIL": "\x1b[31m"}
 NO_COLOUR = "\x1b[0m"
 
 Verdict = Literal["ok", "warning", "FAIL"]
+Device = Literal["cpu", "gpu", "auto"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Finding:
 
     def line(self, in_colour: bool) -> str:
         """One line for a terminal or a file."""
-        verdict = f"{self.verdict:<9}"
+        verdict = f"{'WARN' if self.verdict == 'warning' else self.verdict:<9}"
         if in_colour:
             verdict = f"{COLOURS[self.verdict]}{verdict}{NO_COLOUR}"
         return f"{verdict}{self.check:<10}{' '.join(self.text.split())}"
@@ -67,6 +68,7 @@ class Patient:
     order: Mixture | None
     world: int
     topology: Path | None
+    device: Device  # that the launch is to take
 
     @property
     def remote(self) -> RemotePolicy:
@@ -79,12 +81,3 @@ def some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:NUM_SHOWN])
     more = f" and {len(names) - NUM_SHOWN:,} more" if len(names) > NUM_SHOWN else ""
     return f"{shown}{more} {'is' if len(names) == 1 else 'are'}"
-
-
-def size(num_bytes: float) -> str:
-    """Bytes in a unit that reads well."""
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.1f} GB"

@@ -1,6 +1,8 @@
-"""Doctor's checks of the machine: batch and processes, memory, disk, clock, threads, strategy."""
+"""Doctor's checks of the machine: batch and processes, memory, disk, clock, strategy, W&B."""
 
 import importlib.util
+import netrc
+import os
 import shutil
 import subprocess
 import sys
@@ -11,20 +13,21 @@ from email.utils import parsedate_to_datetime
 from functools import cache
 from math import prod
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
-import torch
 import urllib3
+import wandb
 
-from pipeline.commands.doctor.finding import Finding, Findings, Patient, size
-from pipeline.common.precision import parameter_dtype
+from pipeline.commands.doctor.compute import weight_bytes
+from pipeline.commands.doctor.finding import Finding, Findings, Patient
+from pipeline.common.console import in_bytes
 from pipeline.common.strict.dialect import parse
 from pipeline.data.index.manifest import without_query
 from pipeline.data.order.simulate import memory_bound
 from pipeline.data.storage import is_url, open_storage
 from pipeline.data.storage.opening import local_path
-from pipeline.models.autoencoder import AutoEncoder, num_parameters
 
 MAX_CLOCK_SKEW_SECONDS = 60.0
 CGROUP = Path("/sys/fs/cgroup")
@@ -61,8 +64,8 @@ def check_memory(patient: Patient) -> Findings:
     decoded = (data.prefetch + 1) * slots * each
     needed, free = encoded + decoded, _free_memory()
     text = (
-        f"the stream holds at most {size(needed)} per process (windows {size(encoded)}, decoded "
-        f"batches {size(decoded)}); {size(free)} are free"
+        f"the stream holds at most {in_bytes(needed)} per process (windows {in_bytes(encoded)}, "
+        f"decoded batches {in_bytes(decoded)}); {in_bytes(free)} are free"
     )
     if needed > free:
         remedy = "lower data.window (another order), data.prefetch or batch_size"
@@ -88,15 +91,13 @@ def check_disk(patient: Patient) -> Findings:
     config = patient.config
     if config is None:
         return
-    with torch.device("meta"):
-        parameters = num_parameters(AutoEncoder(config.model, config.data.decode.event_shape))
-    copies = 3 + (config.ema_decay is not None)  # weights, AdamW's two moments, their average
-    one = parameters * copies * parameter_dtype(config.precision).itemsize
+    # Weights, AdamW's two moments, their average.
+    one = weight_bytes(config) * (3 + (config.ema_decay is not None))
     kept = config.checkpoint.keep.at_most(config.total_samples)
     needed, free = one * (kept + 1), shutil.disk_usage(place).free
     text = (
-        f"{kept} checkpoints of {size(one)} and one being written need "
-        f"{size(needed)} in {run_dir}; {size(free)} are free"
+        f"{kept} checkpoints of {in_bytes(one)} and one being written need "
+        f"{in_bytes(needed)} in {run_dir}; {in_bytes(free)} are free"
     )
     remedy = ": make room, set another run_dir, or lower checkpoint.keep"
     yield Finding("disk", "ok" if needed < free else "FAIL", text + remedy * (needed >= free))
@@ -129,17 +130,37 @@ def check_clock(patient: Patient) -> Findings:
             yield Finding("clock", "ok", f"no more than a minute off {what}")
 
 
-def check_threads(patient: Patient) -> Findings:
-    """Decoding threads against the cores that we may use."""
-    cores, threads = len(psutil.Process().cpu_affinity() or []), patient.parts.data.threads
-    text = f"{patient.world} processes x data.threads {threads}, {cores} cores here"
-    if threads > cores:
-        remedy = "more threads than cores decode no faster; set data.threads to at most the cores"
-        yield Finding("threads", "warning", f"{text}: {remedy} of one process")
-    elif threads * patient.world > cores:
-        yield Finding("threads", "warning", f"{text}: too many if all processes run here")
+def check_wandb(patient: Patient) -> Findings:
+    """Where the metrics go besides metrics.jsonl, and why; nothing is sent."""
+    if patient.config is None:
+        return
+    mode = patient.config.monitor.wandb.mode
+    own = os.environ.get("WANDB_BASE_URL")
+    # The service has moved; W&B takes the key of its former host, too.
+    servers = [own] if own else ["https://api.wandb.ai", wandb.Settings().base_url]
+    host, *others = (urlsplit(server).netloc for server in servers)
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or any(map(_in_netrc, (host, *others)))
+    told = f"monitor.wandb.mode {mode}"
+    folder = f"{patient.parts.run_dir}/wandb"
+    if mode == "disabled":
+        yield Finding("wandb", "ok", f"disabled: {told}")
+    elif mode == "online" and not has_key:
+        remedy = "run `wandb login`, or set monitor.wandb.mode to auto"
+        yield Finding("wandb", "warning", f"{told}, but there is no key for {host} here: {remedy}")
+    elif mode != "offline" and has_key:
+        yield Finding("wandb", "ok", f"online: {told}, a key for {host} is here (not tried)")
     else:
-        yield Finding("threads", "ok", text)
+        why = f"{told}, no key for {host} here" if mode == "auto" else told
+        later = f"`wandb sync {folder}/offline-run-*` uploads later"
+        yield Finding("wandb", "ok", f"offline, into {folder}: {why}; {later}")
+
+
+def _in_netrc(host: str) -> bool:
+    """Tell whether ~/.netrc has a password for a host, which is where `wandb login` puts it."""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def check_strategy(patient: Patient) -> Findings:

@@ -113,6 +113,15 @@ class IndexFiles:
         return manifest
 
 
+def has_index(path: Path | str) -> bool:
+    """Tell whether `path`, a directory or a URL, holds an index."""
+    try:
+        IndexFiles(path).read(f"{INDEX_DIRECTORY}/{MANIFEST}")
+    except OSError:
+        return False
+    return True
+
+
 def entry_from_json(entry: dict[str, Any]) -> ShardEntry:
     """Return a shard's entry in the manifest."""
     check_shard_name(entry["name"])

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.common import strict
 from pipeline.common.component import Component
 from pipeline.common.errors import UserError
 from pipeline.common.files import canonical_json
@@ -74,8 +73,3 @@ def group_of(metadata: bytes, field: str, where: str) -> str:
             f"{where}: the JSON member has no field {field!r}, by which the split is made."
         ) from None
     return value if isinstance(value, str) else canonical_json(value).decode()
-
-
-def read_split(text: str | None) -> SplitSpec | None:
-    """Read a rule written as YAML, as the command line has it; raise UserError. None stays None."""
-    return None if text is None else strict.load(SplitSpec, None, [], text=text)

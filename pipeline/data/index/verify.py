@@ -14,10 +14,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.common.console import in_bytes, listing, names, plural
 from pipeline.common.errors import UserError
 from pipeline.data.decode import DecodeError, ImageDecode, missing_member
 from pipeline.data.decode.codecs import PixelRules, full_scale, read_pixels
-from pipeline.data.index.manifest import INDEX_DIRECTORY, MANIFEST, IndexFiles
 from pipeline.data.index.one_pass import OnePass
 from pipeline.data.index.reader import Index
 from pipeline.data.index.scan import ShardEntry
@@ -55,14 +55,25 @@ class ShardsReport:
     bad_samples: list[BadSample]
     not_indexed: list[str]
 
-
-def has_index(path: Path | str) -> bool:
-    """Tell whether `path`, a directory or a URL, holds an index."""
-    try:
-        IndexFiles(path).read(f"{INDEX_DIRECTORY}/{MANIFEST}")
-    except OSError:
-        return False
-    return True
+    def lines(self) -> list[str]:
+        """Return the report for a person: the verdict first."""
+        shards = f"{plural(self.num_shards, 'shard')}, {in_bytes(self.num_bytes)}"
+        verdict = f"OK  {plural(self.num_samples, 'sample')} in {shards}, as indexed"
+        if self.problems:
+            verdict = f"FAILED  {plural(len(self.problems), 'problem')} in {shards}"
+        bad = [f"{b.shard}, {b.key}: {b.stage}: {b.reason}" for b in self.bad_samples]
+        return [
+            verdict,
+            *listing(
+                {
+                    "index": str(self.path),
+                    "data set id": self.dataset_id,
+                    "problems": self.problems,
+                    "bad samples": bad,
+                    "shards that are not indexed": names(self.not_indexed),
+                }
+            ),
+        ]
 
 
 def verify_shards(

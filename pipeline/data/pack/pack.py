@@ -12,11 +12,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.common.console import in_bytes, listing, named, names, plural
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.manifest import IndexFiles
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.pack.files import BROKEN, SUMMARY
-from pipeline.data.pack.parts import plan_parts
+from pipeline.data.pack.parts import few_shards, plan_parts
 from pipeline.data.pack.shards import pack_locally, pack_remotely
 from pipeline.data.pack.sources import PackSource
 from pipeline.data.pack.sources.base import require_positive
@@ -41,6 +42,29 @@ class PackReport:
     broken: tuple[tuple[str, str], ...]  # (file, reason), at most 20; all of them in broken.jsonl
     ignored: dict[str, int]  # files that are no images we read: suffix -> count
     dataset_id: str
+
+    def lines(self) -> list[str]:
+        """Return the report for a person: the verdict first."""
+        samples = f"{plural(self.num_samples, 'sample')} in {plural(self.num_shards, 'shard')}"
+        verdict = f"OK  {samples}, {in_bytes(self.num_bytes)}"
+        if self.num_broken:
+            verdict += f"; {plural(self.num_broken, 'file')} cannot be read"
+        broken = f"cannot be read, so left out ({self.num_broken:,}; all in {BROKEN})"
+        few = few_shards(self.num_shards, self.num_samples)
+        return [
+            verdict,
+            *listing(
+                {
+                    "folder": str(self.out),
+                    "splits": named(self.num_samples_per_split),
+                    "classes": names(self.classes),
+                    "files ignored": named(self.ignored),
+                    "data set id": self.dataset_id,
+                    broken: [f"{name}: {reason}" for name, reason in self.broken],
+                    "WARN": few,
+                }
+            ),
+        ]
 
 
 def pack(

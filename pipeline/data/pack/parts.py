@@ -11,12 +11,31 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline.common.console import plural
 from pipeline.common.files import publish, sha256_file, temporary_name, write_json
 from pipeline.common.tars import open_tar
 from pipeline.data.pack.pictures import prepared
 from pipeline.data.pack.sources.base import Broken, Part
 
+# Shards from which no node lacks work: one per process of an export, and a node has up to 8 GPUs.
+ENOUGH_SHARDS = 8
+BETTER_SHARDS = 16  # what is advised
+SMALL_SHARD_SAMPLES = 32  # a data set that would be cut into smaller ones is small anyway
 TAR_BLOCK = 512  # every member takes a header of one block, and its content is padded to blocks
+
+
+def few_shards(num_shards: int, num_samples: int, processes: int = 1) -> str:
+    """Say that an export of so many shards leaves processes without work; empty if it is well."""
+    if num_shards >= max(processes, ENOUGH_SHARDS):
+        return ""
+    better = max(BETTER_SHARDS, processes)
+    if num_samples < better * SMALL_SHARD_SAMPLES:
+        return ""
+    return (
+        f"{plural(num_shards, 'shard')}: one task each, so at most "
+        f"{num_shards} of an export's processes {'has' if num_shards == 1 else 'have'} work; pack "
+        f"anew with --shard-samples {-(-num_samples // better)} for {better} shards"
+    )
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ from pathlib import Path
 from posixpath import commonpath
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from webdataset.shardlists import expand_urls
-
 from pipeline.common.errors import UserError
+from pipeline.common.needs import expand_urls
 from pipeline.data.storage.filesystem import open_filesystem
 from pipeline.data.storage.opening import HTTP, check_scheme, is_url, local_path, open_storage
 from pipeline.data.storage.policy import RemotePolicy
@@ -54,8 +53,8 @@ def _expand(text: str) -> list[str]:
     for url in check_urls:
         check_scheme(url)
     try:
-        return list(expand_urls(text))
-    except (AssertionError, ValueError) as error:  # an unset WDS_ variable, or a bad brace
+        return expand_urls(text)
+    except (AssertionError, ValueError) as error:  # of an unset WDS_ variable, of a bad brace
         raise UserError(f"{text} cannot be expanded: {error}.") from None
 
 

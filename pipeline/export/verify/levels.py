@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from pipeline.common.console import listing, plural
 from pipeline.common.errors import UserError
 from pipeline.data.storage.opening import open_writable
 from pipeline.export.commit import Commit, keys_digest
@@ -46,6 +47,29 @@ class VerifyReport:
     def ok(self) -> bool:
         """Whether there are no problems."""
         return not self.problems
+
+    def lines(self) -> list[str]:
+        """Return the report for a person: the verdict first."""
+        files, rows = plural(self.files, "file"), plural(self.rows, "row")
+        if not self.ok:
+            verdict = f"FAILED  {plural(len(self.problems), 'problem')}"
+        elif LEVELS.index(self.level) < LEVELS.index("keys"):
+            verdict = f"OK  {files} of {rows}, as far as level {self.level} looks"
+        else:
+            verdict = f"OK  {rows}, each exactly once, {files}"
+        failed = f"{self.failed_rows:,}, zeros in their place" * bool(self.failed_rows)
+        return [
+            verdict,
+            *listing(
+                {
+                    "export": self.out,
+                    "level": self.level,
+                    "rows that cannot be used": failed,
+                    "problems": self.problems,
+                    "notes": self.notes,
+                }
+            ),
+        ]
 
 
 def verify_export(

@@ -8,8 +8,9 @@ import pytest
 
 from pipeline.common.errors import UserError
 from pipeline.data.index import Index, build_index, scan
+from pipeline.data.index.manifest import has_index
 from pipeline.data.index.splits import SplitSpec
-from pipeline.data.index.verify import has_index, verify_shards
+from pipeline.data.index.verify import verify_shards
 from tests.data.storage.fault_server import FaultServer, serving
 from tests.data.streams import delivered, write_shards
 from tests.shards import TINY_COUNTS, write_tiny_shards

@@ -8,9 +8,10 @@
     metadata_bytes, _offsets     the same for the JSON texts, and text_bytes, text_offsets for the
                                  plain texts; empty = none; left out if no row has any
 
-The texts are tensors because readers parse the whole header, which is limited to 100 MB. The header
-is written here, because the library's `serialize` copies all tensors twice in memory; the library
-reads it. Format: https://github.com/huggingface/safetensors#format
+The texts are tensors since the header is JSON that every reader parses whole and that ends at
+100 MB. The file is written and read here and not by the library, whose `serialize` copies all
+tensors twice in memory, and which a light installation lacks.
+Format: https://github.com/huggingface/safetensors#format
 """
 
 import json
@@ -22,8 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, deserialize
 
+from pipeline.latents.formats.safetensors.reader import LENGTH_BYTES
 from pipeline.latents.formats.writing import FIELDS, BaseWriter, Dtype, Rows
 
 _TYPES = {
@@ -61,8 +62,8 @@ class SafetensorsWriter(BaseWriter):
 
     def read(self, path: Path) -> Rows:
         try:
-            return _rows(path.stem, dict(deserialize(path.read_bytes())))
-        except (SafetensorError, KeyError, OSError, ValueError) as error:
+            return _rows(path.stem, path.read_bytes())
+        except (KeyError, OSError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name} cannot be read: {error!r}") from error
 
 
@@ -126,11 +127,21 @@ def _unpack(name: str, arrays: Mapping[str, NDArray[Any]]) -> list[str]:
     return [data[lo:hi].decode() for lo, hi in pairwise(offsets)]
 
 
-def _rows(shard: str, tensors: Mapping[str, Mapping[str, Any]]) -> Rows:
-    arrays: dict[str, NDArray[Any]] = {
-        name: np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]]).reshape(tensor["shape"])
-        for name, tensor in tensors.items()
-    }
+def _rows(shard: str, data: bytes) -> Rows:
+    start = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
+    tensors: dict[str, Any] = json.loads(data[LENGTH_BYTES:start])
+    tensors.pop("__metadata__", None)
+    arrays: dict[str, NDArray[Any]] = {}
+    end = 0  # the tensors lie without gaps, and nothing lies behind them
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, next_end = tensor["data_offsets"]
+        if begin != end:
+            raise ValueError(f"{name} begins at {begin} instead of {end}")
+        end = next_end
+        content = np.frombuffer(data[start + begin : start + end], _TYPES[tensor["dtype"]])
+        arrays[name] = content.reshape(tensor["shape"])
+    if len(data) != start + end:
+        raise ValueError(f"{len(data)} bytes instead of {start + end}")
     keys = _unpack("key", arrays)
     metadata, texts = (
         _unpack(name, arrays) if f"{name}_bytes" in arrays else [""] * len(keys)

@@ -1,0 +1,84 @@
+"""Doctor's checks of what computes: GPUs and their memory, threads against cores."""
+
+import psutil
+import torch
+
+from pipeline.commands.doctor.finding import Finding, Findings, Patient
+from pipeline.common.console import in_bytes, plural
+from pipeline.common.precision import parameter_dtype
+from pipeline.config import TrainConfig
+from pipeline.models.autoencoder import AutoEncoder, num_parameters
+
+# Of the cores, used by neither decoding nor computing: from there on the node is starved.
+IDLE_SHARE = 0.5
+
+
+def weight_bytes(config: TrainConfig) -> int:
+    """Return the bytes of the trained autoencoder's parameters."""
+    with torch.device("meta"):
+        model = AutoEncoder(config.model, config.data.decode.event_shape)
+    return num_parameters(model) * parameter_dtype(config.precision).itemsize
+
+
+def check_device(patient: Patient) -> Findings:
+    """The GPUs, their memory against what the model's state takes; or that the CPU computes."""
+    count, asked = torch.cuda.device_count(), patient.device
+    if asked == "cpu" or (asked == "auto" and not count):
+        why = "--device cpu" if asked == "cpu" else "PyTorch sees no GPU here"
+        yield Finding("device", "ok", f"the CPU computes: {why}")
+        return
+    if not count:
+        yield Finding(
+            "device",
+            "FAIL",
+            f"--device gpu, but PyTorch {torch.__version__} sees no GPU here: look at nvidia-smi "
+            "and CUDA_VISIBLE_DEVICES, install a build of PyTorch for your GPU, or use another "
+            "--device",
+        )
+        return
+    name, (free, total) = torch.cuda.get_device_name(), torch.cuda.mem_get_info()
+    text = f"{count} x {name}, {in_bytes(free)} of {in_bytes(total)} free on the first"
+    if patient.world > count:
+        text += f": fewer than the {patient.world} processes, if all run here"
+        yield Finding("device", "warning", f"{text}; set --processes to {count}")
+        return
+    if patient.config is not None:
+        # Weights, their gradients, AdamW's two moments, their average.
+        copies = 4 + (patient.config.ema_decay is not None)
+        state = weight_bytes(patient.config) * copies
+        text += f"; weights, gradients and moments take {in_bytes(state)} under DDP"
+        if state > free:
+            remedy = "use a strategy that shards them (zero1, zero2, zero3), or a smaller model"
+            yield Finding("device", "FAIL", f"{text}: {remedy}")
+            return
+    yield Finding("device", "ok", text)
+
+
+def check_threads(patient: Patient) -> Findings:
+    """Threads that decode and compute against the cores that we may use."""
+    cores, threads = len(psutil.Process().cpu_affinity() or []), patient.parts.data.threads
+    text = f"{plural(patient.world, 'process')} x data.threads {threads}, {cores} cores here"
+    computes = patient.device == "cpu" or not torch.cuda.device_count()
+    idle = cores - patient.world * (threads + computes)  # a process computes with one thread
+    if threads > cores:
+        remedy = "more threads than cores decode no faster; set data.threads to at most the cores"
+        yield Finding("threads", "warning", f"{text}: {remedy} of one process")
+    elif threads * patient.world > cores:
+        yield Finding("threads", "warning", f"{text}: too many if all processes run here")
+    elif idle <= IDLE_SHARE * cores:
+        yield Finding("threads", "ok", text)
+    elif computes:
+        size = patient.parts.batch_size // patient.parts.accumulation
+        fitting = max(n for n in range(1, cores + 1) if size % n == 0)
+        yield Finding(
+            "threads",
+            "warning",
+            f"{text}, and one thread of each computes (OMP_NUM_THREADS 1): {idle} cores idle; set "
+            f"--processes to {fitting}",
+        )
+    else:
+        yield Finding(
+            "threads",
+            "warning",
+            f"{text}: {idle} cores idle; set data.threads to {cores // patient.world - 1}",
+        )
