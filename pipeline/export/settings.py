@@ -35,13 +35,13 @@ class ExportConfig(Component):
 
     # The model: of a run, by the three settings below, or of anything that `model` names.
     run: str | None = None  # the run directory
-    model: Encoder | None = None
+    model: Encoder | None = None  # a run or an exported model, instead of `run`
     out: str  # the directory to fill, or an s3:// URL
     step: NonNegativeInt | Literal["best"] | None = None  # checkpoint; null = the newest
     weights: Literal["ema", "raw"] = "ema"  # averaged, or as trained
     data: ExportData = ExportData()
     batch_size: int = Field(default=256, ge=1)  # rows encoded at once; batches never span shards
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"  # of encoding
     # What is stored: the posterior's mean and, where it has one, its log-variance; the mean alone;
     # or one sample z = mu + sigma eps, with eps by (seed, row number in the export, element).
     store: Literal["moments", "mean", "sample"] = "moments"
@@ -52,6 +52,7 @@ class ExportConfig(Component):
     # the column `metadata` in any case.
     columns: dict[str, ColumnType] = Field(default={})
     dtype: Dtype = "float32"  # bfloat16: in safetensors only
+    # All written from one commit.
     formats: Annotated[tuple[Writer, ...], Field(min_length=1)] = (ParquetWriter(),)
     # A task with more failed rows than this is not committed: something else is wrong.
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)

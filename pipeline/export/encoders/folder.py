@@ -15,7 +15,7 @@ class FolderEncoder(EncoderBase):
     """An exported model. It knows how files are decoded, and no data set."""
 
     kind: Literal["folder"] = "folder"
-    path: str
+    path: str  # what `latentmill export-model` wrote
 
     def open(self, device: torch.device) -> OpenEncoder:
         """Load the folder; see `EncoderBase.open`."""
