@@ -129,11 +129,21 @@ def ended(running: Mapping[int, object]) -> list[tuple[int, int]]:
     return [(pid, status) for pid, status in found if pid]
 
 
-def become(argv: list[str], log: str, env: dict[str, str], cwd: str) -> None:
-    """Go on as the command; returns, or raises, as an interpreter ends that runs it."""
+def become(
+    argv: list[str], log: str, env: dict[str, str], cwd: str, errors: str | None = None
+) -> None:
+    """Go on as the command; returns, or raises, as an interpreter ends that runs it.
+
+    errors: the file for stderr, if not `log`.
+    """
     os.setsid()
-    with Path(log).open("ab") as file, Path(os.devnull).open("rb") as nothing:
-        for stream, target in enumerate((nothing, file, file)):
+    sys.executable = argv[0]
+    with (
+        Path(log).open("ab") as file,
+        Path(errors or log).open("ab") as other,
+        Path(os.devnull).open("rb") as nothing,
+    ):
+        for stream, target in enumerate((nothing, file, other)):
             os.dup2(target.fileno(), stream)
     sys.stdout.reconfigure(line_buffering=True)
     sys.stderr.reconfigure(line_buffering=True)
