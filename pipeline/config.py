@@ -91,6 +91,14 @@ class TrainConfig(Component):
     monitor: MonitorConfig = MonitorConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
 
+    @classmethod
+    def load(cls, path: str | Path, *overrides: str) -> "TrainConfig":
+        """Read a YAML file and change settings by `a.b=c`, as on the command line.
+
+        Raises UserError with all problems.
+        """
+        return read_config(Path(path), overrides)
+
     @property
     def total_samples(self) -> int:
         """Samples that the whole run consumes."""

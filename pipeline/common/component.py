@@ -1,6 +1,10 @@
 """The base of everything that carries settings."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.common.explain import complaint, explain
 
 
 class Component(BaseModel):
@@ -14,3 +18,15 @@ class Component(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
     )
+
+    def __init__(self, /, **settings: Any) -> None:
+        """Check the settings; raises UserError with all problems, in the words that a file gets."""
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            name = type(self).__name__
+            raise complaint(name, explain(error, type(self))) from None
+
+    # pydantic's own mark: a component inside another is checked with the whole, so that the
+    # problems of all are told at once, by their paths from the top.
+    __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]

@@ -6,6 +6,8 @@ proofs of equality between topologies. fp16 is refused: with DeepSpeed's autocas
 skipped without the scaler noticing (LOG.md), and bf16 needs no scaler.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
@@ -28,6 +30,22 @@ def fix_arithmetic() -> None:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@contextmanager
+def fixed_arithmetic() -> Generator[None]:
+    """Fix it within the context only: for a library, whose process belongs to its user."""
+    parts = (
+        *((torch.backends.cudnn, name) for name in ("benchmark", "deterministic", "allow_tf32")),
+        (torch.backends.cuda.matmul, "allow_tf32"),
+    )
+    before = [getattr(part, name) for part, name in parts]
+    fix_arithmetic()
+    try:
+        yield
+    finally:
+        for (part, name), value in zip(parts, before, strict=True):
+            setattr(part, name, value)
 
 
 def parameter_dtype(precision: str) -> torch.dtype:

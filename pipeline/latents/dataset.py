@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args, overload
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
+from pipeline.common.needs import is_missing
 from pipeline.data.storage import RemotePolicy, is_url, open_storage
 from pipeline.latents.batches import (
     INTERLEAVE,
@@ -190,6 +192,18 @@ class LatentDataset:
         for shard, count in enumerate(self.manifest.counts.tolist()):
             parts.append(self._shards.read(shard, name, np.arange(count)))
         return np.concatenate(parts)
+
+    def to_pandas(self) -> Any:
+        """Return all rows as a pandas.DataFrame: key, label, valid, metadata, text, the columns of
+        the export's setting `columns`, each field of the latents; UserError without pandas.
+        """
+        if is_missing("pandas"):
+            raise UserError("to_pandas() needs pandas, which is not installed: pip install pandas.")
+        names = ("key", "label", "valid", "metadata", "text", *self.manifest.columns)
+        frame = pa.table({name: pa.array(self.column(name)) for name in names}).to_pandas()
+        for field in self.fields:  # an array [*latent_shape] per row
+            frame[field] = list(self.column(field))
+        return frame
 
     def num_steps(self, batch_size: int, *, tail: Tail = "mask") -> int:
         """Return the steps of an epoch of `batches`."""

@@ -1,6 +1,6 @@
 """Rows of an export in memory: one, or many with their latents as arrays."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -11,6 +11,8 @@ from pipeline.common.errors import UserError
 from pipeline.latents.noise import sample
 
 NO_LABEL = -1  # as pipeline.latents.formats.writers has it
+# Of a row as a mapping, besides its latents.
+ROW_ITEMS = ("index", "key", "valid", "label", "metadata", "text")
 
 # Column of texts, row numbers -> its values.
 LookUp = Callable[[str, NDArray[np.int64]], list[Any]]
@@ -34,8 +36,12 @@ def _mean(latents: Latents, view: str = "identity") -> NDArray[Any]:
 
 
 @dataclass(frozen=True)
-class LatentRow:
-    """One row; `valid` is False where the sample could not be encoded: its latents are zeros."""
+class LatentRow(Mapping[str, Any]):
+    """One row; `valid` is False where the sample could not be encoded: its latents are zeros.
+
+    Also a mapping of what torch's DataLoader makes batches of: index, key, valid, label, metadata
+    and text ("" = none), and the latents by field.
+    """
 
     index: int  # row number in the export
     key: str
@@ -44,6 +50,20 @@ class LatentRow:
     metadata: str | None  # JSON text of the source
     text: str | None  # of the source's `.txt`
     latents: Latents  # field -> [*latent_shape]
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.latents:
+            return self.latents[name]
+        if name not in ROW_ITEMS:
+            raise KeyError(name)
+        value = getattr(self, name)
+        return "" if value is None else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*ROW_ITEMS, *self.latents))
+
+    def __len__(self) -> int:
+        return len(ROW_ITEMS) + len(self.latents)
 
     @property
     def mu(self) -> NDArray[Any]:

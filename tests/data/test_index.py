@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 from webdataset.writer import TarWriter
 
 from pipeline.common.errors import UserError
@@ -117,7 +116,7 @@ def test_the_order_the_fractions_are_written_in_does_not_matter():
     ],
 )
 def test_impossible_splits_are_refused(settings):
-    with pytest.raises(ValidationError):
+    with pytest.raises(UserError, match="SplitSpec has 1 problem"):
         SplitSpec(**settings)
 
 

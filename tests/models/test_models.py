@@ -5,9 +5,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
+from pipeline.common.errors import UserError
 from pipeline.losses.terms import gaussian_kl
 from pipeline.models.autoencoder import ModelConfig, build_autoencoder, num_parameters
 from pipeline.models.backbones import Backbone, BackboneBase, Burgess, Mlp
@@ -97,7 +97,7 @@ def test_burgess_refuses_other_sizes() -> None:
 def test_mlp_takes_any_event() -> None:
     model = build((7,), backbone={"kind": "mlp", "hidden": [5]}, bottleneck={"kind": "gaussian"})
     assert model(torch.rand(3, 7), keys=keys(3)).decoded.shape == (3, 7)
-    with pytest.raises(ValidationError):
+    with pytest.raises(UserError, match="hidden.0: must be greater than 0"):
         Mlp(hidden=(0,))
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from tests.processes import ROOT
 
 # From high to low: wings, or modules, of `pipeline`. Those on one line may know each other, in one
-# direction. `report` and `metrics` have their place, and no room yet.
+# direction. `report` and `metrics` have their place, and no room yet. The package `latentmill`
+# stands above them all.
 SPINE = (
     "__main__",
     "commands",
@@ -29,7 +30,11 @@ SPINE = (
     "common",
 )
 # Besides: the launcher knows the common wing only, and only commands know the launcher.
-MAY_IMPORT = {"launch": ("launch", "pipeline.common"), "pipeline.commands": ("launch",)}
+MAY_IMPORT = {
+    "latentmill": ("latentmill", "pipeline"),
+    "launch": ("launch", "pipeline.common"),
+    "pipeline.commands": ("launch",),
+}
 MAX_LOOSE_MODULES = 4  # files directly in pipeline/, besides __init__.py
 MAX_NAMES_AT_THE_TOP = 20
 MAX_FILE_LINES = 300
@@ -38,7 +43,7 @@ MAX_FUNCTION_LINES = 60  # only train() may be longer
 LEVEL_OF = {
     name: len(SPINE) - place for place, names in enumerate(SPINE) for name in names.split(" | ")
 }
-OURS = ("pipeline", "launch")
+OURS = ("latentmill", "pipeline", "launch")
 FILES = sorted(path for top in OURS for path in (ROOT / top).rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 MODULES = {
@@ -68,6 +73,12 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
                     yield node.lineno, full if full in MODULES else module
 
 
+def room_of(module: str) -> str:
+    """A name directly in `pipeline`, or another package of ours as one; '' as `wing` has it."""
+    top = module.split(".")[0]
+    return wing(module) if top == "pipeline" else top
+
+
 def wing(module: str) -> str:
     """The name below `pipeline` that a module belongs to; '' for `pipeline`, with the version."""
     return (module.split(".") + [""])[1]
@@ -87,14 +98,13 @@ def is_allowed(importer: str, imported: str) -> bool:
 
 @cache
 def rooms() -> dict[str, set[str]]:
-    """Every room, a name directly in `pipeline` or `launch` as one, with the rooms it knows."""
+    """Every room, with the rooms it knows."""
     found: dict[str, set[str]] = {}
     for path, name in NAMES.items():
-        room = wing(name) if name.startswith("pipeline") else "launch"
+        room = room_of(name)
         known = found.setdefault(room, set()) if room else set()
         for _, module in imports(TREES[path]):
-            other = wing(module) if module.startswith("pipeline") else "launch"
-            known |= {other} - {"", room}
+            known |= {room_of(module)} - {"", room}
     return found
 
 

@@ -18,7 +18,7 @@ import pytest
 from tests.processes import ROOT
 from tests.project.test_readme import tracked
 
-CODE = ("pipeline", "launch", "tests", "examples", "benchmarks", "docker")
+CODE = ("latentmill", "pipeline", "launch", "tests", "examples", "benchmarks", "docker")
 DOCUMENTS = (
     *("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", ".ci/run"),
     *("docker/Dockerfile", "tests/conftest.py"),

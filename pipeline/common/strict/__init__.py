@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 
 from pipeline.common.errors import UserError
+from pipeline.common.explain import complaint, did_you_mean, explain
 from pipeline.common.strict.dialect import parse, write
-from pipeline.common.strict.explain import did_you_mean, explain
 from pipeline.common.strict.overrides import apply, parse_overrides
 
 M = TypeVar("M", bound=BaseModel)
@@ -81,9 +81,7 @@ def load(
         problems += explain(error, model)
         loaded = None
     if problems or loaded is None:
-        where = str(path) if path else "The configuration"
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError("\n  ".join([f"{where} has {count}:", *problems]))
+        raise complaint(str(path) if path else "The configuration", problems)
     return loaded
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, cast
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
+from pipeline.common.explain import as_model, child, narrow, show
 from pipeline.common.strict.dialect import parse
-from pipeline.common.strict.explain import as_model, child, narrow, show
 
 
 class Override(NamedTuple):

@@ -93,6 +93,11 @@ class ArrayDecode(Component):
             out[...] = self._parse(data)
         self._check_range(out)
 
+    def decode_values(self, values: NDArray[Any], out: NDArray[Any]) -> None:
+        """Copy values of the declared shape and type into `out`; raise DecodeError by range."""
+        out[...] = values
+        self._check_range(out)
+
     def _parse(self, data: Content) -> NDArray[Any]:
         """Any valid `.npy` of the declared shape and type: Fortran order, big-endian, version 2."""
         file = io.BytesIO(data)

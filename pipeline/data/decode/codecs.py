@@ -10,7 +10,8 @@ JPEG goes through libjpeg-turbo, plain PNG (8 bit, no alpha) and plain lossy Web
 import io
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import cv2
@@ -150,10 +151,22 @@ def _read_with_opencv(data: Content, rules: PixelRules, name: str) -> Pixels:
 
 
 def _read_with_pillow(data: Content, rules: PixelRules) -> Pixels:
+    with _pillow_errors(), Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
+        return pixels_of(image, rules)
+
+
+def pixels_of(image: Image.Image, rules: PixelRules) -> Pixels:
+    """Return what `read_pixels` would for a lossless file of an image that Pillow holds."""
+    with _pillow_errors():
+        check_size(image.height, image.width, rules.max_pixels)
+        return _converted(ImageOps.exif_transpose(image), rules)
+
+
+@contextmanager
+def _pillow_errors() -> Generator[None]:
+    """Raise DecodeError for whatever Pillow raises."""
     try:
-        with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
-            check_size(image.height, image.width, rules.max_pixels)
-            return _pixels_of(ImageOps.exif_transpose(image), rules)
+        yield
     except DecodeError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -164,7 +177,7 @@ def _read_with_pillow(data: Content, rules: PixelRules) -> Pixels:
         raise DecodeError("decode", f"{type(error).__name__}: {error}") from None
 
 
-def _pixels_of(image: Image.Image, rules: PixelRules) -> Pixels:
+def _converted(image: Image.Image, rules: PixelRules) -> Pixels:
     if image.mode.startswith("I;16"):  # 16-bit grey: the high byte, as every PNG reader does
         high = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
         image = Image.fromarray(high)

@@ -25,6 +25,7 @@ from pipeline.data.decode.codecs import (
     JPEG_MAGIC,
     PixelRules,
     has_exif,
+    pixels_of,
     read_pixels,
 )
 from pipeline.data.decode.fault import Content
@@ -90,6 +91,10 @@ class ImageDecode(Component):
             except ValueError:
                 pass  # too large, or damaged: the general way tells which
         self._fit(read_pixels(data, self._rules, self._scale_of), out)
+
+    def decode_image(self, image: Image.Image, out: NDArray[np.uint8]) -> None:
+        """Bring an image that Pillow holds into `out`, as `decode` does a lossless file of it."""
+        self._fit(pixels_of(image, self._rules), out)
 
     def decode_view(self, data: Content, out: NDArray[np.uint8], view_of: ViewOf) -> None:
         """Decode the part of a file that an augmentation looks at into `out`, as `decode` does."""

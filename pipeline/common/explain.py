@@ -15,6 +15,8 @@ from typing import Annotated, Any, NamedTuple, Union, cast, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from pipeline.common.errors import UserError
+
 MAX_SHOWN_CHARACTERS = 80  # of a value inside a message
 
 Part = str | int  # one step of a path: a key or a list index
@@ -132,6 +134,9 @@ def locate(annotation: Any, location: Sequence[Part]) -> Place:
 REWORDED = {
     "Input should be": "must be",
     "a valid integer, got a number with a fractional part": "an integer",
+    "a valid integer, unable to parse string as an integer": "an integer",
+    "a valid number, unable to parse string as a number": "a number",
+    "a valid boolean, unable to interpret input": "true or false",
     "a valid integer": "an integer",
     "a valid number": "a number",
     "a valid string": "a string",
@@ -168,6 +173,8 @@ def _explain(error: ErrorDetails, annotation: Any) -> tuple[str, str]:
             text = _unknown_key(place, given)
         case "missing":
             text = "required, but not given"
+        case "model_type" | "model_attributes_type":
+            text = f"must be a mapping (got {show(given)})"
         case "union_tag_not_found":
             path, text = [*path, "kind"], f"required; choices: {', '.join(kinds(place.annotation))}"
         case "union_tag_invalid":
@@ -202,3 +209,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
         for path, texts in by_path.items()
         if not any(other.startswith(f"{path}.") for other in by_path if path)
     ]
+
+
+def complaint(where: str, problems: Sequence[str]) -> UserError:
+    """All problems of `where`, a file or a component, as one error."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return UserError("\n  ".join([f"{where} has {count}:", *problems]))
