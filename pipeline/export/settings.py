@@ -33,12 +33,13 @@ class ExportData(Component):
 class ExportConfig(Component):
     """Encode every sample of a dataset with a trained model."""
 
-    # The model: of a run, by the three settings below, or of anything that `model` names.
-    run: str | None = None  # the run directory
-    model: Encoder | None = None  # a run or an exported model, instead of `run`
+    run: str | None = None  # the run directory whose model encodes
+    model: Encoder | None = None  # instead of `run`: anything that can be exported
     out: str  # the directory to fill, or an s3:// URL
-    step: NonNegativeInt | Literal["best"] | None = None  # checkpoint; null = the newest
-    weights: Literal["ema", "raw"] = "ema"  # averaged, or as trained
+    step: NonNegativeInt | Literal["best"] | None = (
+        None  # of `run`: the checkpoint; null = the newest
+    )
+    weights: Literal["ema", "raw"] = "ema"  # of `run`: averaged, or as trained
     data: ExportData = ExportData()
     batch_size: int = Field(default=256, ge=1)  # rows encoded at once; batches never span shards
     precision: Literal["fp32", "bf16"] = "fp32"  # of encoding
