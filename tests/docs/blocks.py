@@ -42,7 +42,7 @@ def blocks_of(page: Path) -> list[Block]:
         if match[2].startswith("{"):
             continue  # Sphinx's own: a list of pages, a reference
         language, *rest = shlex.split(match[2]) or [""]
-        options = dict(word.partition("=")[::2] for word in rest)
+        options = {name: value for name, _, value in (word.partition("=") for word in rest)}
         line = text[: match.start()].count("\n") + 1
         where = f"{page.name}:{line}"
         assert language in LANGUAGES, f"{where}: its language must be one of {sorted(LANGUAGES)}"

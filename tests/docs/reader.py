@@ -67,7 +67,8 @@ def type_blocks(blocks: Sequence[Block], folder: Path, shims: Path) -> None:
 
 def scripts(blocks: Sequence[Block]) -> Iterator[tuple[str, str, Block]]:
     """(language, text, last block) of what is run as one: blocks of Python in a row are."""
-    runnable = [b for b in blocks if b.language != "text" and "norun" not in b.options]
+    typed_in = [b for b in blocks if b.language in ("console", "python") or "file" in b.options]
+    runnable = [b for b in typed_in if "norun" not in b.options]
     for language, group in groupby(runnable, key=lambda block: block.language):
         members = [*group]
         if language != "python":

@@ -71,7 +71,7 @@ def test_a_page_does_what_it_says(
     if all(block.language == "text" for block in blocks):
         return
     before = "photos" if page.name == "README.md" else "after_the_first_hour"
-    shutil.copytree(request.getfixturevalue(before), tmp_path / "here")
+    shutil.copytree(request.getfixturevalue(before), tmp_path / "here", symlinks=True)
     type_blocks(blocks, tmp_path / "here", shims)
 
 
