@@ -1,0 +1,1 @@
+"""Latentmill, as programs import it."""
