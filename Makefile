@@ -52,7 +52,7 @@ format: $(STAMP) ## rewrite the code as `check` wants it, as far as that is mech
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[train,deepspeed,s3,onnx,docs,dev]'

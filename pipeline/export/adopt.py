@@ -46,9 +46,15 @@ def adopt_plan(export: ExportDir, plan: Plan) -> tuple[Plan, str]:
         raise
     except OSError as error:
         raise UserError(f"{export.root} cannot be written: {error.strerror}. Set out.") from error
+    stored = read_plan(export)
+    compare_plans(export, stored, plan)
+    return stored, guarantee
+
+
+def compare_plans(export: ExportDir, stored_plan: Plan, plan: Plan) -> None:
+    """Raise UserError if the stored plan is another, with what differs."""
     # By way of JSON, as stored: tuples are lists there.
-    asked = json.loads(text)
-    stored_plan = read_plan(export)
+    asked = json.loads(canonical_json(plan.to_json()))
     stored = stored_plan.to_json()
     if "encoder_sha256" not in stored["fingerprint"]["model"]:  # by 93dd2d6, which did not say it
         asked["fingerprint"]["model"].pop("encoder_sha256", None)
@@ -67,4 +73,3 @@ def adopt_plan(export: ExportDir, plan: Plan) -> tuple[Plan, str]:
             + "\n".join(shown)
             + f"\nSet another out, or give the former settings.{hint}"
         )
-    return stored_plan, guarantee

@@ -5,17 +5,15 @@ config -> prepare -> plan stored or compared -> run_worker -> complete? -> final
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from pipeline.common import strict
 from pipeline.common.errors import DONE, PREEMPTED, StoreError, UserError
-from pipeline.export.adopt import adopt_plan
+from pipeline.export.adopt import adopt_plan, compare_plans
 from pipeline.export.failures import quarantined, reason_of
 from pipeline.export.finalize import finalize
 from pipeline.export.layout import FAILURES, ExportDir
-from pipeline.export.plan import Plan
+from pipeline.export.plan import Plan, find_plan
 from pipeline.export.prepare import Prepared, prepare
 from pipeline.export.progress import Progress
 from pipeline.export.run import MAX_FAILURES_IN_A_ROW, Outcome, run_worker
@@ -29,11 +27,16 @@ def begin(config: ExportConfig, worker: Worker) -> tuple[Prepared, str]:
     Returns also what the place guarantees, in words. Raises UserError when something is missing, or
     `config.out` holds an export of something else, or cannot tell finished work from unfinished.
     """
+    prepared = _prepare(config, worker)
+    plan, guarantee = adopt_plan(prepared.export, prepared.plan)
+    return replace(prepared, plan=plan), guarantee
+
+
+def _prepare(config: ExportConfig, worker: Worker) -> Prepared:
     prepared = prepare(config, worker)
     if not prepared.plan.tasks:
         raise UserError(f"The split {config.data.split!r} holds no sample: set data.split.")
-    plan, guarantee = adopt_plan(prepared.export, prepared.plan)
-    return replace(prepared, plan=plan), guarantee
+    return prepared
 
 
 def work_through(prepared: Prepared, worker: Worker, should_stop: Callable[[], bool]) -> int:
@@ -102,10 +105,18 @@ class PlanReport:
     each_task_once_by: str
 
 
-def make_plan(config_file: Path, overrides: Sequence[str]) -> PlanReport:
-    """Write the plan of an export, or find that it is there; raises UserError as `begin` does."""
-    config = strict.load(ExportConfig, config_file, overrides)
-    prepared, guarantee = begin(config, Worker())
+def make_plan(config: ExportConfig, *, is_dry_run: bool = False) -> PlanReport:
+    """Write the plan of an export, or find that it is there; raises UserError as `begin` does.
+
+    is_dry_run: write nothing, and do not try what the place guarantees, which takes writing.
+    """
+    if is_dry_run:
+        prepared, guarantee = _prepare(config, Worker()), "not tried"
+        stored = find_plan(prepared.export)
+        if stored is not None:
+            compare_plans(prepared.export, stored, prepared.plan)
+    else:
+        prepared, guarantee = begin(config, Worker())
     plan, output = prepared.plan, prepared.plan.fingerprint["output"]
     item = 4 if config.dtype == "float32" else 2
     row_bytes = len(output["fields"]) * math.prod(output["latent_shape"]) * item

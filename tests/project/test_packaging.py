@@ -47,7 +47,7 @@ def third_party_imports(paths: Iterable[Path]) -> dict[str, Path]:
             else:
                 continue
             found |= {name.split(".")[0]: path for name in names}
-    ours = {"latentmill", "pipeline", "launch", "_typeshed"}
+    ours = {"latentmill", "launch", "pipeline", "_typeshed"}
     return {k: v for k, v in found.items() if k not in ours | set(sys.stdlib_module_names)}
 
 

@@ -3,9 +3,8 @@
 import argparse
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
-from pipeline.common.arguments import bind
+from pipeline.common.arguments import add_config, bind, settings_file
 from pipeline.common.console import print_report
 from pipeline.common.errors import DONE, FAILED
 
@@ -15,10 +14,9 @@ HELP = "will this training start, and stay up? a line per check; exit 1 if one f
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say which training, and on how many processes."""
     bind(parser, run)
-    parser.add_argument("config", type=Path, help="YAML file of the training")
-    parser.add_argument("overrides", nargs="*", help="settings as a.b=c")
+    add_config(parser, "train")
     parser.add_argument("--processes", type=int, default=1, help="of the training (%(default)s)")
-    parser.add_argument("--topology", type=Path, help="accelerate config file of the launch")
+    parser.add_argument("--topology", type=settings_file("accelerate"), help="of the launch")
 
 
 def run(arguments: argparse.Namespace) -> int:

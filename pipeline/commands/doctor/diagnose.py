@@ -16,6 +16,7 @@ from pipeline.commands.doctor.machine import (
     check_clock,
     check_disk,
     check_memory,
+    check_names,
     check_strategy,
     check_threads,
 )
@@ -37,6 +38,7 @@ CHECKS: dict[str, Callable[[Patient], Findings]] = {
     "clock": check_clock,
     "threads": check_threads,
     "strategy": check_strategy,
+    "names": check_names,
 }
 
 

@@ -14,7 +14,7 @@ HELP = "who reads what, as JSON lines; with --simulate what an order costs and h
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say whose order, which steps, and which numbers instead of the config's."""
     bind(parser, run)
-    parser.add_argument("source", nargs="?", help="config (.yaml), or directory of an index")
+    parser.add_argument("source", nargs="?", help="config or its shipped name, or index")
     parser.add_argument("overrides", nargs="*", help="settings of the config as a.b=c")
     parser.add_argument("--steps", type=steps, default=range(1), metavar="A:B", help="(0:1)")
     parser.add_argument("--simulate", action="store_true", help="a table, planned on counts alone")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.common import strict
 from pipeline.common.errors import UserError
+from pipeline.common.shipped import find, shipped
 from pipeline.config import read_config
 from pipeline.data.index import Index
 from pipeline.data.index.splits import ALL
@@ -178,11 +179,13 @@ def _plan(request: Request) -> Plan:
         for value in _one(getattr(request, name), f"--{name}"):
             numbers[name] = value
     given = [f"{name}={value}" for name, value in numbers.items() if value is not None]
-    if Path(source).suffix in CONFIG_SUFFIXES:
+    if Path(source).suffix in CONFIG_SUFFIXES or (
+        source in shipped("train") and not Path(source).exists()
+    ):
         whole = {"batch_size": request.batch_size, "seed": request.seed}
         overrides = [*request.overrides, *(f"data.{number}" for number in given)]
         overrides += [f"{name}={value}" for name, value in whole.items() if value is not None]
-        config = read_config(Path(source), overrides)
+        config = read_config(find("train", source), overrides)
         return Plan(config.data, config.seed, config.batch_size)
     if request.overrides:
         raise UserError(f"{source} is no .yaml: {request.overrides[0]} has nothing to override.")
