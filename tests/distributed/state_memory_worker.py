@@ -42,6 +42,7 @@ def main(config_path: str, out: str, *overrides: str) -> None:
     forward = make_forward(config, runtime.device)
     strategy = make_strategy(config, runtime)
     strategy.warm_up(throw_away_loss(config, forward, strategy, runtime))
+    with_gradients = 0
     for _ in range(2):
         strategy.set_learning_rates(config.learning_rates_at(0))
         with strategy.accumulate(is_last=True):

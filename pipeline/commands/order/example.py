@@ -154,15 +154,15 @@ def _steps(order: Order, ranks: int) -> Iterator[str]:
     ]
     for step in range(-(-order.num_samples // order.batch_size)):
         positions = order.positions(step)
-        later = order.places(positions).epoch > 0
+        epochs = order.places(positions).epoch.tolist()
         names = _names(*order.samples(positions))
-        marked = [name + "'" * late for name, late in zip(names, later.tolist(), strict=True)]
+        marked = [name + "'" * epoch for name, epoch in zip(names, epochs, strict=True)]
         rows.append((f"step {step}", marked))
     width = max(len(cell) for _, cells in rows for cell in cells)
     for title, cells in rows:
         yield f"   {title:<9}{' '.join(cell.rjust(width) for cell in cells)}"
     if order.num_samples % order.batch_size:
-        yield "   A batch goes on into the next epoch, whose samples are marked with '."
+        yield "   A batch goes on into the next epoch; ' marks a sample of that one."
 
 
 def _names(shard: Ints, row: Ints) -> list[str]:
