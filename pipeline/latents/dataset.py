@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, overload
 
@@ -83,7 +83,7 @@ class LatentDataset:
         self._shards = Shards(self._files, self.manifest, self.format, scale)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.root, self._arguments)
+        return partial(LatentDataset, self.root, **self._arguments), ()
 
     def __enter__(self) -> Self:
         return self
@@ -154,6 +154,10 @@ class LatentDataset:
                 raise IndexError(f"rows are numbers, not {numbers.dtype}")
             return self._take(self._checked(numbers.astype(np.int64).reshape(-1)))
         return self._take(self._checked(np.array([operator.index(rows)]))).row(0)
+
+    def __getitems__(self, rows: Sequence[int]) -> list[LatentRow]:
+        """Return the rows of a batch, which torch's DataLoader asks for at once."""
+        return self[rows].split()
 
     def by_key(self, key: str) -> LatentRow:
         """Return the row with a key; raise UnknownKeyError, or UserError when several have it."""
@@ -294,7 +298,3 @@ class LatentDataset:
 
     def _texts(self, name: str, rows: Ints) -> list[Any]:
         return self._shards.take(rows, (name,))[name].tolist()
-
-
-def _reopen(root: str, arguments: dict[str, Any]) -> LatentDataset:
-    return LatentDataset(root, **arguments)

@@ -13,6 +13,7 @@ from pipeline.latents.noise import sample
 NO_LABEL = -1  # as pipeline.latents.formats.writers has it
 # Of a row as a mapping, besides its latents.
 ROW_ITEMS = ("index", "key", "valid", "label", "metadata", "text")
+TEXTS = ("key", "metadata", "text")
 
 # Column of texts, row numbers -> its values.
 LookUp = Callable[[str, NDArray[np.int64]], list[Any]]
@@ -131,13 +132,21 @@ class LatentRows:
     def row(self, place: int) -> LatentRow:
         """Return one of the rows."""
         number = self.index[place : place + 1]
+        return self._row(place, *(self.look_up(name, number)[0] for name in TEXTS))
+
+    def split(self) -> list[LatentRow]:
+        """Return the rows one by one; their texts are looked up together."""
+        texts = zip(*(self.look_up(name, self.index) for name in TEXTS), strict=True)
+        return [self._row(place, *one) for place, one in enumerate(texts)]
+
+    def _row(self, place: int, key: str, metadata: str | None, text: str | None) -> LatentRow:
         return LatentRow(
-            int(number[0]),
-            self.look_up("key", number)[0],
+            int(self.index[place]),
+            key,
             bool(self.valid[place]),
             int(self.labels[place]),
-            self.look_up("metadata", number)[0],
-            self.look_up("text", number)[0],
+            metadata,
+            text,
             {name: values[place] for name, values in self.latents.items()},
         )
 

@@ -183,7 +183,7 @@ def _converted(image: Image.Image, rules: PixelRules) -> Pixels:
         image = Image.fromarray(high)
     if image.mode in ("I", "F"):
         raise DecodeError("decode", f"pixels of mode {image.mode} have no declared range")
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = _flattened(image, rules.background)
     pixels = np.asarray(image.convert("RGB" if rules.channels == 3 else "L"))
     return pixels.reshape(*pixels.shape[:2], rules.channels)
