@@ -15,7 +15,7 @@ import socket
 import sys
 from pathlib import Path
 
-SHORT = ("num_steps=8", "optimizer.learning_rate.warmup_samples=0")
+SHORT = ("num_steps=4", "optimizer.learning_rate.warmup_samples=0")
 NUM_SPRITES = 600
 LATENTMILL, LAUNCHER = ["-m", "pipeline"], ["-m", "accelerate.commands.launch"]
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -57,12 +57,14 @@ def after_the_first_hour(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_first_hour_leaves_what_it_says(after_the_first_hour: Path):
     for name in ("data/photos", "runs/photos", "models/photos", "exports/photos"):
         assert (after_the_first_hour / name).is_dir()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.stem)
 def test_a_page_does_what_it_says(
     page: Path, request: pytest.FixtureRequest, tmp_path: Path, shims: Path
