@@ -12,10 +12,12 @@ editors take the first word as the language, and show the block without its opti
 
 import re
 import shlex
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 LANGUAGES = {"console", "python", "yaml", "text"}
+OPERATORS = {"|", ">", ">>", "<", "&", "&&", "||", ";"}  # written with spaces around them
 OPTIONS = {"norun", "exit", "file"}
 FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
@@ -55,7 +57,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of each command of a console block, without pipes and what follows them."""
+    """The words of each command of a console block, without what the shell makes of its output."""
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
-    return [line[: line.index("|") if "|" in line else None] for line in words if line]
+    return [[*takewhile(lambda word: word not in OPERATORS, line)] for line in words if line]
