@@ -10,7 +10,7 @@ AT_ONCE := -n 2 --dist loadfile
 OTHERS := alone or distributed or deepspeed or fault or netns or slurm or browser or gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu soak check format size
+.PHONY: help setup demo docs test test-all test-gpu soak check format size
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -19,6 +19,10 @@ setup: $(STAMP) ## create or update .venv with the pinned versions
 
 demo: $(STAMP) ## the main job on built-in data: pack, train four models, export, verify, probe
 	$(BIN)/python -m pipeline.commands.demo
+
+docs: $(STAMP) ## the site of docs/, into build/docs; offline, and strict: a warning fails
+	$(BIN)/python -m sphinx -W -n --keep-going -q -d build/doctrees docs build/docs
+	@echo build/docs/index.html
 
 test: $(STAMP) ## the default lane, about 5 minutes on 2 cores
 	$(PYTEST) --budgets $(AT_ONCE)
@@ -33,12 +37,13 @@ test-gpu: ## the gpu lane, with PYTHON as it is: nothing is installed, what is m
 soak: $(STAMP) ## the kill and fuzz tests with their full counts: hours
 	$(PYTEST) -m soak --timeout 0
 
-check: $(STAMP) ## format, lint and types, changing nothing
+check: $(STAMP) ## format, lint, types and the site, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/shellcheck .ci/run docker/entrypoint.sh
 	$(BIN)/hadolint docker/Dockerfile
+	$(MAKE) --no-print-directory docs
 
 size: ## lines of code by folder, without blank lines and comments
 	@$(PYTHON) tests/project/size.py pipeline launch examples benchmarks docker tests
@@ -47,8 +52,8 @@ format: $(STAMP) ## rewrite the code as `check` wants it, as far as that is mech
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[train,deepspeed,s3,onnx,dev]'
+		--constraint constraints.txt --editable '.[train,deepspeed,s3,onnx,docs,dev]'
 	touch $@

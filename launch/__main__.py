@@ -1,11 +1,12 @@
-"""`python -m launch PLACE ...`: print what would run there; with --submit, run it."""
+"""`python -m launch PLACE ...`: print what would run there; with --submit, run it.
+
+`latentmill train`, `latentmill slurm` and `latentmill k8s` are the same, for what is installed.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
-from typing import get_args
 
 if __name__ == "__main__":
     # A light installation reads exports only. What follows imports these.
@@ -15,12 +16,10 @@ if __name__ == "__main__":
         print(f"error: {what}. To launch, `pip install 'latentmill[train]'`.", file=sys.stderr)
         sys.exit(2)
 
-from launch.job import JobError, Strategy
-from launch.k8s import Kubernetes
-from launch.local import Local
-from launch.slurm import Slurm
-
-PLACES = {"local": Local, "slurm": Slurm, "k8s": Kubernetes}
+from launch.job import TRAIN
+from launch.start import PLACES, add_arguments, add_ways, start
+from pipeline.common.arguments import parse
+from pipeline.common.errors import WRONG_USE, UserError
 
 DESCRIPTION = """\
 Start training or export. Prints what would run; --submit runs it, after one process has read the
@@ -37,36 +36,22 @@ def parser() -> argparse.ArgumentParser:
     for name, kind in PLACES.items():
         summary = (kind.__doc__ or "").splitlines()[0].rstrip(".")
         place = places.add_parser(name, help=summary, description=DESCRIPTION)
-        place.add_argument("config", type=Path, help="YAML of the run")
-        place.add_argument("overrides", nargs="*", help="a.b=c ...; --option=value, too")
-        place.add_argument("--module", default="pipeline.train", help="what to run (%(default)s)")
-        place.add_argument(
-            "--strategy", choices=get_args(Strategy), help="over several processes (ddp)"
-        )
-        place.add_argument(
-            "--topology", type=Path, help="accelerate's YAML, if not the fitting one"
-        )
-        place.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS (%(default)s)")
-        place.add_argument("--submit", action="store_true", help="run it, not only print it")
-        kind.add_arguments(place)
+        place.add_argument("config", help="YAML of the run, or the name of a shipped one")
+        place.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings in place of its")
+        place.add_argument("--module", default=TRAIN, help="what to run (%(default)s)")
+        add_arguments(place, kind)
+        add_ways(place, "run it, not only print it")
     return top
 
 
 def main(argv: Sequence[str]) -> int:
     """Print or run the job that the command line describes; returns the exit code."""
-    arguments, rest = parser().parse_known_args(argv)
-    # --a.b=c is an override in W&B's spelling; any other unknown option is a mistake.
-    unknown = [option for option in rest if "=" not in option]
-    if unknown:
-        parser().error(f"unknown options: {' '.join(unknown)}")
     try:
-        place = PLACES[arguments.place].from_arguments(arguments)
-        job = place.job(arguments, (*arguments.overrides, *rest))
-        print(place.command(job), flush=True)
-        return place.run(job) if arguments.submit else 0
-    except JobError as error:
-        print(error, file=sys.stderr)
-        return 2
+        arguments = parse(parser(), argv)
+        return start(PLACES[arguments.place], arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_USE
 
 
 if __name__ == "__main__":

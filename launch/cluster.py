@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from launch import local
-from launch.job import Job, JobError
+from launch.job import EXPORT, Job, JobError
+from pipeline.common.console import progress
 
-EXPORT = "pipeline.export"
 MAX_NAME = 50  # of 63 characters that a DNS label may have: room for "-" and the index of a pod
 # Of PyTorch's NCCL flight recorder: what the last collectives were, dumped when one hangs.
 FLIGHT_RECORDER = {
@@ -100,6 +100,7 @@ def job_of(arguments: argparse.Namespace, overrides: tuple[str, ...]) -> Job:
         module=arguments.module,
         config=arguments.config,
         overrides=overrides,
+        options=arguments.options,
         num_processes=max(arguments.nodes, 1) * arguments.processes_per_node,
         num_nodes=arguments.nodes,
         device=arguments.device,
@@ -151,6 +152,14 @@ def seconds_of(time: str) -> int:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
+def check(job: Job, allocation: Allocation) -> int:
+    """Print what one process makes of the config, if it can tell here; returns the exit code."""
+    if job.module == EXPORT and job.device == "gpu":
+        progress("not checked: the plan of an export on GPUs is made where these are")
+        return 0
+    return local.check(job, is_shown=True) if allocation.check_here else 0
+
+
 def hand_in(
     text: str,
     argv: Sequence[str],
@@ -168,7 +177,7 @@ def hand_in(
             f"--submit needs {argv[0]}, which is not on the PATH of this machine: submit from one "
             "that can reach the cluster, or leave --submit out and take the text there."
         )
-    if allocation.check_here and job.module in local.WITH_DRY_RUN and (code := local.check(job)):
+    if allocation.check_here and job.module != EXPORT and (code := local.check(job)):
         print(
             f"Nothing was given to {argv[0]}. If only the cluster can read the data, --unchecked "
             "leaves the check to the job.",
@@ -206,12 +215,13 @@ def environment(job: Job) -> Mapping[str, str]:
     return recorder | local.environment(job)
 
 
-def launcher(job: Job, topology: PurePath) -> list[str]:
+def launcher(job: Job, topology: PurePath, deepspeed: PurePath | None) -> list[str]:
     """Options of `accelerate launch` on all machines alike: all but rank and meeting point.
 
-    topology: accelerate's file as the machines see it.
+    topology, deepspeed: accelerate's file, and what it names of DeepSpeed's, as the machines see
+    them.
     """
-    words = ["--config_file", str(topology), "--num_processes", str(job.num_processes)]
+    words = local.launcher_options(topology, deepspeed, job.num_processes)
     if job.num_nodes > 1:
         words += ["--num_machines", str(job.num_nodes)]
         if local.uses_deepspeed(local.topology(job)):

@@ -4,8 +4,8 @@
                         -> slurm.py: the text of an sbatch script
                         -> k8s.py: a manifest of Kubernetes
 
-This package imports nothing from `pipeline`: it knows a run by its command line, its `run_dir`,
-and the outcome.json in it.
+Of `pipeline` this package imports the common wing alone: it knows a run by its command line, its
+`run_dir`, and the outcome.json in it.
 """
 
 from collections.abc import Mapping
@@ -15,28 +15,32 @@ from typing import Any, Literal, cast
 
 import yaml
 
+from pipeline.common.errors import UserError
+
+TRAIN = "pipeline.train"
+EXPORT = "pipeline.export"
+
 Device = Literal["cpu", "gpu"]
 Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
 
 
-class JobError(Exception):
-    """A job that cannot be started as described: printed as one paragraph, exit code 2."""
+class JobError(UserError):
+    """A job that cannot be started as described."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One run of a module of the pipeline on a number of processes."""
 
-    module: str = "pipeline.train"
+    module: str = TRAIN
     config: Path
     overrides: tuple[str, ...] = ()  # a.b=c, passed through untouched
+    options: tuple[str, ...] = ()  # of the module itself, behind them
     num_processes: int = 1  # over all machines
     num_nodes: int = 1  # machines, with equally many processes
     device: Device = "cpu"
     strategy: Strategy | None = None  # chooses the topology; None = ddp, or what `topology` says
-    topology: Path | None = (
-        None  # accelerate's YAML; None = the one of configs/accelerate that fits
-    )
+    topology: Path | None = None  # accelerate's YAML; None = the shipped one that fits
     num_threads: int = 1  # OMP_NUM_THREADS of each process
     env: Mapping[str, str] = field(default_factory=dict[str, str])  # on top of everything else
 
@@ -69,7 +73,7 @@ class Job:
     @property
     def arguments(self) -> list[str]:
         """What the module gets after its name."""
-        return [str(self.config), *self.overrides]
+        return [str(self.config), *self.overrides, *self.options]
 
     def run_dir(self) -> Path | None:
         """The directory of the run, where outcome.json appears.

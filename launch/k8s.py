@@ -1,6 +1,6 @@
 """A Job on Kubernetes: a manifest from the core API only, and `kubectl apply` of it.
 
-    Job, Allocation -> ConfigMap   the config that was checked, as it is here
+    Job, Allocation -> ConfigMap   the config that was checked, as it is here, and its topology
                        Service     headless: a name for every pod
                        Job         Indexed: one pod per machine, restarted together
                     (-> PersistentVolumeClaim)
@@ -14,14 +14,14 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
 from launch import cluster, local
-from launch.cluster import EXPORT, Allocation
-from launch.job import Job, JobError
+from launch.cluster import Allocation
+from launch.job import EXPORT, TRAIN, Job, JobError
 
 PORT = 29500
 USER = 10001  # in the image, see docker/Dockerfile
@@ -79,7 +79,7 @@ class Kubernetes:
         """Add the options of clusters, and Kubernetes' own."""
         cluster.add_arguments(parser)
         add = parser.add_argument
-        add("--image", required=True, help="of docker/, or one that has configs/ where it starts")
+        add("--image", required=True, help="of docker/, or one that has latentmill installed")
         add("--claim", required=True, help="PersistentVolumeClaim that holds the run directory")
         add("--claim-size", help="create the claim with this size, such as 100Gi")
         add("--mount", type=PurePosixPath, default="/data", help="of the claim (%(default)s)")
@@ -137,6 +137,10 @@ class Kubernetes:
             allocation=self.allocation,
         )
 
+    def check(self, job: Job) -> int:
+        """Print what one process makes of the config, if it can tell here; the exit code."""
+        return cluster.check(job, self.allocation)
+
     def _objects(self, job: Job) -> Iterator[dict[str, Any]]:
         if self.claim_size is not None:
             spec = {
@@ -144,10 +148,8 @@ class Kubernetes:
                 "resources": {"requests": {"storage": self.claim_size}},
             }
             yield self._object("v1", "PersistentVolumeClaim", spec=spec, name=self.claim)
-        files = {"config.yaml": job.config.read_text(encoding="utf-8")}
-        if job.topology is not None:
-            files["topology.yaml"] = job.topology.read_text(encoding="utf-8")
-        yield self._object("v1", "ConfigMap", data=files)
+        data = {name: path.read_text(encoding="utf-8") for name, path in _files(job).items()}
+        yield self._object("v1", "ConfigMap", data=data)
         if job.num_nodes > 1 and job.module != EXPORT:
             spec = {
                 "clusterIP": "None",
@@ -206,6 +208,7 @@ class Kubernetes:
     def _container(self, job: Job) -> dict[str, Any]:
         is_export = job.module == EXPORT
         env = dict(cluster.environment(job))
+        env.pop("PYTHONPATH", None)  # of this machine: the image has latentmill installed
         if not is_export:
             env |= {"RUN_DIR": str(cluster.directory(job))}
             if job.num_nodes > 1:
@@ -230,20 +233,36 @@ class Kubernetes:
         }
 
 
+def _node(job: Job) -> Job:
+    """What one pod starts: its part of a training, or an export of its own."""
+    if job.module != EXPORT:
+        return job
+    return replace(job, num_nodes=1, num_processes=job.processes_per_node)
+
+
+def _files(job: Job) -> dict[str, Path]:
+    """What the pods find in CONFIGS."""
+    topology = local.topology(_node(job))
+    deepspeed = local.deepspeed_file(topology)
+    files = {"config.yaml": job.config, "topology.yaml": topology}
+    return files if deepspeed is None else files | {"deepspeed.json": deepspeed}
+
+
 def _codes(code: int) -> dict[str, Any]:
     return {"containerName": "main", "operator": "In", "values": [code]}
 
 
 def _script(job: Job) -> str:
     """What a pod's container runs."""
-    is_export = job.module == EXPORT
-    node = replace(job, num_nodes=1, num_processes=job.processes_per_node) if is_export else job
-    topology = local.topology(node) if job.topology is None else CONFIGS / "topology.yaml"
-    lines = ["python -m accelerate.commands.launch", shlex.join(cluster.launcher(node, topology))]
+    is_export, node = job.module == EXPORT, _node(job)
+    deepspeed = CONFIGS / "deepspeed.json" if "deepspeed.json" in _files(job) else None
+    options = cluster.launcher(node, CONFIGS / "topology.yaml", deepspeed)
+    lines = ["python -m accelerate.commands.launch", shlex.join(options)]
     if node.num_nodes > 1:
         lines += ['--machine_rank "$JOB_COMPLETION_INDEX"']
         lines += ['--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT"']
-    run = shlex.join(["-m", job.module, str(CONFIGS / "config.yaml"), *job.overrides])
+    config = CONFIGS / "config.yaml"
+    run = shlex.join(["-m", job.module, str(config), *job.overrides, *job.options])
     lines += [run]
     command = " \\\n    ".join(lines)
     if is_export:
@@ -252,6 +271,6 @@ def _script(job: Job) -> str:
         exports = [f"export SLURM_ARRAY_TASK_{name}={value}\n" for name, value in array.items()]
         return f"{''.join(exports)}exec {command}\n"
     parts = [BEFORE_TRAINING.strip("\n"), command, AFTER_TRAINING.lstrip("\n")]
-    if job.module in local.WITH_DRY_RUN:  # a mistake: exit code 2, before there is an outcome
+    if job.module == TRAIN:  # a mistake: exit code 2, before there is an outcome
         parts.insert(0, f"python {run} --dry-run >/dev/null || exit")
     return "\n".join(parts)

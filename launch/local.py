@@ -15,18 +15,26 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.machinery import PathFinder
+from pathlib import Path, PurePath
 from types import FrameType
+from typing import Any, cast
 
 import psutil
 
-from launch.job import Job, JobError, mapping
+from launch.gpus import choose
+from launch.job import EXPORT, TRAIN, Job, mapping
+from pipeline.common.arguments import add_processes
+from pipeline.common.console import progress
+from pipeline.common.shipped import find, shipped
 
-TOPOLOGIES = Path("configs/accelerate")
-WITH_DRY_RUN = ("pipeline.train",)
+OURS = Path(__file__).with_name("__init__.py")
+PACKAGES = OURS.parents[1]  # where `launch` and `pipeline` lie
+QUIET = Path(__file__).with_name("quiet.py")
+WITH_DRY_RUN = (TRAIN, EXPORT)
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -49,9 +57,7 @@ class Local:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the options that only this place has."""
-        add = parser.add_argument
-        add("--processes", type=int, default=1, help="one per GPU or core (%(default)s)")
-        add("--device", choices=["cpu", "gpu"], default="cpu", help="(%(default)s)")
+        add_processes(parser)
 
     @classmethod
     def from_arguments(cls, _arguments: argparse.Namespace) -> "Local":
@@ -59,17 +65,21 @@ class Local:
         return cls()
 
     def job(self, arguments: argparse.Namespace, overrides: tuple[str, ...]) -> Job:
-        """The job that the command line describes."""
-        return Job(
+        """The job that the command line describes; says what was chosen where that is `auto`."""
+        processes, device, chosen = choose(arguments.processes, arguments.device, arguments.module)
+        job = Job(
             module=arguments.module,
             config=arguments.config,
             overrides=overrides,
-            num_processes=arguments.processes,
-            device=arguments.device,
+            options=arguments.options,
+            num_processes=processes,
+            device=device,
             strategy=arguments.strategy,
             topology=arguments.topology,
             num_threads=arguments.threads,
         )
+        progress(chosen)
+        return job
 
     def command(self, job: Job) -> Command:
         """What `run` runs."""
@@ -79,24 +89,23 @@ class Local:
         """Run the job to its end and return its exit code."""
         return run(job)
 
+    def check(self, job: Job) -> int:
+        """Print what the run resolves to, or would do, and change nothing; the exit code."""
+        return check(job, is_shown=True)
+
 
 def topology(job: Job) -> Path:
     """The accelerate file that a job asks for, or the one that fits strategy, nodes and device."""
     if job.topology is not None:
         return job.topology
+    ours = shipped("accelerate")
     if job.strategy is not None and job.strategy != "ddp":
-        path = TOPOLOGIES / f"{job.strategy}.yaml"
-    elif job.num_nodes > 1:
-        path = TOPOLOGIES / "multi-node.yaml"
-    elif job.device == "cpu" and job.num_processes == 1:
-        path = TOPOLOGIES / "single-cpu.yaml"
-    else:
-        path = TOPOLOGIES / f"{job.device}-ddp.yaml"
-    if not path.is_file():
-        raise JobError(
-            f"{path} does not exist here: start in the project's root, or give --topology."
-        )
-    return path
+        return ours[job.strategy]
+    if job.num_nodes > 1:
+        return ours["multi-node"]
+    if job.device == "cpu" and job.num_processes == 1:
+        return ours["single-cpu"]
+    return ours[f"{job.device}-ddp"]
 
 
 def uses_deepspeed(topology: Path) -> bool:
@@ -104,18 +113,59 @@ def uses_deepspeed(topology: Path) -> bool:
     return mapping(topology.read_text(encoding="utf-8")).get("distributed_type") == "DEEPSPEED"
 
 
+def deepspeed_file(topology: Path) -> Path | None:
+    """DeepSpeed's settings that an accelerate file names; None if it names none.
+
+    A path that leads nowhere from here stands for the shipped settings of that file name.
+    """
+    section = mapping(topology.read_text(encoding="utf-8")).get("deepspeed_config")
+    named = cast(dict[str, Any], section).get("deepspeed_config_file") if section else None
+    if not isinstance(named, str):
+        return None
+    path = Path(named)
+    return path.absolute() if path.is_file() else find("deepspeed", path.name)
+
+
 def launcher(topology: Path, num_processes: int) -> tuple[str, ...]:
     """`accelerate launch` of this Python, up to where the script or `-m module` goes."""
     accelerate = (sys.executable, "-m", "accelerate.commands.launch")
-    return (*accelerate, "--config_file", str(topology), "--num_processes", str(num_processes))
+    return (*accelerate, *launcher_options(topology, deepspeed_file(topology), num_processes))
+
+
+def launcher_options(
+    topology: PurePath, deepspeed: PurePath | None, num_processes: int
+) -> list[str]:
+    """The options that name files and processes; `deepspeed` as `deepspeed_file` returns it."""
+    words = ["--config_file", str(topology), "--num_processes", str(num_processes)]
+    return words if deepspeed is None else [*words, "--deepspeed_config_file", str(deepspeed)]
+
+
+def import_environment(job: Job) -> dict[str, str]:
+    """Have the processes import our own packages, whatever the folder holds where they start.
+
+    PYTHONSAFEPATH keeps Python from looking there first, which a module of the user's may need; a
+    clone that is not installed has to be named then.
+    """
+    if not job.module.startswith("pipeline."):
+        return {}
+    env = {"PYTHONSAFEPATH": "1"}
+    finders = [finder for finder in sys.meta_path if finder is not PathFinder]
+    specs = [finder.find_spec("launch", None) for finder in finders]  # of an editable installation
+    is_editable = any(spec and spec.origin == str(OURS) for spec in specs)
+    if PACKAGES.name not in ("site-packages", "dist-packages") and not is_editable:
+        before = os.environ.get("PYTHONPATH")
+        env["PYTHONPATH"] = os.pathsep.join([str(PACKAGES), *([before] if before else [])])
+    return env
 
 
 def environment(job: Job) -> dict[str, str]:
     """What the processes need: the device, threads per process, and the job's own variables."""
-    env = {"OMP_NUM_THREADS": str(job.num_threads)}
+    env = {"OMP_NUM_THREADS": str(job.num_threads)} | import_environment(job)
     if job.device == "gpu":
         env["LATENTMILL_DEVICE"] = "gpu"  # no GPU there is a mistake then, not a reason to be slow
-    if job.device == "cpu" and uses_deepspeed(topology(job)):
+    if job.device == "cpu" and job.module == EXPORT:
+        env |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    elif job.device == "cpu" and uses_deepspeed(topology(job)):
         # Told to stay on the CPU, accelerate leaves DeepSpeed out, silently: we hide the GPUs.
         env |= {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
     elif job.device == "cpu":
@@ -130,25 +180,36 @@ def command(job: Job) -> Command:
     return Command(argv, environment(job))
 
 
-def check(job: Job) -> int:
-    """Let one process read the config and exit; a mistake is told once, without any launcher."""
+def check(job: Job, *, is_shown: bool = False) -> int:
+    """Let one process read the config and exit; a mistake is told once, without any launcher.
+
+    is_shown: print what it resolves to.
+    """
+    if job.module not in WITH_DRY_RUN:
+        return 0
     argv = [sys.executable, "-m", job.module, *job.arguments, "--dry-run"]
     env = os.environ | environment(job)
-    return subprocess.run(argv, env=env, stdout=subprocess.DEVNULL, check=False).returncode
+    stdout = None if is_shown else subprocess.DEVNULL
+    return subprocess.run(argv, env=env, stdout=stdout, check=False).returncode
 
 
 def run(job: Job) -> int:
     """Run the job to its end; its exit code is the one that the run wrote to outcome.json."""
-    if job.module in WITH_DRY_RUN and (code := check(job)):
+    # An export says by itself, once for each machine, what keeps it from beginning.
+    if job.module != EXPORT and (code := check(job)):
         return code
     run_dir = job.run_dir()
     before = _outcome_stamp(run_dir)
     what = command(job)
+    # As the command says, less the launcher's tracebacks (quiet.py).
     # A session of its own: Ctrl-C in the terminal reaches the trainers through us, once.
     process = subprocess.Popen(
-        what.argv, env=os.environ | what.env, start_new_session=True, preexec_fn=_end_with_us
+        [what.argv[0], "-P", str(QUIET), *what.argv[3:]],
+        env=os.environ | what.env,
+        start_new_session=True,
+        preexec_fn=end_with_us,
     )
-    with _forwarding(process):
+    with forwarding(lambda: trainers(process.pid), process):
         launcher_code = process.wait()
     if run_dir is None or _outcome_stamp(run_dir) == before:
         return 1 if launcher_code < 0 else launcher_code
@@ -156,7 +217,7 @@ def run(job: Job) -> int:
     return 1 if code is None else int(code)  # None: it was killed while it ran
 
 
-def _end_with_us() -> None:
+def end_with_us() -> None:
     """Ask Linux, in the child, for a SIGTERM when this process dies, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, linux/prctl.h
@@ -182,21 +243,28 @@ def trainers(launcher_pid: int) -> Sequence[psutil.Process]:
 
 
 @contextmanager
-def _forwarding(process: subprocess.Popen[bytes]) -> Generator[None]:
-    """While inside, stop signals go to all trainers; a second Ctrl-C ends everything at once."""
+def forwarding(
+    find: Callable[[], Sequence[psutil.Process | subprocess.Popen[bytes]]],
+    launcher: subprocess.Popen[bytes] | None = None,
+) -> Generator[None]:
+    """While inside, stop signals go to all of a run's processes; a second Ctrl-C ends them at once.
+
+    find: those that there are by then; launcher: what has started them, and ends after them.
+    """
     received: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
         impatient = number == signal.SIGINT and signal.SIGINT in received
         received.append(number)
-        ranks = trainers(process.pid)
+        ranks = find()
         for rank in ranks:
             try:
                 rank.send_signal(signal.SIGKILL if impatient else number)
             except psutil.NoSuchProcess:  # it has ended since it was listed
                 continue
-        if impatient or not ranks:  # nobody to save anything: the launcher itself may go
-            process.kill() if impatient else process.terminate()
+        if launcher is not None and (impatient or not ranks):
+            # Nobody to save anything: the launcher itself may go.
+            launcher.kill() if impatient else launcher.terminate()
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:

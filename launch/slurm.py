@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch import cluster, local
-from launch.cluster import EXPORT, Allocation
-from launch.job import Job, JobError
+from launch.cluster import Allocation
+from launch.job import EXPORT, Job, JobError
 
 MEET = r"""
 # Where the processes meet: the address by which Slurm itself reaches the first node.
@@ -163,11 +163,16 @@ class Slurm:
             folder=_log_folder(job),
         )
 
+    def check(self, job: Job) -> int:
+        """Print what one process makes of the config, if it can tell here; the exit code."""
+        return cluster.check(job, self.allocation)
+
     def _header(self, job: Job) -> Iterator[str]:
         allocation, is_export = self.allocation, job.module == EXPORT
         per_node = job.processes_per_node
         folder = shlex.quote(str(_log_folder(job)))
-        yield f"# {job.module} on {job.num_nodes} x {per_node} processes. In the project's root:"
+        size = f"{job.num_nodes} x {per_node} processes"
+        yield f"# {job.module} on {size}. In the folder where relative paths start:"
         yield f"#   mkdir -p {folder} && sbatch THIS_FILE"
         options = [f"--job-name={allocation.name}"]
         if is_export:
@@ -213,7 +218,8 @@ def _srun(job: Job, allocation: Allocation) -> str:
     cpus = job.processes_per_node * allocation.cpus_per_process  # srun does not take it from sbatch
     srun = ["srun", "--kill-on-bad-exit=1", "--wait=60", f"--cpus-per-task={cpus}"]
     python, module = shlex.quote(sys.executable), "accelerate.commands.launch"
-    options = [shlex.join(cluster.launcher(job, local.topology(job)))]
+    topology = local.topology(job).absolute()
+    options = [shlex.join(cluster.launcher(job, topology, local.deepspeed_file(topology)))]
     if job.module == EXPORT:
         start = f"{python} -m {module}"
     else:

@@ -12,16 +12,18 @@ from collections.abc import Sequence
 from pipeline import __version__
 from pipeline.commands import VERBS
 from pipeline.common import needs
-from pipeline.common.arguments import sentence
+from pipeline.common.arguments import parse, sentence
 from pipeline.common.errors import FAILED, WRONG_USE, StoreError, UserError
 
 EPILOG = """\
-Training and export run under accelerate, on any number of processes; the same command resumes:
-  accelerate launch [...] -m pipeline.train  configs/train/vae.yaml       [a.b=c ...]
-  accelerate launch [...] -m pipeline.export configs/export/parquet.yaml  [a.b=c ...]
-`python -m launch local --help` starts several processes on one machine.
+The main job, with settings that come along (`latentmill config` lists them):
+  latentmill pack sprites data/sprites --count 20000
+  latentmill train vae
+  latentmill export run parquet
+Each goes on where it stopped when it is given again. Settings are overridden as a.b=c:
+  latentmill train vae run_dir=runs/mine optimizer.learning_rate.peak=1e-4
 
-Exit codes: 0 done, 2 wrong use or input, 1 everything else.
+Exit codes: 0 done, 2 wrong use or input, 3 stopped and resumable, 1 everything else.
 """
 
 
@@ -43,22 +45,10 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     return top
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; overrides a.b=c may stand anywhere behind the config."""
-    parser = build_parser(argv[0] if argv else None)
-    arguments, rest = parser.parse_known_args(argv)
-    is_override = ["=" in text and not text.startswith("-") for text in rest]
-    if rest and not (hasattr(arguments, "overrides") and all(is_override)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides += rest
-    return arguments
-
-
 def main(argv: Sequence[str]) -> int:
     """Run one verb and return the exit code; `argv` without the program's name."""
     try:
-        arguments = _parse(argv)
+        arguments = parse(build_parser(argv[0] if argv else None), argv)
         code = arguments.call(arguments)
         sys.stdout.flush()  # so that a reader that has gone shows up here
         return code

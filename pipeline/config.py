@@ -56,8 +56,8 @@ MAY_CHANGE = (
 class EvaluationConfig(Component):
     """Held-out evaluation during the run; also at its start and end."""
 
-    split: str = "held_out"
-    every_steps: int = Field(default=1000, gt=0)
+    split: str = "held_out"  # a split that the index names
+    every_steps: int = Field(default=1000, gt=0)  # steps between two evaluations
     # Besides the parts of the objective.
     metrics: tuple[Metric, ...] = (SquaredErrorMetric(), LogLikelihood())
     # Early stopping: end the run after this many evaluations in a row without a new best value of
@@ -79,12 +79,12 @@ class TrainConfig(Component):
     # The global batch G: samples per step, over all processes.
     batch_size: int = Field(default=256, gt=0)
     accumulation: int = Field(default=1, gt=0)  # micro-batches per step and process
-    num_steps: int = Field(default=10_000, gt=0)
-    seed: int = Field(default=0, ge=0)  # of weights, order, corruption and noise
-    precision: Precision = "fp32"
+    num_steps: int = Field(default=10_000, gt=0)  # length of the run; a higher one lengthens it
+    seed: int = Field(default=0, ge=0)  # weights, order, corruption and noise follow from it
+    precision: Precision = "fp32"  # bf16: autocast, losses in fp32; fp64: for proofs
     ema_decay: float | None = Field(default=0.999, gt=0, lt=1)  # null: no average
-    channels_last: bool = True
-    compile: bool = False
+    channels_last: bool = True  # memory format of images, changes the speed alone
+    compile: bool = False  # torch.compile for the autoencoder
     max_skipped_steps: int = Field(default=20, ge=0)  # steps with a gradient that is not finite
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

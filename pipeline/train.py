@@ -1,4 +1,4 @@
-"""Training: `accelerate launch -m pipeline.train CONFIG [a.b=c ...]`. The same command resumes.
+"""Training, as `latentmill train CONFIG [a.b=c ...]` starts it; the same command resumes.
 
 `train` is the whole run, top to bottom. One step consumes a global batch: every process takes its
 slots of it, in `accumulation` micro-batches.
@@ -269,9 +269,9 @@ def outcome_of(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train from the command line and return the exit code."""
-    arguments = parse_train(sys.argv[1:] if argv is None else argv)
     is_main = os.environ.get("RANK", "0") == "0"
     try:
+        arguments = parse_train(sys.argv[1:] if argv is None else argv)
         config = read_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
             if is_main:

@@ -129,11 +129,21 @@ def ended(running: Mapping[int, object]) -> list[tuple[int, int]]:
     return [(pid, status) for pid, status in found if pid]
 
 
-def become(argv: list[str], log: str, env: dict[str, str], cwd: str) -> None:
-    """Turn this process into the command; returns or raises at its end."""
+def become(
+    argv: list[str], log: str, env: dict[str, str], cwd: str, errors: str | None = None
+) -> None:
+    """Turn this process into the command; returns or raises at its end.
+
+    errors: the file for stderr, if not `log`.
+    """
     os.setsid()
-    with Path(log).open("ab") as file, Path(os.devnull).open("rb") as nothing:
-        for stream, target in enumerate((nothing, file, file)):
+    sys.executable = argv[0]
+    with (
+        Path(log).open("ab") as file,
+        Path(errors or log).open("ab") as other,
+        Path(os.devnull).open("rb") as nothing,
+    ):
+        for stream, target in enumerate((nothing, file, other)):
             os.dup2(target.fileno(), stream)
     sys.stdout.reconfigure(line_buffering=True)
     sys.stderr.reconfigure(line_buffering=True)

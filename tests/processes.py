@@ -133,4 +133,4 @@ def argv_of(target: str | Path, num_processes: int | None, strategy: str = "ddp"
         name = "single-cpu.yaml" if num_processes == 1 else "cpu-ddp.yaml"
     else:
         name = f"{strategy}.yaml"
-    return [*local.launcher(ROOT / local.TOPOLOGIES / name, num_processes), *what]
+    return [*local.launcher(ROOT / "configs/accelerate" / name, num_processes), *what]

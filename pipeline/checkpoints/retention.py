@@ -21,7 +21,7 @@ class BestMetric(Component):
     """What makes one checkpoint better than another: a metric of the held-out evaluation."""
 
     metric: str = "eval/loss"  # as metrics.jsonl names it
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["min", "max"] = "min"  # whether lower or higher values are better
 
     def values(self, records: Iterable[Mapping[str, Any]]) -> dict[int, float]:
         """Return the metric's values by step, in the order of `records` of metrics.jsonl.
@@ -64,7 +64,7 @@ class Keep(Component):
 class CheckpointConfig(Component):
     """When to save, and what to keep."""
 
-    every_steps: int = Field(default=1000, gt=0)
+    every_steps: int = Field(default=1000, gt=0)  # save after every so many steps, and at the end
     keep: Keep = Keep()
 
 

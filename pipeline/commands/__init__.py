@@ -12,14 +12,18 @@ from typing import Protocol
 
 from pipeline.commands import (
     bench,
+    config,
     doctor,
     evaluate,
     export,
     export_model,
     index,
+    k8s,
     order,
     pack,
     probe,
+    slurm,
+    train,
     verify,
 )
 
@@ -43,8 +47,12 @@ class Verb(Protocol):
 VERBS: tuple[Verb, ...] = (
     pack,
     index,
-    verify,
+    config,
+    train,
     export,
+    verify,
+    slurm,
+    k8s,
     order,
     doctor,
     bench,

@@ -31,8 +31,7 @@ from pipeline.common.files import write_json
 MODELS = ("ae", "dae", "vae", "beta_vae")
 PICTURE_GAP_PX = 12
 FACTORS = ("x", "y", "label")
-LATENTMILL = (sys.executable, "-m", "pipeline")
-LAUNCH = (sys.executable, "-m", "launch", "local", "--submit")
+LATENTMILL = (sys.executable, "-m", "latentmill")
 
 
 class StepFailedError(Exception):
@@ -55,7 +54,8 @@ class Row:
 def step(*command: object) -> str:
     """Print and run a command; return what it wrote to stdout. Progress is its stderr."""
     words = [str(word) for word in command]
-    shown = ["python" if word == sys.executable else word for word in words]
+    ours = tuple(words[: len(LATENTMILL)]) == LATENTMILL
+    shown = ["latentmill", *words[len(LATENTMILL) :]] if ours else words
     print(f"\n$ {shlex.join(shown)}", flush=True)
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -69,7 +69,8 @@ def train(model: str, root: Path, *, processes: int, overrides: Sequence[str]) -
     run, taken = root / "runs" / model, root / "runs" / f"{model}-seconds.json"
     start = time.monotonic()
     where = (f"data.path={root / 'sprites'}", f"run_dir={run}")
-    step(*LAUNCH, "--processes", processes, f"configs/train/{model}.yaml", *where, *overrides)
+    on_cores = ("--device", "cpu", "--processes", processes)
+    step(*LATENTMILL, "train", model, *on_cores, *where, *overrides)
     if not taken.exists():
         write_json(taken, {"seconds": time.monotonic() - start})
     return float(json.loads(taken.read_bytes())["seconds"])
@@ -79,8 +80,8 @@ def export(model: str, root: Path, *, processes: int) -> Path:
     """Export the latents of one model, verify them, and return where they lie."""
     out = root / "latents" / model
     where = (f"run={root / 'runs' / model}", f"out={out}")
-    launch = (*LAUNCH, "--processes", processes, "--module", "pipeline.export")
-    step(*launch, "configs/export/parquet.yaml", *where)
+    on_cores = ("--device", "cpu", "--processes", processes)
+    step(*LATENTMILL, "export", "run", "parquet", *on_cores, *where)
     print(step(*LATENTMILL, "verify", out, "--source", root / "sprites"), end="")
     return out
 

@@ -1,14 +1,21 @@
 """`latentmill export PART`: plan, run, look after, finish and check an export."""
 
 import argparse
+import os
 from dataclasses import asdict
-from pathlib import Path
 
 from pipeline.commands.verify import HELP as VERIFY_HELP
 from pipeline.commands.verify import add_arguments as add_verify_arguments
-from pipeline.common.arguments import add_export_arguments, add_part, sentence
-from pipeline.common.console import print_report
-from pipeline.common.errors import DONE
+from pipeline.common.arguments import (
+    add_config,
+    add_dry_run,
+    add_export_arguments,
+    add_part,
+    add_processes,
+    sentence,
+)
+from pipeline.common.console import print_report, progress
+from pipeline.common.errors import DONE, PREEMPTED, UserError
 
 HELP = "the latents of a whole data set: plan, run, look after, finish and check an export"
 
@@ -17,10 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say which part of an export's work is to be done."""
     parts = parser.add_subparsers(required=True, metavar="PART")
     plan = add_part(parts, "plan", run_plan, "write the plan, and do no more")
-    plan.add_argument("config", type=Path, help="YAML file, see configs/export/")
-    plan.add_argument("overrides", nargs="*", help="settings as a.b=c")
-    text = "export as one process, without a launcher; several may be started, anywhere, any time"
-    add_export_arguments(add_part(parts, "run", run, text))
+    add_config(plan, "export")
+    add_dry_run(plan, "print the plan, and write nothing")
+    text = "export, or go on with it; it may be started several times, anywhere, any time"
+    work = add_part(parts, "run", run, text)
+    add_export_arguments(work)
+    add_processes(work)
     for name, text in (
         ("status", "how far an export is, from its files alone"),
         ("finalize", "finish an export whose tasks are all committed"),
@@ -34,18 +43,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Take part in an export."""
-    from pipeline.export.__main__ import run
+    """Export in as many processes as are asked for; one that needs no launcher is this one."""
+    from launch import local, workers
+    from launch.gpus import choose
+    from launch.job import EXPORT, Job
+    from pipeline.export.__main__ import run as run_here
+    from pipeline.export.status import export_status
 
-    return run(arguments)
+    is_one = arguments.worker is not None or "RANK" in os.environ  # of several that others start
+    if is_one and (arguments.processes, arguments.device) != ("auto", "auto"):
+        raise UserError(
+            "--worker, or RANK in the environment, makes this process one of several that are "
+            "started by hand: leave --processes and --device out."
+        )
+    if is_one:
+        return run_here(arguments)
+    processes, device, chosen = choose(arguments.processes, arguments.device, EXPORT)
+    progress(chosen)
+    if processes == 1 and arguments.device == "auto":
+        return run_here(arguments)
+    job = Job(
+        module=EXPORT,
+        config=arguments.config,
+        overrides=tuple(arguments.overrides),
+        options=("--retry-failed",) if arguments.retry_failed else (),
+        num_processes=processes,
+        device=device,
+    )
+    if arguments.dry_run:
+        print(workers.command(job), flush=True)
+        return local.check(job, is_shown=True)
+    code = workers.run(job)
+    if arguments.json and code in (DONE, PREEMPTED):
+        print_report(asdict(export_status(job.value("out") or "")), as_json=True)
+    return code
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
     """Write the plan of an export."""
+    from pipeline.common import strict
+    from pipeline.export.__main__ import show_plan
     from pipeline.export.command import make_plan
+    from pipeline.export.settings import ExportConfig
 
-    report = make_plan(arguments.config, arguments.overrides)
-    print_report(asdict(report), arguments.json, report.lines())
+    config = strict.load(ExportConfig, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        show_plan(config, as_json=arguments.json)
+    else:
+        report = make_plan(config)
+        print_report(asdict(report), arguments.json, report.lines())
     return DONE
 
 

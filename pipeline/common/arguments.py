@@ -7,12 +7,16 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+from pipeline.common.shipped import Kind, find, shipped
 
 Run = Callable[[argparse.Namespace], int]  # what a verb does; returns the exit code
 Parts = Any  # what `add_subparsers` returns; argparse keeps its type private
 
+OVERRIDE = re.compile(r"(--)?[A-Za-z_][\w.]*=")  # W&B's sweeps write --a.b=c
 BINARY_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 
 
@@ -32,6 +36,15 @@ def numbers(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} are no numbers: write 4, or 1,2,4 for several")
     return [int(part) for part in parts]
+
+
+def count(text: str) -> int | Literal["auto"]:
+    """How many: a number, or auto."""
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number: write 1 or more, or auto")
+    return int(text)
 
 
 def step(text: str) -> int | Literal["best"]:
@@ -81,27 +94,46 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=cores, help="processes (%(default)s)")
 
 
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `pipeline.export` and `latentmill export run`."""
-    parser.add_argument("config", type=Path, help="YAML file, see configs/export/")
+def settings_file(kind: Kind) -> Callable[[str], Path]:
+    """The type of an argument that names settings: a file, or the name of shipped ones."""
+    return partial(find, kind)
+
+
+def add_config(parser: argparse.ArgumentParser, kind: Kind) -> None:
+    """Add the config of a training or an export, and what is set otherwise than in it."""
+    names = ", ".join(shipped(kind))
+    text = f"YAML file, or shipped settings: {names}"
+    parser.add_argument("config", type=settings_file(kind), metavar="CONFIG", help=text)
     parser.add_argument(
         "overrides", nargs="*", metavar="a.b=c", help="settings that override the file's"
     )
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Add how many processes are to run on this machine, and on what."""
+    text = "one per GPU, or N (auto: all GPUs; without any, 1 process)"
+    parser.add_argument("--processes", type=count, default="auto", metavar="N|auto", help=text)
+    text = "what computes (auto: the GPUs; without any, the CPU)"
+    parser.add_argument("--device", choices=["cpu", "gpu", "auto"], default="auto", help=text)
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `pipeline.export` and `latentmill export run`."""
+    add_config(parser, "export")
     parser.add_argument("--worker", metavar="i/n", help="be worker i (from 0) of n")
     parser.add_argument("--retry-failed", action="store_true", help="try failed tasks again")
+    add_dry_run(parser, "print the plan, and write nothing")
 
 
-def parse_train(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line of `pipeline.train`; overrides contain an equals sign."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.train",
-        description="Train, or resume the training that config and run_dir name.",
-    )
-    parser.add_argument("config", type=Path, help="YAML file, see configs/train/")
-    parser.add_argument("overrides", nargs="*", help="settings as a.b=c (or --a.b=c)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved config and its sizes, and exit"
-    )
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `pipeline.train` is told."""
+    add_config(parser, "train")
+    add_dry_run(parser, "print the resolved config and its sizes, and write nothing")
+    add_accept_change(parser)
+
+
+def add_accept_change(parser: argparse.ArgumentParser) -> None:
+    """Add the option to go on with a run although a setting differs."""
     parser.add_argument(
         "--accept-change",
         action="append",
@@ -109,9 +141,30 @@ def parse_train(argv: Sequence[str]) -> argparse.Namespace:
         metavar="FIELD",
         help="resume although this setting differs from the run's; recorded",
     )
-    is_override = re.compile(r"--[\w.]+\.[\w.]*=|--\w+=")
-    argv = [
-        a.removeprefix("--") if is_override.match(a) and not a.startswith("--accept-change") else a
-        for a in argv
-    ]
-    return parser.parse_intermixed_args(argv)
+
+
+def add_dry_run(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add the option to show what would be done, and to do nothing."""
+    parser.add_argument("--dry-run", action="store_true", help=text)
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Read a command line; overrides, a.b=c or --a.b=c, may stand anywhere behind the config."""
+    arguments, rest = parser.parse_known_args(argv)
+    takes_overrides = hasattr(arguments, "overrides")
+    unknown = [text for text in rest if not (takes_overrides and OVERRIDE.match(text))]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def parse_train(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line of `pipeline.train`; UserError for a config that is not there."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.train",
+        description="Train, or resume the training that config and run_dir name.",
+    )
+    add_train_arguments(parser)
+    return parse(parser, argv)

@@ -3,7 +3,7 @@
 fp32: everything in float32, also on GPUs (no TF32). bf16: parameters, losses and optimizer in
 float32, matrix products and convolutions in bfloat16 by autocast. fp64: everything in float64, for
 proofs of equality between topologies. fp16 is refused: with DeepSpeed's autocast every step is
-skipped without the scaler noticing (LOG.md), and bf16 needs no scaler.
+skipped without the scaler noticing (docs/facts.md), and bf16 needs no scaler.
 """
 
 from collections.abc import Generator

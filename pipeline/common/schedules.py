@@ -17,9 +17,9 @@ class LinearSchedule(Component):
     """From `start` to `end` in a straight line over the first `over_samples`, constant after."""
 
     kind: Literal["linear"] = "linear"
-    start: float = Field(default=0.0, ge=0)
-    end: float = Field(default=1.0, ge=0)
-    over_samples: int = Field(gt=0)
+    start: float = Field(default=0.0, ge=0)  # value at sample 0
+    end: float = Field(default=1.0, ge=0)  # value from `over_samples` on
+    over_samples: int = Field(gt=0)  # training samples, counted over all processes
 
     def at(self, samples: int) -> float:
         """Value when `samples` samples have been seen."""
@@ -42,9 +42,9 @@ class WarmupCosine(Component):
     Loshchilov and Hutter 2017 (SGDR), equation 5, without restarts.
     """
 
-    peak: float = Field(default=1e-3, gt=0)
-    final: float = Field(default=0.0, ge=0)
-    warmup_samples: int = Field(default=0, ge=0)
+    peak: float = Field(default=1e-3, gt=0)  # the highest learning rate
+    final: float = Field(default=0.0, ge=0)  # the learning rate at the end of the run
+    warmup_samples: int = Field(default=0, ge=0)  # training samples until `peak` is reached
 
     def at(self, samples: int, *, total_samples: int) -> float:
         """Learning rate for the update that follows `samples` of `total_samples` seen samples."""

@@ -12,7 +12,7 @@ class Masking(CorruptionBase):
     """Each element is set to 0 with probability `fraction` (Vincent et al. 2010, section 3.3)."""
 
     kind: Literal["masking"] = "masking"
-    fraction: Fraction = 0.25
+    fraction: Fraction = 0.25  # probability, or [low, high] to draw it per sample
 
     def __call__(self, x: Tensor, keys: Tensor) -> Corrupted:
         """Corrupt x [B, *event] by choices drawn from keys [B]."""

@@ -18,8 +18,8 @@ class PatchMask(CorruptionBase):
 
     kind: Literal["patch_mask"] = "patch_mask"
     patch_size: int = Field(default=8, gt=0)  # pixels; divides height and width
-    fraction: Fraction = 0.5
-    fill: float = Field(default=0.0, ge=0, le=1)
+    fraction: Fraction = 0.5  # of the patches, or [low, high] to draw it per sample
+    fill: float = Field(default=0.0, ge=0, le=1)  # value of a masked element
 
     def check_event(self, event_shape: tuple[int, ...]) -> None:
         """Raise ValueError unless the event is an image that the patches tile."""

@@ -15,7 +15,7 @@ class SaltAndPepper(CorruptionBase):
     """
 
     kind: Literal["salt_and_pepper"] = "salt_and_pepper"
-    fraction: Fraction = 0.1
+    fraction: Fraction = 0.1  # probability, or [low, high] to draw it per sample
 
     def __call__(self, x: Tensor, keys: Tensor) -> Corrupted:
         """Corrupt x [B, *event] by choices and coins drawn from keys [B]."""

@@ -33,8 +33,8 @@ class DataConfig(Component):
     # Several data sets instead of `path`, each endless by itself, mixed by weight.
     mixture: tuple[DataSource, ...] = ()
     split: str = "train"  # a split that the index names, or "all"
-    decode: Decode = ImageDecode()
-    # Applied in this order, keyed by sample and epoch; the target is the augmented image, too.
+    decode: Decode = ImageDecode()  # what the members of a sample hold, and how they are read
+    # In this order, keyed by sample and epoch; the model's target is the augmented image.
     augmentations: tuple[Augmentation, ...] = ()
     lanes: Positive | None = None  # L; None = the largest divisor of the global batch up to 64
     interleave: Annotated[int, Field(ge=1, le=1024)] = 8  # K: shards that one lane reads at a time

@@ -16,10 +16,10 @@ class AdamWConfig(Component):
     """AdamW (Loshchilov and Hutter 2019) with clipping and a learning-rate schedule."""
 
     learning_rate: WarmupCosine = WarmupCosine()
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    epsilon: float = Field(default=1e-8, gt=0)
-    # Of weight matrices and kernels only, not of biases, scales or a learned sigma.
+    beta1: float = Field(default=0.9, ge=0, lt=1)  # decay of the mean of gradients, per update
+    beta2: float = Field(default=0.999, ge=0, lt=1)  # decay of the mean of their squares
+    epsilon: float = Field(default=1e-8, gt=0)  # added to the root in the denominator
+    # Of weight matrices and kernels; biases, scales and a learned sigma are not decayed.
     weight_decay: float = Field(default=0.0, ge=0)
     # Bound of the norm of the global batch's gradient; null: no clipping.
     max_grad_norm: float | None = Field(default=None, gt=0)

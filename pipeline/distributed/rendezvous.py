@@ -23,8 +23,8 @@ from pipeline.common.errors import WRONG_USE, UserError
 
 DEVICE = "LATENTMILL_DEVICE"  # `launch` sets it
 HOW_TO_LAUNCH = (
-    "Launch with a topology file that starts them together, for example "
-    "`accelerate launch --config_file configs/accelerate/cpu-ddp.yaml`."
+    "`latentmill train CONFIG --processes N` starts them together, and so does `accelerate launch` "
+    "with a topology file, such as the one that `latentmill config cpu-ddp` prints."
 )
 RENDEZVOUS_SECONDS = 8.0  # timeout on one machine without torchrun: its processes start together
 LATE_SECONDS = 60.0  # then a warning; with torchrun or several machines, which may be slow

@@ -1,4 +1,4 @@
-"""The export command: `[accelerate launch [...]] -m pipeline.export CONFIG [a.b=c ...]`.
+"""The export command, as `latentmill export run CONFIG [a.b=c ...]` starts it.
 
 It runs as any number of processes: under accelerate launch or torchrun, as a Slurm array, or in
 several shells with `--worker i/n` (without it their shares overlap, which only costs time). The
@@ -19,11 +19,11 @@ if __name__ == "__main__":
     needs.check()  # before anything of the extra is imported
 
 from pipeline.common import strict
-from pipeline.common.arguments import add_export_arguments
+from pipeline.common.arguments import add_export_arguments, parse
 from pipeline.common.console import print_report
-from pipeline.common.errors import FAILED, WRONG_USE, StoreError, UserError
+from pipeline.common.errors import DONE, FAILED, WRONG_USE, StoreError, UserError
 from pipeline.data.storage import ShardReadError
-from pipeline.export.command import begin, work_through
+from pipeline.export.command import begin, make_plan, work_through
 from pipeline.export.failures import clear_failures, is_unwritable
 from pipeline.export.settings import ExportConfig
 from pipeline.export.status import export_status
@@ -41,7 +41,13 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.export", description=__doc__)
     add_export_arguments(parser)
     parser.set_defaults(json=False)
-    return run(parser.parse_intermixed_args(argv))
+    try:
+        arguments = parse(parser, argv)
+    except UserError as error:  # a config that is not there
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return WRONG_USE
+    return run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,6 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
     out = ""
     try:
         config = strict.load(ExportConfig, arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            if prints_mistakes:
+                show_plan(config, as_json=arguments.json)
+            return DONE
         worker, out = find_worker(os.environ, arguments.worker), config.out
         prepared, guarantee = begin(config, worker)
         if worker.rank == 0:
@@ -81,6 +91,19 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def show_plan(config: ExportConfig, *, as_json: bool) -> None:
+    """Print what the export would do and write nothing: the resolved config, the plan as comments.
+
+    Raises UserError for what keeps it from beginning.
+    """
+    report = asdict(make_plan(config, is_dry_run=True))
+    if as_json:
+        print_report(report, as_json=True)
+        return
+    print(strict.dump(config), end="")
+    print("\n".join(f"# {name.replace('_', ' ')}: {value}" for name, value in report.items()))
 
 
 def explain(error: UserError | OSError, out: str) -> tuple[int, str]:

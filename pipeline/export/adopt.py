@@ -46,9 +46,15 @@ def store_plan(export: ExportDir, plan: ExportPlan) -> tuple[ExportPlan, str]:
         raise
     except OSError as error:
         raise UserError(f"{export.root} cannot be written: {error.strerror}. Set out.") from error
-    # Through JSON, as the stored plan: tuples become lists.
-    asked = json.loads(text)
-    stored_plan = read_plan(export)
+    stored = read_plan(export)
+    compare_plans(export, stored, plan)
+    return stored, guarantee
+
+
+def compare_plans(export: ExportDir, stored_plan: ExportPlan, plan: ExportPlan) -> None:
+    """Raise UserError if the stored plan is another, with what differs."""
+    # By way of JSON, as stored: tuples are lists there.
+    asked = json.loads(canonical_json(plan.to_json()))
     stored = stored_plan.to_json()
     if "encoder_sha256" not in stored["fingerprint"]["model"]:  # written by 93dd2d6, without it
         asked["fingerprint"]["model"].pop("encoder_sha256", None)
@@ -67,4 +73,3 @@ def store_plan(export: ExportDir, plan: ExportPlan) -> tuple[ExportPlan, str]:
             + "\n".join(shown)
             + f"\nSet another out, or give the former settings.{hint}"
         )
-    return stored_plan, guarantee

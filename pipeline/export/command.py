@@ -5,19 +5,17 @@ config -> prepare -> plan stored or compared -> run_worker -> complete? -> final
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from pipeline.common import strict
 from pipeline.common.console import in_bytes, listing, plural
 from pipeline.common.errors import DONE, PREEMPTED, StoreError, UserError
 from pipeline.data.pack.parts import few_shards
-from pipeline.export.adopt import store_plan
+from pipeline.export.adopt import compare_plans, store_plan
 from pipeline.export.failures import failed_tasks, reason_of
 from pipeline.export.finalize import finalize
 from pipeline.export.layout import FAILURES, ExportDir
-from pipeline.export.plan import ExportPlan
+from pipeline.export.plan import ExportPlan, find_plan
 from pipeline.export.prepare import Prepared, prepare
 from pipeline.export.progress import Progress
 from pipeline.export.run import MAX_FAILURES_IN_A_ROW, WorkerResult, run_worker
@@ -31,11 +29,16 @@ def begin(config: ExportConfig, worker: Worker) -> tuple[Prepared, str]:
     Returns also how the store creates a file only once, in words. Raises UserError if something is
     missing, if `config.out` holds another export, or if its store cannot create a file only once.
     """
+    prepared = _prepare(config, worker)
+    plan, guarantee = store_plan(prepared.export, prepared.plan)
+    return replace(prepared, plan=plan), guarantee
+
+
+def _prepare(config: ExportConfig, worker: Worker) -> Prepared:
     prepared = prepare(config, worker)
     if not prepared.plan.tasks:
         raise UserError(f"The split {config.data.split!r} holds no sample: set data.split.")
-    plan, guarantee = store_plan(prepared.export, prepared.plan)
-    return replace(prepared, plan=plan), guarantee
+    return prepared
 
 
 def work_through(prepared: Prepared, worker: Worker, should_stop: Callable[[], bool]) -> int:
@@ -120,10 +123,18 @@ class PlanReport:
         ]
 
 
-def make_plan(config_file: Path, overrides: Sequence[str]) -> PlanReport:
-    """Write the plan of an export, if it is not there; raises UserError as `begin` does."""
-    config = strict.load(ExportConfig, config_file, overrides)
-    prepared, guarantee = begin(config, Worker())
+def make_plan(config: ExportConfig, *, is_dry_run: bool = False) -> PlanReport:
+    """Write the plan of an export, or find that it is there; raises UserError as `begin` does.
+
+    is_dry_run: write nothing, and do not try what the place guarantees, which takes writing.
+    """
+    if is_dry_run:
+        prepared, guarantee = _prepare(config, Worker()), "not tried"
+        stored = find_plan(prepared.export)
+        if stored is not None:
+            compare_plans(prepared.export, stored, prepared.plan)
+    else:
+        prepared, guarantee = begin(config, Worker())
     plan, output = prepared.plan, prepared.plan.fingerprint["output"]
     item = 4 if config.dtype == "float32" else 2
     row_bytes = len(output["fields"]) * math.prod(output["latent_shape"]) * item

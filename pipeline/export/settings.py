@@ -35,17 +35,17 @@ class ExportData(Component):
 class ExportConfig(Component):
     """Encode every sample of a dataset with a trained model."""
 
-    # The model: `run` with `step` and `weights`, or `model`.
-    run: str | None = None  # the run directory
-    model: Encoder | None = None
+    run: str | None = None  # the run directory whose model encodes
+    model: Encoder | None = None  # instead of `run`: anything that can be exported
     out: str  # the directory to fill, or an s3:// URL
-    step: NonNegativeInt | Literal["best"] | None = None  # checkpoint; null = the newest
-    weights: Literal["ema", "raw"] = "ema"  # averaged, or as trained
+    # Of `run`: the checkpoint; null = the newest.
+    step: NonNegativeInt | Literal["best"] | None = None
+    weights: Literal["ema", "raw"] = "ema"  # of `run`: averaged, or as trained
     data: ExportData = ExportData()
     batch_size: int = Field(default=256, ge=1)  # rows encoded at once; batches never span shards
-    precision: Literal["fp32", "bf16"] = "fp32"
-    # moments: the posterior's mean mu and, if it has one, its log-variance; mean: mu only; sample:
-    # z = mu + sigma eps, where eps depends on (seed, row number in the export, element).
+    precision: Literal["fp32", "bf16"] = "fp32"  # of encoding
+    # What is stored: the posterior's mean and, where it has one, its log-variance; the mean alone;
+    # or one sample z = mu + sigma eps, with eps by (seed, row number in the export, element).
     store: Literal["moments", "mean", "sample"] = "moments"
     seed: NonNegativeInt = 0  # of `store: sample`
     # hflip: encode each image mirrored along its width as well, as mu_hflip, logvar_hflip, z_hflip.
@@ -53,7 +53,8 @@ class ExportConfig(Component):
     # Fields of the samples' JSON as extra Parquet columns: name -> type. The column `metadata` has
     # the whole JSON in any case.
     columns: dict[str, ColumnType] = Field(default={})
-    dtype: Dtype = "float32"  # bfloat16: safetensors only
+    dtype: Dtype = "float32"  # bfloat16: in safetensors only
+    # All written from one commit.
     formats: Annotated[tuple[Writer, ...], Field(min_length=1)] = (ParquetWriter(),)
     # A task with a larger fraction of failed rows is not committed, but counts as failed.
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)

@@ -56,8 +56,8 @@ class Gather(Protocol):
 class Emphasis(Component):
     """Weights of corrupted and untouched elements (Vincent et al. 2010, section 5.1)."""
 
-    corrupted: float = Field(default=1.0, ge=0)
-    untouched: float = Field(default=1.0, ge=0)
+    corrupted: float = Field(default=1.0, ge=0)  # factor of the distortion where the mask is set
+    untouched: float = Field(default=1.0, ge=0)  # factor of the distortion everywhere else
 
     @property
     def is_neutral(self) -> bool:

@@ -34,9 +34,9 @@ Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (z, target) -> 
 class ModelConfig(Component):
     """What the network is; the event shape comes from the data."""
 
-    backbone: Backbone = Burgess()
-    bottleneck: Bottleneck = Gaussian()
-    likelihood: Likelihood = GaussianLikelihood()
+    backbone: Backbone = Burgess()  # the networks of encoder and decoder
+    bottleneck: Bottleneck = Gaussian()  # from the encoder's output to the latent z
+    likelihood: Likelihood = GaussianLikelihood()  # from the decoder's output to the distortion
     # Less memory for one more forward pass; no number changes. See `run_in_stages`.
     gradient_checkpointing: bool = False
 

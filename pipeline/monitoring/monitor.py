@@ -24,8 +24,8 @@ from pipeline.monitoring.wandb_sink import Records, WandbConfig, WandbSink
 class MonitorConfig(Component):
     """How often a run reports."""
 
-    log_every_steps: int = Field(default=50, gt=0)
-    # Images in the picture of each evaluation; 0: no pictures.
+    log_every_steps: int = Field(default=50, gt=0)  # steps from one line of metrics to the next
+    # Rows of the picture at every evaluation; 0: no pictures.
     num_images: int = Field(default=8, ge=0)
     wandb: WandbConfig = WandbConfig()
 

@@ -30,10 +30,10 @@ class WandbConfig(Component):
     """Whether and where Weights & Biases keeps the run."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online when logged in
-    project: str = "latentmill"
+    project: str = "latentmill"  # the W&B project that the run belongs to
     name: str | None = None  # null: the run directory's name
-    group: str | None = None
-    tags: tuple[str, ...] = ()
+    group: str | None = None  # runs of one group are shown together; null: no group
+    tags: tuple[str, ...] = ()  # words to find the run by
 
 
 class WandbSink:

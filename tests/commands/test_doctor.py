@@ -58,6 +58,18 @@ def config_of(shards: Path | str, folder: Path, **settings: object) -> Path:
     return path
 
 
+def test_a_folder_that_hides_our_packages_is_told(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "launch").mkdir()  # without __init__.py: ours is found before it
+    assert not [f for f in diagnose(config_of(shards, tmp_path)) if f.check == "names"]
+    (tmp_path / "launch.py").touch()
+    [found] = [f for f in diagnose(config_of(shards, tmp_path)) if f.check == "names"]
+    assert found.verdict == "warning"
+    assert found.text.startswith("launch.py in this folder would be run in place of ours")
+
+
 def bad(findings: list[Finding]) -> list[tuple[str, str, str]]:
     return [
         (f.verdict, f.check, f.text)

@@ -1,18 +1,22 @@
 """The verb `order`: its lines are what a stream delivers, its table what the simulation found."""
 
 import json
+import re
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from pipeline.__main__ import main
+from pipeline.commands.order.example import LETTERS, Example, draw
 from pipeline.commands.order.plan import Request, assignments, simulation
 from pipeline.common.errors import UserError
 from pipeline.data.decode import ImageDecode
 from pipeline.data.index import Index, build_index
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream.datasets import open_indexes
+from tests.data.order_reference import Shape, SlowOrder, lane_samples
+from tests.processes import ROOT
 from tests.shards import open_stream, write_tiny_shards
 
 NUMBERS = {"batch_size": 12, "seed": 5, "lanes": [6], "interleave": [3], "window": [5]}
@@ -119,10 +123,83 @@ def test_the_command_prints_lines_and_tables(tiny_shards: Path, capsys: pytest.C
     assert [row["read_amplification"] for row in report["costs"]] == [1, 1, 1, 8 / 6]
 
     assert main(["order", *options, "--simulate"]) == 0
-    text = capsys.readouterr().out.splitlines()
-    assert text[0].startswith("60 samples of ")
-    assert text[1].split()[:4] == ["lanes", "inter", "window", "ranks"]
-    assert text[5].split()[:4] == ["6", "8", "5", "4"]
+    about, _, rest = capsys.readouterr().out.partition("\n\n")
+    assert about.startswith("60 samples of ")
+    table, meanings = (part.splitlines() for part in rest.split("\n\n"))
+    assert table[0].split()[:4] == ["lanes", "interleave", "window", "ranks"]
+    assert table[4].split()[:4] == ["6", "8", "5", "4"]
+    # Each column is explained, in the order in which it stands.
+    assert [line[:13].strip() for line in meanings] == re.split(r"  +", table[0].strip())
+    assert all(line[13:] for line in meanings)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        Example(),
+        Example(shards=5, samples_per_shard=7, seed=3, interleave=3, window=5, ranks=8),
+        Example(shards=1, samples_per_shard=2),  # lanes without a sample
+        Example(shards=26, samples_per_shard=4, batch_size=12, lanes=6, interleave=1, ranks=3),
+    ],
+    ids=str,
+)
+def test_the_example_is_the_order(example: Example):
+    shape = Shape(
+        counts=(example.samples_per_shard,) * example.shards,
+        seed=example.seed,
+        G=example.batch_size,
+        L=example.lanes,
+        K=example.interleave,
+        S=example.window,
+    )
+    sections = draw(example).split("\n\n")
+    *lanes, steps = [
+        [line.split() for line in section.splitlines() if re.match(r" +(lane|step|rank) +\d", line)]
+        for section in sections[1:]
+    ]
+    slow = SlowOrder(shape)
+    ranks, per_lane, *drawn = steps
+    assert ranks[1:] == [str(slot * example.ranks // shape.G) for slot in range(shape.G)]
+    assert per_lane[1:] == [str(slot * shape.L // shape.G) for slot in range(shape.G)]
+    assert len(drawn) == -(-slow.N // shape.G)
+    for number, line in enumerate(drawn):
+        expected = [
+            f"{LETTERS[shard]}{row}" + "'" * epoch for epoch, (shard, row), _ in slow.step(number)
+        ]
+        assert line == ["step", str(number), *expected]
+    # The lanes: as cut, as groups of spans, merged, and in windows; all hold the same samples.
+    cut, groups, merged, windows = lanes
+    for lane in range(shape.L):
+        samples = [f"{LETTERS[shard]}{row}" for shard, row in lane_samples(shape, 0, lane)]
+        assert [word.strip("[]") for word in windows[lane][2:]] == samples
+        spans = [word.strip("()") for word in groups[lane][2:]]
+        assert sorted(cut[lane][2:]) == sorted(spans)
+        held = [f"{n[0]}{i}" for n in spans for i in range(*ends_of(n))]
+        assert sorted(held) == sorted(merged[lane][2:]) == sorted(samples)
+        for span in spans:  # strictly forward
+            places = [merged[lane].index(f"{span[0]}{i}") for i in range(*ends_of(span))]
+            assert places == sorted(places)
+
+
+def ends_of(span: str) -> tuple[int, int]:
+    """The samples of a span that is written as f0-3, as a range."""
+    first, last = span[1:].split("-")
+    return int(first), int(last) + 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--example",
+        "--simulate --shards 1280 --batch-size 512 --lanes 32,64,128 --world-size 8,128",
+    ],
+)
+def test_the_page_shows_what_is_printed(options: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["order", *options.split()]) == 0
+    printed = capsys.readouterr().out
+    page = (ROOT / "docs/order.md").read_text()
+    assert f"```console\nlatentmill order {options}\n```" in page
+    assert f"```text\n{printed}```" in page
 
 
 def test_a_data_set_that_need_not_exist(capsys: pytest.CaptureFixture[str]):
@@ -146,6 +223,12 @@ def test_a_data_set_that_need_not_exist(capsys: pytest.CaptureFixture[str]):
         (["{shards}/none.yaml"], "none.yaml does not exist"),
         ([], "whose order"),
         (["--simulate"], "or --shards and --batch-size"),
+        (["--example", "--shards", "27"], "at most 26 shards"),
+        (["--example", "--shards", "0"], "must be at least 1"),
+        (["--example", "--lanes", "2,4"], "several are for --simulate"),
+        (["--example", "--world-size", "3"], "does not divide the global batch of 8"),
+        (["--example", "--lanes", "3"], "data.lanes = 3 does not divide"),
+        (["--example", "{shards}"], "leave out"),
         (["--simulate", "--shards", "0", "--batch-size", "3"], "must be at least 1"),
     ],
     ids=str,

@@ -47,7 +47,7 @@ def test_processes_that_do_not_see_each_other_may_not_start(
     text = str(refused.value)
     assert f"the launcher announced process {announced} (RANK, WORLD_SIZE)" in text
     assert f"runs as process {rank} of {world}: the processes do not see each other" in text
-    assert "configs/accelerate/cpu-ddp.yaml" in text
+    assert "latentmill config cpu-ddp" in text
 
 
 def test_starting_alone_where_two_were_announced_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -70,7 +70,7 @@ def reference(config: Path) -> Callable[[], tuple[dict[str, Any], Path]]:
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[Callable[..., None]]:
-    """Add a row to the table that stands in LOG.md; it is printed at the end."""
+    """Add a row to the table that stands in docs/benchmarks.md; it is printed at the end."""
     rows: list[str] = []
 
     def add(who: str, accumulation: int, found: Difference, precision: str = "fp32") -> None:

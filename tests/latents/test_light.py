@@ -111,9 +111,9 @@ class Environment:
         self.folder = folder
         self.source = folder / "source"
         self.source.mkdir()
-        for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "setup.py"):
             shutil.copy(ROOT / name, self.source)
-        for name in ("pipeline", "launch"):
+        for name in ("configs", "latentmill", "launch", "pipeline"):
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, self.source / name, ignore=ignored)
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
@@ -171,7 +171,7 @@ def test_a_plain_installation_shows_the_help(light: Environment):
     ("command", "missing"),
     [
         ("latentmill pack sprites shards", "PIL"),
-        ("latentmill bench data config.yaml", "torch"),
+        ("latentmill bench data vae", "torch"),
         ("python -m pipeline.train config.yaml", "torch"),
         ("python -m pipeline.export config.yaml", "torch"),
         ("python -m pipeline.commands.demo", "torch"),

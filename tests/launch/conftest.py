@@ -23,6 +23,7 @@ def text_of(
     def text(name: str) -> str:
         argv = [word.replace("{config}", str(config)) for word in TEXTS[name]]
         assert main(argv) == 0
-        return capsys.readouterr().out.replace(sys.executable, "/venv/bin/python")
+        printed = capsys.readouterr().out.replace(sys.executable, "/venv/bin/python")
+        return printed.replace(str(ROOT), "/latentmill")
 
     return text

@@ -100,8 +100,11 @@ def test_a_pod_that_is_evicted_saves_with_its_peer_and_both_go_on(
     config, run = write_config(tmp_path, tiny_shards, 1_000_000), tmp_path / "run"
     argv = ["k8s", str(config), *POD, "--mount", str(tmp_path), "--nodes", "2", "--device", "cpu"]
     assert main(argv) == 0
-    pod = container(capsys.readouterr().out)
-    script = [text.replace("/etc/latentmill/config.yaml", str(config)) for text in pod["args"]]
+    manifest = capsys.readouterr().out
+    [settings] = [one["data"] for one in documents(manifest) if one["kind"] == "ConfigMap"]
+    (tmp_path / "topology.yaml").write_text(settings["topology.yaml"])
+    pod = container(manifest)
+    script = [text.replace("/etc/latentmill/", f"{tmp_path}/") for text in pod["args"]]
     (tmp_path / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
     (tmp_path / "python").chmod(0o755)
     env = {one["name"]: one["value"] for one in pod["env"]}

@@ -1,6 +1,7 @@
 """Mistakes that the launchers for clusters tell before anything is submitted, and submitting."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,16 @@ from tests.launch.texts import EXPORT, POD, TRAIN
 from tests.processes import ROOT
 
 MISTAKES = {
-    "no such config": (["slurm", "no.yaml"], "The file no.yaml does not exist."),
+    "no such config": (
+        ["slurm", "vea"],
+        "The config file vea does not exist, and no settings of that name are shipped. Did you "
+        "mean vae? Shipped are ae, beta_vae, dae, vae;",
+    ),
+    "no such topology": (
+        ["slurm", TRAIN[0], "--topology", "zero4"],
+        "The topology file zero4 does not exist, and no settings of that name are shipped. Did "
+        "you mean zero3? Shipped are cpu-ddp, gpu-ddp, multi-node, single-cpu, zero1, zero2, zero3",
+    ),
     "no nodes": (["slurm", TRAIN[0], "--nodes", "0"], "--nodes must be at least 1, not 0."),
     "no processes": (["slurm", TRAIN[0], "--gpus-per-node", "0"], "--gpus-per-node must be at lea"),
     "no time": (["slurm", TRAIN[0], "--time", "8h"], "--time '8h' is no time: write HH:MM:SS"),
@@ -71,14 +81,20 @@ def test_processes_that_do_not_divide_over_nodes_are_refused():
         Job(config=ROOT / TRAIN[0], num_processes=5, num_nodes=2)
 
 
-def test_outside_of_the_project_the_launcher_says_where_to_start(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("strategy", [[], ["--strategy", "zero2"]], ids=["ddp", "zero2"])
+def test_a_job_is_described_from_anywhere_by_names_alone(
+    strategy: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.chdir(tmp_path)
-    assert main(["slurm", str(ROOT / TRAIN[0]), "--nodes", "2"]) == 2
-    assert "multi-node.yaml does not exist here: start in the project's root" in (
-        capsys.readouterr().err
-    )
+    assert main(["slurm", "vae", "--nodes", "2", *strategy]) == 0
+    printed = capsys.readouterr().out
+    named = re.findall(r"\S*configs/\S+", printed)
+    assert len(named) == 2 + len(strategy[1:])
+    assert all(Path(path).is_absolute() and Path(path).is_file() for path in named)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("place", [["slurm"], ["k8s", *POD]], ids=["sbatch", "kubectl"])

@@ -73,5 +73,5 @@ def test_the_strategy_reaches_the_processes(
     assert result.code == 0, result.output
     lines = [line for line in result.output.splitlines() if line.startswith("ENV")]
     found = sorted(json.loads(line.removeprefix("ENV")) for line in lines)
-    expected = ["true", "false", "configs/deepspeed/zero2.json"]
+    expected = ["true", "false", str(ROOT / "configs/deepspeed/zero2.json")]
     assert found == [[str(rank), *expected] for rank in range(num_processes)]

@@ -24,8 +24,9 @@ from tests.processes import ROOT, Processes
 BIN = Path(sys.executable).parent
 ENTRYPOINT = ROOT / "docker/entrypoint.sh"
 # What is in the image or installed into it; tests, benchmarks, figures and hooks stay outside.
-SENT = ("pipeline/", "launch/", "configs/", "examples/")
-SENT_FILES = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "docker/entrypoint.sh"}
+SENT = ("latentmill/", "pipeline/", "launch/", "configs/", "examples/")
+SENT_FILES = {"pyproject.toml", "setup.py", "constraints.txt", "README.md", "LICENSE"}
+SENT_FILES |= {"docker/entrypoint.sh"}
 KEPT_OUT = (
     ".venv/lib/python3.11/site-packages/torch.py",
     ".git/config",
@@ -283,7 +284,7 @@ LIFE = r"""
 set -e
 echo "user $(id --user)"
 latentmill pack sprites data/sprites --count 2000
-launch="python -m launch local --submit configs/train/vae.yaml monitor.log_every_steps=4"
+launch="latentmill train vae --device cpu monitor.log_every_steps=4"
 launch+=" optimizer.learning_rate.warmup_samples=64"
 $launch run_dir=runs/compiled compile=true num_steps=8
 ACCELERATE_USE_CPU=false accelerate launch --config_file configs/accelerate/zero2.yaml \

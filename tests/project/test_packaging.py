@@ -47,7 +47,7 @@ def third_party_imports(paths: Iterable[Path]) -> dict[str, Path]:
             else:
                 continue
             found |= {name.split(".")[0]: path for name in names}
-    ours = {"latentmill", "pipeline", "launch", "_typeshed"}
+    ours = {"latentmill", "launch", "pipeline", "_typeshed"}
     return {k: v for k, v in found.items() if k not in ours | set(sys.stdlib_module_names)}
 
 
@@ -129,7 +129,7 @@ def test_commit_hooks_fetch_nothing():
 
 def test_the_make_targets_that_documents_promise():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("setup", "demo", "test", "test-all", "soak", "check", "format"):
+    for target in ("setup", "demo", "docs", "test", "test-all", "soak", "check", "format"):
         rule = re.search(rf"^{target}:(.*?)##", makefile, re.MULTILINE)
         assert rule, target
         # each sets up .venv by itself, be it by way of another target

@@ -23,6 +23,7 @@ DOCUMENTS = (
     *("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", ".ci/run"),
     *("docker/Dockerfile", "tests/conftest.py"),
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")),
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")),
 )
 SOURCES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
@@ -32,7 +33,9 @@ SOURCES = {
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 
 PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join((*CODE, 'configs', 'docs'))})/(?:[\w.*/-]*[\w*/])?")
-DOTTED = re.compile(r"(?<![\w./-])(?:pipeline|launch|tests|benchmarks)(?:\.[A-Za-z_]\w*)+")
+DOTTED = re.compile(
+    r"(?<![\w./-])(?:pipeline|launch|tests|benchmarks)(?!\.md\b)(?:\.[A-Za-z_]\w*)+"
+)
 FILE = re.compile(r"(?<![\w/.*])(?!__init__)\w[\w/]*\.py\b")
 TICKED = re.compile(r"(?<!`)`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:\(\))?`")
 SEE = re.compile(r"\b[Ss]ee `(\w+)`")

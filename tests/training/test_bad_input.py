@@ -195,7 +195,7 @@ def test_a_process_that_does_not_know_where_the_others_are(
     monkeypatch.setenv("WORLD_SIZE", "2")
     text = refused()
     assert "WORLD_SIZE announces 2 processes, but RANK, MASTER_ADDR, MASTER_PORT is not set" in text
-    assert "configs/accelerate/cpu-ddp.yaml" in text
+    assert "latentmill config cpu-ddp" in text
 
 
 def test_processes_that_each_believe_to_be_alone(
@@ -225,7 +225,7 @@ def test_two_launched_processes_that_do_not_see_each_other(
     for result in results:  # without a launcher's output
         text = result.output
         assert "WORLD_SIZE announces 2 processes, but MASTER_ADDR, MASTER_PORT is not set" in text
-        assert "configs/accelerate/cpu-ddp.yaml" in text
+        assert "latentmill config cpu-ddp" in text
         assert "Traceback" not in text
     assert not (tmp_path / "run").exists()
 

@@ -2,9 +2,8 @@
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
-from pipeline.common.arguments import add_part
+from pipeline.common.arguments import add_config, add_part
 from pipeline.common.console import print_report
 from pipeline.common.errors import DONE
 
@@ -23,9 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     }
     for kind, part in parsers.items():
-        folder = "export" if kind == "export" else "train"
-        part.add_argument("config", type=Path, help=f"YAML file, see configs/{folder}/")
-        part.add_argument("overrides", nargs="*", help="settings as a.b=c")
+        add_config(part, "export" if kind == "export" else "train")
         part.add_argument("--rounds", type=int, default=5, help="after a warm-up (%(default)s)")
         part.set_defaults(kind=kind)
     parsers["data"].add_argument(

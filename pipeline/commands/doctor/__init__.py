@@ -3,11 +3,10 @@
 import argparse
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
-from pipeline.common.arguments import bind
+from pipeline.common.arguments import add_config, add_processes, bind, settings_file
 from pipeline.common.console import print_report
-from pipeline.common.errors import DONE, FAILED, UserError
+from pipeline.common.errors import DONE, FAILED
 
 HELP = "will this training start, and stay up? a line per check; exit 1 if one fails"
 
@@ -15,26 +14,19 @@ HELP = "will this training start, and stay up? a line per check; exit 1 if one f
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say which training, and on how many processes."""
     bind(parser, run)
-    parser.add_argument("config", type=Path, help="YAML file of the training")
-    parser.add_argument("overrides", nargs="*", help="settings as a.b=c")
-    text = "of the training on this machine (auto: one per GPU; without any, 1)"
-    parser.add_argument("--processes", default="auto", metavar="N|auto", help=text)
-    text = "what is to compute (auto: the GPUs; without any, the CPU)"
-    parser.add_argument("--device", choices=["cpu", "gpu", "auto"], default="auto", help=text)
-    parser.add_argument("--topology", type=Path, help="accelerate config file of the launch")
+    add_config(parser, "train")
+    add_processes(parser)
+    parser.add_argument("--topology", type=settings_file("accelerate"), help="of the launch")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings, and fail if a check did."""
     from pipeline.commands.doctor.diagnose import diagnose
 
-    asked = str(arguments.processes)
-    if asked != "auto" and not asked.isdecimal():
-        raise UserError(f"--processes {asked}: write a number of at least 1, or auto.")
     findings = diagnose(
         arguments.config,
         arguments.overrides,
-        world=None if asked == "auto" else int(asked),
+        world=None if arguments.processes == "auto" else arguments.processes,
         device=arguments.device,
         topology=arguments.topology,
     )

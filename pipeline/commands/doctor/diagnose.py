@@ -21,6 +21,7 @@ from pipeline.commands.doctor.machine import (
     check_clock,
     check_disk,
     check_memory,
+    check_names,
     check_strategy,
     check_wandb,
 )
@@ -45,6 +46,7 @@ CHECKS: dict[str, Callable[[Patient], Findings]] = {
     "threads": check_threads,
     "strategy": check_strategy,
     "wandb": check_wandb,
+    "names": check_names,
 }
 
 

@@ -30,6 +30,7 @@ from pipeline.data.storage import is_url, open_storage
 from pipeline.data.storage.opening import local_path
 
 MAX_CLOCK_SKEW_SECONDS = 60.0
+OURS = ("latentmill", "launch", "pipeline")
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -183,6 +184,24 @@ def check_strategy(patient: Patient) -> Findings:
         yield Finding("strategy", "FAIL", f"importing {', '.join(modules)}: {reason}; {how}")
     else:
         yield Finding("strategy", "ok", f"{', '.join(modules)} can be imported")
+
+
+def check_names(_: Patient) -> Findings:
+    """Nothing in this folder has the name of one of our packages; silent if that is so.
+
+    Python puts the current folder first where a module is run by `-m`, before any line of ours.
+    """
+    here = Path.cwd()
+    if here == Path(__file__).parents[3]:
+        return
+    names = [f"{name}{end}" for name in OURS for end in (".py", "/__init__.py")]
+    found = [name for name in names if (here / name).is_file()]
+    if found:
+        text = (
+            f"{', '.join(found)} in this folder would be run in place of ours by `python -m` and "
+            "`accelerate launch -m`: `latentmill train` does not look here, or rename it"
+        )
+        yield Finding("names", "warning", text)
 
 
 @cache

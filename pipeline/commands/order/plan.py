@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.common import strict
 from pipeline.common.errors import UserError
+from pipeline.common.shipped import find, shipped
 from pipeline.config import read_config
 from pipeline.data.index import Index
 from pipeline.data.index.splits import ALL
@@ -26,22 +27,24 @@ from pipeline.data.stream.datasets import open_indexes, order_of
 
 Ints = NDArray[np.int64]
 
+DEFAULT_SAMPLES = 1000  # per shard that need not exist
 CONFIG_SUFFIXES = (".yaml", ".yml")
+# Heading, field of `Cost` (or in other units), format, and what it means.
 COLUMNS = (
-    ("lanes", "lanes", "{:,}"),
-    ("inter", "interleave", "{:,}"),
-    ("window", "window", "{:,}"),
-    ("ranks", "world", "{:,}"),
-    ("shards/batch", "shards_per_batch", "{:.0f}"),
-    ("uniform", "uniform_shards_per_batch", "{:.0f}"),
-    ("excess", "same_shard_excess", "{:.1f}x"),
-    ("opens/step", "mean_opens_per_step", "{:.2f}"),
-    ("max", "max_opens_per_step", "{:,}"),
-    ("at start", "opens_at_start", "{:,}"),
-    ("reads", "read_amplification", "{:.2f}x"),
-    ("MB/step", "megabytes_per_step", "{:,.0f}"),
-    ("GB/epoch", "gigabytes_per_epoch", "{:,.0f}"),
-    ("MB/rank", "megabytes_per_rank", "{:,.0f}"),
+    ("lanes", "lanes", "{:,}", "L: sequences of samples that are read side by side"),
+    ("interleave", "interleave", "{:,}", "K: shards that a lane reads at a time"),
+    ("window", "window", "{:,}", "S: samples of a lane that are shuffled together"),
+    ("ranks", "world", "{:,}", "R: processes"),
+    ("shards/batch", "shards_per_batch", "{:.0f}", "different shards in a batch, on average"),
+    ("if uniform", "uniform_shards_per_batch", "{:.0f}", "the same if all samples were shuffled"),
+    ("excess", "same_shard_excess", "{:.1f}x", "pairs of one shard in a batch / if uniform"),
+    ("opens/step", "mean_opens_per_step", "{:.2f}", "shards whose reading begins, per step"),
+    ("most opens", "max_opens_per_step", "{:,}", "the same in the worst step, the first left out"),
+    ("at start", "opens_at_start", "{:,}", "the same in the first step, where every lane begins"),
+    ("reads", "read_amplification", "{:.2f}x", "bytes read / bytes of the samples"),
+    ("MB/step", "megabytes_per_step", "{:,.0f}", "read by all processes together in a step"),
+    ("GB/epoch", "gigabytes_per_epoch", "{:,.0f}", "read by all processes together in an epoch"),
+    ("MB/rank", "megabytes_per_rank", "{:,.0f}", "memory: a process holds at most so much encoded"),
 )
 
 
@@ -59,7 +62,7 @@ class Request:
     window: Sequence[int] | None = None
     world_size: Sequence[int] | None = None
     shards: int | None = None
-    samples_per_shard: int = 1000
+    samples_per_shard: int | None = None  # None = as many as usual
     mean_bytes: int = 115_000  # of a sample in the shards, JPEG photographs for example
 
 
@@ -83,15 +86,15 @@ class Simulation:
     advice: list[str]
 
     def text(self) -> str:
-        """The table, a line on what its columns are, and the advice."""
-        rows = [[heading for heading, _, _ in COLUMNS]]
+        """What is simulated and what follows, the table, and what its columns mean."""
+        rows = [[heading for heading, *_ in COLUMNS]]
         for row in self.costs:
             values = vars(row) | {
                 "megabytes_per_step": row.bytes_per_step / 1e6,
                 "gigabytes_per_epoch": row.bytes_per_epoch / 1e9,
                 "megabytes_per_rank": row.memory_per_rank / 1e6,
             }
-            rows.append([form.format(values[name]) for _, name, form in COLUMNS])
+            rows.append([form.format(values[name]) for _, name, form, _ in COLUMNS])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
         first = self.costs[0]
@@ -100,11 +103,11 @@ class Simulation:
                 f"{self.num_samples:,} samples of {self.mean_bytes:,.0f} bytes in "
                 f"{self.num_shards:,} shards, {first.batch_size:,} per batch; the first "
                 f"{first.num_steps:,} steps",
-                *lines,
-                "excess: pairs of one shard in a batch, over a uniform shuffle's. opens: shards "
-                "whose reading begins. reads: how often a byte is read. MB/rank: encoded samples "
-                "in memory, at most.",
                 *self.advice,
+                "",
+                *lines,
+                "",
+                *(f"{heading:<13}{meaning}" for heading, _, _, meaning in COLUMNS),
             ]
         )
 
@@ -117,8 +120,8 @@ def assignments(request: Request, steps: range) -> Iterator[dict[str, Any]]:
     if request.source is None:
         raise UserError("Name a config or the directory of an index: whose order is it?")
     plan = _plan(request)
-    (world,) = _one(request.world_size, "--world-size") or (1,)
-    _check_world(plan.batch_size, world)
+    (world,) = single(request.world_size, "--world-size") or (1,)
+    check_world(plan.batch_size, world)
     indexes = open_indexes(plan.data)
     order = order_of(plan.data, indexes, plan.seed, plan.batch_size)
     per_rank = plan.batch_size // world
@@ -149,7 +152,7 @@ def simulation(request: Request) -> Simulation:
         counts, mean_bytes = _counts(plan)
     worlds = request.world_size or (1,)
     for world in worlds:
-        _check_world(plan.batch_size, world)
+        check_world(plan.batch_size, world)
     costs: list[Cost] = []
     for lanes, interleave, window in itertools.product(
         request.lanes or (plan.data.lanes,),
@@ -175,14 +178,16 @@ def _plan(request: Request) -> Plan:
     source = request.source or ""
     numbers: dict[str, Any] = {"split": request.split}
     for name in ("lanes", "interleave", "window"):
-        for value in _one(getattr(request, name), f"--{name}"):
+        for value in single(getattr(request, name), f"--{name}"):
             numbers[name] = value
     given = [f"{name}={value}" for name, value in numbers.items() if value is not None]
-    if Path(source).suffix in CONFIG_SUFFIXES:
+    if Path(source).suffix in CONFIG_SUFFIXES or (
+        source in shipped("train") and not Path(source).exists()
+    ):
         whole = {"batch_size": request.batch_size, "seed": request.seed}
         overrides = [*request.overrides, *(f"data.{number}" for number in given)]
         overrides += [f"{name}={value}" for name, value in whole.items() if value is not None]
-        config = read_config(Path(source), overrides)
+        config = read_config(find("train", source), overrides)
         return Plan(config.data, config.seed, config.batch_size)
     if request.overrides:
         raise UserError(f"{source} is no .yaml: {request.overrides[0]} has nothing to override.")
@@ -193,13 +198,15 @@ def _plan(request: Request) -> Plan:
     return Plan(data, request.seed or 0, request.batch_size)
 
 
-def _one(values: Sequence[int] | None, option: str) -> Sequence[int]:
+def single(values: Sequence[int] | None, option: str) -> Sequence[int]:
+    """Return a number that may be given once, or nothing."""
     if values is not None and len(values) > 1:
         raise UserError(f"{option} {','.join(map(str, values))}: several are for --simulate.")
     return values or ()
 
 
-def _check_world(batch_size: int, world: int) -> None:
+def check_world(batch_size: int, world: int) -> None:
+    """Raise UserError if a global batch cannot be cut into equal parts for `world` processes."""
     if batch_size % world:
         divisors = [d for d in range(1, 129) if batch_size % d == 0]
         raise UserError(
@@ -240,8 +247,9 @@ def _equal_shards(request: Request) -> tuple[Plan, Ints, float]:
         raise UserError(
             "Name a config, or an index and --batch-size, or --shards and --batch-size."
         )
-    if min(request.shards, request.samples_per_shard, request.batch_size) < 1:
+    samples = DEFAULT_SAMPLES if request.samples_per_shard is None else request.samples_per_shard
+    if min(request.shards, samples, request.batch_size) < 1:
         raise UserError("--shards, --samples-per-shard and --batch-size must be at least 1.")
-    counts = np.full(request.shards, request.samples_per_shard, np.int64)
+    counts = np.full(request.shards, samples, np.int64)
     plan = Plan(DataConfig(path="."), request.seed or 0, request.batch_size)
     return plan, counts, float(request.mean_bytes)

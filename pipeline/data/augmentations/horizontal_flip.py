@@ -13,7 +13,7 @@ class HorizontalFlip(AugmentationBase):
     """Mirror a fraction of the samples."""
 
     kind: Literal["horizontal_flip"] = "horizontal_flip"
-    probability: Annotated[float, Field(gt=0, le=1)] = 0.5
+    probability: Annotated[float, Field(gt=0, le=1)] = 0.5  # of a sample to be mirrored
 
     @property
     def num_draws(self) -> int:

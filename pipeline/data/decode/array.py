@@ -31,10 +31,11 @@ class ArrayDecode(Component):
     """Read a `.npy` member whose values lie in `range`, which maps to the model's [0, 1]."""
 
     kind: Literal["array"] = "array"
-    suffix: Suffix = "npy"
+    suffix: Suffix = "npy"  # of the member that holds the array
+    # of every array; others are bad samples
     shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
-    dtype: Literal["uint8", "uint16", "float16", "float32"] = "float32"
-    range: tuple[float, float]
+    dtype: Literal["uint8", "uint16", "float16", "float32"] = "float32"  # of the stored values
+    range: tuple[float, float]  # stored values that become 0 and 1
 
     @model_validator(mode="after")
     def _range_is_usable(self) -> Self:

@@ -37,12 +37,14 @@ class ImageDecode(Component):
     """Decode an image to a square of `size` pixels: shorter side to `size`, centre crop."""
 
     kind: Literal["image"] = "image"
-    size: Annotated[int, Field(ge=1, le=16384)] = 64
-    channels: Literal[1, 3] = 3
+    size: Annotated[int, Field(ge=1, le=16384)] = 64  # pixels of a side
+    channels: Literal[1, 3] = 3  # 1: grey; 3: red, green, blue
+    # Members that may hold the image, most wanted first.
     suffixes: Annotated[tuple[Suffix, ...], Field(min_length=1)] = ("jpg", "jpeg", "png", "webp")
+    # Antialiased; used where the size changes.
     resample: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
-    background: Annotated[int, Field(ge=0, le=255)] = 255
-    # Pillow's own limit is 178,956,970 pixels.
+    background: Annotated[int, Field(ge=0, le=255)] = 255  # grey level behind transparency
+    # Larger images are bad samples. Pillow itself gives up at 178,956,970 pixels.
     max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 1 << 26
 
     @property

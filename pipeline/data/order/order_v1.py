@@ -86,7 +86,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _LaneSpans:
+class LaneSpans:
     """One lane of one epoch: spans in reading order, and the groups that merge them."""
 
     shard: Ints
@@ -137,7 +137,7 @@ class Order:
             "drop": self.num_samples // batch_size * batch_size,
         }[tail]
         self._shards_of_epoch = lru_cache(maxsize=4)(self._plan_epoch)
-        self._spans_of_lane = lru_cache(maxsize=4 * self.lanes)(self._plan_lane)
+        self.spans_of_lane = lru_cache(maxsize=4 * self.lanes)(self._plan_lane)
 
     def _check(self) -> None:
         if self.batch_size % self.lanes:
@@ -221,7 +221,7 @@ class Order:
 
         Shards are numbered as in `counts`, empty ones included.
         """
-        spans = self._spans_of_lane(epoch, lane)
+        spans = self.spans_of_lane(epoch, lane)
         start = window * self.window_size
         stop = min(start + self.window_size, int(spans.group_start[-1]))
         shard, row = _merge(spans, start, stop, margin=self.interleave)
@@ -233,7 +233,7 @@ class Order:
         shards = keyed_permutation(len(self.counts), "shards", self.seed, epoch)
         return shards, np.cumsum(self.counts[shards])
 
-    def _plan_lane(self, epoch: int, lane: int) -> _LaneSpans:
+    def _plan_lane(self, epoch: int, lane: int) -> LaneSpans:
         shards, ends = self._shards_of_epoch(epoch)
         quotient, remainder = divmod(self.num_samples, self.lanes)
         start = lane * quotient + min(lane, remainder)
@@ -247,16 +247,16 @@ class Order:
         shuffle = keyed_permutation(len(ids), "lane", self.seed, epoch, lane)
         return self._group(ids[shuffle], low[shuffle], length[shuffle], 1 + lane % self.interleave)
 
-    def _group(self, shard: Ints, low: Ints, length: Ints, first_group: int) -> _LaneSpans:
+    def _group(self, shard: Ints, low: Ints, length: Ints, first_group: int) -> LaneSpans:
         numbers = np.arange(len(shard))
         group = np.maximum(numbers - first_group + self.interleave, 0) // self.interleave
         group_first = np.flatnonzero(np.diff(group, prepend=-1))
         group_first = np.append(group_first, len(shard))
         group_start = np.concatenate([[0], np.cumsum(length)])[group_first]
-        return _LaneSpans(shard, low, length, group, group_first, group_start)
+        return LaneSpans(shard, low, length, group, group_first, group_start)
 
 
-def _merge(spans: _LaneSpans, start: int, stop: int, *, margin: int) -> tuple[Ints, Ints]:
+def _merge(spans: LaneSpans, start: int, stop: int, *, margin: int) -> tuple[Ints, Ints]:
     """(shard, row) at the merged positions [start, stop) of a lane, before the window's shuffle.
 
     Sample i of a span with q samples has the fraction (2i+1)/(2q); a group is sorted by fraction,

@@ -15,7 +15,7 @@ class FolderEncoder(EncoderBase):
     """An exported model, which has `decode` settings and no data set."""
 
     kind: Literal["folder"] = "folder"
-    path: str
+    path: str  # what `latentmill export-model` wrote
 
     def open(self, device: torch.device) -> OpenEncoder:
         description = read_description(self.path)

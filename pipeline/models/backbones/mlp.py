@@ -18,7 +18,7 @@ class Mlp(BackboneBase):
     """
 
     kind: Literal["mlp"] = "mlp"
-    hidden: tuple[PositiveInt, ...] = (512, 256)
+    hidden: tuple[PositiveInt, ...] = (512, 256)  # units of each layer
 
     def check_event(self, event_shape: tuple[int, ...]) -> None:
         """Accept every event: it is flattened."""

@@ -24,7 +24,7 @@ class GaussianLikelihood(LikelihoodBase):
     kind: Literal["gaussian"] = "gaussian"
     # standard deviation, in units of the [0, 1] range
     sigma: Annotated[float, Field(gt=0)] | Literal["learned"] = "learned"
-    link: Link = "identity"
+    link: Link = "identity"  # from the decoder's output to the mean of each element
 
     def initial(self) -> Learned:
         """Return log sigma before the softplus floor, at sigma = 1, if it is learned."""

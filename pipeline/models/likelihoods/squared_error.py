@@ -15,7 +15,7 @@ class SquaredError(LikelihoodBase):
     """
 
     kind: Literal["squared_error"] = "squared_error"
-    link: Link = "identity"
+    link: Link = "identity"  # from the decoder's output to the mean of each element
 
     def nll(self, decoded: Tensor, target: Tensor, learned: Learned) -> Tensor:
         del learned

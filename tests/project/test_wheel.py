@@ -1,0 +1,142 @@
+"""The wheel holds all: built from the sdist, installed into a folder, used from an empty one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ROOT
+
+pytestmark = pytest.mark.slow
+# Of the repository, what a wheel is built from.
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "latentmill", "launch", "pipeline")
+SDIST = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+FOREIGN = "from pathlib import Path\nPath({!r}).touch()\nraise SystemExit('the foreign one')\n"
+
+
+def tracked(*places: str) -> set[str]:
+    """The files of the repository below some places, those of a commit in the making included."""
+    argv = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *places]
+    listed = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return {name for name in listed.split("\0") if name and (ROOT / name).is_file()}
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The wheel, what it was installed into, and an empty folder to work in."""
+
+    wheel: Path
+    target: Path
+    empty: Path
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Of a shell that finds the installation, and nothing of the repository."""
+        path = f"{self.target / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        ours = {"PATH": path, "PYTHONPATH": str(self.target), "CUDA_VISIBLE_DEVICES": ""}
+        return os.environ | ours | {"OMP_NUM_THREADS": "1"}
+
+    def run(self, *argv: object) -> subprocess.CompletedProcess[str]:
+        """Type a command."""
+        words = [str(word) for word in argv]
+        return subprocess.run(
+            words, cwd=self.empty, env=self.env, capture_output=True, text=True, check=False
+        )
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    folder = tmp_path_factory.mktemp("wheel")
+    source, dist = folder / "source", folder / "dist"
+    for name in tracked(*SOURCES, "configs"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    subprocess.run([sys.executable, "-c", SDIST, dist], cwd=source, check=True, capture_output=True)
+    [sdist] = dist.glob("latentmill-*.tar.gz")
+    with tarfile.open(sdist) as tar:
+        tar.extractall(folder / "sdist", filter="data")
+    [unpacked] = (folder / "sdist").iterdir()
+    pip, offline = [sys.executable, "-m", "pip"], ["--no-deps", "--no-index", "--quiet"]
+    build = [*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", dist, unpacked]
+    subprocess.run(build, check=True, capture_output=True)
+    [wheel] = dist.glob("*.whl")
+    target = folder / "target"
+    install = [*pip, "install", *offline, "--no-compile", "--target", target, wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    (folder / "empty").mkdir()
+    return Installed(wheel, target, folder / "empty")
+
+
+def test_it_holds_every_module_every_setting_and_nothing_else(installed: Installed):
+    with zipfile.ZipFile(installed.wheel) as wheel:
+        found = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    wanted = tracked("latentmill", "launch", "pipeline")
+    wanted |= {f"latentmill/{name}" for name in tracked("configs")}
+    assert found == wanted
+    assert {f"{top}/py.typed" for top in ("latentmill", "launch", "pipeline")} <= found
+
+
+def test_its_metadata_says_what_an_index_shows(installed: Installed):
+    with zipfile.ZipFile(installed.wheel) as wheel:
+        [path] = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = HeaderParser().parsestr(wheel.read(path).decode())
+    for field in ("Name", "Version", "Summary", "Author", "Keywords", "License-Expression"):
+        assert metadata[field], field
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata["Requires-Python"] == ">=3.11"
+    classifiers = metadata.get_all("Classifier", [])
+    assert "Programming Language :: Python :: 3.11" in classifiers
+    assert not [line for line in classifiers if line.startswith("License ::")]  # says the field
+    assert {"train", "deepspeed", "onnx", "s3"} <= set(metadata.get_all("Provides-Extra", []))
+
+
+def test_its_settings_are_listed_and_printed_where_there_is_no_clone(installed: Installed):
+    listed = installed.run("latentmill", "config", "--json")
+    assert listed.returncode == 0, listed.stderr
+    names = {f"{kind}/{name}" for kind, of in json.loads(listed.stdout).items() for name in of}
+    files = {name.removeprefix("configs/") for name in tracked("configs")}
+    assert names == {name.removesuffix(".yaml") for name in files}
+    for name in (
+        "train/vae.yaml",
+        "export/npy.yaml",
+        "accelerate/zero2.yaml",
+        "deepspeed/zero2.json",
+    ):
+        printed = installed.run("latentmill", "config", Path(name).name.removesuffix(".yaml"))
+        assert printed.stdout == (ROOT / "configs" / name).read_text()
+    where = "import latentmill, pipeline.common.shipped as shipped; print(shipped.FOLDER)"
+    found = installed.run(sys.executable, "-c", where).stdout.strip()
+    assert found == str(installed.target / "latentmill/configs")
+    assert installed.run(sys.executable, "-m", "latentmill", "--version").stdout.startswith(
+        "latent"
+    )
+
+
+def test_a_foreign_pipeline_and_launch_beside_it_do_no_harm(
+    installed: Installed, tiny_shards: Path, tmp_path: Path
+):
+    """Trained by two processes in the folder of somebody else's project."""
+    touched, empty = tmp_path / "touched", tmp_path / "project"
+    (empty / "pipeline").mkdir(parents=True)
+    for name in ("pipeline/__init__.py", "launch.py", "latentmill.py"):
+        (empty / name).write_text(FOREIGN.format(str(touched)))
+    here = Installed(installed.wheel, installed.target, empty)
+    small = (f"data.path={tiny_shards}", "--data.decode.size=32", "data.decode.channels=3")
+    small += ("num_steps=2", "--batch_size=8", "optimizer.learning_rate.warmup_samples=0")
+    trained = here.run("latentmill", "train", "vae", *small, "--processes", 2)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stderr.startswith("2 processes on the CPU; no GPU here\n")
+    assert (empty / "runs/vae/outcome.json").exists()
+    assert not touched.exists()
+
+    # What nobody can prevent: by -m Python looks into this folder before any line of ours runs.
+    assert here.run(sys.executable, "-m", "pipeline.train", "vae").returncode == 1
+    assert touched.exists()
