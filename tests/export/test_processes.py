@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.workers import together
 from pipeline.common import strict
 from pipeline.export.verify.levels import verify_export
 from tests.export.world import NUM_SHARDS, make_config, make_data, make_run, tree
@@ -30,6 +31,33 @@ def test_under_accelerate_launch(
     assert result.code == 0, result.output
     assert tree(config.parent / "out") == tree(finished)
     assert len(re.findall(r"^export: \d+ rows in ", result.output, re.MULTILINE)) == 1
+
+
+@pytest.mark.distributed
+def test_the_command_itself_starts_several(
+    config: Path, finished: Path, tmp_path: Path, run_processes: Callable
+):
+    command = ("export", "run", config, "--processes", 2, "--device", "cpu")
+    shown = run_processes("pipeline", None, *command, "--dry-run")
+    assert shown.code == 0, shown.output
+    assert "WORLD_SIZE=2" in shown.output
+    assert f"\n# tasks: {NUM_SHARDS}\n" in shown.output
+    assert not (tmp_path / "out").exists()
+    mistaken = run_processes("pipeline", None, *command, "dtpe=float16")
+    assert mistaken.code == 2, mistaken.output
+    assert mistaken.output.count("error: ") == 1, mistaken.output
+    result = run_processes("pipeline", None, *command)
+    assert result.code == 0, result.output
+    assert tree(tmp_path / "out") == tree(finished)
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [([0, 0], 0), ([-9, 0], 0), ([3, 3], 3), ([2, 2], 2), ([-9, 3], 3), ([-9, 1], 1)],
+)
+def test_the_exit_code_of_several(codes: list[int], expected: int):
+    """One that has seen the end of the work is enough: what another left, it has done."""
+    assert together(codes) == expected
 
 
 @pytest.mark.fault
