@@ -1,7 +1,8 @@
 """`bench`: what it prints, and that the pipeline keeps its distance to the ceilings.
 
 The bounds are what a shared, noisy machine must show in the best of three medians; the goals, and
-what was measured on an idle one, stand in docs/benchmarks.md. `make soak` asks for more than the other lanes.
+what was measured on an idle one, stand in docs/benchmarks.md. `make soak` asks for more than the
+other lanes.
 """
 
 import json
