@@ -7,7 +7,8 @@ An epoch's shards, in a keyed order, are cut into L lanes of equal length; a lan
 shards at a time, each strictly forward, merged evenly; windows of S positions are permuted. Every
 sample comes once per epoch; ranks, threads and restarts do not enter. Only the windows asked for
 are ever planned: no array here grows with the number of samples. Frozen: a change needs a new
-version name, because a run's data state is {T, order_id, dataset_id}.
+version name, because a run's data state is {T, order_id, dataset_id}. docs/order.md explains the
+words and draws an example.
 """
 
 import hashlib
