@@ -23,7 +23,6 @@ DOCUMENTS = (
     *("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", ".ci/run"),
     *("docker/Dockerfile", "tests/conftest.py"),
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")),
-    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")),
 )
 SOURCES = {
     path.relative_to(ROOT).as_posix(): path.read_text()

@@ -8,7 +8,7 @@ shards at a time, each strictly forward, and merges them evenly; then windows of
 permuted. Every sample comes once per epoch; the result does not depend on ranks, threads and
 restarts. Only requested windows are planned: no array here grows with the number of samples. The
 function is frozen: a change needs a new version name, because the data state of a run is
-{T, order_id, dataset_id}.
+{T, order_id, dataset_id}. docs/order.md explains the words and draws an example.
 """
 
 import hashlib
