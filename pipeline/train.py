@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.common import needs
@@ -21,13 +20,12 @@ from pipeline.common.arguments import parse_train
 from pipeline.common.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
 from pipeline.config import TrainConfig, read_config
 from pipeline.data.order.mixture import reading_plan
-from pipeline.data.stream import Stream, open_stream
+from pipeline.data.stream import open_stream
 from pipeline.data.stream.datasets import open_indexes
 from pipeline.data.stream.device import DeviceBatches
 from pipeline.distributed.outcome import Outcome, write_outcome
 from pipeline.distributed.rendezvous import print_error
 from pipeline.distributed.runtime import Runtime, Stopped, StopRequest
-from pipeline.distributed.strategies.base import Strategy
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.evaluation.held_out import HeldOut, held_out_splits, views_of
 from pipeline.monitoring.bad_samples import Quarantine
@@ -42,7 +40,6 @@ from pipeline.training.build import (
     make_strategy,
     warm_up_loss,
 )
-from pipeline.training.forward import Forward
 from pipeline.training.run_directory import check_ranks, locked_run_dir
 from pipeline.training.step import check_skipped, train_step
 
@@ -120,20 +117,37 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             prefetch=config.data.prefetch,
             runtime=runtime,
         )
-        trainer = Trainer(
-            config=config,
-            runtime=runtime,
-            watchdog=watchdog,
-            stop=stop,
-            forward=forward,
-            strategy=strategy,
-            stream=stream,
-            checkpoints=checkpoints,
-            monitor=monitor,
-            ledger=ledger,
-            quarantine=quarantine,
-            held_out=HeldOut(config, splits, forward, runtime, quarantine),
-        )
+        held_out = HeldOut(config, splits, forward, runtime, quarantine)
+        views = views_of(strategy, config)
+        batches = DeviceBatches(stream, runtime.device)
+        meter = TrainingMeter(runtime, stream)
+
+        def evaluate(step: int) -> bool:
+            """Evaluate the weights of `step`; return whether they are the best so far."""
+
+            def before_batch() -> None:
+                watchdog.enter("evaluation", step)
+                stop.check(runtime)
+
+            with meter.paused():
+                metrics = held_out.evaluate(views, step, monitor=monitor, before_batch=before_batch)
+            return checkpoints.add_evaluation(metrics, step)
+
+        def log(step: int) -> None:
+            """Log what happened since the last log."""
+            watchdog.enter("log", step)
+            samples = step * config.batch_size
+            values = meter.read() | config.schedule_values(samples - config.batch_size)
+            values |= {"data/samples_seen": samples, "data/epoch": samples / order.num_samples}
+            values |= quarantine.collect(stream) | ledger.read() | checkpoints.read()
+            monitor.log(step, values)
+            monitor.progress(step, values)
+            check_skipped(values["optim/skipped_steps"], config)
+
+        def save(step: int) -> None:
+            watchdog.enter("checkpoint", step)
+            with meter.paused():
+                checkpoints.save(step)
 
         # Record a failure before anything is closed, which may take minutes, and stop the watchdog.
         stack.enter_context(closing(watchdog))
@@ -141,13 +155,19 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
         stopped_by: str | None = None
         try:
             if runtime.broadcast(monitor.lacks_evaluation):
-                trainer.evaluate(step)
+                evaluate(step)
             last = config.is_over(step, checkpoints.evaluations_since_best)
             if not last:
                 monitor.print_line(f"{runtime.hardware}; {reading_plan(order, runtime.world)}")
             while not last:
                 step += 1
-                trainer.update(step)
+                watchdog.enter("data", step)
+                batch = next(batches)
+                watchdog.enter("update", step)
+                # Kept until the next step: see `train_step`.
+                _kept = train_step(
+                    batch, (step - 1) * config.batch_size, config, forward, strategy, meter
+                )
 
                 # Evaluate before saving, so that the checkpoint of a new best value is kept.
                 last, is_best = step >= config.num_steps, False
@@ -155,101 +175,41 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
                     stop.check(runtime)
                 if config.evaluates_at(step):
                     ledger.check_against_plan()
-                    is_best = trainer.evaluate(step)
+                    is_best = evaluate(step)
                     last = config.is_over(step, checkpoints.evaluations_since_best)
                 if last or step % config.monitor.log_every_steps == 0:
-                    trainer.log(step)
+                    log(step)
                 if last or is_best or step % config.checkpoint.every_steps == 0:
-                    trainer.save(step)
+                    save(step)
         except Stopped as reason:
             stopped_by = str(reason)
             if step > first_step:
-                trainer.log(step)
-                trainer.save(step)
-        return trainer.finish(step, stopped_by)
+                log(step)
+                save(step)
+        watchdog.enter("end", step)
+        exit_code = finish(config, step, stopped_by, checkpoints, monitor, runtime)
+        watchdog.close()  # W&B may upload for longer than the watchdog allows
+        return exit_code
 
 
-@dataclass
-class Trainer:
-    """What a running training does at a step. Every process has one; all call its methods together.
-
-    Each method names its phase to the watchdog. Step 1 is the first update.
-    """
-
-    config: TrainConfig
-    runtime: Runtime
-    watchdog: Watchdog
-    stop: StopRequest
-    forward: Forward
-    strategy: Strategy
-    stream: Stream
-    checkpoints: Checkpoints
-    monitor: Monitor
-    ledger: Ledger
-    quarantine: Quarantine
-    held_out: HeldOut
-    kept: object = None  # the last micro-batch's tensors: see `train_step`
-
-    def __post_init__(self) -> None:
-        self.batches = DeviceBatches(self.stream, self.runtime.device)
-        self.meter = TrainingMeter(self.runtime, self.stream)
-        self.views = views_of(self.strategy, self.config)
-
-    def update(self, step: int) -> None:
-        """Take the next global batch and update the weights: the update that `step` counts."""
-        self.watchdog.enter("data", step)
-        batch = next(self.batches)
-        self.watchdog.enter("update", step)
-        samples = (step - 1) * self.config.batch_size
-        self.kept = train_step(batch, samples, self.config, self.forward, self.strategy, self.meter)
-
-    def evaluate(self, step: int) -> bool:
-        """Evaluate the weights of `step`; return whether they are the best so far."""
-
-        def before_batch() -> None:
-            self.watchdog.enter("evaluation", step)
-            self.stop.check(self.runtime)
-
-        with self.meter.paused():
-            metrics = self.held_out.evaluate(
-                self.views, step, monitor=self.monitor, before_batch=before_batch
-            )
-        return self.checkpoints.add_evaluation(metrics, step)
-
-    def log(self, step: int) -> None:
-        """Log what happened since the last log."""
-        self.watchdog.enter("log", step)
-        config, samples = self.config, step * self.config.batch_size
-        values = self.meter.read() | config.schedule_values(samples - config.batch_size)
-        values |= {"data/samples_seen": samples}
-        values |= {"data/epoch": samples / self.stream.order.num_samples}
-        values |= self.quarantine.collect(self.stream) | self.ledger.read()
-        values |= self.checkpoints.read()
-        self.monitor.log(step, values)
-        self.monitor.progress(step, values)
-        check_skipped(values["optim/skipped_steps"], config)
-
-    def save(self, step: int) -> None:
-        """Save a checkpoint."""
-        self.watchdog.enter("checkpoint", step)
-        with self.meter.paused():
-            self.checkpoints.save(step)
-
-    def finish(self, step: int, stopped_by: str | None) -> int:
-        """Wait for the last checkpoint, record how the run ended and return the exit code."""
-        self.watchdog.enter("end", step)
-        saved = self.checkpoints.finish()
-        outcome = outcome_of(self.config, step, stopped_by, saved, self.checkpoints.best_step)
-        if self.runtime.is_main:
-            write_outcome(Path(self.config.run_dir), outcome)
-        then = outcome.message
-        if stopped_by is not None:
-            then += "; the same command resumes"
-        self.monitor.print_line(
-            f"{outcome.status} at step {step:,}" + (f": {then}" if then else "")
-        )
-        self.watchdog.close()  # W&B may upload for longer than the watchdog allows
-        return outcome.exit_code or DONE
+def finish(
+    config: TrainConfig,
+    step: int,
+    stopped_by: str | None,
+    checkpoints: Checkpoints,
+    monitor: Monitor,
+    runtime: Runtime,
+) -> int:
+    """Wait for the last checkpoint, record how the run ended and return the exit code."""
+    saved = checkpoints.finish()
+    outcome = outcome_of(config, step, stopped_by, saved, checkpoints.best_step)
+    if runtime.is_main:
+        write_outcome(Path(config.run_dir), outcome)
+    then = outcome.message
+    if stopped_by is not None:
+        then += "; the same command resumes"
+    monitor.print_line(f"{outcome.status} at step {step:,}" + (f": {then}" if then else ""))
+    return outcome.exit_code or DONE
 
 
 def outcome_of(
