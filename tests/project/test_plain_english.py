@@ -87,7 +87,7 @@ FILES = {  # path -> what to call the file
     "pipeline/data/raw.py": "raw_samples.py",
     "pipeline/data/rows.py": "sequential.py",
     "pipeline/latents/portable.py": "exact_math.py",
-    "pipeline/evaluation/probe.py": "linear_probe.py: `probe.py` is the verb",
+    "pipeline/evaluation/linear_probe.py": "linear_probe.py: `probe.py` is the verb",
     "pipeline/distributed/meeting.py": "rendezvous.py",
 }
 STOP_WORDS = """a all an and are as at by each every for from give in is it its of on one or return
