@@ -151,15 +151,14 @@ def describe(config: TrainConfig) -> str:
     shows, before UserError says why.
     """
     config = config.resolved()
+    indexes: Sequence[Index] = ()
     try:
-        indexes = open_indexes(config.data)
-        check_data(config, indexes)
-    except UserError:
-        for what, text in doubts(config, []):
+        found = open_indexes(config.data)
+        check_data(config, found)
+        indexes = found
+    finally:
+        for what, text in doubts(config, indexes):
             warn(f"{what}: {text}")
-        raise
-    for what, text in doubts(config, indexes):
-        warn(f"{what}: {text}")
     order = make_order(config, indexes)
     with torch.device("meta"):
         model = AutoEncoder(config.model, config.data.decode.event_shape)
