@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from pipeline.common.errors import UserError
 from pipeline.latents.noise import sample
 
-NO_LABEL = -1  # the same as in pipeline.latents.formats.writers
+NO_LABEL = -1
+TEXTS = ("key", "metadata", "text")
 # Of a row as a mapping, besides its latents.
 ROW_ITEMS = ("index", "key", "valid", "label", "metadata", "text")
-TEXTS = ("key", "metadata", "text")
 
 # Column of texts, row numbers -> its values.
 LookUp = Callable[[str, NDArray[np.int64]], list[Any]]

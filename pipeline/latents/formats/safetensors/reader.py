@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.latents.files import ByteFile, Bytes
-from pipeline.latents.formats.reading import TEXTS, Ints, Layout, ShardReader, gather
+from pipeline.latents.formats.reading import Ints, Layout, ShardReader, gather
+from pipeline.latents.rows import TEXTS
 
 LENGTH_BYTES = 8  # of the header's length, before it
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
