@@ -105,7 +105,8 @@ def test_several_mistakes_are_told_at_once(refused: Callable[..., str]):
 def test_a_config_file_that_does_not_exist(config: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(config.with_name("confg.yaml"))]) == 2
     text = capsys.readouterr().err
-    assert "confg.yaml does not exist; did you mean 'config.yaml'?" in text
+    assert "confg.yaml does not exist" in text
+    assert "Did you mean config.yaml?" in text
 
 
 def test_data_without_an_index(refused: Callable[..., str], tmp_path: Path):
@@ -144,7 +145,9 @@ def test_a_split_without_samples(refused: Callable[..., str], own_shards: Path):
 
 def test_a_dry_run_sees_what_is_wrong_with_the_data(refused: Callable[..., str], own_shards: Path):
     (own_shards / "tiny-0003.tar").unlink()
-    assert "tiny-0003.tar is missing" in refused(f"data.path={own_shards}", "--dry-run")
+    has_rate = "objective.regularisers=[{kind: kl}]"  # else a warning comes first
+    text = refused(f"data.path={own_shards}", has_rate, "--dry-run")
+    assert "tiny-0003.tar is missing" in text
 
 
 def test_a_run_directory_below_a_file(refused: Callable[..., str], config: Path):
