@@ -125,13 +125,6 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add_dry_run(parser, "print the plan, and write nothing")
 
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `pipeline.train` is told."""
-    add_config(parser, "train")
-    add_dry_run(parser, "print the resolved config and its sizes, and write nothing")
-    add_accept_change(parser)
-
-
 def add_accept_change(parser: argparse.ArgumentParser) -> None:
     """Add the option to go on with a run although a setting differs."""
     parser.add_argument(
@@ -166,5 +159,7 @@ def parse_train(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m pipeline.train",
         description="Train, or resume the training that config and run_dir name.",
     )
-    add_train_arguments(parser)
+    add_config(parser, "train")
+    add_dry_run(parser, "print the resolved config and its sizes, and write nothing")
+    add_accept_change(parser)
     return parse(parser, argv)

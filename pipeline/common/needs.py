@@ -45,13 +45,6 @@ def remedy(names: Sequence[str]) -> str:
     )
 
 
-def expand_urls(pattern: str) -> list[str]:
-    """Expand `::` and braces by webdataset's own rules; imports it only now, see `missing`."""
-    from webdataset.shardlists import expand_urls  # noqa: PLC0415 - reading exports needs none
-
-    return list(expand_urls(pattern))
-
-
 def check() -> None:
     """Exit with code 2 if a package of the extra is missing."""
     names = missing()

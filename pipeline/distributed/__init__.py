@@ -1,1 +1,1 @@
-"""Several processes as one: start and meeting, outcome, watchdog, strategies, the optimizer."""
+"""Several processes as one: start and rendezvous, outcome, watchdog, strategies, the optimizer."""

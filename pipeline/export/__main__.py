@@ -29,11 +29,8 @@ from pipeline.export.settings import ExportConfig
 from pipeline.export.status import export_status
 from pipeline.export.workers import find_worker
 
-STOP_SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGUSR1,
-)  # the worker ends after the current batch
+# The worker ends after the current batch.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def main(argv: Sequence[str]) -> int:

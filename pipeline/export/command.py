@@ -126,7 +126,7 @@ class PlanReport:
 def make_plan(config: ExportConfig, *, is_dry_run: bool = False) -> PlanReport:
     """Write the plan of an export, or find that it is there; raises UserError as `begin` does.
 
-    is_dry_run: write nothing, and do not try what the place guarantees, which takes writing.
+    is_dry_run: write nothing, so do not test what the store guarantees, which takes writing.
     """
     if is_dry_run:
         prepared, guarantee = _prepare(config, Worker()), "not tried"

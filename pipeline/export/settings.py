@@ -25,9 +25,8 @@ class ExportData(Component):
     path: str | None = None  # directory with the index
     shards: str | None = None  # directory of the shards, if not `path`
     split: str = ALL  # "all", or a split that the index names
-    threads: int = Field(
-        default=2, ge=1
-    )  # for reading and decoding, per process; no effect on results
+    # For reading and decoding, per process; no effect on results.
+    threads: int = Field(default=2, ge=1)
     # Field of the samples' JSON with an integer label, dots for nested objects; null: from `.cls`.
     label_field: str | None = None
 

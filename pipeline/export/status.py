@@ -40,7 +40,7 @@ class StatusReport:
         if self.finished:
             verdict = f"OK  finished: {plural(self.rows, 'row')} in {plural(self.tasks, 'task')}"
         elif self.quarantined:
-            verdict = f"FAILED  {plural(len(self.quarantined), 'task')} in quarantine, {done}"
+            verdict = f"FAILED  {plural(len(self.quarantined), 'task')} failed, {done}"
         elif self.committed_tasks == self.tasks:
             verdict = f"UNFINISHED  {done}: latentmill export finalize {self.out}"
         else:
@@ -56,7 +56,7 @@ class StatusReport:
                     "rows that cannot be used": f"{failed:,}, zeros in their place" * bool(failed),
                     "rate": None if rate is None else f"{rate:,.1f} rows/s in each process",
                     "failed attempts": self.failed_attempts or None,
-                    "in quarantine": [f"{task}: {why}" for task, why in self.quarantined.items()],
+                    "failed tasks": [f"{task}: {why}" for task, why in self.quarantined.items()],
                     "begun, not committed": names(self.staged_tasks),
                 }
             ),

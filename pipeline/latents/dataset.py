@@ -25,13 +25,7 @@ from pipeline.latents.fields import field_array
 from pipeline.latents.files import Files, LocalFiles, RemoteFiles, damaged
 from pipeline.latents.formats.reading import COLUMNS, NUMBERS, Ints
 from pipeline.latents.keys import KeyIndex, UnknownKeyError
-from pipeline.latents.manifest import (
-    LatentManifest,
-    Scale,
-    make_scale,
-    read_manifest,
-    read_statistics,
-)
+from pipeline.latents.manifest import Scale, make_scale, read_manifest, read_statistics
 from pipeline.latents.rows import LatentRow, LatentRows
 from pipeline.latents.shards import Shards, choose_format
 
@@ -81,7 +75,7 @@ class LatentDataset:
             if is_url(root)
             else LocalFiles(Path(root))
         )
-        self.manifest: LatentManifest = read_manifest(self._files, weights_sha256)
+        self.manifest = read_manifest(self._files, weights_sha256)
         self.format = choose_format(self.root, self.manifest, format)
         self.normalized = normalized
         scale = self._scale if normalized else None
@@ -158,7 +152,7 @@ class LatentDataset:
             if numbers.size and numbers.dtype.kind not in "iu":
                 raise IndexError(f"rows are numbers, not {numbers.dtype}")
             return self._take(self._checked(numbers.astype(np.int64).reshape(-1)))
-        return self._take(self._checked(np.array([operator.index(rows)]))).row(0)
+        return self._take(self._checked(np.array([operator.index(rows)]))).split()[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[LatentRow]:
         """Return the rows of a batch, which torch's DataLoader asks for at once."""
@@ -197,10 +191,8 @@ class LatentDataset:
         if name not in (*COLUMNS, *self.fields):
             names = ", ".join((*COLUMNS, *self.fields, *self.manifest.columns))
             raise UserError(f"There is no column {name!r} in {self.root}: choose one of {names}.")
-        parts: list[NDArray[Any]] = []
-        for shard, count in enumerate(self.manifest.counts.tolist()):
-            parts.append(self._shards.read(shard, name, np.arange(count)))
-        return np.concatenate(parts)
+        counts = enumerate(self.manifest.counts.tolist())
+        return np.concatenate([self._shards.read(n, name, np.arange(count)) for n, count in counts])
 
     def to_pandas(self) -> Any:
         """Return all rows as a pandas.DataFrame: key, label, valid, metadata, text, the columns of

@@ -193,7 +193,10 @@ def damaged(where: str, what: str) -> UserError:
 
 
 # Errors of readers, including pyarrow, for damaged bytes.
-_FAULTS = (ValueError, LookupError, TypeError, SyntaxError, struct.error, pa.ArrowException)
+_FAULTS = (
+    *(ValueError, LookupError, TypeError, SyntaxError, RecursionError),
+    *(struct.error, pa.ArrowException),
+)
 
 
 @contextmanager

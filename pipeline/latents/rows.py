@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from pipeline.common.errors import UserError
 from pipeline.latents.noise import sample
 
-NO_LABEL = -1  # the same as in pipeline.latents.formats.writers
+NO_LABEL = -1
+TEXTS = ("key", "metadata", "text")
 # Of a row as a mapping, besides its latents.
 ROW_ITEMS = ("index", "key", "valid", "label", "metadata", "text")
-TEXTS = ("key", "metadata", "text")
 
 # Column of texts, row numbers -> its values.
 LookUp = Callable[[str, NDArray[np.int64]], list[Any]]
@@ -129,26 +129,21 @@ class LatentRows:
             )
         return replace(self, view_name=name)
 
-    def row(self, position: int) -> LatentRow:
-        """Return one of the rows."""
-        number = self.index[position : position + 1]
-        return self._row(position, *(self.look_up(name, number)[0] for name in TEXTS))
-
     def split(self) -> list[LatentRow]:
         """Return the rows one by one; their texts are looked up together."""
         texts = zip(*(self.look_up(name, self.index) for name in TEXTS), strict=True)
-        return [self._row(position, *one) for position, one in enumerate(texts)]
-
-    def _row(self, position: int, key: str, metadata: str | None, text: str | None) -> LatentRow:
-        return LatentRow(
-            int(self.index[position]),
-            key,
-            bool(self.valid[position]),
-            int(self.labels[position]),
-            metadata,
-            text,
-            {name: values[position] for name, values in self.latents.items()},
-        )
+        return [
+            LatentRow(
+                index=int(self.index[i]),
+                key=key,
+                valid=bool(self.valid[i]),
+                label=int(self.labels[i]),
+                metadata=metadata,
+                text=text,
+                latents={name: values[i] for name, values in self.latents.items()},
+            )
+            for i, (key, metadata, text) in enumerate(texts)
+        ]
 
     def sample(self, *, seed: int = 0, epoch: int = 0) -> NDArray[np.float32]:
         """Return z = mu + sigma * eps [n, *latent_shape]; invalid rows stay zeros.

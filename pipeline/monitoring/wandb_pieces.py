@@ -38,9 +38,7 @@ def read_piece(path: Path) -> Iterator[Any]:
     data = path.read_bytes()
     at, parts = HEADER_BYTES, b""
     while at + HEADER_BYTES <= len(data):
-        left = (
-            BLOCK_BYTES - at % BLOCK_BYTES
-        )  # in this block; a rest below the header's size is padding
+        left = BLOCK_BYTES - at % BLOCK_BYTES  # in this block; less than a header is padding
         if left < HEADER_BYTES:
             at += left
             continue

@@ -3,8 +3,8 @@
 directory, URL, glob or brace pattern --patterns.find_shards--> root and names
 root --open_storage--> Storage; name, offset, size --Storage.read--> bytes
 
-`patterns` is not imported here: it uses webdataset, which imports torch, and the reader of latents
-must work without torch.
+`patterns` is not imported here: expanding a pattern imports webdataset, and so torch, which the
+reader of latents must not need.
 """
 
 from pipeline.data.storage.base import ShardReadError, ShardState, Storage, TransferCounters

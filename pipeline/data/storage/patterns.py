@@ -6,6 +6,7 @@ Names are plain text relative to the root, the same for a local path and its URL
 the root, and percent signs are decoded.
 """
 
+import importlib
 import os
 from collections.abc import Sequence
 from contextlib import closing
@@ -13,10 +14,10 @@ from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
 from posixpath import commonpath
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pipeline.common.errors import UserError
-from pipeline.common.needs import expand_urls
 from pipeline.data.storage.filesystem import open_filesystem
 from pipeline.data.storage.opening import HTTP, check_scheme, is_url, local_path, open_storage
 from pipeline.data.storage.policy import RemotePolicy
@@ -52,8 +53,10 @@ def _expand(text: str) -> list[str]:
     check_urls = [url for url in text.split("::") if is_url(url)]
     for url in check_urls:
         check_scheme(url)
+    # Imported here: it imports torch, and `latentmill verify EXPORT` must work without both.
+    shardlists: Any = importlib.import_module("webdataset.shardlists")
     try:
-        return expand_urls(text)
+        return list(shardlists.expand_urls(text))
     except (AssertionError, ValueError) as error:  # of an unset WDS_ variable, of a bad brace
         raise UserError(f"{text} cannot be expanded: {error}.") from None
 

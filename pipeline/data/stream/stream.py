@@ -1,6 +1,6 @@
 """The data stream of a training run: one Batch per step, the same on any machine.
 
-    DataConfig + Index + Mixture -> DataSets -> Board -> Engine (threads) -> Stream -> Batch
+    DataConfig + Index + Mixture -> DataSets -> SampleRing -> Engine (threads) -> Stream -> Batch
 
 Memory: at most two windows of encoded samples per lane that the rank reads, and `prefetch` + 1
 decoded batches. The state of the stream is its step number.

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.latents.files import ByteFile, Bytes
+from pipeline.latents.rows import TEXTS
 
-TEXTS, NUMBERS = ("key", "metadata", "text"), ("valid", "label")
+NUMBERS = ("valid", "label")
 COLUMNS = (*TEXTS, *NUMBERS)  # of every row, besides its latents
 REMOTE_BLOCK_BYTES = 4 << 20  # rows of a remote matrix are fetched in blocks of about this size
 

@@ -14,13 +14,13 @@ from pipeline.latents.formats.tar.writer import TarWriter
 from pipeline.latents.formats.writing import (
     COLUMNS,
     FIELDS,
-    NO_LABEL,
     BaseWriter,
     Column,
     ColumnType,
     Dtype,
     Rows,
 )
+from pipeline.latents.rows import NO_LABEL
 
 __all__ = [
     "COLUMNS",

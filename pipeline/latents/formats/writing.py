@@ -13,7 +13,6 @@ from pipeline.common.component import Component
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
-NO_LABEL = -1
 # Fields of a latent: mean and log-variance of the posterior, or a sample; then the same of the
 # mirrored image. Stored in this sequence.
 FIELDS = ("mu", "logvar", "z", "mu_hflip", "logvar_hflip", "z_hflip")

@@ -12,6 +12,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
 
+from pipeline.common.errors import UserError
+from pipeline.latents.files import reported_as_damage
+from pipeline.latents.formats.safetensors.reader import read_header
 from pipeline.latents.formats.safetensors.writer import from_bits, to_bits
 from pipeline.latents.formats.writers import SafetensorsWriter
 from tests.latents.formats.test_contract import make_rows
@@ -101,3 +104,38 @@ def test_tensors_of_other_lengths_are_damage(tmp_path: Path):
     save_file(tensors | {"valid": tensors["valid"][1:]}, tmp_path / "part")
     with pytest.raises(ValueError, match=r"8 keys, but \[8, 8, 8, 7, 8, 8, 8\] of others"):
         SafetensorsWriter().read(tmp_path / "part")
+
+
+DAMAGED_HEADERS = {
+    "a list": "[]",
+    "null": "null",
+    "deep": "[" * 100_000,
+    "no mapping of a tensor": '{"mu": [0, 4]}',
+    "a gap": '{"mu": {"dtype": "U8", "shape": [3], "data_offsets": [1, 4]}}',
+    "before the file": '{"mu": {"dtype": "U8", "shape": [8], "data_offsets": [-4, 4]}}',
+    "too short for its shape": '{"mu": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+    "beyond the file": '{"mu": {"dtype": "U8", "shape": [9], "data_offsets": [0, 9]}}',
+    "bytes behind it": '{"mu": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}}',
+    "an unknown type": '{"mu": {"dtype": "X9", "shape": [4], "data_offsets": [0, 4]}}',
+    "offsets of no number": '{"mu": {"dtype": "U8", "shape": [4], "data_offsets": ["0", "4"]}}',
+}
+
+
+@pytest.mark.parametrize("header", DAMAGED_HEADERS.values(), ids=DAMAGED_HEADERS)
+def test_a_damaged_header_is_damage_to_both_who_read_it(header: str, tmp_path: Path):
+    data = len(header).to_bytes(8, "little") + header.encode() + bytes(4)
+    path = tmp_path / "s.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"s\.safetensors cannot be read"):
+        SafetensorsWriter().read(path)
+    with (
+        pytest.raises(UserError, match=f"^{path} cannot be read"),
+        reported_as_damage(str(path)),
+    ):
+        read_header(lambda offset, size: data[offset : offset + size], len(data))
+
+
+def test_a_header_longer_than_the_file_is_damage(tmp_path: Path):
+    (tmp_path / "s").write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="ends within its header"):
+        SafetensorsWriter().read(tmp_path / "s")

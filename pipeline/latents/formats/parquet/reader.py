@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from pipeline.latents.files import ByteFile, Bytes
 from pipeline.latents.formats.parquet.thrift import read_struct
-from pipeline.latents.formats.reading import TEXTS, Ints, Layout, ShardReader
-from pipeline.latents.rows import NO_LABEL
+from pipeline.latents.formats.reading import Ints, Layout, ShardReader
+from pipeline.latents.rows import NO_LABEL, TEXTS
 
 DATA_PAGE, PLAIN = 0, 0  # parquet.thrift: PageType, Encoding
 MAX_HEADER_BYTES = 1024

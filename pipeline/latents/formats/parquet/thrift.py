@@ -9,14 +9,6 @@ _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _, _STRUC
 _INTEGERS = (_I16, _I32, _I64)
 
 
-def read_struct(data: bytes, position: int = 0) -> tuple[dict[int, Any], int]:
-    """Return the fields of the struct at `position` by number, and the position after it.
-
-    Raises ValueError or IndexError if there is none.
-    """
-    return _struct(data, position)
-
-
 def _varint(data: bytes, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
@@ -32,7 +24,11 @@ def _zigzag(data: bytes, position: int) -> tuple[int, int]:
     return (value >> 1) ^ -(value & 1), position
 
 
-def _struct(data: bytes, position: int) -> tuple[dict[int, Any], int]:
+def read_struct(data: bytes, position: int = 0) -> tuple[dict[int, Any], int]:
+    """Return the fields of the struct at `position` by number, and the position after it.
+
+    Raises ValueError, IndexError or, for deep nesting, RecursionError if there is none.
+    """
     fields: dict[int, Any] = {}
     number = 0
     while True:
@@ -58,5 +54,5 @@ def _value(kind: int, data: bytes, position: int) -> tuple[Any, int]:
         size, position = _varint(data, position)
         return data[position : position + size], position + size
     if kind == _STRUCT:
-        return _struct(data, position)
+        return read_struct(data, position)
     raise ValueError(f"a page header holds a field of type {kind}, which none should")

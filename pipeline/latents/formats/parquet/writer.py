@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.latents.formats.writing import COLUMNS, FIELDS, NO_LABEL, BaseWriter, Column, Rows
+from pipeline.latents.formats.writing import COLUMNS, FIELDS, BaseWriter, Column, Rows
+from pipeline.latents.rows import NO_LABEL
 
 # Upper bound; a reader holds one group at a time. All groups have about the same size.
 ROW_GROUP_BYTES = 32 << 20

@@ -4,7 +4,8 @@ Format: https://github.com/huggingface/safetensors#format
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,10 +13,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.latents.files import ByteFile, Bytes
-from pipeline.latents.formats.reading import TEXTS, Ints, Layout, ShardReader, gather
+from pipeline.latents.formats.reading import Ints, Layout, ShardReader, gather
+from pipeline.latents.rows import TEXTS
 
 LENGTH_BYTES = 8  # of the header's length, before it
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+NUMPY_TYPES = {
+    "I64": np.int64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,  # its bits
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+def read_header(read: Callable[[int, int], bytes], size: int) -> tuple[dict[str, Any], int]:
+    """Return dtype, shape and data_offsets of the tensors by name, and where their bytes begin.
+
+    read: (offset, size) -> bytes of a file of `size` bytes. Raises ValueError, KeyError, TypeError
+    or RecursionError unless the tensors fill the file without gaps.
+    """
+    length = int.from_bytes(read(0, LENGTH_BYTES), "little")
+    start, end = LENGTH_BYTES + length, 0
+    if start > size:
+        raise ValueError("is no safetensors file: it ends within its header")
+    tensors: Any = json.loads(read(LENGTH_BYTES, length))
+    if not isinstance(tensors, dict):
+        raise ValueError("is no safetensors file: its header is no mapping")
+    tensors.pop("__metadata__", None)
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, next_end = tensor["data_offsets"]
+        num_bytes = math.prod(tensor["shape"]) * np.dtype(NUMPY_TYPES[tensor["dtype"]]).itemsize
+        if (begin, next_end) != (end, end + num_bytes):
+            raise ValueError(f"holds {name} as {tensor}, which should begin at byte {end}")
+        end = next_end
+    if size != start + end:
+        raise ValueError(f"has {size} bytes instead of {start + end}")
+    return tensors, start
 
 
 class SafetensorsShard(ShardReader):
@@ -24,12 +59,9 @@ class SafetensorsShard(ShardReader):
     def __init__(self, files: Sequence[ByteFile], layout: Layout) -> None:
         """Read the header."""
         (self._file,), self._layout = files, layout
-        length = int.from_bytes(self._file.view(0, LENGTH_BYTES).tobytes(), "little")
-        self._start = LENGTH_BYTES + length
-        if self._start > self._file.size:
-            raise ValueError("is no safetensors file: it ends within its header")
-        header = self._file.view(LENGTH_BYTES, length).tobytes()
-        self._tensors: dict[str, dict[str, Any]] = json.loads(header)
+        self._tensors, self._start = read_header(
+            lambda offset, size: self._file.view(offset, size).tobytes(), self._file.size
+        )
         needed = {"valid", "label", "key_bytes", "key_offsets", *layout.fields}
         if not needed <= set(self._tensors):
             raise ValueError(f"lacks the tensors {sorted(needed - set(self._tensors))}")

@@ -24,18 +24,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.latents.formats.safetensors.reader import LENGTH_BYTES
+from pipeline.latents.formats.safetensors.reader import LENGTH_BYTES, NUMPY_TYPES, read_header
 from pipeline.latents.formats.writing import FIELDS, BaseWriter, Dtype, Rows
 
-_TYPES = {
-    "I64": np.int64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": np.uint16,  # its bits
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-_NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
+_NAMES = {np.dtype(kind): name for name, kind in NUMPY_TYPES.items()}
 
 
 class SafetensorsWriter(BaseWriter):
@@ -63,7 +55,7 @@ class SafetensorsWriter(BaseWriter):
     def read(self, path: Path) -> Rows:
         try:
             return _rows(path.stem, path.read_bytes())
-        except (KeyError, OSError, TypeError, ValueError) as error:
+        except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name} cannot be read: {error!r}") from error
 
 
@@ -110,7 +102,7 @@ def _header(tensors: Mapping[str, NDArray[Any]], fields: Sequence[str]) -> bytes
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8, the largest of a number
-    return len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def _pack(name: str, texts: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -128,20 +120,12 @@ def _unpack(name: str, arrays: Mapping[str, NDArray[Any]]) -> list[str]:
 
 
 def _rows(shard: str, data: bytes) -> Rows:
-    start = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
-    tensors: dict[str, Any] = json.loads(data[LENGTH_BYTES:start])
-    tensors.pop("__metadata__", None)
+    tensors, start = read_header(lambda offset, size: data[offset : offset + size], len(data))
     arrays: dict[str, NDArray[Any]] = {}
-    end = 0  # the tensors lie without gaps, and nothing lies behind them
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, next_end = tensor["data_offsets"]
-        if begin != end:
-            raise ValueError(f"{name} begins at {begin} instead of {end}")
-        end = next_end
-        content = np.frombuffer(data[start + begin : start + end], _TYPES[tensor["dtype"]])
+    for name, tensor in tensors.items():
+        begin, end = tensor["data_offsets"]
+        content = np.frombuffer(data[start + begin : start + end], NUMPY_TYPES[tensor["dtype"]])
         arrays[name] = content.reshape(tensor["shape"])
-    if len(data) != start + end:
-        raise ValueError(f"{len(data)} bytes instead of {start + end}")
     keys = _unpack("key", arrays)
     metadata, texts = (
         _unpack(name, arrays) if f"{name}_bytes" in arrays else [""] * len(keys)

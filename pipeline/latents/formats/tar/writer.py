@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from pipeline.common.errors import UserError
 from pipeline.common.files import check_member_name
 from pipeline.common.tars import open_tar
-from pipeline.latents.formats.writing import FIELDS, NO_LABEL, BaseWriter, Rows
+from pipeline.latents.formats.writing import FIELDS, BaseWriter, Rows
+from pipeline.latents.rows import NO_LABEL
 
 SHORT_NAME_BYTES = 100  # always fits into a header
 
