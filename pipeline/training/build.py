@@ -144,11 +144,11 @@ def warm_up_loss(
     return losses.total.sum() * 0.0
 
 
-def describe(config: TrainConfig) -> str:
+def describe(config: TrainConfig, *, world: int = 1) -> str:
     """Return what --dry-run prints: the resolved config as YAML, sizes as comments.
 
     Warns of what is likely to be a mistake; where the data cannot be read, of what the config alone
-    shows, before UserError says why.
+    shows, before UserError says why. world: processes that the training is to have.
     """
     config = config.resolved()
     try:
@@ -158,7 +158,7 @@ def describe(config: TrainConfig) -> str:
         for what, text in doubts(config, []):
             warn(f"{what}: {text}")
         raise
-    for what, text in doubts(config, indexes):
+    for what, text in doubts(config, indexes, world):
         warn(f"{what}: {text}")
     order = make_order(config, indexes)
     with torch.device("meta"):
@@ -167,7 +167,7 @@ def describe(config: TrainConfig) -> str:
     return (
         f"{strict.dump(config)}"
         f"# parameters: {num_parameters(model):,}\n"
-        f"# reading: {reading_plan(order, 1)}\n"
+        f"# reading: {reading_plan(order, world)}\n"
         f"# samples per epoch (split {config.data.split}): {order.num_samples:,}\n"
         f"# steps per epoch: {steps:,.1f}; epochs in {config.num_steps:,} steps: "
         f"{config.num_steps / steps:,.1f}\n"

@@ -177,8 +177,8 @@ def test_the_example_is_the_order(example: Example):
         held = [f"{n[0]}{i}" for n in spans for i in range(*ends_of(n))]
         assert sorted(held) == sorted(merged[lane][2:]) == sorted(samples)
         for span in spans:  # strictly forward
-            places = [merged[lane].index(f"{span[0]}{i}") for i in range(*ends_of(span))]
-            assert places == sorted(places)
+            positions = [merged[lane].index(f"{span[0]}{i}") for i in range(*ends_of(span))]
+            assert positions == sorted(positions)
 
 
 def ends_of(span: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.workers import together
+from launch.workers import exit_code_of
 from pipeline.common import strict
 from pipeline.export.verify.levels import verify_export
 from tests.export.world import NUM_SHARDS, make_config, make_data, make_run, tree
@@ -57,7 +57,7 @@ def test_the_command_itself_starts_several(
 )
 def test_the_exit_code_of_several(codes: list[int], expected: int):
     """One that has seen the end of the work is enough: what another left, it has done."""
-    assert together(codes) == expected
+    assert exit_code_of(codes) == expected
 
 
 @pytest.mark.fault

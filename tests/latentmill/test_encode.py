@@ -58,9 +58,9 @@ def test_padded_as_the_export_pads_the_bits_are_its_own(
         assert codes.logvar is not None
         assert rows.logvar is not None
         assert codes.logvar.numpy().tobytes() == rows.logvar[shard].tobytes()
-    place = next(n for n, path in enumerate(files) if path.suffix == ".jpg")
-    alone = model.encode(files[place], batch_size=EXPORT_BATCH)
-    assert alone.mu.numpy().tobytes() == rows.mu[place : place + 1].tobytes()
+    row = next(n for n, path in enumerate(files) if path.suffix == ".jpg")
+    alone = model.encode(files[row], batch_size=EXPORT_BATCH)
+    assert alone.mu.numpy().tobytes() == rows.mu[row : row + 1].tobytes()
 
 
 def test_a_sample_is_that_of_the_export(model: lm.LoadedModel, rows: LatentRows, files: list[Path]):

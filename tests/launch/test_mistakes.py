@@ -24,17 +24,20 @@ MISTAKES = {
     ),
     "no nodes": (["slurm", TRAIN[0], "--nodes", "0"], "--nodes must be at least 1, not 0."),
     "no processes": (["slurm", TRAIN[0], "--gpus-per-node", "0"], "--gpus-per-node must be at lea"),
-    "no time": (["slurm", TRAIN[0], "--time", "8h"], "--time '8h' is no time: write HH:MM:SS"),
+    "no time": (["slurm", TRAIN[0], "--time", "8h"], "--time '8h' is not a time: write HH:MM:SS"),
     "all grace": (
         ["slurm", TRAIN[0], "--time", "00:02:00", "--grace", "120"],
         "--time gives the job 120 s, of which --grace takes 120 s",
     ),
     "no grace": (["slurm", TRAIN[0], "--grace", "0"], "--grace must be at least 1, not 0."),
     "restarts": (["slurm", TRAIN[0], "--max-restarts", "-1"], "--max-restarts must be at least 0"),
-    "no name": (["slurm", TRAIN[0], "--name", "Big_Run"], "--name 'Big_Run' is no name for a job"),
+    "no name": (
+        ["slurm", TRAIN[0], "--name", "Big_Run"],
+        "--name 'Big_Run' is not a valid name for a job",
+    ),
     "no variable": (
         ["slurm", TRAIN[0], "--env", "NCCL_DEBUG"],
-        "--env 'NCCL_DEBUG' is no variable",
+        "--env 'NCCL_DEBUG' is not a variable",
     ),
     "no option": (
         ["slurm", TRAIN[0], "--sbatch", "account=x"],
@@ -42,7 +45,7 @@ MISTAKES = {
     ),
     "two strategies": (
         *(["slurm", TRAIN[0], "--strategy", "zero1", "--topology", "pyproject.toml"],),
-        "--topology pyproject.toml decides the strategy itself: leave --strategy zero1 out",
+        "--topology pyproject.toml decides the strategy itself: leave out either --strategy zero1",
     ),
     "no run_dir": (["slurm", "constraints.txt"], "constraints.txt names no run_dir: set it there"),
     "no out": (

@@ -22,9 +22,9 @@ SDIST = "import sys; from setuptools import build_meta; print(build_meta.build_s
 FOREIGN = "from pathlib import Path\nPath({!r}).touch()\nraise SystemExit('the foreign one')\n"
 
 
-def tracked(*places: str) -> set[str]:
-    """The files of the repository below some places, those of a commit in the making included."""
-    argv = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *places]
+def tracked(*folders: str) -> set[str]:
+    """The files of the repository below some folders, those of a commit in the making included."""
+    argv = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *folders]
     listed = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     return {name for name in listed.split("\0") if name and (ROOT / name).is_file()}
 
