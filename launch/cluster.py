@@ -42,7 +42,7 @@ class Allocation:
         if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", self.name) or len(self.name) > MAX_NAME:
             raise JobError(
                 f"--name {self.name!r} is not a valid name for a job: use at most {MAX_NAME} "
-                "lower-case letters, digits and dashes, beginning with a letter, not ending with a dash."
+                "lower-case letters, digits and dashes; the first a letter, the last no dash."
             )
         for option, value, least in (
             ("--cpus-per-process", self.cpus_per_process, 1),

@@ -4,8 +4,8 @@
 
 Training: before the time limit (or when a job of higher priority takes the nodes) Slurm sends
 SIGUSR1 to the script. The script touches STOP in the run directory, the trainers save and end, and
-the script requeues the job: the same command resumes. After scancel's SIGTERM the trainers save, and
-the job ends. Export: an array with one node per element, which may be killed at any time.
+the script requeues the job: the same command resumes. After scancel's SIGTERM the trainers save,
+and the job ends. Export: an array with one node per element, which may be killed at any time.
 """
 
 import argparse
