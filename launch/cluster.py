@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--time",
         metavar="HH:MM:SS",
-        help="time limit (Slurm: of each start); default: the cluster's",
+        help="time limit (Slurm: of each start; default: the cluster's)",
     )
     add("--grace", type=int, default=120, help="seconds for saving before it ends (%(default)s)")
     add("--max-restarts", type=int, default=10, help="restarts after the first start (%(default)s)")

@@ -126,7 +126,7 @@ class Kubernetes:
         if ".." in folder.parts or not folder.is_relative_to(self.mount):
             setting = cluster.setting_of_directory(job)
             raise JobError(
-                f"{setting} is {folder}, outside --mount {self.mount}: it would be lost "
+                f"{setting} is {folder}, outside --mount {self.mount}, and would be lost "
                 f"with the pod: add {setting}={self.mount / folder.name}, or mount the claim there."
             )
         return job

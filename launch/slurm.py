@@ -109,7 +109,7 @@ class Slurm:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the options of every cluster, and those of Slurm."""
         cluster.add_arguments(parser)
-        parser.add_argument("--partition", help="default: the cluster's")
+        parser.add_argument("--partition", help="queue of the job (default: the cluster's)")
         parser.add_argument(
             "--sbatch",
             action="append",

@@ -1,4 +1,4 @@
-"""Mistakes that the launchers for clusters tell before anything is submitted, and submitting."""
+"""Mistakes that the launchers report before they submit anything; and submission."""
 
 import os
 import re
@@ -41,7 +41,7 @@ MISTAKES = {
     ),
     "no option": (
         ["slurm", TRAIN[0], "--sbatch", "account=x"],
-        "--sbatch 'account=x' is no option",
+        "--sbatch 'account=x' is not an option",
     ),
     "two strategies": (
         *(["slurm", TRAIN[0], "--strategy", "zero1", "--topology", "pyproject.toml"],),
@@ -54,11 +54,11 @@ MISTAKES = {
     ),
     "in the pod": (
         ["k8s", TRAIN[0], *POD],
-        "run_dir is runs/vae, which lies outside --mount /data and would be lost with the pod: add "
+        "run_dir is runs/vae, outside --mount /data, and would be lost with the pod: add "
         "run_dir=/data/vae",
     ),
-    "out of the claim": (["k8s", TRAIN[0], *POD, "run_dir=/data/../vae"], "lies outside --mount"),
-    "no size": (["k8s", TRAIN[0], *POD, "--memory", "64 GB"], "--memory '64 GB' is no amount"),
+    "out of the claim": (["k8s", TRAIN[0], *POD, "run_dir=/data/../vae"], "/vae, outside --mount"),
+    "no size": (["k8s", TRAIN[0], *POD, "--memory", "64 GB"], "--memory '64 GB' is not an amount"),
     "no mount": (["k8s", TRAIN[0], *POD, "--mount", "data"], "--mount data must be an absolute"),
     "uneven": (["local", TRAIN[0], "--processes", "0"], "--processes must be at least 1, not 0."),
 }

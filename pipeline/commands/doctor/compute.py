@@ -1,4 +1,4 @@
-"""Doctor's checks of what computes: GPUs and their memory, threads against cores."""
+"""Doctor's checks of GPUs and their memory, and of threads against cores."""
 
 import psutil
 import torch
@@ -9,7 +9,7 @@ from pipeline.common.precision import parameter_dtype
 from pipeline.config import TrainConfig
 from pipeline.models.autoencoder import AutoEncoder, num_parameters
 
-# Of the cores, used by neither decoding nor computing: from there on the node is starved.
+# Warn if more than this share of the cores neither decodes nor computes.
 IDLE_SHARE = 0.5
 
 
@@ -21,7 +21,7 @@ def weight_bytes(config: TrainConfig) -> int:
 
 
 def check_device(context: DoctorContext) -> Findings:
-    """The GPUs, their memory against what the model's state takes; or that the CPU computes."""
+    """The GPUs, and their memory against the size of the model's state; or the CPU."""
     count, asked = torch.cuda.device_count(), context.device
     if asked == "cpu" or (asked == "auto" and not count):
         why = "--device cpu" if asked == "cpu" else "PyTorch sees no GPU here"
@@ -55,7 +55,7 @@ def check_device(context: DoctorContext) -> Findings:
 
 
 def check_threads(context: DoctorContext) -> Findings:
-    """Threads that decode and compute against the cores that we may use."""
+    """Threads that decode and compute, against the available cores."""
     cores, threads = len(psutil.Process().cpu_affinity() or []), context.settings.data.threads
     text = f"{plural(context.world, 'process')} x data.threads {threads}, {cores} cores here"
     computes = context.device == "cpu" or not torch.cuda.device_count()

@@ -24,7 +24,7 @@ from pipeline.training.sense import doubts
 
 
 def check_index(context: DoctorContext) -> Findings:
-    """Samples, splits and members that the indexes know of; what was wrong when they were made."""
+    """Samples, splits and members of the indexes; duplicate keys and damaged shards."""
     for source, index in context.indexes:
         shape = f"{index.num_samples:,} samples in {len(index.shards):,} shards"
         yield Finding("index", "ok", f"{source.path}: {shape}")
@@ -34,16 +34,16 @@ def check_index(context: DoctorContext) -> Findings:
                 "index",
                 "warning",
                 f"{source.path}: {index.num_duplicate_keys:,} keys occur more than once, such as "
-                f"{key!r} in {', '.join(shards[:NUM_SHOWN])}: each counts as a sample of its own; "
-                "pack them once, or keep both if they are different pictures",
+                f"{key!r} in {', '.join(shards[:NUM_SHOWN])}: each counts as a sample; "
+                "pack each once, or keep both if the images differ",
             )
         if index.damage:
             shard, damage = index.damage[0]
             yield Finding(
                 "index",
                 "warning",
-                f"{source.path}: the shards were damaged when indexed ({len(index.damage)} places, "
-                f"such as {shard}: {damage.text}): what is lost is not trained on; pack them anew",
+                f"{source.path}: the shards were damaged when indexed ({len(index.damage)} times, "
+                f"such as {shard}: {damage.text}): the lost samples are left out; pack again",
             )
         yield from _check_splits(context.settings, index)
         yield from _check_members(context.settings.data, index)
@@ -74,7 +74,7 @@ def _check_members(data: DataConfig, index: Index) -> Findings:
 
 
 def check_sense(context: DoctorContext) -> Findings:
-    """What the config allows and nobody means; without the counts where a data set has no index."""
+    """Valid settings that are likely mistakes; without an index, only those of the config."""
     if context.config is None:
         return
     complete = len(context.indexes) == len(context.settings.data.sources)
@@ -82,12 +82,12 @@ def check_sense(context: DoctorContext) -> Findings:
     try:
         for what, text in doubts(context.config, indexes, context.world):
             yield Finding(what, "warning", text)
-    except UserError:  # a split that is not there: `check_index` says so
+    except UserError:  # an unknown split, which `check_index` reports
         return
 
 
 def check_shards(context: DoctorContext) -> Findings:
-    """Every shard is there, and is what was indexed; all that are not."""
+    """Every shard exists and is as indexed; lists those that are not."""
     for source, index in context.indexes:
         with closing(open_storage(source.root, context.remote)) as storage:
             states = storage.states(shard.name for shard in index.shards)
@@ -114,7 +114,7 @@ def check_shards(context: DoctorContext) -> Findings:
 
 
 def _check_stamps(source: DataSource, index: Index) -> Findings:
-    """A local shard carries the time that its table was given: another one may be other bytes."""
+    """Warn of local shards whose modification time differs from that of their table."""
     if isinstance(index.path, Path) and not is_url(source.root):
         touched = [
             shard.name
@@ -136,7 +136,7 @@ def _check_stamps(source: DataSource, index: Index) -> Findings:
 
 
 def check_order(context: DoctorContext) -> Findings:
-    """Lanes, interleave and window over the processes: what is read twice."""
+    """Lanes, interleave and window; how often the processes read each byte."""
     if context.order is None:
         return
     size, world = context.settings.batch_size, context.world

@@ -64,14 +64,14 @@ def diagnose(
     device: Device = "auto",
     topology: Path | None = None,
 ) -> list[Finding]:
-    """Check everything that can be checked; `topology`: the accelerate file of the launch.
+    """Run all checks and return their findings; `topology`: accelerate's file.
 
-    world: processes; None: one per GPU that is to compute, and 1 without any.
+    world: processes; None: one per GPU, or 1 without any.
     """
     if world is None:
         world = max(1, torch.cuda.device_count()) if device != "cpu" else 1
     if world < 1:
-        raise UserError(f"--processes {world}: a training has at least 1.")
+        raise UserError(f"--processes must be at least 1, not {world}.")
     findings: list[Finding] = []
     whole, settings = _read(config, overrides, findings)
     if settings is None:

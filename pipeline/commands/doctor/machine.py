@@ -45,14 +45,14 @@ def check_batch(context: DoctorContext) -> Findings:
 
 
 def check_memory(context: DoctorContext) -> Findings:
-    """What the stream may hold, against what is free here or in our container."""
+    """Memory of the stream, against the free memory of this machine or container."""
     data, world, order = context.settings.data, context.world, context.order
     if order is None or context.settings.batch_size % world:
         return
     encoded = 0.0
     for part, (_, index) in zip(order.orders, context.indexes, strict=True):
         mean_bytes = sum(shard.bytes for shard in index.shards) / max(index.num_samples, 1)
-        # A rank's slots may all lie in one data set of a mixture.
+        # All slots of a rank may come from one data set of a mixture.
         encoded += memory_bound(part, world if len(order.orders) == 1 else 1, mean_bytes)
     slots = context.settings.batch_size // world
     each = prod(data.decode.buffer_shape) * np.dtype(data.decode.stored_dtype).itemsize
@@ -73,7 +73,7 @@ def check_memory(context: DoctorContext) -> Findings:
 
 
 def check_disk(context: DoctorContext) -> Findings:
-    """The run directory takes files, and the checkpoints that are kept."""
+    """The run directory is writable, and has space for the checkpoints."""
     run_dir = Path(context.settings.run_dir)
     folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.is_dir())
     try:
@@ -113,7 +113,7 @@ def check_clock(context: DoctorContext) -> Findings:
                 continue
             skew, what = time.time() - there, f"the server of {without_query(source.root)}"
         elif is_url(source.root):
-            continue  # S3 refuses what a wrong clock has signed: the shards' check shows it
+            continue  # S3 refuses requests with a wrong time: the check of the shards fails
         else:
             shards = [Path(local_path(source.root)) / shard.name for shard in index.shards]
             newest = max((path.stat().st_mtime for path in shards if path.exists()), default=0.0)
@@ -126,12 +126,12 @@ def check_clock(context: DoctorContext) -> Findings:
 
 
 def check_wandb(context: DoctorContext) -> Findings:
-    """Where the metrics go besides metrics.jsonl, and why; nothing is sent."""
+    """Where W&B writes metrics, and why; sends nothing."""
     if context.config is None:
         return
     mode = context.config.monitor.wandb.mode
     own = os.environ.get("WANDB_BASE_URL")
-    # The service has moved; W&B takes the key of its former host, too.
+    # W&B also accepts the key of its former host.
     servers = [own] if own else ["https://api.wandb.ai", wandb.Settings().base_url]
     host, *others = (urlsplit(server).netloc for server in servers)
     has_key = bool(os.environ.get("WANDB_API_KEY")) or any(map(_in_netrc, (host, *others)))
@@ -181,9 +181,9 @@ def check_strategy(context: DoctorContext) -> Findings:
 
 
 def check_names(_: DoctorContext) -> Findings:
-    """Nothing in this folder has the name of one of our packages; silent if that is so.
+    """Warn of files in the current folder that have the names of our packages.
 
-    Python puts the current folder first where a module is run by `-m`, before any line of ours.
+    `python -m` imports from the current folder first, before any of our code runs.
     """
     here = Path.cwd()
     if here == Path(__file__).parents[3]:
@@ -192,15 +192,15 @@ def check_names(_: DoctorContext) -> Findings:
     found = [name for name in names if (here / name).is_file()]
     if found:
         text = (
-            f"{', '.join(found)} in this folder would be run in place of ours by `python -m` and "
-            "`accelerate launch -m`: `latentmill train` does not look here, or rename it"
+            f"{', '.join(found)} in this folder would be run by `python -m` and `accelerate launch "
+            "-m` instead of ours: use `latentmill train`, or rename it"
         )
         yield Finding("names", "warning", text)
 
 
 @cache
 def _import_error(modules: tuple[str, ...]) -> str:
-    """How importing the modules ends, in a process of its own; empty if well."""
+    """The error of importing the modules in a new process; empty if there is none."""
     argv = [sys.executable, "-c", f"import {', '.join(modules)}"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=300)
     return done.stderr.strip().splitlines()[-1] if done.returncode else ""
