@@ -130,7 +130,7 @@ class LatentRows:
         return replace(self, view_name=name)
 
     def row(self, position: int) -> LatentRow:
-        """Return one of the rows."""
+        """Return a single row, with its texts looked up."""
         number = self.index[position : position + 1]
         return self._row(position, *(self.look_up(name, number)[0] for name in TEXTS))
 

@@ -210,7 +210,7 @@ def test_topologies_connect_their_processes(
 
 
 @pytest.mark.distributed
-def test_killed_itself_it_leaves_nobody_behind(
+def test_killed_by_sigkill_it_leaves_no_process(
     start_processes: Callable[..., Processes], tiny_shards: Path, tmp_path: Path
 ):
     """SIGKILL, of which no launcher hears; the trainer saves, as if it had been asked to stop."""

@@ -165,7 +165,7 @@ class TestSubmitting:
         assert main(argv) == 2
         told = capfd.readouterr().err
         assert "sed: unknown key (got 3); did you mean 'seed'?" in told
-        assert "--unchecked leaves the check to the job" in told
+        assert "add --unchecked: then the job checks the config" in told
         assert not handed_in.exists()
         assert not run.exists()
 

@@ -1,4 +1,4 @@
-"""The examples run as their docstrings say, and go on where they stopped; on real data."""
+"""The examples run as their docstrings say, and resume; on real data."""
 
 import importlib.util
 import re

@@ -78,7 +78,7 @@ def bench_export(config: ExportConfig, *, processes: int | None, rounds: int) ->
     on_gpu = torch.cuda.is_available()
     if processes is None:
         processes = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
-    tasks = prepare(config, Worker()).plan.tasks  # mistakes are told here
+    tasks = prepare(config, Worker()).plan.tasks  # raises UserError for a wrong config
     processes = min(processes, len(tasks))
     with ExitStack() as stack:
         workers = [

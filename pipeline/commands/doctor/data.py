@@ -127,7 +127,7 @@ def _check_stamps(source: DataSource, index: Index) -> Findings:
                 "shards",
                 "warning",
                 f"{some(touched)} written or copied since indexed, of the same size: "
-                f"`latentmill verify {source.path}` tells whether the content is the same",
+                f"`latentmill verify {source.path}` compares the content",
             )
             return
     yield Finding(

@@ -108,8 +108,8 @@ def check_clock(context: DoctorContext) -> Findings:
                 answer = urllib3.request("HEAD", url, timeout=10, retries=False)
                 there = parsedate_to_datetime(answer.headers["Date"]).timestamp()
             except (urllib3.exceptions.HTTPError, KeyError, ValueError) as error:
-                told = f"{url} does not tell its time ({type(error).__name__})"
-                yield Finding("clock", "warning", f"{told}: compare the clocks yourself")
+                text = f"{url} does not send its time ({type(error).__name__})"
+                yield Finding("clock", "warning", f"{text}: compare the clocks by hand")
                 continue
             skew, what = time.time() - there, f"the server of {without_query(source.root)}"
         elif is_url(source.root):
@@ -135,17 +135,19 @@ def check_wandb(context: DoctorContext) -> Findings:
     servers = [own] if own else ["https://api.wandb.ai", wandb.Settings().base_url]
     host, *others = (urlsplit(server).netloc for server in servers)
     has_key = bool(os.environ.get("WANDB_API_KEY")) or any(map(_in_netrc, (host, *others)))
-    told = f"monitor.wandb.mode {mode}"
+    setting = f"monitor.wandb.mode {mode}"
     folder = f"{context.settings.run_dir}/wandb"
     if mode == "disabled":
-        yield Finding("wandb", "ok", f"disabled: {told}")
+        yield Finding("wandb", "ok", f"disabled: {setting}")
     elif mode == "online" and not has_key:
         remedy = "run `wandb login`, or set monitor.wandb.mode to auto"
-        yield Finding("wandb", "warning", f"{told}, but there is no key for {host} here: {remedy}")
+        yield Finding(
+            "wandb", "warning", f"{setting}, but there is no key for {host} here: {remedy}"
+        )
     elif mode != "offline" and has_key:
-        yield Finding("wandb", "ok", f"online: {told}, a key for {host} is here (not tried)")
+        yield Finding("wandb", "ok", f"online: {setting}, a key for {host} is here (not tried)")
     else:
-        why = f"{told}, no key for {host} here" if mode == "auto" else told
+        why = f"{setting}, no key for {host} here" if mode == "auto" else setting
         later = f"`wandb sync {folder}/offline-run-*` uploads later"
         yield Finding("wandb", "ok", f"offline, into {folder}: {why}; {later}")
 
