@@ -1,5 +1,6 @@
 """Real processes: under accelerate launch, one of them killed, stopped; kills: test_kills.py."""
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -42,6 +43,8 @@ def test_the_command_itself_starts_several(
     assert shown.code == 0, shown.output
     assert "WORLD_SIZE=2" in shown.output
     assert f"\n# tasks: {NUM_SHARDS}\n" in shown.output
+    planned = run_processes("pipeline", None, *command, "--dry-run", "--json").output
+    assert json.loads(planned[planned.index("{") :])["tasks"] == NUM_SHARDS
     assert not (tmp_path / "out").exists()
     mistaken = run_processes("pipeline", None, *command, "dtpe=float16")
     assert mistaken.code == 2, mistaken.output
@@ -56,7 +59,7 @@ def test_the_command_itself_starts_several(
     [([0, 0], 0), ([-9, 0], 0), ([3, 3], 3), ([2, 2], 2), ([-9, 3], 3), ([-9, 1], 1)],
 )
 def test_the_exit_code_of_several(codes: list[int], expected: int):
-    """One that has seen the end of the work is enough: what another left, it has done."""
+    """One process that ended well is enough: it has seen all tasks committed."""
     assert exit_code_of(codes) == expected
 
 
