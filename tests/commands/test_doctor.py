@@ -58,7 +58,7 @@ def config_of(shards: Path | str, folder: Path, **settings: object) -> Path:
     return path
 
 
-def test_a_folder_that_hides_our_packages_is_told(
+def test_a_file_that_hides_our_packages_is_a_warning(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -67,7 +67,7 @@ def test_a_folder_that_hides_our_packages_is_told(
     (tmp_path / "launch.py").touch()
     [found] = [f for f in diagnose(config_of(shards, tmp_path)) if f.check == "names"]
     assert found.verdict == "warning"
-    assert found.text.startswith("launch.py in this folder would be run in place of ours")
+    assert found.text.startswith("launch.py in this folder would be run by `python -m`")
 
 
 def bad(findings: list[Finding]) -> list[tuple[str, str, str]]:
@@ -106,7 +106,7 @@ def test_all_problems_show_at_once(
     findings = [Finding(**entry) for entry in json.loads(capsys.readouterr().out)["findings"]]
     failures = {check: texts(findings, "FAIL", check) for check in CHECKS}
     assert "data.lanes 5 does not divide batch_size 12" in failures["config"]
-    assert "set batch_size to 15" in failures["batch"]
+    assert "Set batch_size to 15" in failures["batch"]
     assert "data.split = 'trian': the index has the splits held_out, train, all" in (
         failures["split"] + failures["order"]
     )
