@@ -17,7 +17,7 @@ if __name__ == "__main__":
         sys.exit(2)
 
 from launch.job import TRAIN
-from launch.start import PLACES, add_arguments, add_ways, start
+from launch.start import PLACES, add_arguments, add_submit, start
 from pipeline.common.arguments import parse
 from pipeline.common.errors import WRONG_USE, UserError
 
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         )
         place.add_argument("--module", default=TRAIN, help="Python module to run (%(default)s)")
         add_arguments(place, kind)
-        add_ways(place, "run it, not only print it")
+        add_submit(place, "run it, not only print it")
     return top
 
 

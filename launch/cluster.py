@@ -160,7 +160,7 @@ def check(job: Job, allocation: Allocation) -> int:
     return local.check(job, is_shown=True) if allocation.check_here else 0
 
 
-def hand_in(
+def submit(
     text: str,
     argv: Sequence[str],
     *,

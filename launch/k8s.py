@@ -137,7 +137,7 @@ class Kubernetes:
 
     def run(self, job: Job) -> int:
         """Check the config and apply the manifest; return kubectl's exit code."""
-        return cluster.hand_in(
+        return cluster.submit(
             self.command(job),
             ["kubectl", "apply", "-f", "-"],
             job=job,

@@ -20,19 +20,19 @@ from launch import cluster, local
 from launch.cluster import Allocation
 from launch.job import EXPORT, Job, JobError
 
-MEET = r"""
-# Where the processes meet: the address by which Slurm itself reaches the first node.
+RENDEZVOUS = r"""
+# The address of the rendezvous: the one by which Slurm reaches the first node.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed 's/.* NodeAddr=\([^ ]*\).*/\1/')
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do # somebody listens there
+while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do # the port is in use
     ((MASTER_PORT++))
 done
 export MASTER_ADDR MASTER_PORT
 """
 
 BEFORE_TRAINING = r"""
-# How this start ended, as the run itself says; nothing if it said nothing.
+# How this start ended, from outcome.json; empty if the run wrote none.
 stamp() { stat --format='%i %y' "$RUN_DIR/outcome.json" 2>/dev/null; }
 before=$(stamp)
 outcome() {
@@ -40,8 +40,8 @@ outcome() {
     sed -n 's/.*"status": *"\([a-z]*\)".*/\1/p' "$RUN_DIR/outcome.json"
 }
 
-# A file reaches every trainer, where srun and accelerate would swallow or die of a signal. It is
-# touched until they have ended: one that is only just starting removes what a former start left.
+# The file STOP reaches every trainer; srun swallows signals, and accelerate dies of them. It is
+# touched until all have ended: a trainer that has just started removes an older STOP.
 stop() {
     while kill -0 "$step" 2>/dev/null; do
         touch "$RUN_DIR/STOP"
@@ -56,13 +56,13 @@ rm -f "$RUN_DIR/STOP"
 AFTER_TRAINING = r"""
 step=$!
 wanted_back=
-trap 'wanted_back=yes; stop' USR1 # the nodes: save, and queue again
-trap stop TERM # scancel: save, and that is all
+trap 'wanted_back=yes; stop' USR1 # time limit or preemption: save and requeue
+trap stop TERM # scancel: save and end
 
-# In the background, because bash runs a trap only between commands, or in `wait`.
+# srun runs in the background, since bash runs traps only between commands or in `wait`.
 wait "$step"
 code=$?
-if ((code > 128)); then # a trap came between, and lasted until srun had ended
+if ((code > 128)); then # `wait` was interrupted by a trap
     wait "$step"
     code=$?
 fi
@@ -82,7 +82,7 @@ exit 3
 
 AFTER_EXPORT = r"""
 step=$!
-# Nothing to save: what is cut off is done again by the next start, and what is done stays done.
+# Nothing to save: the next start repeats unfinished tasks only.
 again() {
     if ((${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); then
         scontrol requeue "$SLURM_JOB_ID"
@@ -147,14 +147,14 @@ class Slurm:
         assignments = [f"{k}={shlex.quote(v)}" for k, v in settings.items()]
         parts = ["\n".join(["#!/bin/bash", *self._header(job)])]
         parts += ["\n".join(["set -u", *exports, *assignments])]
-        parts += [MEET] if node.num_nodes > 1 else []
+        parts += [RENDEZVOUS] if node.num_nodes > 1 else []
         parts += [] if is_export else [BEFORE_TRAINING]
         parts += [_srun(node, self.allocation) + (AFTER_EXPORT if is_export else AFTER_TRAINING)]
         return "\n\n".join(part.strip("\n") for part in parts)
 
     def run(self, job: Job) -> int:
         """Check the config and submit the script; return sbatch's exit code."""
-        return cluster.hand_in(
+        return cluster.submit(
             self.command(job),
             ["sbatch"],
             job=job,

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser, place: Place) -> None:
     add_accept_change(parser)
 
 
-def add_ways(parser: argparse.ArgumentParser, submit: str) -> None:
+def add_submit(parser: argparse.ArgumentParser, submit: str) -> None:
     """Add what to do with the job; without either option it is printed."""
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument("--submit", action="store_true", help=submit)
@@ -55,7 +55,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser, place: Place) -> None
     parser.add_argument(
         "--export", dest="module", action="store_const", const=EXPORT, default=TRAIN, help=text
     )
-    add_ways(parser, "submit it")
+    add_submit(parser, "submit it")
     add_arguments(parser, place)
 
 

@@ -105,7 +105,7 @@ class TestSubmitting:
     """With a stand-in for sbatch and kubectl; test_slurm.py has the real Slurm."""
 
     @pytest.fixture
-    def handed_in(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def submitted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """Where the stand-ins leave what they read; the file `refuse` makes them fail."""
         monkeypatch.chdir(ROOT)
         programs = tmp_path / "bin"
@@ -114,32 +114,32 @@ class TestSubmitting:
             program = programs / name
             program.write_text(
                 f"#!/bin/bash\ncd {tmp_path} || exit\n[[ -e refuse ]] && exit 1\n"
-                'echo "$@" >arguments\ncat >handed_in\n'
+                'echo "$@" >arguments\ncat >submitted\n'
             )
             program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-        return tmp_path / "handed_in"
+        return tmp_path / "submitted"
 
     def command(self, place: list[str], folder: Path) -> list[str]:
         mount = ["--mount", str(folder)] if place[0] == "k8s" else []
         return [*place, *EXPORT, f"out={folder / 'latents'}", *mount, "--submit"]
 
-    def test_what_is_printed_is_handed_in(
+    def test_what_is_printed_is_submitted(
         self,
         place: list[str],
-        handed_in: Path,
+        submitted: Path,
         tmp_path: Path,
         capsys: pytest.CaptureFixture[str],
     ):
         assert main(self.command(place, tmp_path)) == 0
-        assert capsys.readouterr().out.rstrip("\n") == handed_in.read_text().rstrip("\n")
+        assert capsys.readouterr().out.rstrip("\n") == submitted.read_text().rstrip("\n")
         expected = {"slurm": "", "k8s": "apply -f -"}[place[0]]
         assert (tmp_path / "arguments").read_text().strip() == expected
 
-    def test_a_refusal_comes_back(self, place: list[str], handed_in: Path, tmp_path: Path):
+    def test_a_refusal_comes_back(self, place: list[str], submitted: Path, tmp_path: Path):
         (tmp_path / "refuse").touch()
         assert main(self.command(place, tmp_path)) == 1
-        assert not handed_in.exists()
+        assert not submitted.exists()
 
     def test_without_the_program_it_says_what_to_do(
         self,
@@ -156,8 +156,8 @@ class TestSubmitting:
         )
 
     @pytest.mark.slow
-    def test_a_mistake_in_the_config_is_told_and_nothing_handed_in(
-        self, place: list[str], handed_in: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    def test_a_mistake_in_the_config_is_reported_and_nothing_is_submitted(
+        self, place: list[str], submitted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ):
         run = tmp_path / "run"
         mount = ["--mount", str(tmp_path)] if place[0] == "k8s" else []
@@ -166,8 +166,8 @@ class TestSubmitting:
         told = capfd.readouterr().err
         assert "sed: unknown key (got 3); did you mean 'seed'?" in told
         assert "add --unchecked: then the job checks the config" in told
-        assert not handed_in.exists()
+        assert not submitted.exists()
         assert not run.exists()
 
         assert main([*argv, "--unchecked"]) == 0
-        assert "sed=3" in handed_in.read_text()
+        assert "sed=3" in submitted.read_text()

@@ -32,7 +32,7 @@ def slurm() -> Iterator[SlurmCluster]:
 def submit(run_processes: Callable[..., Result], slurm: SlurmCluster) -> Callable[..., int]:
     """Hand a job in by our launcher, and return its number."""
 
-    def hand_in(config: Path, *options: object) -> int:
+    def submit(config: Path, *options: object) -> int:
         argv = ("slurm", config, *NODES, *options, "--submit")
         result = run_processes("launch", None, *argv, env=slurm.env)
         assert result.code == 0, result.output
@@ -40,7 +40,7 @@ def submit(run_processes: Callable[..., Result], slurm: SlurmCluster) -> Callabl
         assert found is not None, result.output
         return int(found[1])
 
-    return hand_in
+    return submit
 
 
 @pytest.mark.soak

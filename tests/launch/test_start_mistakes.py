@@ -182,7 +182,7 @@ def check_refused(run: Callable[..., Result], start: Start, folder: Path, **opti
 
 
 @pytest.mark.parametrize("start", MISTAKES.values(), ids=MISTAKES)
-def test_a_wrong_start_is_told_soon_and_leaves_nothing(
+def test_a_wrong_start_is_reported_soon_and_leaves_nothing(
     run: Callable[..., Result], start: Start, tmp_path: Path
 ):
     check_refused(run, start, tmp_path)
@@ -190,7 +190,7 @@ def test_a_wrong_start_is_told_soon_and_leaves_nothing(
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("start", OF_DEEPSPEED.values(), ids=OF_DEEPSPEED)
-def test_a_wrong_start_of_deepspeed_is_told_soon_and_leaves_nothing(
+def test_a_wrong_start_of_deepspeed_is_reported_soon_and_leaves_nothing(
     run: Callable[..., Result], start: Start, tmp_path: Path
 ):
     check_refused(run, start, tmp_path)
@@ -228,7 +228,7 @@ def num_processes(run_dir: Path) -> int:
     return json.loads(state.read_text())["world"]
 
 
-def test_with_its_port_in_use_and_not_told_to_stay_on_the_cpu_two_train_as_two(
+def test_with_its_port_in_use_and_without_use_cpu_two_train_as_two(
     run: Callable[..., Result], tmp_path: Path
 ):
     """accelerate takes another port, and says so; without GPUs we find the CPU ourselves."""

@@ -82,7 +82,7 @@ def bench_export(config: ExportConfig, *, processes: int | None, rounds: int) ->
     processes = min(processes, len(tasks))
     with ExitStack() as stack:
         workers = [
-            stack.enter_context(_Remote(config, Worker(rank, processes, rank)))
+            stack.enter_context(_WorkerProcess(config, Worker(rank, processes, rank)))
             for rank in range(processes)
         ]
         num_images = sum(remote.answer() for remote in workers)
@@ -112,7 +112,7 @@ def bench_export(config: ExportConfig, *, processes: int | None, rounds: int) ->
     )
 
 
-class _Remote:
+class _WorkerProcess:
     """A worker process, as the parent sees it."""
 
     def __init__(self, config: ExportConfig, worker: Worker) -> None:
@@ -122,7 +122,7 @@ class _Remote:
         self._process.start()
         theirs.close()
 
-    def __enter__(self) -> "_Remote":
+    def __enter__(self) -> "_WorkerProcess":
         return self
 
     def __exit__(self, *_: object) -> None:
