@@ -48,7 +48,7 @@ def test_links_lead_somewhere(document: Path):
 def house() -> dict[str, list[str]]:
     """Folder -> the names that the block below the heading "The house" has for it, in order."""
     text = (ROOT / "README.md").read_text()
-    section = re.search(r"^## The house$.*?^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    section = re.search(r"^## The house$.*?^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert section, "README.md has no fenced block below a heading `The house`"
     lines = section.group(1).splitlines()
     assert len(lines) <= MAX_HOUSE_LINES
