@@ -15,6 +15,7 @@ from pipeline.checkpoints.retention import CheckpointConfig
 from pipeline.common import strict
 from pipeline.common.component import Component
 from pipeline.common.precision import Precision
+from pipeline.common.shipped import find
 from pipeline.corruptions import Corruption
 from pipeline.corruptions.latents import LatentTransforms
 from pipeline.data.order import default_lanes
@@ -93,11 +94,11 @@ class TrainConfig(Component):
 
     @classmethod
     def load(cls, path: str | Path, *overrides: str) -> "TrainConfig":
-        """Read a YAML file and change settings by `a.b=c`, as on the command line.
+        """Read a YAML file, or shipped settings by name, and override them by `a.b=c`.
 
         Raises UserError with all problems.
         """
-        return read_config(Path(path), overrides)
+        return read_config(find("train", path), overrides)
 
     @property
     def total_samples(self) -> int:

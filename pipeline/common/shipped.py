@@ -1,4 +1,4 @@
-"""The settings that come with the package: `configs/`, in an installation `latentmill/configs/`.
+"""The settings that come with the package: `configs/`, installed inside of latentmill.
 
     what a person typed -> an existing file, else the shipped settings of that name -> a path
 

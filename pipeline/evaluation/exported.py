@@ -1,7 +1,7 @@
 """`latentmill probe EXPORT`: probes of exported latents, compared with the raw pixels.
 
-EXPORT/manifest.json -> rows (mu, label, metadata) -> targets -> evaluation.probe
-the source's shards  -> stored values of the same rows, flattened -> evaluation.probe
+EXPORT/manifest.json -> rows (mu, label, metadata) -> targets -> evaluation.linear_probe
+the source's shards  -> stored values of the same rows, flattened -> evaluation.linear_probe
 """
 
 import json
@@ -20,7 +20,7 @@ from pipeline.data.decode import Decode
 from pipeline.data.index import Index
 from pipeline.data.sequential import read_shards
 from pipeline.data.settings import DataConfig
-from pipeline.evaluation.probe import Score, probe_features
+from pipeline.evaluation.linear_probe import Score, probe_features
 from pipeline.latents.files import LocalFiles
 from pipeline.latents.formats.writers import NO_LABEL, BaseWriter, Rows, Writer
 from pipeline.latents.manifest import read_manifest

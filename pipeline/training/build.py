@@ -147,17 +147,12 @@ def warm_up_loss(
 def describe(config: TrainConfig, *, world: int = 1) -> str:
     """Return what --dry-run prints: the resolved config as YAML, sizes as comments.
 
-    Warns of what is likely to be a mistake; where the data cannot be read, of what the config alone
-    shows, before UserError says why. world: processes that the training is to have.
+    Warns of what is likely to be a mistake. world: processes that the training is to have. Raises
+    UserError where the data do not fit.
     """
     config = config.resolved()
-    try:
-        indexes = open_indexes(config.data)
-        check_data(config, indexes)
-    except UserError:
-        for what, text in doubts(config, []):
-            warn(f"{what}: {text}")
-        raise
+    indexes = open_indexes(config.data)
+    check_data(config, indexes)
     for what, text in doubts(config, indexes, world):
         warn(f"{what}: {text}")
     order = make_order(config, indexes)

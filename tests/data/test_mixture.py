@@ -171,7 +171,7 @@ def test_planning_alone_gives_the_digest_of_a_step(paths):
     ],
 )
 def test_data_is_named_once(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         DataConfig(**settings)
 
 

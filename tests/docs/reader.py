@@ -38,14 +38,21 @@ def make_photos(folder: Path) -> None:
     (folder / "cats" / "broken.jpg").write_bytes(b"no picture")
 
 
-def make_shims(folder: Path) -> None:
-    """Write the commands that the person has."""
+def make_shims(folder: Path, installation: Path | None = None) -> None:
+    """Write the commands that the person has.
+
+    installation: a folder that our wheel was installed into. Then nothing is forked, and nothing of
+    the repository is imported.
+    """
     folder.mkdir()
-    real = Path(sys.executable).parent
-    argv = (sys.executable, "-I", "-S", SHIM, forkserver.server(), real, folder)
+    real, server = Path(sys.executable).parent, ""
+    if installation is None:
+        server = forkserver.server()
+    argv = (sys.executable, "-I", "-S", SHIM, server, real, folder)
     for name in ("latentmill", "python", "accelerate"):
         command = shlex.join(map(str, (*argv, name)))
-        (folder / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        finds = f"export PYTHONPATH={shlex.quote(str(installation))}\n" if installation else ""
+        (folder / name).write_text(f'#!/bin/sh\n{finds}exec {command} "$@"\n')
         (folder / name).chmod(0o755)
 
 

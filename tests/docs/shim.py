@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,7 +51,13 @@ def module_or_script(name: str, given: list[str]) -> list[str] | None:
 
 
 def run(server: str, argv: list[str], output: str) -> int:
-    """Have the server fork a command, with our streams; return its exit code."""
+    """Have the server fork a command, with our streams; return its exit code.
+
+    server: its socket; empty: no server, the command is started as usual.
+    """
+    if not server:
+        with Path(output).open("ab") as file:
+            return subprocess.call([sys.executable, "-P", *argv[1:]], stdout=file)
     request = {
         "argv": argv,
         "log": output,

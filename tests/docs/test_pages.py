@@ -1,7 +1,7 @@
 """The pages do what they say: every block is run, in the order of its page, or says why not.
 
-The first hour begins with nothing but photos, as README.md does; the other pages of docs/ begin
-with what the first hour leaves.
+The first hour begins with nothing but photos; the other pages of docs/ begin with what it leaves.
+README.md is typed where only the wheel is installed: tests/project/test_wheel.py.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from tests.processes import ROOT
 
 FIRST_HOUR = ROOT / "docs" / "first_hour.md"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-OTHERS = [page for page in PAGES if page != FIRST_HOUR]
+OTHERS = [page for page in PAGES[1:] if page != FIRST_HOUR]
 MAX_LINES = {"README.md": 200}
 MAX_PAGE_LINES = 250
 
@@ -68,13 +68,12 @@ def test_the_first_hour_leaves_what_it_says(after_the_first_hour: Path):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.stem)
 def test_a_page_does_what_it_says(
-    page: Path, request: pytest.FixtureRequest, tmp_path: Path, shims: Path
+    page: Path, after_the_first_hour: Path, tmp_path: Path, shims: Path
 ):
     blocks = blocks_of(page)
     if all(block.language == "text" for block in blocks):
         return
-    before = "photos" if page.name == "README.md" else "after_the_first_hour"
-    shutil.copytree(request.getfixturevalue(before), tmp_path / "here", symlinks=True)
+    shutil.copytree(after_the_first_hour, tmp_path / "here", symlinks=True)
     type_blocks(blocks, tmp_path / "here", shims)
 
 

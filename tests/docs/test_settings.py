@@ -63,7 +63,7 @@ def test_a_line_has_name_choices_bounds_default_and_meaning():
     precision, interleave, run_dir = text.splitlines()[2:]
     assert precision.startswith("| `precision` | `fp32` or `bf16` or `fp64` | `fp32` | ")
     assert interleave.startswith("| `data.interleave` | integer, ≥ 1, ≤ 1024 | `8` | K: shards ")
-    assert run_dir.startswith("| `run_dir` | text | **required** | everything ")
+    assert run_dir.startswith("| `run_dir` | text | **required** | where the run ")
 
 
 def test_a_setting_that_does_not_exist_is_noticed():

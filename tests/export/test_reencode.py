@@ -179,7 +179,7 @@ def test_rows_of_other_keys_and_rows_without_a_field(finished: Path, run_dir: Pa
 
     rewrite(out, reverse)
     seal(out)
-    assert any(p.startswith("shard-000002: other keys") for p in check(out, run_dir).problems)
+    assert any(p.startswith("shard-000002: its keys") for p in check(out, run_dir).problems)
     rewrite(out, cut)
     seal(out)
     rewrite(out, lambda rows: Rows(**vars(rows) | {"keys": rows.keys[::-1]}))

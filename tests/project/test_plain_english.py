@@ -82,12 +82,12 @@ NAMES_IN = {  # "place" is a launch target in launch alone, "quarantine" a train
     "launch/": {"Place"},
 }
 QUARANTINE = ("pipeline/export/", "pipeline/checkpoints/")  # tasks fail, checkpoints are damaged
-# Path -> what to call the file. `evaluation/probe.py` stays: it holds linear and neighbour probes.
-FILES = {
+FILES = {  # path -> what to call the file
     "pipeline/data/wds.py": "ordered_shards.py",
     "pipeline/data/raw.py": "raw_samples.py",
     "pipeline/data/rows.py": "sequential.py",
     "pipeline/latents/portable.py": "exact_math.py",
+    "pipeline/evaluation/probe.py": "linear_probe.py: `probe.py` is the verb",
     "pipeline/distributed/meeting.py": "rendezvous.py",
 }
 STOP_WORDS = """a all an and are as at by each every for from give in is it its of on one or return

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.blocks import blocks_of
+from tests.docs.reader import make_photos, make_shims, type_blocks, typed
 from tests.processes import ROOT
 from tests.project.test_readme import tracked
 
@@ -112,6 +114,25 @@ def test_its_settings_are_listed_and_printed_where_there_is_no_clone(installed: 
     assert installed.run(sys.executable, "-m", "latentmill", "--version").stdout.startswith(
         "latent"
     )
+
+
+@pytest.mark.timeout(600)
+def test_the_readme_from_top_to_bottom(installed: Installed, tmp_path: Path):
+    """All of it in one go, in a folder with photos; only the lengths of trainings are cut."""
+    folder, shims = tmp_path / "folder", tmp_path / "bin"
+    make_photos(folder / "PHOTOS")
+    make_shims(shims, installed.target)
+    where = "import latentmill, launch, pipeline, os; print(*(m.__file__ for m in "
+    where += "(latentmill, launch, pipeline)), os.environ['PYTHONPATH'], os.getcwd(), sep='\\n')"
+    (tmp_path / "where.py").write_text(where)
+    code, output = typed([str(shims / "python"), str(tmp_path / "where.py")], folder, shims)
+    *files, path, cwd = output.splitlines()
+    assert code == 0, output
+    assert all(Path(file).is_relative_to(installed.target) for file in files)
+    assert (path, cwd) == (str(installed.target), str(folder))
+    type_blocks(blocks_of(ROOT / "README.md"), folder, shims)
+    for name in ("data/photos", "runs/photos", "exports/photos", "models/photos"):
+        assert (folder / name).is_dir()
 
 
 def test_a_foreign_pipeline_and_launch_beside_it_do_no_harm(

@@ -107,14 +107,3 @@ def test_a_dry_run_warns_and_its_config_stays_a_config(
     assert [line.split(": ")[:2] for line in warnings] == [
         ["warning", what] for what in ("objective", "batch", "shards")
     ]
-
-
-def test_without_data_a_dry_run_warns_of_the_config_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    path = tmp_path / "run.yaml"
-    path.write_text(config_of(tmp_path / "none", num_steps=10**6, **VAE).model_dump_json())
-    assert main([str(path), "--dry-run"]) == 2
-    warning, error = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: objective: model.bottleneck gaussian draws z")
-    assert error.startswith(f"error: {tmp_path / 'none'}")

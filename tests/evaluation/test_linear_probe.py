@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.common.errors import UserError
-from pipeline.evaluation.probe import is_test_key, probe_features, target_kind
+from pipeline.evaluation.linear_probe import is_test_key, probe_features, target_kind
 
 N, D = 2000, 8
 KEYS = [f"{number:06d}" for number in range(N)]
