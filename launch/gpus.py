@@ -19,7 +19,7 @@ def num_gpus() -> int:
     if not any(driver.exists() for driver in DRIVERS):
         return 0
     code = "import torch; print(torch.cuda.device_count())"
-    # -P: import no torch.py of the current folder.
+    # -P: nothing is imported from the current folder.
     asked = subprocess.run(
         [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True, check=False
     )
