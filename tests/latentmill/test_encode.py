@@ -161,7 +161,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "channels": (lambda: np.zeros((2, 1, 32, 32), np.float32), "got [2, 1, 32, 32]"),
     "channels last": (lambda: np.zeros((2, 32, 32, 3), np.float32), "got [2, 32, 32, 3]"),
-    "0 to 255": (lambda: torch.rand(1, 3, 32, 32) * 255, "in [0, 1]; got values in [0.0"),
+    "0 to 255": (lambda: torch.rand(1, 3, 32, 32) * 255, "in [0, 1]; got values in [0."),
     "-1 to 1": (lambda: torch.linspace(-1, 1, 3072).view(3, 32, 32), "got values in [-1, 1]"),
     "nan": (lambda: torch.full((3, 32, 32), torch.nan), "got values in [nan, nan]"),
     "int64": (lambda: torch.zeros(3, 32, 32, dtype=torch.int64), "has the type int64"),
