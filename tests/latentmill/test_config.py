@@ -75,7 +75,7 @@ def test_a_file_and_its_overrides(world: World, tmp_path: Path):
     assert config == read_config(path, ["batch_size=4", "data.decode.size=64"])
     with pytest.raises(lm.UserError, match="batchsize: unknown key .*; did you mean 'batch_size'"):
         lm.TrainConfig.load(path, "batchsize=4")
-    assert lm.TrainConfig.load("vae", "num_steps=5").num_steps == 5  # shipped settings
+    assert lm.TrainConfig.load("vae", "seed=5").seed == 5  # shipped settings
     with pytest.raises(lm.UserError, match="no/such.yaml does not exist"):
         lm.TrainConfig.load("no/such.yaml")
 
