@@ -4,7 +4,7 @@ latentmill export run tar run=runs/vae out=exports/vae-tar
 python examples/join_wds.py exports/vae-tar data/sprites
 
 Both have the same shards, and these the same keys in the same order (an export takes all splits
-unless told otherwise), so that one is read beside the other, and nothing is looked up.
+by default), so that one is read beside the other, and nothing is looked up.
 """
 
 import argparse

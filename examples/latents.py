@@ -1,4 +1,4 @@
-"""A torch model trained on an export, with loader workers; start it again to go on.
+"""A torch model trained on an export, with loader workers; start it again to continue.
 
 latentmill export run parquet run=runs/vae out=latents
 python examples/latents.py latents probe.pt 3

@@ -1,4 +1,4 @@
-"""A plain PyTorch loop over webdataset's own stages, in our order; start it again to go on.
+"""A plain PyTorch loop over webdataset's own stages, in our order; start it again to continue.
 
 latentmill pack sprites data/sprites --count 5000
 python examples/plain_loop.py data/sprites plain.pt --steps 200

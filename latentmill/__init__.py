@@ -1,4 +1,4 @@
-"""What a program imports of Latentmill.
+"""The Python interface of Latentmill.
 
     import latentmill as lm
     model = lm.load("models/photos")          # an exported model, or a run directory
@@ -7,8 +7,8 @@
     lm.LatentDataset("latents/photos"), lm.OrderedShards("data/photos", batch_size=64)
     lm.train(lm.TrainConfig.load("vae.yaml", "num_steps=100"))
 
-A name is imported when it is asked for: `lm.LatentDataset` needs neither torch nor anything else of
-the extra `train`.
+A name is imported on first use: `lm.LatentDataset` needs neither torch nor anything else of the
+extra `train`.
 """
 
 from importlib import import_module

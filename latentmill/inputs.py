@@ -1,4 +1,4 @@
-"""What `encode` takes, brought to the model's input by the training's own decoder.
+"""The inputs of `encode`, converted to those of the model by the training's own decoder.
 
     files, bytes ------------- decode.decode --------+
     PIL images, uint8 arrays - decode.decode_image --+-> stored values -> to_unit -> x [B, *event]
@@ -38,29 +38,29 @@ class Item(NamedTuple):
 
     name: str  # for messages
     fill: Callable[[NDArray[Any]], None] | None  # writes its stored values; may raise DecodeError
-    unit: Tensor | None = None  # or [*event] in [0, 1], as it was given
+    unit: Tensor | None = None  # or [*event] in [0, 1], used as given
 
 
 def list_items(pictures: Pictures, decode: Decode) -> list[Item]:
-    """Return the samples one by one; raises UserError for what cannot be one, but opens no file."""
+    """Return the samples one by one, without opening files; UserError for anything else."""
     if isinstance(pictures, SINGLE):
         items = _items_of(pictures, "the input", decode, is_batch_allowed=True)
     elif isinstance(pictures, Iterable) and not isinstance(pictures, Mapping):
         items: list[Item] = []
-        for place, picture in enumerate(pictures):
-            name = f"input {place}"
+        for number, picture in enumerate(pictures):
+            name = f"input {number}"
             items += _items_of(picture, name, decode, is_batch_allowed=False)
     else:
         raise UserError(f"encode takes {WHAT}, one or a list of them; got {_type(pictures)}.")
     if not items:
-        raise UserError("encode was given nothing: the list or batch is empty.")
+        raise UserError("encode was given an empty list or batch.")
     return items
 
 
 def stack(items: Sequence[Item], decode: Decode, size: int, pool: ThreadPoolExecutor) -> Tensor:
-    """Return the items' stored values, decoded, in the first places of [size, *event].
+    """Return the items' stored values, decoded, in the first rows of [size, *event].
 
-    The places of items that are given in [0, 1], and those that are left over, hold zeros. Raises
+    Rows of items that were given in [0, 1], and rows behind the last item, hold zeros. Raises
     UserError for an item that cannot be read or decoded.
     """
     dtype = getattr(torch, decode.stored_dtype.name)
@@ -102,8 +102,8 @@ def _items_of(picture: Any, name: str, decode: Decode, *, is_batch_allowed: bool
         items = _of_pixels(_as_numpy(array), name, decode)
     if len(array.shape) > len(decode.event_shape) and not is_batch_allowed:
         raise UserError(
-            f"{name} of the list is a batch {_shape(array)}: give the batch alone, or a list of "
-            "single samples."
+            f"{name} of the list is a batch {_shape(array)}: give one batch, or a list of single "
+            "samples."
         )
     return items
 
@@ -119,8 +119,8 @@ def _of_floats(array: NDArray[Any] | Tensor, name: str, decode: ImageDecode) -> 
     event = decode.event_shape
     if tuple(array.shape) not in (event, (*array.shape[:1], *event)):
         raise UserError(
-            f"{name}: {_wanted(decode)}; got {_shape(array)}. What has another size is resized as "
-            "in training where it comes as files, PIL images or uint8 arrays."
+            f"{name}: {_wanted(decode)}; got {_shape(array)}. Only files, PIL images and uint8 "
+            "arrays are resized, as in training."
         )
     x = array if isinstance(array, Tensor) else torch.tensor(np.array(array, np.float32))
     x = x.detach().to(torch.float32).reshape(-1, *event)

@@ -36,7 +36,7 @@ PRIOR = "prior"  # stream of the noise that `sample` decodes
 
 @dataclass(frozen=True)
 class Codes:
-    """What the encoder says of B samples: a Gaussian for each, or (logvar None) a point."""
+    """The encoder's output for B samples: a Gaussian each, or (logvar None) a point."""
 
     mu: Tensor  # [B, *latent]
     logvar: Tensor | None  # [B, *latent]
@@ -45,10 +45,10 @@ class Codes:
         return len(self.mu)
 
     def sample(self, seed: int = 0) -> Tensor:
-        """Return z = mu + sigma * eps [B, *latent]; eps depends on (seed, place, element) alone.
+        """Return z = mu + sigma * eps [B, *latent]; eps depends on (seed, row, element) alone.
 
-        On every device the same noise, that of `LatentRows.sample` for the first B rows of an
-        export. Raises UserError for a model whose bottleneck is deterministic.
+        The noise is the same on every device: that of `LatentRows.sample` for the first B rows
+        of an export. Raises UserError for a model whose bottleneck is deterministic.
         """
         if self.logvar is None:
             raise UserError("sample() needs a variance, and these codes have none: use `mu`.")
@@ -58,10 +58,10 @@ class Codes:
 
 
 class LoadedModel:
-    """A trained autoencoder; `load` gives it. Evaluation mode, fp32, no gradients."""
+    """A trained autoencoder, as `load` returns it: evaluation mode, fp32, no gradients."""
 
     def __init__(self, module: AutoEncoder, decode: Decode, where: str) -> None:
-        """Take a network, how its training decoded files, and where both come from."""
+        """Take a network, its training's decoder of files, and the path of both."""
         self.module = module.to(torch.float32).eval()
         self.where = where
         self._decode = decode
@@ -77,12 +77,12 @@ class LoadedModel:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one latent."""
+        """Shape of the code of one sample; of maps (channels, height, width)."""
         return self.module.latent_shape
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the weights, on which the model computes."""
         return next(self.module.parameters()).device
 
     def encode(self, pictures: Pictures, *, batch_size: int | None = None) -> Codes:
@@ -93,8 +93,8 @@ class LoadedModel:
         [B, C, H, W] of the model's size in [0, 1]. A model of arrays takes `.npy` files, their
         bytes, and arrays as its data holds them.
 
-        batch_size: samples at a time, the last ones filled up with zeros as an export does. With
-        an export's batch_size, and its threads (one on a CPU), files in its order give its very
+        batch_size: samples at a time; the last batch is filled with zeros, as in an export. With
+        the batch_size and threads (one on a CPU) of an export, files in its order give the same
         bits. Raises UserError for what cannot be read, or does not fit.
         """
         if batch_size is not None:
@@ -107,16 +107,16 @@ class LoadedModel:
                 chunk = items[start : start + at_once]
                 stored = stack(chunk, self._decode, batch_size or len(chunk), pool)
                 x = self._decode.to_unit(stored.to(self.device))
-                for place, item in enumerate(chunk):
+                for row, item in enumerate(chunk):
                     if item.unit is not None:
-                        x[place] = item.unit
+                        x[row] = item.unit
                 moments = self.module(x, mode="encode").code.moments()
                 parts.append({name: values[: len(chunk)] for name, values in moments.items()})
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return Codes(found["mu"], found.get("logvar"))
 
     def decode(self, z: Tensor | NDArray[Any]) -> Tensor:
-        """Return what latents z [B, *latent] stand for, [B, *event] in [0, 1].
+        """Return the decoded latents z [B, *latent], as [B, *event] in [0, 1].
 
         Raises UserError for another shape, or numbers that are not finite.
         """
@@ -136,8 +136,8 @@ class LoadedModel:
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """Return n decoded draws from the prior N(0, I), [n, *event] in [0, 1].
 
-        The first k of n are the k of the same seed. Raises UserError for a deterministic
-        bottleneck, which has no prior.
+        The first k of n draws equal the k draws of the same seed. Raises UserError for a
+        deterministic bottleneck, which has no prior.
         """
         _check_count("n", n)
         bottleneck = self.module.config.bottleneck
@@ -151,7 +151,7 @@ class LoadedModel:
 
     @contextmanager
     def _computing(self) -> Generator[None]:
-        """Compute as exports do, whatever the program around has set; and without gradients."""
+        """Compute as exports do, whatever the caller has set, and without gradients."""
         with torch.no_grad(), fixed_arithmetic(), autocast("fp32", self.device):
             yield
 
@@ -193,7 +193,7 @@ def load(
 
 
 def _no_model(path: str | Path, folder: Path) -> str:
-    """Say what lies there instead of a model, and what would be right."""
+    """Say what the path holds instead of a model, and what to give."""
     if is_url(path):
         return f"{path} is a URL: copy the model's folder to this machine, and load it there."
     wanted = (

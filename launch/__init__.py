@@ -1,1 +1,1 @@
-"""Start training and export where the processes and machines are: one Job, one file per place."""
+"""Start training and exports on this machine, Slurm or Kubernetes: one Job, one file per place."""

@@ -1,4 +1,4 @@
-"""What every cluster needs of a job, whichever scheduler hands out its machines.
+"""What Slurm and Kubernetes have in common.
 
 options of the command line -> Job, Allocation -> one `accelerate launch` per machine
                                                -> environment of its processes
@@ -17,8 +17,8 @@ from launch import local
 from launch.job import EXPORT, Job, JobError
 from pipeline.common.console import progress
 
-MAX_NAME = 50  # of 63 characters that a DNS label may have: room for "-" and the index of a pod
-# Of PyTorch's NCCL flight recorder: what the last collectives were, dumped when one hangs.
+MAX_NAME = 50  # a DNS label has at most 63 characters, which include "-" and the index of a pod
+# PyTorch's NCCL flight recorder: dumps the last collectives when one hangs.
 FLIGHT_RECORDER = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
@@ -29,20 +29,20 @@ FLIGHT_RECORDER = {
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """What to ask a cluster for besides machines, and how it may take it back."""
+    """What to ask a cluster for besides machines, and how it may end the job."""
 
     name: str
     cpus_per_process: int
     seconds: int | None  # time limit; None = the cluster's own
-    grace_seconds: int  # from the warning that the time is over to the end
+    grace_seconds: int  # from the signal before the time limit to the end
     max_restarts: int
-    check_here: bool = True  # let one process read the config and its data before handing in
+    check_here: bool = True  # let one process check config and data before submitting
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", self.name) or len(self.name) > MAX_NAME:
             raise JobError(
-                f"--name {self.name!r} is no name for a job: take at most {MAX_NAME} lower-case "
-                "letters, digits and dashes, the first a letter, the last no dash."
+                f"--name {self.name!r} is not a valid name for a job: use at most {MAX_NAME} "
+                "lower-case letters, digits and dashes; the first a letter, the last no dash."
             )
         for option, value, least in (
             ("--cpus-per-process", self.cpus_per_process, 1),
@@ -54,13 +54,13 @@ class Allocation:
         if self.seconds is not None and self.seconds <= self.grace_seconds:
             raise JobError(
                 f"--time gives the job {self.seconds} s, of which --grace takes "
-                f"{self.grace_seconds} s for saving: nothing is left to train in. Ask for more "
-                "time, or less grace."
+                f"{self.grace_seconds} s for saving: no time is left for training. Raise --time, "
+                "or lower --grace."
             )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that all clusters have in common."""
+    """Add the options of every cluster."""
     add = parser.add_argument
     add("--nodes", type=int, default=1, metavar="N", help="machines (%(default)s)")
     add(
@@ -76,23 +76,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--time",
         metavar="HH:MM:SS",
-        help="time limit (Slurm: of each start); the cluster's if not said",
+        help="time limit (Slurm: of each start; default: the cluster's)",
     )
-    add("--grace", type=int, default=120, help="seconds to save in at its end (%(default)s)")
-    add("--max-restarts", type=int, default=10, help="starts after the first one (%(default)s)")
-    add("--name", help="of the job (from the file name of the config)")
+    add("--grace", type=int, default=120, help="seconds for saving before it ends (%(default)s)")
+    add("--max-restarts", type=int, default=10, help="restarts after the first start (%(default)s)")
+    add("--name", help="name of the job (default: from the config's file name)")
     add(
         "--env",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a variable for all processes, such as NCCL_SOCKET_IFNAME=eth0; may be repeated",
+        help="environment variable of all processes, e.g. NCCL_SOCKET_IFNAME=eth0; repeatable",
     )
-    add("--unchecked", action="store_true", help="hand in what only the cluster can check")
+    add("--unchecked", action="store_true", help="submit without checking config and data here")
 
 
 def job_of(arguments: argparse.Namespace, overrides: tuple[str, ...]) -> Job:
-    """The job that a cluster's options describe; raises JobError if they make no sense."""
+    """The job that the options describe; raises JobError for wrong values."""
     if arguments.processes_per_node < 1:
         raise JobError(f"--gpus-per-node must be at least 1, not {arguments.processes_per_node}.")
     env = dict(variable(text) for text in arguments.env)
@@ -112,13 +112,13 @@ def job_of(arguments: argparse.Namespace, overrides: tuple[str, ...]) -> Job:
     if directory(job) is None:
         raise JobError(
             f"{job.config} names no {setting_of_directory(job)}: set it there, or as an override. "
-            "It is where the job on the cluster is told to stop, and says how it ended."
+            "The job on the cluster reads its stop file and writes its outcome there."
         )
     return job
 
 
 def allocation_of(arguments: argparse.Namespace) -> Allocation:
-    """What a cluster's options ask for."""
+    """What the options ask the cluster for."""
     return Allocation(
         name=arguments.name or name_from(arguments.config),
         cpus_per_process=arguments.cpus_per_process,
@@ -133,12 +133,12 @@ def variable(text: str) -> tuple[str, str]:
     """NAME and VALUE of `--env NAME=VALUE`."""
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-        raise JobError(f"--env {text!r} is no variable: write NAME=VALUE.")
+        raise JobError(f"--env {text!r} is not a variable: write NAME=VALUE.")
     return name, value
 
 
 def name_from(config: Path) -> str:
-    """A job's name after its config: configs/train/beta_vae.yaml gives beta-vae."""
+    """The name of a job by its config: configs/train/beta_vae.yaml gives beta-vae."""
     name = re.sub(r"[^a-z0-9]+", "-", config.stem.lower()).strip("-")
     return name[:MAX_NAME].rstrip("-") if name[:1].isalpha() else f"job-{name}"[:MAX_NAME]
 
@@ -147,20 +147,20 @@ def seconds_of(time: str) -> int:
     """Seconds in HH:MM:SS or, as Slurm writes it, D-HH:MM:SS."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", time, re.ASCII)
     if match is None:
-        raise JobError(f"--time {time!r} is no time: write HH:MM:SS or D-HH:MM:SS, as in 08:00:00.")
+        raise JobError(f"--time {time!r} is not a time: write HH:MM:SS or D-HH:MM:SS.")
     days, hours, minutes, seconds = (int(number or 0) for number in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def check(job: Job, allocation: Allocation) -> int:
-    """Print what one process makes of the config, if it can tell here; returns the exit code."""
+    """Print the resolved config, if this machine can check it; returns the exit code."""
     if job.module == EXPORT and job.device == "gpu":
-        progress("not checked: the plan of an export on GPUs is made where these are")
+        progress("not checked: an export on GPUs is planned on a machine that has them")
         return 0
     return local.check(job, is_shown=True) if allocation.check_here else 0
 
 
-def hand_in(
+def submit(
     text: str,
     argv: Sequence[str],
     *,
@@ -168,19 +168,19 @@ def hand_in(
     allocation: Allocation,
     folder: Path | None = None,
 ) -> int:
-    """Give `text` to a program of the cluster after a check of the config; returns an exit code.
+    """Check the config, then pass `text` to a program of the cluster; returns an exit code.
 
-    folder: made before, if the program needs it.
+    folder: created first, if given.
     """
     if shutil.which(argv[0]) is None:
         raise JobError(
-            f"--submit needs {argv[0]}, which is not on the PATH of this machine: submit from one "
-            "that can reach the cluster, or leave --submit out and take the text there."
+            f"--submit needs {argv[0]}, which is not on the PATH of this machine: submit from a "
+            "machine of the cluster, or leave out --submit and copy the text there."
         )
     if allocation.check_here and job.module != EXPORT and (code := local.check(job)):
         print(
-            f"Nothing was given to {argv[0]}. If only the cluster can read the data, --unchecked "
-            "leaves the check to the job.",
+            "Nothing was submitted. If only the cluster can read the data, add --unchecked: then "
+            "the job checks the config.",
             file=sys.stderr,
         )
         return code
@@ -190,9 +190,9 @@ def hand_in(
 
 
 def setting_of_directory(job: Job) -> str:
-    """The setting of a job's config that says where on disk it writes.
+    """The setting of a job's config that names the directory it writes to.
 
-    For an export to a URL that is the run's directory, which takes nothing but logs.
+    For an export to a URL that is the run's directory, for logs only.
     """
     if job.module != EXPORT:
         return "run_dir"
@@ -200,12 +200,12 @@ def setting_of_directory(job: Job) -> str:
 
 
 def directory(job: Job) -> Path | None:
-    """Where a job writes, as its config says; None if it does not."""
+    """The directory that a job writes to; None if its config names none."""
     return job.path(setting_of_directory(job))
 
 
 def environment(job: Job) -> Mapping[str, str]:
-    """What the processes need, on every machine: NCCL's black box beside `local.environment`."""
+    """The variables of all processes: NCCL's flight recorder and `local.environment`."""
     several_gpus = job.device == "gpu" and job.num_processes > 1 and job.module != EXPORT
     recorder: dict[str, str] = {}
     if several_gpus:
@@ -216,15 +216,14 @@ def environment(job: Job) -> Mapping[str, str]:
 
 
 def launcher(job: Job, topology: PurePath, deepspeed: PurePath | None) -> list[str]:
-    """Options of `accelerate launch` on all machines alike: all but rank and meeting point.
+    """Options of `accelerate launch` that all machines share: all but rank and address.
 
-    topology, deepspeed: accelerate's file, and what it names of DeepSpeed's, as the machines see
-    them.
+    topology, deepspeed: accelerate's file and DeepSpeed's settings, by their paths on the machines.
     """
     words = local.launcher_options(topology, deepspeed, job.num_processes)
     if job.num_nodes > 1:
         words += ["--num_machines", str(job.num_nodes)]
         if local.uses_deepspeed(local.topology(job)):
-            # DeepSpeed's other ways to start need ssh between the machines.
+            # DeepSpeed's other launchers need ssh between the machines.
             words += ["--deepspeed_multinode_launcher", "standard"]
     return words

@@ -1,7 +1,6 @@
-"""How many processes, and on what, where the user leaves that to the machine.
+"""The number of processes and the device, where these are `auto`.
 
-The number of GPUs comes from a short process of its own: whoever only starts others keeps no CUDA
-context, and imports no torch.
+A short process of its own counts the GPUs, so that the launcher holds no CUDA context.
 """
 
 import subprocess
@@ -11,23 +10,23 @@ from typing import Literal
 
 from launch.job import EXPORT, Device, JobError
 
-# What a driver leaves: NVIDIA's, that of Windows' Linux, AMD's.
+# Device files of the drivers: NVIDIA, Windows Subsystem for Linux, AMD.
 DRIVERS = tuple(map(Path, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")))
 
 
 def num_gpus() -> int:
-    """How many GPUs PyTorch sees here; CUDA_VISIBLE_DEVICES counts."""
+    """The number of GPUs that PyTorch sees, after CUDA_VISIBLE_DEVICES."""
     if not any(driver.exists() for driver in DRIVERS):
         return 0
     code = "import torch; print(torch.cuda.device_count())"
-    # -P: not a module of that name in the user's folder.
+    # -P: nothing is imported from the current folder.
     asked = subprocess.run(
         [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True, check=False
     )
     if asked.returncode:
         raise JobError(
-            "PyTorch cannot be asked for the GPUs of this machine, as said above: mend that, or "
-            "give --processes and --device."
+            "PyTorch cannot count the GPUs of this machine (its error is above): repair it, or "
+            "set --processes and --device."
         )
     return int(asked.stdout)
 
@@ -35,7 +34,7 @@ def num_gpus() -> int:
 def choose(
     processes: int | Literal["auto"], device: Device | Literal["auto"], module: str
 ) -> tuple[int, Device, str]:
-    """The number of processes and the device, and both in words; raises JobError if they clash."""
+    """Return processes, device, and a line that says both; raises JobError if they do not fit."""
     if processes != "auto" and processes < 1:
         raise JobError(f"--processes must be at least 1, not {processes}.")
     why = ""
@@ -46,7 +45,7 @@ def choose(
                 "--device gpu, but PyTorch sees no GPU here: check the driver (nvidia-smi) and "
                 "CUDA_VISIBLE_DEVICES, and that PyTorch is no CPU build; or give --device cpu."
             )
-        # Processes of an export may share a GPU, those of a training cannot.
+        # Processes of an export may share a GPU; those of a training cannot.
         if gpus and processes != "auto" and processes > gpus and module != EXPORT:
             raise JobError(
                 f"--processes {processes}, but a training has one process per GPU, of which there "

@@ -1,11 +1,11 @@
-"""What is to run, whatever runs it: module, config, overrides, and how many processes on what.
+"""A Job: module, config, overrides, number of processes and device, wherever it runs.
 
     command line -> Job -> local.py: argv and environment of `accelerate launch`
                         -> slurm.py: the text of an sbatch script
                         -> k8s.py: a manifest of Kubernetes
 
-Of `pipeline` this package imports the common wing alone: it knows a run by its command line, its
-`run_dir`, and the outcome.json in it.
+Of `pipeline` this package imports only `common`: it knows a run by its command line, its `run_dir`,
+and the outcome.json in it.
 """
 
 from collections.abc import Mapping
@@ -35,11 +35,11 @@ class Job:
     module: str = TRAIN
     config: Path
     overrides: tuple[str, ...] = ()  # a.b=c, passed through untouched
-    options: tuple[str, ...] = ()  # of the module itself, behind them
+    options: tuple[str, ...] = ()  # of the module itself, after the overrides
     num_processes: int = 1  # over all machines
     num_nodes: int = 1  # machines, with equally many processes
     device: Device = "cpu"
-    strategy: Strategy | None = None  # chooses the topology; None = ddp, or what `topology` says
+    strategy: Strategy | None = None  # chooses the topology; None = ddp, or that of `topology`
     topology: Path | None = None  # accelerate's YAML; None = the shipped one that fits
     num_threads: int = 1  # OMP_NUM_THREADS of each process
     env: Mapping[str, str] = field(default_factory=dict[str, str])  # on top of everything else
@@ -61,34 +61,34 @@ class Job:
                 raise JobError(f"The file {path} does not exist.")
         if self.topology is not None and self.strategy is not None:
             raise JobError(
-                f"--topology {self.topology} decides the strategy itself: leave --strategy "
-                f"{self.strategy} out, or --topology."
+                f"--topology {self.topology} decides the strategy itself: leave out either "
+                f"--strategy {self.strategy} or --topology."
             )
 
     @property
     def processes_per_node(self) -> int:
-        """How many processes each machine runs."""
+        """The number of processes on each machine."""
         return self.num_processes // self.num_nodes
 
     @property
     def arguments(self) -> list[str]:
-        """What the module gets after its name."""
+        """The arguments of the module."""
         return [str(self.config), *self.overrides, *self.options]
 
     def run_dir(self) -> Path | None:
         """The directory of the run, where outcome.json appears.
 
-        None when nothing names one: then the launcher's own exit code is all there is.
+        None if the config names none: then only the launcher's own exit code is known.
         """
         return self.path("run_dir")
 
     def path(self, setting: str) -> Path | None:
-        """The path that a setting of the top level names; None if there is none, or a URL."""
+        """The path in a top-level setting; None if that is missing or a URL."""
         value = self.value(setting)
         return None if value is None or "://" in value else Path(value)
 
     def value(self, setting: str) -> str | None:
-        """The text that a setting of the top level has: last override, else the config's."""
+        """The text of a top-level setting: of the last override, else of the config."""
         value = mapping(self.config.read_text(encoding="utf-8")).get(setting)
         for override in self.overrides:
             name, _, text = override.removeprefix("--").partition("=")
@@ -98,7 +98,7 @@ class Job:
 
 
 def mapping(text: str) -> dict[str, Any]:
-    """The YAML mapping in `text`; empty for anything else, which the run itself will explain."""
+    """The YAML mapping in `text`; empty for anything else: the run itself reports that."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

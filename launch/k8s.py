@@ -1,12 +1,12 @@
-"""A Job on Kubernetes: a manifest from the core API only, and `kubectl apply` of it.
+"""A Job on Kubernetes: a manifest of core API objects, and its submission by `kubectl apply`.
 
-    Job, Allocation -> ConfigMap   the config that was checked, as it is here, and its topology
+    Job, Allocation -> ConfigMap   the config file and its topology
                        Service     headless: a name for every pod
                        Job         Indexed: one pod per machine, restarted together
                     (-> PersistentVolumeClaim)
 
-Whoever evicts or deletes a pod runs its preStop hook first: it touches STOP in the run directory
-until the trainer has saved and ended. The pods come back, and the same command resumes.
+Before a pod is evicted or deleted, its preStop hook touches STOP in the run directory until the
+trainer has saved and ended. The Job starts new pods, and the same command resumes.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from launch.job import EXPORT, TRAIN, Job, JobError
 PORT = 29500
 USER = 10001  # in the image, see docker/Dockerfile
 CONFIGS = PurePosixPath("/etc/latentmill")
-# Before the command of a training, and after it. Launchers flatten exit codes to 1; the run's own
-# stands in outcome.json, which index 0 writes at its end, and others may see a little later.
+# Before the command of a training, and after it. Launchers turn exit codes into 1; the run's own is
+# in outcome.json, which index 0 writes at its end, and which others may see a little later.
 BEFORE_TRAINING = r"""
 mkdir -p "$RUN_DIR"
 stamp() { stat --format='%i %y' "$RUN_DIR/outcome.json" 2>/dev/null; }
@@ -45,12 +45,12 @@ for _ in {1..10}; do
 done
 exit "$code"
 """
-# Until the container is gone: a trainer that is only just starting removes what it finds.
+# Repeated until the container ends: a trainer that has just started removes an older STOP.
 STOP = 'while mkdir -p "$RUN_DIR" && touch "$RUN_DIR/STOP"; do sleep 1; done'
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML with texts of several lines as such."""
+    """Writes multi-line texts as YAML blocks."""
 
 
 _Dumper.add_representer(
@@ -68,24 +68,29 @@ class Kubernetes:
     allocation: Allocation
     image: str
     claim: str  # PersistentVolumeClaim of the run directory
-    claim_size: str | None  # to create it with; None = it exists
-    mount: PurePosixPath  # where the claim is in the container
+    claim_size: str | None  # size of a claim to create; None = the claim exists
+    mount: PurePosixPath  # path of the claim in the container
     memory: str | None
     shm: str
     namespace: str | None
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add the options of clusters, and Kubernetes' own."""
+        """Add the options of every cluster, and those of Kubernetes."""
         cluster.add_arguments(parser)
         add = parser.add_argument
-        add("--image", required=True, help="of docker/, or one that has latentmill installed")
+        add("--image", required=True, help="container image with latentmill, e.g. of docker/")
         add("--claim", required=True, help="PersistentVolumeClaim that holds the run directory")
-        add("--claim-size", help="create the claim with this size, such as 100Gi")
-        add("--mount", type=PurePosixPath, default="/data", help="of the claim (%(default)s)")
-        add("--memory", help="of each machine's pod, such as 64Gi")
-        add("--shm", default="8Gi", help="of it at most for /dev/shm (%(default)s)")
-        add("--namespace", help="the current one of kubectl if not said")
+        add("--claim-size", help="create the claim with this size, e.g. 100Gi")
+        add(
+            "--mount",
+            type=PurePosixPath,
+            default="/data",
+            help="path of the claim in the container (%(default)s)",
+        )
+        add("--memory", help="memory of each pod, e.g. 64Gi")
+        add("--shm", default="8Gi", help="limit of /dev/shm, part of the memory (%(default)s)")
+        add("--namespace", help="default: kubectl's current one")
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> "Kubernetes":
@@ -108,29 +113,31 @@ class Kubernetes:
             ("--shm", self.shm),
         ):
             if size is not None and not re.fullmatch(r"[1-9]\d*([KMGTP]i?)?", size, re.ASCII):
-                raise JobError(f"{option} {size!r} is no amount of memory: write 500Mi or 64Gi.")
+                raise JobError(
+                    f"{option} {size!r} is not an amount of memory: write 500Mi or 64Gi."
+                )
         if not self.mount.is_absolute():
             raise JobError(f"--mount {self.mount} must be an absolute path in the container.")
 
     def job(self, arguments: argparse.Namespace, overrides: tuple[str, ...]) -> Job:
-        """The job that the command line describes; what it writes must outlive its pods."""
+        """The job that the command line describes; it must write to the claim."""
         job = cluster.job_of(arguments, overrides)
         folder = PurePosixPath(str(cluster.directory(job)))
         if ".." in folder.parts or not folder.is_relative_to(self.mount):
             setting = cluster.setting_of_directory(job)
             raise JobError(
-                f"{setting} is {folder}, which lies outside --mount {self.mount} and would be lost "
+                f"{setting} is {folder}, outside --mount {self.mount}, and would be lost "
                 f"with the pod: add {setting}={self.mount / folder.name}, or mount the claim there."
             )
         return job
 
     def command(self, job: Job) -> str:
-        """The manifest that kubectl gets."""
+        """The manifest for kubectl."""
         return yaml.dump_all(self._objects(job), Dumper=_Dumper, sort_keys=False, width=100)
 
     def run(self, job: Job) -> int:
-        """Apply the manifest, after one process has read the config; kubectl's exit code."""
-        return cluster.hand_in(
+        """Check the config and apply the manifest; return kubectl's exit code."""
+        return cluster.submit(
             self.command(job),
             ["kubectl", "apply", "-f", "-"],
             job=job,
@@ -138,7 +145,7 @@ class Kubernetes:
         )
 
     def check(self, job: Job) -> int:
-        """Print what one process makes of the config, if it can tell here; the exit code."""
+        """Print the resolved config, if this machine can check it; return the exit code."""
         return cluster.check(job, self.allocation)
 
     def _objects(self, job: Job) -> Iterator[dict[str, Any]]:
@@ -153,7 +160,7 @@ class Kubernetes:
         if job.num_nodes > 1 and job.module != EXPORT:
             spec = {
                 "clusterIP": "None",
-                "publishNotReadyAddresses": True,  # they look for each other before they are ready
+                "publishNotReadyAddresses": True,  # the pods meet before they are ready
                 "selector": {"batch.kubernetes.io/job-name": self.allocation.name},
                 "ports": [{"name": "rendezvous", "port": PORT}],
             }
@@ -174,14 +181,20 @@ class Kubernetes:
             "completionMode": "Indexed",
             "completions": job.num_nodes,
             "parallelism": job.num_nodes,
-            # When one pod fails, all do, and each counts.
+            # When one pod fails, all fail, and each counts.
             "backoffLimit": allocation.max_restarts * job.num_nodes,
-            "podReplacementPolicy": "Failed",  # no second pod of an index beside a dying one
+            "podReplacementPolicy": "Failed",  # start no pod beside one that is still ending
             **limit,
             "podFailurePolicy": {
                 "rules": [
-                    {"action": "FailJob", "onExitCodes": _codes(2)},  # wrong use: again is no use
-                    {"action": "Ignore", "onExitCodes": _codes(3)},  # stopped with another pod
+                    {
+                        "action": "FailJob",
+                        "onExitCodes": _codes(2),
+                    },  # wrong use: a retry cannot help
+                    {
+                        "action": "Ignore",
+                        "onExitCodes": _codes(3),
+                    },  # stopped because another pod was
                     {
                         "action": "Ignore",
                         "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
@@ -198,7 +211,7 @@ class Kubernetes:
         shm = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": self.shm}}
         return {
             "restartPolicy": "Never",
-            "securityContext": {"fsGroup": USER},  # who owns a fresh claim otherwise is root
+            "securityContext": {"fsGroup": USER},  # else a new claim belongs to root
             "terminationGracePeriodSeconds": self.allocation.grace_seconds,
             **({"subdomain": name} if several else {}),
             "containers": [self._container(job)],
@@ -208,7 +221,7 @@ class Kubernetes:
     def _container(self, job: Job) -> dict[str, Any]:
         is_export = job.module == EXPORT
         env = dict(cluster.environment(job))
-        env.pop("PYTHONPATH", None)  # of this machine: the image has latentmill installed
+        env.pop("PYTHONPATH", None)  # a path of this machine; the image has latentmill installed
         if not is_export:
             env |= {"RUN_DIR": str(cluster.directory(job))}
             if job.num_nodes > 1:
@@ -221,7 +234,7 @@ class Kubernetes:
         return {
             "name": "main",
             "image": self.image,
-            "args": ["bash", "-c", _script(job)],  # the image's entry point says versions first
+            "args": ["bash", "-c", _script(job)],  # the image's entry point prints versions first
             "env": [{"name": key, "value": value} for key, value in env.items()],
             "resources": {"requests": {"cpu": cpus, **memory}, "limits": {**gpus, **memory}},
             **({} if is_export else {"lifecycle": hook}),
@@ -234,14 +247,14 @@ class Kubernetes:
 
 
 def _node(job: Job) -> Job:
-    """What one pod starts: its part of a training, or an export of its own."""
+    """The job of one pod: its part of a training, or a whole export."""
     if job.module != EXPORT:
         return job
     return replace(job, num_nodes=1, num_processes=job.processes_per_node)
 
 
 def _files(job: Job) -> dict[str, Path]:
-    """What the pods find in CONFIGS."""
+    """The files in CONFIGS, by name."""
     topology = local.topology(_node(job))
     deepspeed = local.deepspeed_file(topology)
     files = {"config.yaml": job.config, "topology.yaml": topology}
@@ -253,7 +266,7 @@ def _codes(code: int) -> dict[str, Any]:
 
 
 def _script(job: Job) -> str:
-    """What a pod's container runs."""
+    """The script of a pod's container."""
     is_export, node = job.module == EXPORT, _node(job)
     deepspeed = CONFIGS / "deepspeed.json" if "deepspeed.json" in _files(job) else None
     options = cluster.launcher(node, CONFIGS / "topology.yaml", deepspeed)
@@ -266,11 +279,11 @@ def _script(job: Job) -> str:
     lines += [run]
     command = " \\\n    ".join(lines)
     if is_export:
-        # `pipeline.export` knows the numbers of an array of Slurm; these pods make one, too.
+        # `pipeline.export` reads the variables of a Slurm array: the pods imitate one.
         array = {"ID": '"$JOB_COMPLETION_INDEX"', "MIN": 0, "COUNT": job.num_nodes}
         exports = [f"export SLURM_ARRAY_TASK_{name}={value}\n" for name, value in array.items()]
         return f"{''.join(exports)}exec {command}\n"
     parts = [BEFORE_TRAINING.strip("\n"), command, AFTER_TRAINING.lstrip("\n")]
-    if job.module == TRAIN:  # a mistake: exit code 2, before there is an outcome
-        parts.insert(0, f"python {run} --dry-run >/dev/null || exit")
+    if job.module == TRAIN:  # a wrong config: exit code 2, before outcome.json exists
+        parts.insert(0, f"WORLD_SIZE={job.num_processes} python {run} --dry-run >/dev/null || exit")
     return "\n".join(parts)

@@ -2,9 +2,9 @@
 
     Job -> command(job) -> `accelerate launch` -> trainers -> outcome.json -> exit code
 
-The launchers underneath flatten every exit code to 1, SIGUSR1 kills torchrun, and with one process
-`accelerate launch` forwards nothing; so `run` signals the trainers itself and gives back the exit
-code that the run wrote to its outcome.json.
+torchrun turns every exit code into 1 and dies of SIGUSR1, and with one process `accelerate launch`
+forwards no signal; so `run` signals the trainers itself and returns the exit code that the run
+wrote to its outcome.json.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from pipeline.common.console import progress
 from pipeline.common.shipped import find, shipped
 
 OURS = Path(__file__).with_name("__init__.py")
-PACKAGES = OURS.parents[1]  # where `launch` and `pipeline` lie
+PACKAGES = OURS.parents[1]  # the folder of `launch` and `pipeline`
 QUIET = Path(__file__).with_name("quiet.py")
 WITH_DRY_RUN = (TRAIN, EXPORT)
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -40,13 +40,13 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 @dataclass(frozen=True)
 class Command:
-    """An argument list, and what it needs in its environment beyond ours."""
+    """An argument list, and the variables to add to our environment."""
 
     argv: tuple[str, ...]
     env: dict[str, str]
 
     def __str__(self) -> str:
-        """One line for a shell."""
+        """As one line of a shell."""
         assignments = [f"{name}={shlex.quote(value)}" for name, value in self.env.items()]
         return " ".join([*assignments, shlex.join(self.argv)])
 
@@ -56,16 +56,16 @@ class Local:
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add the options that only this place has."""
+        """Add the options of this place."""
         add_processes(parser)
 
     @classmethod
     def from_arguments(cls, _arguments: argparse.Namespace) -> "Local":
-        """Nothing about this machine needs to be said."""
+        """Return the place; this machine needs no options."""
         return cls()
 
     def job(self, arguments: argparse.Namespace, overrides: tuple[str, ...]) -> Job:
-        """The job that the command line describes; says what was chosen where that is `auto`."""
+        """The job that the command line describes; prints what was chosen for `auto`."""
         processes, device, chosen = choose(arguments.processes, arguments.device, arguments.module)
         job = Job(
             module=arguments.module,
@@ -82,7 +82,7 @@ class Local:
         return job
 
     def command(self, job: Job) -> Command:
-        """What `run` runs."""
+        """The command that `run` runs."""
         return command(job)
 
     def run(self, job: Job) -> int:
@@ -90,12 +90,12 @@ class Local:
         return run(job)
 
     def check(self, job: Job) -> int:
-        """Print what the run resolves to, or would do, and change nothing; the exit code."""
+        """Print the resolved config, or an export's plan; write nothing; return the exit code."""
         return check(job, is_shown=True)
 
 
 def topology(job: Job) -> Path:
-    """The accelerate file that a job asks for, or the one that fits strategy, nodes and device."""
+    """The accelerate file of the job, or the one that fits strategy, nodes and device."""
     if job.topology is not None:
         return job.topology
     ours = shipped("accelerate")
@@ -116,7 +116,7 @@ def uses_deepspeed(topology: Path) -> bool:
 def deepspeed_file(topology: Path) -> Path | None:
     """DeepSpeed's settings that an accelerate file names; None if it names none.
 
-    A path that leads nowhere from here stands for the shipped settings of that file name.
+    If there is no such file, the shipped settings of that name.
     """
     section = mapping(topology.read_text(encoding="utf-8")).get("deepspeed_config")
     named = cast(dict[str, Any], section).get("deepspeed_config_file") if section else None
@@ -127,7 +127,7 @@ def deepspeed_file(topology: Path) -> Path | None:
 
 
 def launcher(topology: Path, num_processes: int) -> tuple[str, ...]:
-    """`accelerate launch` of this Python, up to where the script or `-m module` goes."""
+    """`accelerate launch` of this Python, up to the script or `-m module`."""
     accelerate = (sys.executable, "-m", "accelerate.commands.launch")
     return (*accelerate, *launcher_options(topology, deepspeed_file(topology), num_processes))
 
@@ -141,10 +141,10 @@ def launcher_options(
 
 
 def import_environment(job: Job) -> dict[str, str]:
-    """Have the processes import our own packages, whatever the folder holds where they start.
+    """Variables with which our modules import our packages, whatever the current folder holds.
 
-    PYTHONSAFEPATH keeps Python from looking there first, which a module of the user's may need; a
-    clone that is not installed has to be named then.
+    PYTHONSAFEPATH keeps the current folder out of the search path. A clone that is not installed is
+    added by PYTHONPATH. Modules of the user keep the current folder.
     """
     if not job.module.startswith("pipeline."):
         return {}
@@ -162,47 +162,49 @@ def environment(job: Job) -> dict[str, str]:
     """What the processes need: the device, threads per process, and the job's own variables."""
     env = {"OMP_NUM_THREADS": str(job.num_threads)} | import_environment(job)
     if job.device == "gpu":
-        env["LATENTMILL_DEVICE"] = "gpu"  # no GPU there is a mistake then, not a reason to be slow
+        env["LATENTMILL_DEVICE"] = "gpu"  # without a GPU, the trainers then end with an error
     if job.device == "cpu" and job.module == EXPORT:
         env |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     elif job.device == "cpu" and uses_deepspeed(topology(job)):
-        # Told to stay on the CPU, accelerate leaves DeepSpeed out, silently: we hide the GPUs.
+        # With ACCELERATE_USE_CPU, accelerate silently leaves DeepSpeed out; so the GPUs are hidden.
         env |= {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
     elif job.device == "cpu":
-        # Without it, processes of a MULTI_GPU topology on a CPU machine each believe to be alone.
+        # Else each process of a MULTI_GPU topology would train alone on a machine without GPUs.
         env["ACCELERATE_USE_CPU"] = "true"
     return env | dict(job.env)
 
 
 def command(job: Job) -> Command:
-    """What runs `job` on this machine."""
+    """The command that runs `job` on this machine."""
     argv = (*launcher(topology(job), job.num_processes), "-m", job.module, *job.arguments)
     return Command(argv, environment(job))
 
 
 def check(job: Job, *, is_shown: bool = False) -> int:
-    """Let one process read the config and exit; a mistake is told once, without any launcher.
+    """Let one process check the config and exit: it reports a mistake once, before any launcher.
 
-    is_shown: print what it resolves to.
+    is_shown: print the resolved config.
     """
     if job.module not in WITH_DRY_RUN:
         return 0
     argv = [sys.executable, "-m", job.module, *job.arguments, "--dry-run"]
     env = os.environ | environment(job)
+    if job.module == TRAIN:
+        env["WORLD_SIZE"] = str(job.num_processes)  # the batch must divide over them
     stdout = None if is_shown else subprocess.DEVNULL
     return subprocess.run(argv, env=env, stdout=stdout, check=False).returncode
 
 
 def run(job: Job) -> int:
     """Run the job to its end; its exit code is the one that the run wrote to outcome.json."""
-    # An export says by itself, once for each machine, what keeps it from beginning.
+    # An export checks its config itself; one process per machine prints the mistake.
     if job.module != EXPORT and (code := check(job)):
         return code
     run_dir = job.run_dir()
     before = _outcome_stamp(run_dir)
     what = command(job)
-    # As the command says, less the launcher's tracebacks (quiet.py).
-    # A session of its own: Ctrl-C in the terminal reaches the trainers through us, once.
+    # The command as printed, but by quiet.py.
+    # In a session of its own, so that Ctrl-C reaches the trainers once, through us.
     process = subprocess.Popen(
         [what.argv[0], "-P", str(QUIET), *what.argv[3:]],
         env=os.environ | what.env,
@@ -214,17 +216,17 @@ def run(job: Job) -> int:
     if run_dir is None or _outcome_stamp(run_dir) == before:
         return 1 if launcher_code < 0 else launcher_code
     code = json.loads((run_dir / "outcome.json").read_bytes())["exit_code"]
-    return 1 if code is None else int(code)  # None: it was killed while it ran
+    return 1 if code is None else int(code)  # None: it was killed
 
 
 def end_with_us() -> None:
-    """Ask Linux, in the child, for a SIGTERM when this process dies, even by SIGKILL."""
+    """Called in a child: Linux sends it SIGTERM when this process dies, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def _outcome_stamp(run_dir: Path | None) -> tuple[int, int] | None:
-    """What changes when outcome.json is written anew; None while there is none."""
+    """Changes when outcome.json is written again; None if it does not exist."""
     if run_dir is None:
         return None
     try:
@@ -235,7 +237,7 @@ def _outcome_stamp(run_dir: Path | None) -> tuple[int, int] | None:
 
 
 def trainers(launcher_pid: int) -> Sequence[psutil.Process]:
-    """The processes that the launcher started: one per rank, without what these started."""
+    """The child processes of the launcher, one per rank, without their own children."""
     try:
         return psutil.Process(launcher_pid).children()
     except psutil.NoSuchProcess:
@@ -247,9 +249,9 @@ def forwarding(
     find: Callable[[], Sequence[psutil.Process | subprocess.Popen[bytes]]],
     launcher: subprocess.Popen[bytes] | None = None,
 ) -> Generator[None]:
-    """While inside, stop signals go to all of a run's processes; a second Ctrl-C ends them at once.
+    """Inside the context, forward stop signals to all processes; a second Ctrl-C kills them.
 
-    find: those that there are by then; launcher: what has started them, and ends after them.
+    find: returns the processes that run by then. launcher: their parent, if not this process.
     """
     received: list[int] = []
 
@@ -260,10 +262,10 @@ def forwarding(
         for rank in ranks:
             try:
                 rank.send_signal(signal.SIGKILL if impatient else number)
-            except psutil.NoSuchProcess:  # it has ended since it was listed
+            except psutil.NoSuchProcess:  # it has ended meanwhile
                 continue
         if launcher is not None and (impatient or not ranks):
-            # Nobody to save anything: the launcher itself may go.
+            # No trainer is left to save: end the launcher.
             launcher.kill() if impatient else launcher.terminate()
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}

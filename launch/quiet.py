@@ -1,7 +1,6 @@
-"""`accelerate launch` without a traceback of its own where one of its processes ended badly.
+"""`accelerate launch` without a traceback of its own, and with the exit code of what it started.
 
-`launch.local` runs this file: the run itself has said why it ended, and the launcher's exit code is
-all that it adds.
+`launch.local` runs this file: the failed process has printed its error already.
 """
 
 import sys
@@ -13,5 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 if __name__ == "__main__":
     try:
         main()
-    except (CalledProcessError, ChildFailedError):
-        sys.exit(1)
+    except CalledProcessError as error:  # of one process
+        sys.exit(max(error.returncode, 1))  # below 0: killed by a signal
+    except ChildFailedError as error:  # of several; after the first failure the others are killed
+        sys.exit(max(error.get_first_failure()[1].exitcode, 1))

@@ -1,12 +1,11 @@
-"""A Job on a Slurm cluster: the text of its sbatch script, and handing that in.
+"""A Job on a Slurm cluster: the text of its sbatch script, and its submission.
 
     Job, Allocation -> command() -> sbatch -> on every node one `accelerate launch`
 
-Training: some seconds before the time is over (or when a more important job wants the nodes) Slurm
-sends SIGUSR1 to the script. The script touches STOP in the run directory, the trainers save and
-end, and the script queues the job again: the same command resumes. scancel sends SIGTERM: the
-trainers save, too, and that is all. Export: an array with one node per element, which any kill may
-end at any time.
+Training: before the time limit (or when a job of higher priority takes the nodes) Slurm sends
+SIGUSR1 to the script. The script touches STOP in the run directory, the trainers save and end, and
+the script requeues the job: the same command resumes. After scancel's SIGTERM the trainers save,
+and the job ends. Export: an array with one node per element, which may be killed at any time.
 """
 
 import argparse
@@ -21,19 +20,19 @@ from launch import cluster, local
 from launch.cluster import Allocation
 from launch.job import EXPORT, Job, JobError
 
-MEET = r"""
-# Where the processes meet: the address by which Slurm itself reaches the first node.
+RENDEZVOUS = r"""
+# The address of the rendezvous: the one by which Slurm reaches the first node.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed 's/.* NodeAddr=\([^ ]*\).*/\1/')
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do # somebody listens there
+while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do # the port is in use
     ((MASTER_PORT++))
 done
 export MASTER_ADDR MASTER_PORT
 """
 
 BEFORE_TRAINING = r"""
-# How this start ended, as the run itself says; nothing if it said nothing.
+# How this start ended, from outcome.json; empty if the run wrote none.
 stamp() { stat --format='%i %y' "$RUN_DIR/outcome.json" 2>/dev/null; }
 before=$(stamp)
 outcome() {
@@ -41,8 +40,8 @@ outcome() {
     sed -n 's/.*"status": *"\([a-z]*\)".*/\1/p' "$RUN_DIR/outcome.json"
 }
 
-# A file reaches every trainer, where srun and accelerate would swallow or die of a signal. It is
-# touched until they have ended: one that is only just starting removes what a former start left.
+# The file STOP reaches every trainer; srun swallows signals, and accelerate dies of them. It is
+# touched until all have ended: a trainer that has just started removes an older STOP.
 stop() {
     while kill -0 "$step" 2>/dev/null; do
         touch "$RUN_DIR/STOP"
@@ -57,13 +56,13 @@ rm -f "$RUN_DIR/STOP"
 AFTER_TRAINING = r"""
 step=$!
 wanted_back=
-trap 'wanted_back=yes; stop' USR1 # the nodes: save, and queue again
-trap stop TERM # scancel: save, and that is all
+trap 'wanted_back=yes; stop' USR1 # time limit or preemption: save and requeue
+trap stop TERM # scancel: save and end
 
-# In the background, because bash runs a trap only between commands, or in `wait`.
+# srun runs in the background, since bash runs traps only between commands or in `wait`.
 wait "$step"
 code=$?
-if ((code > 128)); then # a trap came between, and lasted until srun had ended
+if ((code > 128)); then # `wait` was interrupted by a trap
     wait "$step"
     code=$?
 fi
@@ -83,7 +82,7 @@ exit 3
 
 AFTER_EXPORT = r"""
 step=$!
-# Nothing to save: what is cut off is done again by the next start, and what is done stays done.
+# Nothing to save: the next start repeats unfinished tasks only.
 again() {
     if ((${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); then
         scontrol requeue "$SLURM_JOB_ID"
@@ -108,15 +107,15 @@ class Slurm:
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add the options of clusters, and Slurm's own."""
+        """Add the options of every cluster, and those of Slurm."""
         cluster.add_arguments(parser)
-        parser.add_argument("--partition", help="where to queue; the cluster's default if not said")
+        parser.add_argument("--partition", help="queue of the job (default: the cluster's)")
         parser.add_argument(
             "--sbatch",
             action="append",
             default=[],
             metavar="OPTION",
-            help="one more option, such as --sbatch=--account=physics; may be repeated",
+            help="another option of sbatch, e.g. --sbatch=--account=physics; repeatable",
         )
 
     @classmethod
@@ -131,14 +130,14 @@ class Slurm:
     def __post_init__(self) -> None:
         for option in self.options:
             if not re.fullmatch(r"--?[a-z][^\n]*", option):
-                raise JobError(f"--sbatch {option!r} is no option of sbatch: write --sbatch=--x=y.")
+                raise JobError(f"--sbatch {option!r} is not an option: write --sbatch=--x=y.")
 
     def job(self, arguments: argparse.Namespace, overrides: tuple[str, ...]) -> Job:
         """The job that the command line describes."""
         return cluster.job_of(arguments, overrides)
 
     def command(self, job: Job) -> str:
-        """The script that sbatch gets."""
+        """The script for sbatch."""
         is_export = job.module == EXPORT
         node = replace(job, num_nodes=1, num_processes=job.processes_per_node) if is_export else job
         settings = {"MAX_RESTARTS": str(self.allocation.max_restarts)}
@@ -148,14 +147,14 @@ class Slurm:
         assignments = [f"{k}={shlex.quote(v)}" for k, v in settings.items()]
         parts = ["\n".join(["#!/bin/bash", *self._header(job)])]
         parts += ["\n".join(["set -u", *exports, *assignments])]
-        parts += [MEET] if node.num_nodes > 1 else []
+        parts += [RENDEZVOUS] if node.num_nodes > 1 else []
         parts += [] if is_export else [BEFORE_TRAINING]
         parts += [_srun(node, self.allocation) + (AFTER_EXPORT if is_export else AFTER_TRAINING)]
         return "\n\n".join(part.strip("\n") for part in parts)
 
     def run(self, job: Job) -> int:
-        """Hand the script in, after one process has read the config; sbatch's exit code."""
-        return cluster.hand_in(
+        """Check the config and submit the script; return sbatch's exit code."""
+        return cluster.submit(
             self.command(job),
             ["sbatch"],
             job=job,
@@ -164,7 +163,7 @@ class Slurm:
         )
 
     def check(self, job: Job) -> int:
-        """Print what one process makes of the config, if it can tell here; the exit code."""
+        """Print the resolved config, if this machine can check it; return the exit code."""
         return cluster.check(job, self.allocation)
 
     def _header(self, job: Job) -> Iterator[str]:
@@ -190,14 +189,14 @@ class Slurm:
 
 
 def _log_folder(job: Job) -> Path:
-    """Where the output of a job goes: into the run directory, or beside the export."""
+    """The folder for a job's output: the run directory, or the one that holds the export."""
     folder = cluster.directory(job)
-    assert folder is not None, "job_of has seen to it"
+    assert folder is not None, "job_of has checked it"
     return folder.parent if job.module == EXPORT else folder  # an export owns its directory
 
 
 def _log(job: Job) -> str:
-    """The file in it, as Slurm writes names: %x job, %j or %A its number, %a element, %% a %."""
+    """The output file in Slurm's notation: %x job name, %j or %A job id, %a element, %% for %."""
     folder = str(_log_folder(job)).replace("%", "%%")
     if job.module == EXPORT:
         return f"{folder}/%x-slurm-%A_%a.out"
@@ -212,10 +211,12 @@ def _time(seconds: int) -> str:
 def _srun(job: Job, allocation: Allocation) -> str:
     """The command that starts accelerate once on every node, in the background.
 
-    scancel's SIGTERM reaches every process of a node. The trainers save; accelerate, which would
-    die of it at once, and with it the task and all that Slurm finds in it, does not hear it.
+    scancel's SIGTERM reaches every process of a node. The trainers save; accelerate ignores it:
+    otherwise it would die at once, and Slurm would kill the task with its trainers.
     """
-    cpus = job.processes_per_node * allocation.cpus_per_process  # srun does not take it from sbatch
+    cpus = (
+        job.processes_per_node * allocation.cpus_per_process
+    )  # srun does not inherit it from sbatch
     srun = ["srun", "--kill-on-bad-exit=1", "--wait=60", f"--cpus-per-task={cpus}"]
     python, module = shlex.quote(sys.executable), "accelerate.commands.launch"
     topology = local.topology(job).absolute()
@@ -223,7 +224,7 @@ def _srun(job: Job, allocation: Allocation) -> str:
     if job.module == EXPORT:
         start = f"{python} -m {module}"
     else:
-        # The task's own shell knows which node it is on.
+        # SLURM_NODEID is set in the task's own shell.
         node = ' --machine_rank "$SLURM_NODEID"' if job.num_nodes > 1 else ""
         inner = f"""trap "" TERM; exec "$0" -m {module}{node} "$@\""""
         start = f"bash -c {shlex.quote(inner)} {python}"

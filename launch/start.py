@@ -1,7 +1,7 @@
-"""From a command line to a job that is shown, checked, run or handed in, whatever the place.
+"""From a command line to a job that is printed, checked, run or submitted, at any place.
 
-options -> place, job -> print the command -> (--dry-run) one process shows what it resolves to
-                                           -> (--submit)  run it, or hand it in
+options -> place, job -> print the command -> (--dry-run) one process prints the resolved config
+                                           -> (--submit)  run or submit it
 """
 
 import argparse
@@ -19,52 +19,56 @@ PLACES: dict[str, Place] = {"local": Local, "slurm": Slurm, "k8s": Kubernetes}
 
 
 def add_arguments(parser: argparse.ArgumentParser, place: Place) -> None:
-    """Add what decides how processes start at a place."""
+    """Add the options that decide how processes start at a place."""
     place.add_arguments(parser)
     strategies = get_args(Strategy)
-    parser.add_argument("--strategy", choices=strategies, help="over several processes (ddp)")
+    parser.add_argument(
+        "--strategy", choices=strategies, help="of training in several processes (ddp)"
+    )
     names = ", ".join(shipped("accelerate"))
     parser.add_argument(
         "--topology",
         metavar="NAME|FILE",
-        help=f"of accelerate, where the one that fits is not wanted: a YAML file, or {names}",
+        help=f"accelerate's settings, if not those that fit: a YAML file, or {names}",
     )
     parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS (%(default)s)")
     add_accept_change(parser)
 
 
-def add_ways(parser: argparse.ArgumentParser, submit: str) -> None:
-    """Add what is done with the job: printed if nothing else is said."""
+def add_submit(parser: argparse.ArgumentParser, submit: str) -> None:
+    """Add what to do with the job; without either option it is printed."""
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument("--submit", action="store_true", help=submit)
-    text = "print it, and what one process makes of the config; write nothing"
+    text = "print it, and the resolved config; write nothing"
     ways.add_argument("--dry-run", action="store_true", help=text)
 
 
 def add_cluster_arguments(parser: argparse.ArgumentParser, place: Place) -> None:
-    """Add what `latentmill slurm` and `latentmill k8s` are told."""
+    """Add the arguments of `latentmill slurm` and `latentmill k8s`."""
     names = ", ".join([*shipped("train"), *shipped("export")])
     text = f"YAML file, or shipped settings: {names}"
     parser.add_argument("config", metavar="CONFIG", help=text)
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings in place of its")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="settings that override the file's"
+    )
     text = "the config is one of an export"
     parser.add_argument(
         "--export", dest="module", action="store_const", const=EXPORT, default=TRAIN, help=text
     )
-    add_ways(parser, "hand it in")
+    add_submit(parser, "submit it")
     add_arguments(parser, place)
 
 
 def start(place: Place, arguments: argparse.Namespace) -> int:
-    """Do what the command line says and return the exit code; UserError for what makes no sense."""
+    """Do what the command line says and return the exit code; raises UserError for wrong use."""
     arguments.config = find("export" if arguments.module == EXPORT else "train", arguments.config)
     if arguments.topology is not None:
         arguments.topology = find("accelerate", arguments.topology)
     arguments.options = tuple(f"--accept-change={name}" for name in arguments.accept_change)
-    here = place.from_arguments(arguments)
-    job = here.job(arguments, tuple(arguments.overrides))
+    target = place.from_arguments(arguments)
+    job = target.job(arguments, tuple(arguments.overrides))
     if arguments.dry_run or not arguments.submit or place is not Local:
-        print(here.command(job), flush=True)
+        print(target.command(job), flush=True)
     if arguments.dry_run:
-        return here.check(job)
-    return here.run(job) if arguments.submit else 0
+        return target.check(job)
+    return target.run(job) if arguments.submit else 0

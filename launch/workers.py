@@ -1,6 +1,6 @@
-"""A Job whose processes need not meet: an export on this machine, without any launcher between.
+"""A Job whose processes need no rendezvous: an export on this machine, without a launcher.
 
-Job -> N processes that are told RANK, WORLD_SIZE, LOCAL_RANK -> their exit codes -> one
+Job -> N processes with RANK, WORLD_SIZE, LOCAL_RANK in the environment -> one exit code of all
 """
 
 import os
@@ -14,13 +14,13 @@ from pipeline.common.errors import DONE, FAILED, PREEMPTED, WRONG_USE
 
 
 def command(job: Job) -> Command:
-    """What each process runs, but for its number."""
+    """What every process runs; `run` adds its RANK and LOCAL_RANK."""
     argv = (sys.executable, "-m", job.module, *job.arguments)
     return Command(argv, environment(job) | {"WORLD_SIZE": str(job.num_processes)})
 
 
 def run(job: Job) -> int:
-    """Run the processes to their end; they get what signals we get."""
+    """Run the processes to their end, forward our signals to them, and return the exit code."""
     what = command(job)
     processes = [
         subprocess.Popen(
@@ -33,9 +33,9 @@ def run(job: Job) -> int:
     ]
     with forwarding(lambda: processes):
         codes = [process.wait() for process in processes]
-    return together(codes)
+    return exit_code_of(codes)
 
 
-def together(codes: Sequence[int]) -> int:
-    """The exit code of all: done if one of them has seen the end of the work, else what is told."""
+def exit_code_of(codes: Sequence[int]) -> int:
+    """The exit code of all: done if one process ended well, since it saw all tasks committed."""
     return next((code for code in (DONE, WRONG_USE, PREEMPTED) if code in codes), FAILED)

@@ -1,4 +1,4 @@
-"""The command line `latentmill VERB ...`: parse, call the verb, tell what went wrong.
+"""The command line `latentmill VERB ...`: parse, call the verb, report errors.
 
 `pipeline.commands` has the verbs. Reports go to stdout, as text or (`--json`) as one JSON object;
 progress and errors go to stderr.
@@ -16,11 +16,11 @@ from pipeline.common.arguments import parse, sentence
 from pipeline.common.errors import FAILED, WRONG_USE, StoreError, UserError
 
 EPILOG = """\
-The main job, with settings that come along (`latentmill config` lists them):
+The main job, with shipped settings (`latentmill config` lists them):
   latentmill pack sprites data/sprites --count 20000
   latentmill train vae
   latentmill export run parquet
-Each goes on where it stopped when it is given again. Settings are overridden as a.b=c:
+The same command continues what was stopped. Settings are overridden as a.b=c:
   latentmill train vae run_dir=runs/mine optimizer.learning_rate.peak=1e-4
 
 Exit codes: 0 done, 2 wrong use or input, 3 stopped and resumable, 1 everything else.
@@ -28,7 +28,7 @@ Exit codes: 0 done, 2 wrong use or input, 3 stopped and resumable, 1 everything 
 
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
-    """Return the command line's parser; only the chosen verb says what it is told."""
+    """Return the parser of the command line; only the chosen verb adds its arguments."""
     top = argparse.ArgumentParser(
         prog="latentmill",
         description="Train convolutional autoencoders on sharded data, export latents in bulk.",
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         arguments = parse(build_parser(argv[0] if argv else None), argv)
         code = arguments.call(arguments)
-        sys.stdout.flush()  # so that a reader that has gone shows up here
+        sys.stdout.flush()  # here a closed pipe raises
         return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,8 +67,8 @@ def main(argv: Sequence[str]) -> int:
         print("interrupted", file=sys.stderr)
         return FAILED
     except BrokenPipeError:
-        # The reader (head, less) has gone: nobody is left to tell, and Python would complain again
-        # when it flushes stdout at its exit.
+        # The reader of stdout (head, less) has ended; without this, Python would fail again when it
+        # flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
 

@@ -59,7 +59,7 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
     with ExitStack() as stack:
         stop = stack.enter_context(closing(StopRequest(run_dir)))
         with runtime.sharing_errors():
-            check_ranks(config, runtime)
+            check_ranks(config.batch_size, config.accumulation, runtime.world)
             indexes = open_indexes(config.data)
             states = check_data(config, indexes)
         order = make_order(config, indexes)
@@ -234,8 +234,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse_train(sys.argv[1:] if argv is None else argv)
         config = read_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
+            # `launch` sets it before it starts any process.
+            announced = os.environ.get("WORLD_SIZE", "")
+            world = max(int(announced), 1) if announced.isdecimal() else 1
+            check_ranks(config.batch_size, config.accumulation, world)
             if is_main:
-                print(describe(config), end="")
+                print(describe(config, world=world), end="")
             return DONE
         return train(config, accept_changes=arguments.accept_change)
     except UserError as error:

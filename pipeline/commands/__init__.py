@@ -1,8 +1,8 @@
 """The verbs of the command line `latentmill`: a file or a folder each, parser and work together.
 
 A verb is a module with `HELP`, a line for the list of verbs; `add_arguments(parser)`, which is
-called for the verb that was chosen, and binds it to `run(arguments) -> exit code`. What is heavy is
-imported in `run`, so that `--help` answers at once and without torch.
+called for the chosen verb, and sets `run(arguments) -> exit code`. Heavy imports are inside `run`,
+so that `--help` is fast and needs no torch.
 
 Add a verb: one file, and its name below.
 """
@@ -29,7 +29,7 @@ from pipeline.commands import (
 
 
 class Verb(Protocol):
-    """What a module of this folder offers; its name, with dashes, is the verb."""
+    """A module of this folder; its name, with dashes, is the verb."""
 
     __name__: str
 
@@ -39,7 +39,7 @@ class Verb(Protocol):
         ...
 
     def add_arguments(self, parser: argparse.ArgumentParser, /) -> None:
-        """Say what the verb is told, and what it calls."""
+        """Add the verb's arguments, and the function it calls."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""`latentmill config`: the shipped settings, to run as they are or to begin one's own from."""
+"""`latentmill config`: list the shipped settings, or print one as a start for your own."""
 
 import argparse
 import sys
@@ -8,19 +8,21 @@ from pipeline.common.console import print_report
 from pipeline.common.errors import DONE, UserError
 from pipeline.common.shipped import MEANING, purpose, shipped
 
-HELP = "list the settings that come with latentmill; with a name, print one"
-EPILOG = "`latentmill config vae > my.yaml` begins settings of one's own."
+HELP = "list the shipped settings; with a name, print one"
+EPILOG = "Start your own settings by `latentmill config vae > my.yaml`."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say which settings."""
+    """Add the name of the settings."""
     bind(parser, run)
-    parser.add_argument("name", nargs="?", metavar="NAME", help="as the list has it: vae, zero2")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="a name of the list, e.g. vae or zero2"
+    )
     parser.epilog = EPILOG
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the list, or the text of one."""
+    """Print the list, or one text."""
     files = {name: path for kind in MEANING for name, path in shipped(kind).items()}
     if arguments.name is None:
         show_list(as_json=arguments.json)
@@ -38,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def show_list(*, as_json: bool) -> None:
-    """Print every name with what it is for."""
+    """Print every name and its purpose."""
     listed = {
         kind: {name: purpose(path) for name, path in shipped(kind).items()} for kind in MEANING
     }

@@ -2,8 +2,8 @@
 
     sprites -> shards -> AE, DAE, VAE, beta-VAE on two processes each -> latents -> verify, probe
 
-Every command is printed before it runs, and everything lands in `demo/`. Started again it goes on
-where it stopped, as each of its commands does.
+Every command is printed before it runs, and writes into `demo/`. A second start resumes, as each
+command does.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LATENTMILL = (sys.executable, "-m", "latentmill")
 
 
 class StepFailedError(Exception):
-    """A command of the demo ended with an error; it has said why itself."""
+    """A command of the demo failed, and has printed its error."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Row:
 
 
 def step(*command: object) -> str:
-    """Print and run a command; return what it wrote to stdout. Progress is its stderr."""
+    """Print and run a command; return its stdout. Its stderr is shown."""
     words = [str(word) for word in command]
     ours = tuple(words[: len(LATENTMILL)]) == LATENTMILL
     shown = ["latentmill", *words[len(LATENTMILL) :]] if ours else words
@@ -65,7 +65,7 @@ def step(*command: object) -> str:
 
 
 def train(model: str, root: Path, *, processes: int, overrides: Sequence[str]) -> float:
-    """Train one model and return the seconds it took, also if a former demo trained it."""
+    """Train one model and return its seconds, or those of an earlier demo that trained it."""
     run, taken = root / "runs" / model, root / "runs" / f"{model}-seconds.json"
     start = time.monotonic()
     where = (f"data.path={root / 'sprites'}", f"run_dir={run}")
@@ -77,7 +77,7 @@ def train(model: str, root: Path, *, processes: int, overrides: Sequence[str]) -
 
 
 def export(model: str, root: Path, *, processes: int) -> Path:
-    """Export the latents of one model, verify them, and return where they lie."""
+    """Export the latents of one model, verify them, and return their directory."""
     out = root / "latents" / model
     where = (f"run={root / 'runs' / model}", f"out={out}")
     on_cores = ("--device", "cpu", "--processes", processes)

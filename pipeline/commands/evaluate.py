@@ -11,26 +11,28 @@ from pipeline.common.errors import DONE
 HELP = "evaluate a run's checkpoint on held-out data"
 
 UNITS = {
-    "loss": "per image: what was minimised",
+    "loss": "per image: the training objective",
     "nats": "nats/image: at least -ln p(x)",
     "kl": "nats/image",
     "bits_per_dimension": "bits per value of an image",
     "squared_error": "squared error/image: summed over its values in [0, 1]",
     "sigma2": "the likelihood's variance",
-    "tombstones": "samples that could not be used",
+    "tombstones": "unusable samples",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say which checkpoint, and on which split."""
+    """Add the checkpoint, and the split."""
     bind(parser, run)
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--step", type=step, help="of the checkpoint, or `best`; else the newest")
-    parser.add_argument("--split", help="of the data; else the config's held-out split")
+    parser.add_argument(
+        "--step", type=step, help="step of the checkpoint, or `best` (default: newest)"
+    )
+    parser.add_argument("--split", help="of the data (default: the config's held-out split)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate, and print the metrics under the names that training logs."""
+    """Evaluate, and print the metrics by the names that training logs."""
     from pipeline.evaluation.held_out import evaluate_run
     from pipeline.training.loading import load_config
 
@@ -43,11 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _lines(metrics: Mapping[str, float], split: str, *, in_nats: bool) -> list[str]:
-    """The figures with their units, under the names that training logs."""
+    """The metrics with their units, by the names that training logs."""
     samples = plural(int(metrics["eval/samples"]), "sample")
     averaged = "eval_ema/loss" in metrics
     weights = "eval: weights as trained; eval_ema: averaged ones" if averaged else ""
-    lines = [f"step {metrics['step']:,} on split {split}: {samples}, each once; means over them"]
+    lines = [f"step {metrics['step']:,} on split {split}: {samples}, each once"]
     units = UNITS | {"distortion": "nats/image" if in_nats else "squared error/image"}
     shown = {
         name: f"{value:,.5g}  {units.get(name.partition('/')[2], 'per image')}".rstrip()

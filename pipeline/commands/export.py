@@ -1,4 +1,4 @@
-"""`latentmill export PART`: plan, run, look after, finish and check an export."""
+"""`latentmill export PART`: plan, run, watch, finish and check an export."""
 
 import argparse
 import os
@@ -17,23 +17,23 @@ from pipeline.common.arguments import (
 from pipeline.common.console import print_report, progress
 from pipeline.common.errors import DONE, PREEMPTED, UserError
 
-HELP = "the latents of a whole data set: plan, run, look after, finish and check an export"
+HELP = "export the latents of a data set: plan, run, watch, finish and check"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say which part of an export's work is to be done."""
+    """Add the parts of an export's work."""
     parts = parser.add_subparsers(required=True, metavar="PART")
-    plan = add_part(parts, "plan", run_plan, "write the plan, and do no more")
+    plan = add_part(parts, "plan", run_plan, "write the plan only")
     add_config(plan, "export")
     add_dry_run(plan, "print the plan, and write nothing")
-    text = "export, or go on with it; it may be started several times, anywhere, any time"
+    text = "export, or continue an export; any number of these may run, on any machines"
     work = add_part(parts, "run", run, text)
     add_export_arguments(work)
     add_processes(work)
     for name, text in (
-        ("status", "how far an export is, from its files alone"),
+        ("status", "the progress of an export, read from its files alone"),
         ("finalize", "finish an export whose tasks are all committed"),
-        ("gc", "remove what dead attempts left behind; safe while others work"),
+        ("gc", "remove the files of killed attempts; safe while workers run"),
     ):
         part = add_part(parts, name, run_on_files, text)
         part.add_argument("out", help="directory or URL of the export")
@@ -43,14 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export in as many processes as are asked for; one that needs no launcher is this one."""
+    """Export in as many processes as are asked for; a single one is this process."""
     from launch import local, workers
     from launch.gpus import choose
     from launch.job import EXPORT, Job
     from pipeline.export.__main__ import run as run_here
     from pipeline.export.status import export_status
 
-    is_one = arguments.worker is not None or "RANK" in os.environ  # of several that others start
+    # One of several workers, which a cluster or a launcher has started.
+    is_one = arguments.worker is not None or "RANK" in os.environ
     if is_one and (arguments.processes, arguments.device) != ("auto", "auto"):
         raise UserError(
             "--worker, or RANK in the environment, makes this process one of several that are "
@@ -62,16 +63,19 @@ def run(arguments: argparse.Namespace) -> int:
     progress(chosen)
     if processes == 1 and arguments.device == "auto":
         return run_here(arguments)
+    options = ["--retry-failed"] * arguments.retry_failed
+    options += ["--json"] * (arguments.json and arguments.dry_run)
     job = Job(
         module=EXPORT,
         config=arguments.config,
         overrides=tuple(arguments.overrides),
-        options=("--retry-failed",) if arguments.retry_failed else (),
+        options=tuple(options),
         num_processes=processes,
         device=device,
     )
     if arguments.dry_run:
-        print(workers.command(job), flush=True)
+        if not arguments.json:
+            print(workers.command(job), flush=True)
         return local.check(job, is_shown=True)
     code = workers.run(job)
     if arguments.json and code in (DONE, PREEMPTED):
@@ -96,7 +100,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 
 def run_on_files(arguments: argparse.Namespace) -> int:
-    """Look at an export, finish it, or clean up behind it, from its files alone."""
+    """Report on an export, finish it, or clean it up, from its files alone."""
     from pipeline.export.status import collect_garbage, export_status, finalize_export
 
     parts = {"status": export_status, "finalize": finalize_export, "gc": collect_garbage}

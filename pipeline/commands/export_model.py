@@ -8,27 +8,31 @@ from pipeline.common.arguments import bind, step
 from pipeline.common.console import print_report
 from pipeline.common.errors import DONE
 
-HELP = "write a run's model as safetensors and config.json, to be loaded without the run"
+HELP = "write a run's model as safetensors and config.json, usable without the run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say which weights, where they go, and in which forms."""
+    """Add the weights, the folder, and the forms."""
     bind(parser, run)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("out", type=Path, help="folder for the model; must not exist")
-    parser.add_argument("--step", type=step, help="of the checkpoint, or `best`; else the newest")
+    parser.add_argument(
+        "--step", type=step, help="step of the checkpoint, or `best` (default: newest)"
+    )
     parser.add_argument(
         "--weights",
         choices=("ema", "raw"),
         default="ema",
-        help="their moving average, or as trained (%(default)s)",
-    )
-    parser.add_argument("--onnx", action="store_true", help="encoder and decoder as ONNX, too")
-    parser.add_argument(
-        "--torch-export", action="store_true", help="encoder and decoder as .pt2 programs, too"
+        help="moving average of the weights, or as trained (%(default)s)",
     )
     parser.add_argument(
-        "--latents", metavar="EXPORT", help="finished export of this model: notes its scaling"
+        "--onnx", action="store_true", help="also write encoder and decoder as ONNX"
+    )
+    parser.add_argument(
+        "--torch-export", action="store_true", help="also write encoder and decoder as .pt2"
+    )
+    parser.add_argument(
+        "--latents", metavar="EXPORT", help="finished export of this model, whose scaling is stored"
     )
 
 

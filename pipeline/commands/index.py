@@ -13,10 +13,12 @@ HELP = "index webdataset shards, once per data set or new split"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what is indexed, and how."""
+    """Add the shards, and how to index them."""
     bind(parser, run)
     parser.add_argument("shards", help="directory, URL, or glob or brace pattern of shards")
-    parser.add_argument("--out", type=Path, help="where the index goes; else beside the shards")
+    parser.add_argument(
+        "--out", type=Path, help="directory of the index (default: beside the shards)"
+    )
     parser.add_argument("--deep", action="store_true", help="with a checksum of every member")
     add_split(parser)
     add_workers(parser)
@@ -43,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _lines(built: Mapping[str, Any]) -> list[str]:
-    """The verdict, and what was wrong with the shards."""
+    """The verdict, and the problems of the shards."""
     num_duplicates, damage = built["num_duplicate_keys"], built["damage"]
     samples = plural(built["num_samples"], "sample")
     shards = f"{plural(built['num_shards'], 'shard')}, {in_bytes(built['num_bytes'])}"
@@ -56,7 +58,7 @@ def _lines(built: Mapping[str, Any]) -> list[str]:
                 "splits": named(built["num_samples_per_split"]),
                 "data set id": built["dataset_id"],
                 f"{plural(num_duplicates, 'key')} of an earlier sample": duplicates,
-                "damage: what is lost is left out": damage,
+                "damage, whose samples are left out": damage,
             }
         ),
     ]

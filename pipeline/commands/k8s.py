@@ -1,12 +1,12 @@
-"""`latentmill k8s`: the manifest of a job on Kubernetes, printed or handed in."""
+"""`latentmill k8s`: the manifest of a job on Kubernetes, printed or submitted."""
 
 import argparse
 
-HELP = "print the manifest of a job on Kubernetes; with --submit hand it in"
+HELP = "print the manifest of a job on Kubernetes, or submit it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what is run, on which machines, and whether it is handed in."""
+    """Add the arguments of the job, and of the cluster."""
     from launch.start import PLACES, add_cluster_arguments
 
     add_cluster_arguments(parser, PLACES["k8s"])
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print it or hand it in; the exit code."""
+    """Print the manifest or submit it; return the exit code."""
     from launch.start import PLACES, start
 
     return start(PLACES["k8s"], arguments)

@@ -18,7 +18,7 @@ HELP = "write images into webdataset shards, and index them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say which source, and its settings; the one verb whose help loads more than argparse."""
+    """Add the sources and their settings, for which this verb's help imports the sources."""
     from pipeline.data.pack.sources import Source
 
     kinds = parser.add_subparsers(required=True, metavar="SOURCE")
@@ -48,7 +48,7 @@ def _add(part: argparse.ArgumentParser, name: str, field: "FieldInfo", **options
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Pack, and print what lies there now."""
+    """Pack, and print a report."""
     from pipeline.common import strict
     from pipeline.data.index.splits import SplitSpec
     from pipeline.data.pack.pack import pack

@@ -1,4 +1,4 @@
-"""`latentmill probe`: what can be read off exported latents."""
+"""`latentmill probe`: how well exported latents predict labels and numbers."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,25 +10,25 @@ from pipeline.common.arguments import bind
 from pipeline.common.console import print_report, table
 from pipeline.common.errors import DONE
 
-HELP = "what can be read off exported latents: a linear probe and nearest neighbours"
+HELP = "score exported latents by a linear probe and nearest neighbours"
 
 UNITS = {"class": "accuracy", "number": "R2"}
 MEANING = {
-    "accuracy": "accuracy: share of the samples told right; by chance: the commonest class",
-    "R2": "R2: share of the variance explained; 0 is the mean of all, below 0 worse than that",
+    "accuracy": "accuracy: share of samples classified correctly; chance: the most frequent class",
+    "R2": "R2: share of the variance explained; predicting the mean scores 0",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say which export, and which targets."""
+    """Add the export, and the targets."""
     bind(parser, run)
     parser.add_argument("export", type=Path, help="directory of a finished export")
-    parser.add_argument("--source", type=Path, help="its data set: probes raw pixels, too")
+    parser.add_argument("--source", type=Path, help="its data set: also probe raw pixels")
     parser.add_argument(
         "--target",
         action="append",
         metavar="NAME",
-        help="`label` or a field of the samples' JSON, several times; else all that fit",
+        help="`label` or a field of the samples' JSON; repeatable (default: all)",
     )
     parser.add_argument("--max-samples", type=int, default=8000, help="(%(default)s)")
 

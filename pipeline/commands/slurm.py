@@ -1,12 +1,12 @@
-"""`latentmill slurm`: the script of a job on a Slurm cluster, printed or handed in."""
+"""`latentmill slurm`: the script of a job on a Slurm cluster, printed or submitted."""
 
 import argparse
 
-HELP = "print the script of a job on a Slurm cluster; with --submit hand it in"
+HELP = "print the script of a job on a Slurm cluster, or submit it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what is run, on which machines, and whether it is handed in."""
+    """Add the arguments of the job, and of the cluster."""
     from launch.start import PLACES, add_cluster_arguments
 
     add_cluster_arguments(parser, PLACES["slurm"])
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print it or hand it in; the exit code."""
+    """Print the script or submit it; return the exit code."""
     from launch.start import PLACES, start
 
     return start(PLACES["slurm"], arguments)

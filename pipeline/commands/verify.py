@@ -9,22 +9,30 @@ from pipeline.common.console import print_report, progress
 from pipeline.common.errors import DONE, FAILED
 
 HELP = "check an export, or shards against their index; exit 1 if anything is wrong"
-# Those of pipeline.export.verify.levels, which would load numpy.
+# As in pipeline.export.verify.levels, which would import numpy.
 LEVELS = ("listing", "counts", "hashes", "keys", "statistics", "encode")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what is verified, and how deep."""
+    """Add what is verified, and how thoroughly."""
     bind(parser, run)
     parser.add_argument("path", help="directory or URL of the export, or of the index")
     parser.add_argument("--source", help="index of an export's data, to compare keys")
-    parser.add_argument("--shards", help="where the shards lie, also a URL; else beside the index")
-    parser.add_argument("--decode", action="store_true", help="shards: decode every image, too")
+    parser.add_argument(
+        "--shards", help="directory or URL of the shards (default: beside the index)"
+    )
+    parser.add_argument("--decode", action="store_true", help="shards: also decode every image")
     cores = os.cpu_count() or 1
-    parser.add_argument("--threads", type=int, default=cores, help="that decode (%(default)s)")
-    parser.add_argument("--level", choices=LEVELS, help="how deep, for an export (statistics)")
-    parser.add_argument("--run", help="run or exported model behind an export: level encode")
-    parser.add_argument("--tasks", type=int, default=2, help="encoded anew there (%(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=cores, help="threads that decode (%(default)s)"
+    )
+    parser.add_argument(
+        "--level", choices=LEVELS, help="checks of an export up to this one (statistics)"
+    )
+    parser.add_argument("--run", help="run or exported model of an export, for level encode")
+    parser.add_argument(
+        "--tasks", type=int, default=2, help="tasks to encode again at level encode (%(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,8 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif level == "encode":
         from pipeline.export.verify.reencode import verify_with_run
 
-        places = {"source": arguments.source, "shards": shards}
-        report = verify_with_run(path, arguments.run, **places, num_tasks=arguments.tasks)
+        data = {"source": arguments.source, "shards": shards}
+        report = verify_with_run(path, arguments.run, **data, num_tasks=arguments.tasks)
     else:
         from pipeline.export.verify.levels import verify_export
 

@@ -176,7 +176,7 @@ def evaluate_run(
         evaluation = config.evaluation.model_copy(update={"split": split})
         config = config.model_copy(update={"evaluation": evaluation})
     runtime = Runtime.start(accumulation=1)
-    check_ranks(config, runtime)
+    check_ranks(config.batch_size, config.accumulation, runtime.world)
     indexes = open_indexes(config.data)
     held_out = HeldOut(
         config,

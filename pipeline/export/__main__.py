@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; `argv` without the program's name."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.export", description=__doc__)
     add_export_arguments(parser)
-    parser.set_defaults(json=False)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     try:
         arguments = parse(parser, argv)
     except UserError as error:  # a config that is not there

@@ -144,15 +144,16 @@ def warm_up_loss(
     return losses.total.sum() * 0.0
 
 
-def describe(config: TrainConfig) -> str:
+def describe(config: TrainConfig, *, world: int = 1) -> str:
     """Return what --dry-run prints: the resolved config as YAML, sizes as comments.
 
-    Warns of what is likely to be a mistake. Raises UserError where the data do not fit.
+    Warns of what is likely to be a mistake. world: processes that the training is to have. Raises
+    UserError where the data do not fit.
     """
     config = config.resolved()
     indexes = open_indexes(config.data)
     check_data(config, indexes)
-    for what, text in doubts(config, indexes):
+    for what, text in doubts(config, indexes, world):
         warn(f"{what}: {text}")
     order = make_order(config, indexes)
     with torch.device("meta"):
@@ -161,7 +162,7 @@ def describe(config: TrainConfig) -> str:
     return (
         f"{strict.dump(config)}"
         f"# parameters: {num_parameters(model):,}\n"
-        f"# reading: {reading_plan(order, 1)}\n"
+        f"# reading: {reading_plan(order, world)}\n"
         f"# samples per epoch (split {config.data.split}): {order.num_samples:,}\n"
         f"# steps per epoch: {steps:,.1f}; epochs in {config.num_steps:,} steps: "
         f"{config.num_steps / steps:,.1f}\n"

@@ -175,18 +175,14 @@ def _check_world(config: TrainConfig, world: int) -> None:
         )
 
 
-def check_ranks(config: TrainConfig, runtime: Runtime) -> None:
+def check_ranks(batch_size: int, accumulation: int, world: int) -> None:
     """Raise UserError unless processes and micro-batches divide the batch."""
-    parts = runtime.world * config.accumulation
-    if config.batch_size % parts:
-        fitting = [
-            r
-            for r in range(1, 2 * runtime.world + 1)
-            if config.batch_size % (r * config.accumulation) == 0
-        ]
-        nearest = -(-config.batch_size // parts) * parts
+    parts = world * accumulation
+    if batch_size % parts:
+        fitting = [r for r in range(1, 2 * world + 1) if batch_size % (r * accumulation) == 0]
+        nearest = -(-batch_size // parts) * parts
         raise UserError(
-            f"batch_size {config.batch_size} is not divisible by {runtime.world} processes x "
-            f"accumulation {config.accumulation} = {parts}. Set batch_size to {nearest}, or use "
+            f"batch_size {batch_size} is not divisible by {world} processes x "
+            f"accumulation {accumulation} = {parts}. Set batch_size to {nearest}, or use "
             f"{', '.join(map(str, fitting))} processes."
         )

@@ -58,7 +58,7 @@ def config_of(shards: Path | str, folder: Path, **settings: object) -> Path:
     return path
 
 
-def test_a_folder_that_hides_our_packages_is_told(
+def test_a_file_that_hides_our_packages_is_a_warning(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -67,7 +67,7 @@ def test_a_folder_that_hides_our_packages_is_told(
     (tmp_path / "launch.py").touch()
     [found] = [f for f in diagnose(config_of(shards, tmp_path)) if f.check == "names"]
     assert found.verdict == "warning"
-    assert found.text.startswith("launch.py in this folder would be run in place of ours")
+    assert found.text.startswith("launch.py in this folder would be run by `python -m`")
 
 
 def bad(findings: list[Finding]) -> list[tuple[str, str, str]]:
@@ -106,7 +106,7 @@ def test_all_problems_show_at_once(
     findings = [Finding(**entry) for entry in json.loads(capsys.readouterr().out)["findings"]]
     failures = {check: texts(findings, "FAIL", check) for check in CHECKS}
     assert "data.lanes 5 does not divide batch_size 12" in failures["config"]
-    assert "set batch_size to 15" in failures["batch"]
+    assert "Set batch_size to 15" in failures["batch"]
     assert "data.split = 'trian': the index has the splits held_out, train, all" in (
         failures["split"] + failures["order"]
     )
@@ -161,7 +161,7 @@ def test_a_store_that_cannot_be_reached_is_a_failure_soon(shards: Path, tmp_path
     started = time.monotonic()
     findings = diagnose(config_of(shards, tmp_path, data=data))
     assert url in texts(findings, "FAIL", "shards")
-    assert "does not tell its time" in texts(findings, "warning", "clock")
+    assert "does not send its time" in texts(findings, "warning", "clock")
     assert time.monotonic() - started < 30
 
 
@@ -208,7 +208,7 @@ def test_cores_that_nothing_uses_are_a_warning(
     assert texts(diagnose(config, world=4), "ok", "threads")
 
 
-def test_what_nobody_means_is_a_warning_and_no_failure(
+def test_a_likely_mistake_is_a_warning_and_no_failure(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     config = config_of(shards, tmp_path, model="{bottleneck: {kind: gaussian}}")
@@ -232,16 +232,16 @@ def test_where_the_metrics_will_go(shards: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
     config = config_of(shards, tmp_path)
 
-    def told(mode: str, verdict: str) -> str:
+    def text_of(mode: str, verdict: str) -> str:
         return texts(diagnose(config, [f"monitor.wandb.mode={mode}"]), verdict, "wandb")
 
-    assert "offline, into" in told("auto", "ok")
-    assert "no key for wandb.example.org here" in told("auto", "ok")
-    assert "run `wandb login`" in told("online", "warning")
-    assert "disabled: monitor.wandb.mode disabled" in told("disabled", "ok")
+    assert "offline, into" in text_of("auto", "ok")
+    assert "no key for wandb.example.org here" in text_of("auto", "ok")
+    assert "run `wandb login`" in text_of("online", "warning")
+    assert "disabled: monitor.wandb.mode disabled" in text_of("disabled", "ok")
     (tmp_path / "netrc").write_text("machine wandb.example.org login user password key\n")
-    assert "online: monitor.wandb.mode auto, a key for wandb.example.org" in told("auto", "ok")
-    assert "offline, into" in told("offline", "ok")
+    assert "online: monitor.wandb.mode auto, a key for wandb.example.org" in text_of("auto", "ok")
+    assert "offline, into" in text_of("offline", "ok")
 
 
 def test_files_from_the_future_show_a_wrong_clock(shards: Path, tmp_path: Path):
@@ -295,8 +295,8 @@ def test_deepspeed_is_asked_for_by_its_topology(shards: Path, tmp_path: Path):
     topology = tmp_path / "topology.yaml"
     topology.write_text("distributed_type: DEEPSPEED\n")
     findings = diagnose(config_of(shards, tmp_path), topology=topology)
-    told = texts(findings, "ok", "strategy") or texts(findings, "FAIL", "strategy")
-    assert "deepspeed" in told
+    found = texts(findings, "ok", "strategy") or texts(findings, "FAIL", "strategy")
+    assert "deepspeed" in found
 
 
 def test_a_run_directory_where_nothing_can_be_written_fails(shards: Path, tmp_path: Path):
@@ -307,14 +307,14 @@ def test_a_run_directory_where_nothing_can_be_written_fails(shards: Path, tmp_pa
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    argv = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place]
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    argv = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no tmpfs can be mounted here (it needs root): {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.fault

@@ -177,8 +177,8 @@ def test_the_example_is_the_order(example: Example):
         held = [f"{n[0]}{i}" for n in spans for i in range(*ends_of(n))]
         assert sorted(held) == sorted(merged[lane][2:]) == sorted(samples)
         for span in spans:  # strictly forward
-            places = [merged[lane].index(f"{span[0]}{i}") for i in range(*ends_of(span))]
-            assert places == sorted(places)
+            positions = [merged[lane].index(f"{span[0]}{i}") for i in range(*ends_of(span))]
+            assert positions == sorted(positions)
 
 
 def ends_of(span: str) -> tuple[int, int]:
@@ -213,19 +213,19 @@ def test_a_data_set_that_need_not_exist(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["{shards}"], "give --batch-size"),
+        (["{shards}"], "set --batch-size"),
         (["{shards}", "--batch-size", "12", "--lanes", "5"], "data.lanes = 5 does not divide"),
         (["{shards}", "--batch-size", "12", "--world-size", "5"], "choose one of [1, 2, 3, 4, 6"),
-        (["{shards}", "--batch-size", "12", "--lanes", "4,6"], "several are for --simulate"),
+        (["{shards}", "--batch-size", "12", "--lanes", "4,6"], "several numbers need --simulate"),
         (["{shards}", "seed=1", "--batch-size", "12"], "has nothing to override"),
         (["{shards}", "--batch-size", "12", "--split", "test"], "the index has the splits"),
         (["{shards}/none", "--batch-size", "12"], "run `latentmill index"),
         (["{shards}/none.yaml"], "none.yaml does not exist"),
-        ([], "whose order"),
+        ([], "Name a config, or the directory"),
         (["--simulate"], "or --shards and --batch-size"),
         (["--example", "--shards", "27"], "at most 26 shards"),
         (["--example", "--shards", "0"], "must be at least 1"),
-        (["--example", "--lanes", "2,4"], "several are for --simulate"),
+        (["--example", "--lanes", "2,4"], "several numbers need --simulate"),
         (["--example", "--world-size", "3"], "does not divide the global batch of 8"),
         (["--example", "--lanes", "3"], "data.lanes = 3 does not divide"),
         (["--example", "{shards}"], "leave out"),

@@ -1,5 +1,6 @@
 """Real processes: under accelerate launch, one of them killed, stopped; kills: test_kills.py."""
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.workers import together
+from launch.workers import exit_code_of
 from pipeline.common import strict
 from pipeline.export.verify.levels import verify_export
 from tests.export.world import NUM_SHARDS, make_config, make_data, make_run, tree
@@ -42,6 +43,8 @@ def test_the_command_itself_starts_several(
     assert shown.code == 0, shown.output
     assert "WORLD_SIZE=2" in shown.output
     assert f"\n# tasks: {NUM_SHARDS}\n" in shown.output
+    planned = run_processes("pipeline", None, *command, "--dry-run", "--json").output
+    assert json.loads(planned[planned.index("{") :])["tasks"] == NUM_SHARDS
     assert not (tmp_path / "out").exists()
     mistaken = run_processes("pipeline", None, *command, "dtpe=float16")
     assert mistaken.code == 2, mistaken.output
@@ -56,8 +59,8 @@ def test_the_command_itself_starts_several(
     [([0, 0], 0), ([-9, 0], 0), ([3, 3], 3), ([2, 2], 2), ([-9, 3], 3), ([-9, 1], 1)],
 )
 def test_the_exit_code_of_several(codes: list[int], expected: int):
-    """One that has seen the end of the work is enough: what another left, it has done."""
-    assert together(codes) == expected
+    """One process that ended well is enough: it has seen all tasks committed."""
+    assert exit_code_of(codes) == expected
 
 
 @pytest.mark.fault

@@ -80,8 +80,8 @@ def test_a_file_and_its_overrides(world: World, tmp_path: Path):
         lm.TrainConfig.load("no/such.yaml")
 
 
-def test_a_runs_own_config_is_read_as_when_it_goes_on(world: World):
-    """A file without a version that goes on with a run means what it meant to the run."""
+def test_a_runs_own_config_is_read_as_by_a_resumed_run(world: World):
+    """A config without a version means the same to a resumed run as at its first start."""
     config = lm.TrainConfig.load(world.run / "config.yaml")
     assert config == lm.TrainConfig(**settings(world.shards, world.run)).resolved()
     assert strict.dump(config) == (world.run / "config.yaml").read_text()

@@ -58,9 +58,9 @@ def test_padded_as_the_export_pads_the_bits_are_its_own(
         assert codes.logvar is not None
         assert rows.logvar is not None
         assert codes.logvar.numpy().tobytes() == rows.logvar[shard].tobytes()
-    place = next(n for n, path in enumerate(files) if path.suffix == ".jpg")
-    alone = model.encode(files[place], batch_size=EXPORT_BATCH)
-    assert alone.mu.numpy().tobytes() == rows.mu[place : place + 1].tobytes()
+    row = next(n for n, path in enumerate(files) if path.suffix == ".jpg")
+    alone = model.encode(files[row], batch_size=EXPORT_BATCH)
+    assert alone.mu.numpy().tobytes() == rows.mu[row : row + 1].tobytes()
 
 
 def test_a_sample_is_that_of_the_export(model: lm.LoadedModel, rows: LatentRows, files: list[Path]):
@@ -161,7 +161,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "channels": (lambda: np.zeros((2, 1, 32, 32), np.float32), "got [2, 1, 32, 32]"),
     "channels last": (lambda: np.zeros((2, 32, 32, 3), np.float32), "got [2, 32, 32, 3]"),
-    "0 to 255": (lambda: torch.rand(1, 3, 32, 32) * 255, "in [0, 1]; got values in [0.0"),
+    "0 to 255": (lambda: torch.rand(1, 3, 32, 32) * 255, "in [0, 1]; got values in [0."),
     "-1 to 1": (lambda: torch.linspace(-1, 1, 3072).view(3, 32, 32), "got values in [-1, 1]"),
     "nan": (lambda: torch.full((3, 32, 32), torch.nan), "got values in [nan, nan]"),
     "int64": (lambda: torch.zeros(3, 32, 32, dtype=torch.int64), "has the type int64"),
@@ -171,8 +171,8 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "vector": (lambda: np.zeros(9, np.uint8), "uint8 [9]; an image is [H, W] or [H, W, C]"),
     "five": (lambda: np.zeros((1, 1, 9, 9, 3), np.uint8), "uint8 [1, 1, 9, 9, 3]"),
     "batch in list": (lambda: [torch.zeros(2, 3, 32, 32)], "input 0 of the list is a batch"),
-    "nothing": (list, "the list or batch is empty"),
-    "empty batch": (lambda: torch.zeros(0, 3, 32, 32), "the list or batch is empty"),
+    "nothing": (list, "an empty list or batch"),
+    "empty batch": (lambda: torch.zeros(0, 3, 32, 32), "an empty list or batch"),
     "number": (lambda: 5, "encode takes paths, bytes, PIL images"),
     "number in list": (lambda: [5], "input 0 is a int"),
     "mapping": (lambda: {"a.jpg": 1}, "got a dict"),

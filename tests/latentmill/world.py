@@ -21,7 +21,7 @@ NUM_JPEGS = 20
 
 @dataclass(frozen=True)
 class World:
-    """Where everything lies; never to be written to."""
+    """The paths of everything; read-only."""
 
     photos: Path  # image files
     shards: Path

@@ -17,7 +17,7 @@ import psutil
 
 from tests.processes import ROOT
 
-PORT = 29500  # free: in a namespace of its own nobody else listens
+PORT = 29500  # free in a new network namespace
 CARD = "mill0"  # on both hosts
 
 
@@ -74,12 +74,12 @@ class Hosts:
             raise
 
     def connect(self, up: bool) -> None:
-        """Plug the cable in, or pull it out: nothing arrives, and nobody is told."""
+        """Plug the cable in, or pull it out: packets are lost without an error."""
         for name in self.names:
             ip("-n", name, "link", "set", CARD, "up" if up else "down")
 
     def env(self) -> dict[str, str]:
-        """What processes on these hosts need: they have no name that leads to an address."""
+        """Environment of processes on these hosts, whose names have no address."""
         return {"GLOO_SOCKET_IFNAME": CARD}
 
     def argv(self, host: int, topology: str, *arguments: object) -> list[str]:
@@ -97,7 +97,7 @@ class Hosts:
         return [*on_host, accelerate, *words, *map(str, arguments)]
 
     def running(self) -> list[psutil.Process]:
-        """Everything that still runs on the hosts, whoever its parent is by now."""
+        """All processes that still run on the hosts, also orphans."""
         found: list[psutil.Process] = []
         for name in self.names:
             for pid in map(int, ip("netns", "pids", name).split()):

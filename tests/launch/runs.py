@@ -1,4 +1,4 @@
-"""Small runs that tests of launchers start and judge, and where they may meet."""
+"""Small runs for tests of launchers, their results, and free ports."""
 
 import json
 import socket
@@ -51,7 +51,7 @@ def num_logged(run: Path) -> int:
 
 
 def result_of(run: Path, step: int) -> dict:
-    """What two runs must have in common: their last checkpoint, and each step once."""
+    """The parts in which two runs must be equal: last checkpoint, and loss of each step."""
     assert outcome(run) == {"status": "done", "exit_code": 0, "step": step, "message": ""}
     path = run / "checkpoints" / f"step-{step}"
     verify_checkpoint(path)

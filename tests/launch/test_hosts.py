@@ -1,4 +1,4 @@
-"""Several machines: two network namespaces train together, lose each other, and go on."""
+"""Several machines: two network namespaces train together, lose their connection, and resume."""
 
 import json
 import time
@@ -114,9 +114,9 @@ def test_cut_apart_both_hosts_end_and_the_same_command_ends_as_if_nothing_had_be
         assert f"limit watchdog.seconds = {limit}" in result.output
         assert "Traceback (most recent call last)" not in result.output.partition("watchdog")[0]
     assert hosts.running() == []
-    told = outcome(run)
-    assert (told["status"], told["exit_code"]) == ("failed", 1)
-    assert told["message"].startswith(f"no progress for {limit} s: rank 0 (process ")
+    ended = outcome(run)
+    assert (ended["status"], ended["exit_code"]) == ("failed", 1)
+    assert ended["message"].startswith(f"no progress for {limit} s: rank 0 (process ")
 
     hosts.connect(True)
     again = [processes.wait(120) for processes in train(*command)]

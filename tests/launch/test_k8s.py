@@ -58,7 +58,7 @@ def test_a_pod_gives_back_the_exit_code_of_the_run(
     text_of: Callable[[str], str],
     tmp_path: Path,
 ):
-    """So that podFailurePolicy can tell a mistake from a preemption."""
+    """podFailurePolicy distinguishes a mistake from a preemption by it."""
     run, programs = tmp_path / "run", tmp_path / "bin"
     run.mkdir()
     programs.mkdir()

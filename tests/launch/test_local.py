@@ -128,7 +128,9 @@ def test_an_old_outcome_is_not_this_runs(config: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_mistake_in_the_config_is_told_once(run_processes: Callable[..., Result], config: Path):
+def test_a_mistake_in_the_config_is_reported_once(
+    run_processes: Callable[..., Result], config: Path
+):
     result = run_processes("launch", None, "local", "--submit", "--processes", 2, config, "sed=3")
     assert result.code == 2
     assert result.output.count("sed: unknown key (got 3); did you mean 'seed'?") == 1
@@ -210,7 +212,7 @@ def test_topologies_connect_their_processes(
 
 
 @pytest.mark.distributed
-def test_killed_itself_it_leaves_nobody_behind(
+def test_killed_by_sigkill_it_leaves_no_process(
     start_processes: Callable[..., Processes], tiny_shards: Path, tmp_path: Path
 ):
     """SIGKILL, of which no launcher hears; the trainer saves, as if it had been asked to stop."""

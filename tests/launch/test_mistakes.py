@@ -1,4 +1,4 @@
-"""Mistakes that the launchers for clusters tell before anything is submitted, and submitting."""
+"""Mistakes that the launchers report before they submit anything; and submission."""
 
 import os
 import re
@@ -24,25 +24,28 @@ MISTAKES = {
     ),
     "no nodes": (["slurm", TRAIN[0], "--nodes", "0"], "--nodes must be at least 1, not 0."),
     "no processes": (["slurm", TRAIN[0], "--gpus-per-node", "0"], "--gpus-per-node must be at lea"),
-    "no time": (["slurm", TRAIN[0], "--time", "8h"], "--time '8h' is no time: write HH:MM:SS"),
+    "no time": (["slurm", TRAIN[0], "--time", "8h"], "--time '8h' is not a time: write HH:MM:SS"),
     "all grace": (
         ["slurm", TRAIN[0], "--time", "00:02:00", "--grace", "120"],
         "--time gives the job 120 s, of which --grace takes 120 s",
     ),
     "no grace": (["slurm", TRAIN[0], "--grace", "0"], "--grace must be at least 1, not 0."),
     "restarts": (["slurm", TRAIN[0], "--max-restarts", "-1"], "--max-restarts must be at least 0"),
-    "no name": (["slurm", TRAIN[0], "--name", "Big_Run"], "--name 'Big_Run' is no name for a job"),
+    "no name": (
+        ["slurm", TRAIN[0], "--name", "Big_Run"],
+        "--name 'Big_Run' is not a valid name for a job",
+    ),
     "no variable": (
         ["slurm", TRAIN[0], "--env", "NCCL_DEBUG"],
-        "--env 'NCCL_DEBUG' is no variable",
+        "--env 'NCCL_DEBUG' is not a variable",
     ),
     "no option": (
         ["slurm", TRAIN[0], "--sbatch", "account=x"],
-        "--sbatch 'account=x' is no option",
+        "--sbatch 'account=x' is not an option",
     ),
     "two strategies": (
         *(["slurm", TRAIN[0], "--strategy", "zero1", "--topology", "pyproject.toml"],),
-        "--topology pyproject.toml decides the strategy itself: leave --strategy zero1 out",
+        "--topology pyproject.toml decides the strategy itself: leave out either --strategy zero1",
     ),
     "no run_dir": (["slurm", "constraints.txt"], "constraints.txt names no run_dir: set it there"),
     "no out": (
@@ -51,11 +54,11 @@ MISTAKES = {
     ),
     "in the pod": (
         ["k8s", TRAIN[0], *POD],
-        "run_dir is runs/vae, which lies outside --mount /data and would be lost with the pod: add "
+        "run_dir is runs/vae, outside --mount /data, and would be lost with the pod: add "
         "run_dir=/data/vae",
     ),
-    "out of the claim": (["k8s", TRAIN[0], *POD, "run_dir=/data/../vae"], "lies outside --mount"),
-    "no size": (["k8s", TRAIN[0], *POD, "--memory", "64 GB"], "--memory '64 GB' is no amount"),
+    "out of the claim": (["k8s", TRAIN[0], *POD, "run_dir=/data/../vae"], "/vae, outside --mount"),
+    "no size": (["k8s", TRAIN[0], *POD, "--memory", "64 GB"], "--memory '64 GB' is not an amount"),
     "no mount": (["k8s", TRAIN[0], *POD, "--mount", "data"], "--mount data must be an absolute"),
     "uneven": (["local", TRAIN[0], "--processes", "0"], "--processes must be at least 1, not 0."),
 }
@@ -102,7 +105,7 @@ class TestSubmitting:
     """With a stand-in for sbatch and kubectl; test_slurm.py has the real Slurm."""
 
     @pytest.fixture
-    def handed_in(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def submitted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """Where the stand-ins leave what they read; the file `refuse` makes them fail."""
         monkeypatch.chdir(ROOT)
         programs = tmp_path / "bin"
@@ -111,32 +114,32 @@ class TestSubmitting:
             program = programs / name
             program.write_text(
                 f"#!/bin/bash\ncd {tmp_path} || exit\n[[ -e refuse ]] && exit 1\n"
-                'echo "$@" >arguments\ncat >handed_in\n'
+                'echo "$@" >arguments\ncat >submitted\n'
             )
             program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-        return tmp_path / "handed_in"
+        return tmp_path / "submitted"
 
     def command(self, place: list[str], folder: Path) -> list[str]:
         mount = ["--mount", str(folder)] if place[0] == "k8s" else []
         return [*place, *EXPORT, f"out={folder / 'latents'}", *mount, "--submit"]
 
-    def test_what_is_printed_is_handed_in(
+    def test_what_is_printed_is_submitted(
         self,
         place: list[str],
-        handed_in: Path,
+        submitted: Path,
         tmp_path: Path,
         capsys: pytest.CaptureFixture[str],
     ):
         assert main(self.command(place, tmp_path)) == 0
-        assert capsys.readouterr().out.rstrip("\n") == handed_in.read_text().rstrip("\n")
+        assert capsys.readouterr().out.rstrip("\n") == submitted.read_text().rstrip("\n")
         expected = {"slurm": "", "k8s": "apply -f -"}[place[0]]
         assert (tmp_path / "arguments").read_text().strip() == expected
 
-    def test_a_refusal_comes_back(self, place: list[str], handed_in: Path, tmp_path: Path):
+    def test_a_refusal_comes_back(self, place: list[str], submitted: Path, tmp_path: Path):
         (tmp_path / "refuse").touch()
         assert main(self.command(place, tmp_path)) == 1
-        assert not handed_in.exists()
+        assert not submitted.exists()
 
     def test_without_the_program_it_says_what_to_do(
         self,
@@ -153,8 +156,8 @@ class TestSubmitting:
         )
 
     @pytest.mark.slow
-    def test_a_mistake_in_the_config_is_told_and_nothing_handed_in(
-        self, place: list[str], handed_in: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    def test_a_mistake_in_the_config_is_reported_and_nothing_is_submitted(
+        self, place: list[str], submitted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ):
         run = tmp_path / "run"
         mount = ["--mount", str(tmp_path)] if place[0] == "k8s" else []
@@ -162,9 +165,9 @@ class TestSubmitting:
         assert main(argv) == 2
         told = capfd.readouterr().err
         assert "sed: unknown key (got 3); did you mean 'seed'?" in told
-        assert "--unchecked leaves the check to the job" in told
-        assert not handed_in.exists()
+        assert "add --unchecked: then the job checks the config" in told
+        assert not submitted.exists()
         assert not run.exists()
 
         assert main([*argv, "--unchecked"]) == 0
-        assert "sed=3" in handed_in.read_text()
+        assert "sed=3" in submitted.read_text()

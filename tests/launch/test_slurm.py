@@ -1,4 +1,4 @@
-"""A real Slurm controller and two nodes on this machine: trains, is preempted, goes on, exports."""
+"""A real Slurm controller and two nodes on this machine: trains, is preempted, resumes, exports."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def slurm() -> Iterator[SlurmCluster]:
 def submit(run_processes: Callable[..., Result], slurm: SlurmCluster) -> Callable[..., int]:
     """Hand a job in by our launcher, and return its number."""
 
-    def hand_in(config: Path, *options: object) -> int:
+    def submit(config: Path, *options: object) -> int:
         argv = ("slurm", config, *NODES, *options, "--submit")
         result = run_processes("launch", None, *argv, env=slurm.env)
         assert result.code == 0, result.output
@@ -40,7 +40,7 @@ def submit(run_processes: Callable[..., Result], slurm: SlurmCluster) -> Callabl
         assert found is not None, result.output
         return int(found[1])
 
-    return hand_in
+    return submit
 
 
 @pytest.mark.soak
@@ -138,7 +138,7 @@ def test_scancel_of_a_job_of_one_process_saves_too(
 def test_a_port_in_use_is_passed_over_and_scancel_saves_and_is_the_end(
     slurm: SlurmCluster, submit: Callable[..., int], tiny_shards: Path, tmp_path: Path
 ):
-    run = tmp_path / "a run of 50%"  # which Slurm's file names must take as it is
+    run = tmp_path / "a run of 50%"  # characters that Slurm's file names interpret
     config = write_config(tmp_path, tiny_shards, 1_000_000, run.name)
     with ExitStack() as held:  # whatever the job's number is, others have its port already
         for port in range(10001, 10015):

@@ -19,7 +19,7 @@ from tests.launch.runs import free_ports, write_config
 from tests.processes import ROOT, Processes, Result
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
-SECONDS = 20.0  # within which a mistake must be told
+SECONDS = 20.0  # within which a mistake must be reported
 ACCELERATE = ("-m", "accelerate.commands.launch")
 TOPOLOGIES = "configs/accelerate"
 HERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{free}"}
@@ -59,7 +59,7 @@ MISTAKES = {
         "RANK is 2, but WORLD_SIZE announces 2 processes, with ranks from 0 to 1",
         env={"WORLD_SIZE": "2", "RANK": "2", **HERE},
     ),
-    "nobody else comes": Start(
+    "the other processes do not start": Start(
         "WORLD_SIZE announces 2 processes, of which this is process 0, but after 8 s they have "
         "not all come to 127.0.0.1:{free}",
         env={"WORLD_SIZE": "2", "RANK": "0", **HERE},
@@ -124,7 +124,7 @@ OF_DEEPSPEED = {
         "deepspeed_config: {deepspeed_config_file: {folder}/deepspeed.json}}",
         deepspeed={"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}},
     ),
-    "told to stay on the CPU": Start(
+    "kept on the CPU": Start(
         "ACCELERATE_USE_CPU is set, so accelerate would leave DeepSpeed out",
         launcher=(*ACCELERATE, "--config_file", f"{TOPOLOGIES}/zero2.yaml"),
     ),
@@ -175,14 +175,14 @@ def check_refused(run: Callable[..., Result], start: Start, folder: Path, **opti
     began = time.monotonic()
     result = run(start, **options)
     seconds = time.monotonic() - began
-    print(f"told after {seconds:.1f} s")
+    print(f"reported after {seconds:.1f} s")
     assert result.code != 0
     assert seconds < SECONDS
     assert not (folder / "run").exists()
 
 
 @pytest.mark.parametrize("start", MISTAKES.values(), ids=MISTAKES)
-def test_a_wrong_start_is_told_soon_and_leaves_nothing(
+def test_a_wrong_start_is_reported_soon_and_leaves_nothing(
     run: Callable[..., Result], start: Start, tmp_path: Path
 ):
     check_refused(run, start, tmp_path)
@@ -190,7 +190,7 @@ def test_a_wrong_start_is_told_soon_and_leaves_nothing(
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("start", OF_DEEPSPEED.values(), ids=OF_DEEPSPEED)
-def test_a_wrong_start_of_deepspeed_is_told_soon_and_leaves_nothing(
+def test_a_wrong_start_of_deepspeed_is_reported_soon_and_leaves_nothing(
     run: Callable[..., Result], start: Start, tmp_path: Path
 ):
     check_refused(run, start, tmp_path)
@@ -228,7 +228,7 @@ def num_processes(run_dir: Path) -> int:
     return json.loads(state.read_text())["world"]
 
 
-def test_with_its_port_in_use_and_not_told_to_stay_on_the_cpu_two_train_as_two(
+def test_with_its_port_in_use_and_without_use_cpu_two_train_as_two(
     run: Callable[..., Result], tmp_path: Path
 ):
     """accelerate takes another port, and says so; without GPUs we find the CPU ourselves."""

@@ -43,7 +43,7 @@ def test_scripts_pass_shellcheck(name: str, text_of: Callable[[str], str], tmp_p
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_deepspeed_is_never_told_to_stay_on_the_cpu(
+def test_deepspeed_never_gets_accelerates_use_cpu(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(ROOT)

@@ -102,7 +102,7 @@ def test_the_dependencies_are_those_of_every_extra_but_dev():
     wanted = {*whole["build-system"]["requires"], *whole["project"]["dependencies"]}
     for name, extra in whole["project"]["optional-dependencies"].items():
         wanted |= set() if name == "dev" else set(extra)
-    # The extras name each other; what they stand for is listed, and the project comes later.
+    # The extras name each other; what they contain is listed, and the project is installed later.
     names_another = {one for one in wanted if one.startswith("latentmill[")}
     assert set(printed.splitlines()) == wanted - names_another
 
@@ -171,7 +171,7 @@ def tracked() -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tracked files, with what lies about in a folder where people work."""
+    """A copy of the tracked files, with typical untracked files of a working folder."""
     root = tmp_path_factory.mktemp("checkout")
     for name in tracked():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

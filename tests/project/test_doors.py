@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Count, and tell where this file lies."""
+    """Count, and report the path of this file."""
     numbers = list(range(arguments.start, 0, -1))
     print_report({"numbers": numbers, "file": __file__}, arguments.json)
     return DONE

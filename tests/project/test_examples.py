@@ -1,4 +1,4 @@
-"""The examples run as their docstrings say, and go on where they stopped; on real data."""
+"""The examples run as their docstrings say, and resume; on real data."""
 
 import importlib.util
 import re
@@ -51,7 +51,7 @@ def losses(text: str) -> list[float]:
     return [float(value) for value in re.findall(r"squared error ([\d.]+)", text)]
 
 
-def test_the_plain_loop_goes_on_where_it_stopped(
+def test_the_plain_loop_resumes(
     sprites: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     plain_loop = load("plain_loop")

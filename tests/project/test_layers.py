@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.processes import ROOT
 
 # From high to low: wings, or modules, of `pipeline`. Those on one line may know each other, in one
-# direction. `report` and `metrics` have their place, and no room yet. The package `latentmill`
+# direction. `report` and `metrics` have no folder yet. The package `latentmill`
 # stands above them all.
 SPINE = (
     "__main__",
@@ -41,7 +41,7 @@ MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60  # only train() may be longer
 
 LEVEL_OF = {
-    name: len(SPINE) - place for place, names in enumerate(SPINE) for name in names.split(" | ")
+    name: len(SPINE) - level for level, names in enumerate(SPINE) for name in names.split(" | ")
 }
 OURS = ("latentmill", "pipeline", "launch")
 FILES = sorted(path for top in OURS for path in (ROOT / top).rglob("*.py"))
@@ -152,7 +152,7 @@ def test_rooms_and_floors():
 def loaded_by(name: str) -> Iterator[str]:
     """The modules that must have been loaded before a module's own lines run.
 
-    `from a import b` asks a for b, even where b is a module; and whoever loads a.b loads a.
+    `from a import b` asks a for b, even where b is a module; and importing a.b imports a.
     """
     for node in ast.walk(TREES[MODULES[name]]):
         if isinstance(node, ast.ImportFrom) and node.module in MODULES:

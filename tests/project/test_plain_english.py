@@ -1,4 +1,4 @@
-"""Plain English: no sentence that readers stumbled over, one meaning per name, no empty docstring.
+"""Plain English: no sentence that confused readers, one meaning per name, no empty docstring.
 
 Every check is a function from sources to findings, `FILE:LINE: what, and what to say instead`; the
 tests run it on the repository, and on made-up text that it must find.
@@ -87,7 +87,7 @@ FILES = {  # path -> what to call the file
     "pipeline/data/raw.py": "raw_samples.py",
     "pipeline/data/rows.py": "sequential.py",
     "pipeline/latents/portable.py": "exact_math.py",
-    "pipeline/evaluation/linear_probe.py": "linear_probe.py: `probe.py` is the verb",
+    "pipeline/evaluation/probe.py": "linear_probe.py: `probe.py` is the verb",
     "pipeline/distributed/meeting.py": "rendezvous.py",
 }
 STOP_WORDS = """a all an and are as at by each every for from give in is it its of on one or return

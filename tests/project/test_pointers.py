@@ -42,7 +42,7 @@ ANY = re.compile(r"(?<![A-Za-z])[A-Z]{3,}(?![A-Za-z])")  # KIND, NAME ...: a pla
 FILE_TYPES = {"json", "jsonl", "parquet", "png", "py", "safetensors", "tar", "yaml"}
 # Of others, and written without their module; or with the name of a module of ours.
 OTHERS = {"add_subparsers", "isfile", "serialize", "to_numpy", "datasets", "safetensors", "wandb"}
-OTHERS |= {"launch", "latentmill", *sys.stdlib_module_names}
+OTHERS |= {"launch", "latentmill", "toctree", *sys.stdlib_module_names}
 
 Check = Callable[[str, str], Iterator[str]]  # (text, file) -> what points into nothing
 Bound = dict[str, ast.stmt]  # name -> the statement that binds it

@@ -1,4 +1,4 @@
-"""The documents agree with the tree: links lead somewhere, the house is as it is drawn."""
+"""The documents agree with the tree: links resolve, the house shows its folders and wings."""
 
 import re
 import subprocess
@@ -17,9 +17,9 @@ HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 MAX_HOUSE_LINES = 35
 
 
-def tracked(folder: str = ".") -> set[str]:
-    """What git tracks or would track below a folder: all but what .gitignore names."""
-    argv = ["git", "ls-files", "--cached", "--others", "--exclude-standard", folder]
+def tracked(*folders: str) -> set[str]:
+    """The files below some folders (none: below all) that .gitignore does not name."""
+    argv = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders]
     ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     if ended.returncode:
         pytest.skip("not a git checkout: what belongs to the tree is not known")
@@ -27,7 +27,7 @@ def tracked(folder: str = ".") -> set[str]:
 
 
 def anchor(heading: str) -> str:
-    """The anchor that a heading gets on a web page."""
+    """The anchor of a heading, as GitHub makes it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
@@ -36,7 +36,7 @@ def test_links_lead_somewhere(document: Path):
     text = document.read_text()
     for target in [*LINK.findall(text), *IMAGE_TAG.findall(text)]:
         if re.match(r"[a-z]+:", target):
-            continue  # another place: not ours to check
+            continue  # another site, which is not checked
         name, _, fragment = target.partition("#")
         path = document.parent / name if name else document
         assert path.exists(), target
@@ -75,7 +75,7 @@ def test_the_house_has_every_wing_in_the_order_of_the_spine():
 
 
 def test_the_documents_run_modules_that_exist():
-    """What stands behind `python -m` in a document can be run."""
+    """The module after each `python -m` in a document exists."""
     for document in DOCUMENTS:
         if document == LOG:  # a record of what was
             continue

@@ -1,4 +1,4 @@
-"""The wheel holds all: built from the sdist, installed into a folder, used from an empty one."""
+"""The wheel is complete: built from the sdist, installed into a folder, used from an empty one."""
 
 import json
 import os
@@ -16,24 +16,18 @@ import pytest
 from tests.docs.blocks import blocks_of
 from tests.docs.reader import make_photos, make_shims, type_blocks, typed
 from tests.processes import ROOT
+from tests.project.test_readme import tracked
 
 pytestmark = pytest.mark.slow
-# Of the repository, what a wheel is built from.
+# The files from which a wheel is built.
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "latentmill", "launch", "pipeline")
 SDIST = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
 FOREIGN = "from pathlib import Path\nPath({!r}).touch()\nraise SystemExit('the foreign one')\n"
 
 
-def tracked(*places: str) -> set[str]:
-    """The files of the repository below some places, those of a commit in the making included."""
-    argv = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *places]
-    listed = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    return {name for name in listed.split("\0") if name and (ROOT / name).is_file()}
-
-
 @dataclass(frozen=True)
 class Installed:
-    """The wheel, what it was installed into, and an empty folder to work in."""
+    """The wheel, the folder it is installed in, and an empty working folder."""
 
     wheel: Path
     target: Path
@@ -41,13 +35,13 @@ class Installed:
 
     @property
     def env(self) -> dict[str, str]:
-        """Of a shell that finds the installation, and nothing of the repository."""
+        """Environment of a shell that finds the installation, and nothing of the repository."""
         path = f"{self.target / 'bin'}{os.pathsep}{os.environ['PATH']}"
         ours = {"PATH": path, "PYTHONPATH": str(self.target), "CUDA_VISIBLE_DEVICES": ""}
         return os.environ | ours | {"OMP_NUM_THREADS": "1"}
 
     def run(self, *argv: object) -> subprocess.CompletedProcess[str]:
-        """Type a command."""
+        """Run a command in the empty folder."""
         words = [str(word) for word in argv]
         return subprocess.run(
             words, cwd=self.empty, env=self.env, capture_output=True, text=True, check=False
@@ -144,7 +138,7 @@ def test_the_readme_from_top_to_bottom(installed: Installed, tmp_path: Path):
 def test_a_foreign_pipeline_and_launch_beside_it_do_no_harm(
     installed: Installed, tiny_shards: Path, tmp_path: Path
 ):
-    """Trained by two processes in the folder of somebody else's project."""
+    """Two processes train in the folder of another project."""
     touched, empty = tmp_path / "touched", tmp_path / "project"
     (empty / "pipeline").mkdir(parents=True)
     for name in ("pipeline/__init__.py", "launch.py", "latentmill.py"):
@@ -158,6 +152,6 @@ def test_a_foreign_pipeline_and_launch_beside_it_do_no_harm(
     assert (empty / "runs/vae/outcome.json").exists()
     assert not touched.exists()
 
-    # What nobody can prevent: by -m Python looks into this folder before any line of ours runs.
+    # Not preventable: with -m, Python imports from the current folder before our code runs.
     assert here.run(sys.executable, "-m", "pipeline.train", "vae").returncode == 1
     assert touched.exists()

@@ -7,11 +7,11 @@ from pipeline.common.arguments import add_config, add_part
 from pipeline.common.console import print_report
 from pipeline.common.errors import DONE
 
-HELP = "how close the data path, a training or an export comes to what this machine can do"
+HELP = "measure the data path, a training or an export against the limit of this machine"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say what is measured, and for how long."""
+    """Add what is measured, and for how long."""
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
     parsers = {
         kind: add_part(kinds, kind, run, text)
@@ -29,12 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", type=int, default=16_384, help="per round (%(default)s)"
     )
     parsers["export"].add_argument(
-        "--processes", type=int, help="else one per core, or per GPU where there are any"
+        "--processes", type=int, help="default: one per GPU; without any, one per core"
     )
     train = parsers["train"]
     train.add_argument("--steps", type=int, default=20, help="per round (%(default)s)")
     train.add_argument(
-        "--checkpoint", action="store_true", help="instead: what saving costs, and what it stalls"
+        "--checkpoint",
+        action="store_true",
+        help="measure saving instead: its time, and the training's wait",
     )
 
 

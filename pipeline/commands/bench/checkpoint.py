@@ -1,4 +1,4 @@
-"""`bench train --checkpoint`: what a save costs, and how much of that the training waits for.
+"""`bench train --checkpoint`: the time of a save, and how long the training waits for it.
 
 plain     torch.save of the same state into one file: no hash, no flush, no rename
 whole     our save from beginning to end: gather, write, flush, hash, publish, retain
@@ -112,7 +112,7 @@ def bench_checkpoint(config: TrainConfig, *, num_steps: int, rounds: int) -> Che
 def _round(
     loop: OurLoop, checkpoints: Checkpoints, folder: Path, number: int, num_steps: int
 ) -> dict[str, float]:
-    """One of each, in turn, so that all meet the same weather."""
+    """Measure each once, in turn, so that the load of the machine changes for all alike."""
     state = _state(loop.strategy)
     started = time.perf_counter()
     torch.save(state, folder / "plain.pt")
@@ -146,5 +146,5 @@ def _state(strategy: Strategy) -> dict[str, torch.Tensor]:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest directory on the way to `path` that exists."""
+    """The nearest existing directory among `path` and its parents."""
     return next(one for one in (path, *path.absolute().parents) if one.is_dir())

@@ -3,7 +3,7 @@
 read                 the ranges that the stream reads, and nothing else
 read + parse         planned, read and cut into members
 decode (ceiling)     members in memory decoded into batch buffers
-stream               our batches, once the stream has got going
+stream               our batches, in steady state
 stream + corruption  the same, each batch corrupted on the device as training does
 """
 
@@ -29,7 +29,7 @@ from pipeline.data.stream.device import DeviceBatches
 from pipeline.data.stream.fetch import FetchedSamples
 from pipeline.training.build import check_data, make_forward, make_order
 
-# A stream at this share of its ceiling is as fast as decoding lets it be.
+# From this share of the ceiling on, decoding is the bottleneck.
 AT_THE_CEILING = 0.9
 
 READ, PARSE, DECODE = "read", "read + parse", "decode (ceiling)"
@@ -94,16 +94,16 @@ def bench_data(config: TrainConfig, *, num_images: int, rounds: int) -> DataBenc
 
 def _bottleneck(rates: Rates) -> str:
     if CORRUPT in rates and rates[CORRUPT] < AT_THE_CEILING * rates[STREAM]:
-        return "corruption: it takes the time of the processor that decodes"
+        return "corruption: it runs on the cores that decode"
     if rates[STREAM] >= AT_THE_CEILING * rates[DECODE]:
         return "decoding: more data.threads on more cores, or smaller stored images"
     if rates[PARSE] < rates[DECODE]:
         return "reading: a faster store, or more data.read_threads"
-    return "Python between the parts"
+    return "none of the parts alone: Python that connects them"
 
 
 class _Work:
-    """One stretch of the order: its reads, and its members in memory."""
+    """A few steps of the order: their reads, and their members in memory."""
 
     def __init__(self, config: TrainConfig, num_steps: int) -> None:
         self._config = config
@@ -111,7 +111,7 @@ class _Work:
         self._states = check_data(config, indexes)
         self._sets = DataSets(config.data, indexes, make_order(config, indexes), self._states)
         self._num_steps = num_steps
-        # A stream has got going when every lane is past its second window: memory is in use again.
+        # Steady state begins after the second window of every lane: its memory is then reused.
         windows = (
             2 * min(o.window_size, o.lane_length(0)) * o.lanes for o in self._sets.order.orders
         )
@@ -126,9 +126,9 @@ class _Work:
                 for read in samples.reads
             ]
             step, slot = self._sets.order.slots(source, positions)
-            place = step * config.batch_size + slot
+            position = step * config.batch_size + slot
             columns = (
-                place.tolist(),
+                position.tolist(),
                 samples.read_buffers,
                 samples.start,
                 samples.stop,

@@ -78,21 +78,21 @@ def bench_export(config: ExportConfig, *, processes: int | None, rounds: int) ->
     on_gpu = torch.cuda.is_available()
     if processes is None:
         processes = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
-    tasks = prepare(config, Worker()).plan.tasks  # mistakes are told here
+    tasks = prepare(config, Worker()).plan.tasks  # raises UserError for a wrong config
     processes = min(processes, len(tasks))
     with ExitStack() as stack:
-        crew = [
-            stack.enter_context(_Remote(config, Worker(rank, processes, rank)))
+        workers = [
+            stack.enter_context(_WorkerProcess(config, Worker(rank, processes, rank)))
             for rank in range(processes)
         ]
-        num_images = sum(remote.answer() for remote in crew)
+        num_images = sum(remote.answer() for remote in workers)
 
         def rate_of(part: str) -> Callable[[], float]:
             def run() -> float:
                 started = time.perf_counter()
-                for remote in crew:
+                for remote in workers:
                     remote.ask(part)
-                done = sum(remote.answer() for remote in crew)
+                done = sum(remote.answer() for remote in workers)
                 return done / (time.perf_counter() - started)
 
             return run
@@ -112,8 +112,8 @@ def bench_export(config: ExportConfig, *, processes: int | None, rounds: int) ->
     )
 
 
-class _Remote:
-    """A process of the crew, as the parent sees it."""
+class _WorkerProcess:
+    """A worker process, as the parent sees it."""
 
     def __init__(self, config: ExportConfig, worker: Worker) -> None:
         context = multiprocessing.get_context("spawn")
@@ -122,7 +122,7 @@ class _Remote:
         self._process.start()
         theirs.close()
 
-    def __enter__(self) -> "_Remote":
+    def __enter__(self) -> "_WorkerProcess":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -130,15 +130,15 @@ class _Remote:
         self._process.join()
 
     def ask(self, part: str) -> None:
-        """Have a part done."""
+        """Start a part of the work."""
         self._pipe.send(part)
 
     def answer(self) -> int:
-        """Wait for the number of images that were done; raises UserError if it cannot come."""
+        """Wait for the number of images done; raises UserError if the process has ended."""
         try:
             return self._pipe.recv()
         except EOFError:
-            raise UserError("bench export: a process ended; its error stands above.") from None
+            raise UserError("bench export: a process ended; its error is above.") from None
 
 
 def _serve(pipe: Connection, config: ExportConfig, worker: Worker) -> None:
@@ -154,7 +154,7 @@ def _serve(pipe: Connection, config: ExportConfig, worker: Worker) -> None:
 
 
 class _Share:
-    """One process's tasks, with their pictures in memory."""
+    """The tasks of one process, with their images in memory."""
 
     def __init__(self, config: ExportConfig, worker: Worker) -> None:
         self._out, self._config = config.out, config
@@ -178,7 +178,7 @@ class _Share:
         self.num_images = sum(len(contents) for _, contents in self._contents)
 
     def decode(self) -> None:
-        """Decode the pictures."""
+        """Decode all images."""
         with ThreadPoolExecutor(self._prepared.data.threads) as decoders:
             for reader, contents in self._contents:
                 reader.decode(contents, decoders)
@@ -193,7 +193,7 @@ class _Share:
             encoder.finish(encoder.start(x), rows)
 
     def export(self) -> None:
-        """Export the tasks to a new place, and remove it."""
+        """Export the tasks to a new directory, and remove it."""
         out = f"{self._out}.bench-{new_id()}"
         export = ExportDir(open_writable(out))
         plan = ExportPlan(self._plan.fingerprint, self._tasks)

@@ -1,6 +1,6 @@
-"""Timing on shared, noisy machines: everything in turn, many times over, and medians.
+"""Timing on shared, noisy machines: medians over rounds that run every contender once.
 
-Every round runs each contender once, so that all of them meet the same weather.
+So the load of the machine changes for all contenders alike.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ def share(of_ceiling: float) -> str:
 
 
 def rounds_of(rounds: int) -> str:
-    """Say what the figures are."""
+    """Return what the figures are: medians, and of how many rounds."""
     return "1 round" if rounds == 1 else f"medians of {rounds} rounds"
 
 

@@ -36,7 +36,7 @@ from pipeline.training.build import (
 )
 from pipeline.training.step import train_step
 
-NUM_PRELOADED = 8  # batches that the bare loop turns round
+NUM_PRELOADED = 8  # batches that the bare loop repeats
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class OurLoop:
 
 
 class _BareLoop:
-    """What one writes by hand: the same model and losses, tensors that are there already."""
+    """A loop as written by hand: the same model and losses, on preloaded tensors."""
 
     def __init__(self, config: TrainConfig, batches: list[Batch], runtime: Runtime) -> None:
         self._config, self._device = config, runtime.device
@@ -185,7 +185,7 @@ class _BareLoop:
         if config.compile:
             self._model.compile()
         self._optimizer = config.optimizer.build(self._model)
-        # Without corruption all that a step needs lies ready; with it, images and keys do.
+        # With corruption, every step computes its inputs anew.
         self._batches = batches
         self._ready = [self._forward.inputs(batch, "train") for batch in batches]
 
@@ -196,10 +196,10 @@ class _BareLoop:
         parameters = list(self._model.parameters())
         started = time.perf_counter()
         for step in range(num_steps):
-            place = step % len(self._batches)
-            inputs = self._ready[place]
+            index = step % len(self._batches)
+            inputs = self._ready[index]
             if config.corruptions:
-                inputs = forward.inputs(self._batches[place], "train")
+                inputs = forward.inputs(self._batches[index], "train")
             _, losses = forward.run(self._model, inputs, weights=weights)
             losses.total.mean().backward()
             if config.optimizer.max_grad_norm is not None:

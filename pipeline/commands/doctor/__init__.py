@@ -1,4 +1,4 @@
-"""`latentmill doctor`: examine a training that is to be started."""
+"""`latentmill doctor`: check a training before it starts."""
 
 import argparse
 import sys
@@ -8,19 +8,21 @@ from pipeline.common.arguments import add_config, add_processes, bind, settings_
 from pipeline.common.console import print_report
 from pipeline.common.errors import DONE, FAILED
 
-HELP = "will this training start, and stay up? a line per check; exit 1 if one fails"
+HELP = "check whether a training will start and keep running; exit 1 if a check fails"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say which training, and on how many processes."""
+    """Add the training, and its processes."""
     bind(parser, run)
     add_config(parser, "train")
     add_processes(parser)
-    parser.add_argument("--topology", type=settings_file("accelerate"), help="of the launch")
+    parser.add_argument(
+        "--topology", type=settings_file("accelerate"), metavar="NAME|FILE", help="of accelerate"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the findings, and fail if a check did."""
+    """Print the findings; exit code 1 if a check failed."""
     from pipeline.commands.doctor.diagnose import diagnose
 
     findings = diagnose(

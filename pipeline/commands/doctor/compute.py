@@ -1,15 +1,15 @@
-"""Doctor's checks of what computes: GPUs and their memory, threads against cores."""
+"""Doctor's checks of GPUs and their memory, and of threads against cores."""
 
 import psutil
 import torch
 
-from pipeline.commands.doctor.finding import Finding, Findings, Patient
+from pipeline.commands.doctor.finding import DoctorContext, Finding, Findings
 from pipeline.common.console import in_bytes, plural
 from pipeline.common.precision import parameter_dtype
 from pipeline.config import TrainConfig
 from pipeline.models.autoencoder import AutoEncoder, num_parameters
 
-# Of the cores, used by neither decoding nor computing: from there on the node is starved.
+# Warn if more than this share of the cores neither decodes nor computes.
 IDLE_SHARE = 0.5
 
 
@@ -20,9 +20,9 @@ def weight_bytes(config: TrainConfig) -> int:
     return num_parameters(model) * parameter_dtype(config.precision).itemsize
 
 
-def check_device(patient: Patient) -> Findings:
-    """The GPUs, their memory against what the model's state takes; or that the CPU computes."""
-    count, asked = torch.cuda.device_count(), patient.device
+def check_device(context: DoctorContext) -> Findings:
+    """The GPUs, and their memory against the size of the model's state; or the CPU."""
+    count, asked = torch.cuda.device_count(), context.device
     if asked == "cpu" or (asked == "auto" and not count):
         why = "--device cpu" if asked == "cpu" else "PyTorch sees no GPU here"
         yield Finding("device", "ok", f"the CPU computes: {why}")
@@ -38,14 +38,14 @@ def check_device(patient: Patient) -> Findings:
         return
     name, (free, total) = torch.cuda.get_device_name(), torch.cuda.mem_get_info()
     text = f"{count} x {name}, {in_bytes(free)} of {in_bytes(total)} free on the first"
-    if patient.world > count:
-        text += f": fewer than the {patient.world} processes, if all run here"
+    if context.world > count:
+        text += f": fewer than the {context.world} processes, if all run here"
         yield Finding("device", "warning", f"{text}; set --processes to {count}")
         return
-    if patient.config is not None:
+    if context.config is not None:
         # Weights, their gradients, AdamW's two moments, their average.
-        copies = 4 + (patient.config.ema_decay is not None)
-        state = weight_bytes(patient.config) * copies
+        copies = 4 + (context.config.ema_decay is not None)
+        state = weight_bytes(context.config) * copies
         text += f"; weights, gradients and moments take {in_bytes(state)} under DDP"
         if state > free:
             remedy = "use a strategy that shards them (zero1, zero2, zero3), or a smaller model"
@@ -54,21 +54,21 @@ def check_device(patient: Patient) -> Findings:
     yield Finding("device", "ok", text)
 
 
-def check_threads(patient: Patient) -> Findings:
-    """Threads that decode and compute against the cores that we may use."""
-    cores, threads = len(psutil.Process().cpu_affinity() or []), patient.parts.data.threads
-    text = f"{plural(patient.world, 'process')} x data.threads {threads}, {cores} cores here"
-    computes = patient.device == "cpu" or not torch.cuda.device_count()
-    idle = cores - patient.world * (threads + computes)  # a process computes with one thread
+def check_threads(context: DoctorContext) -> Findings:
+    """Threads that decode and compute, against the available cores."""
+    cores, threads = len(psutil.Process().cpu_affinity() or []), context.settings.data.threads
+    text = f"{plural(context.world, 'process')} x data.threads {threads}, {cores} cores here"
+    computes = context.device == "cpu" or not torch.cuda.device_count()
+    idle = cores - context.world * (threads + computes)  # a process computes with one thread
     if threads > cores:
         remedy = "more threads than cores decode no faster; set data.threads to at most the cores"
         yield Finding("threads", "warning", f"{text}: {remedy} of one process")
-    elif threads * patient.world > cores:
+    elif threads * context.world > cores:
         yield Finding("threads", "warning", f"{text}: too many if all processes run here")
     elif idle <= IDLE_SHARE * cores:
         yield Finding("threads", "ok", text)
     elif computes:
-        size = patient.parts.batch_size // patient.parts.accumulation
+        size = context.settings.batch_size // context.settings.accumulation
         fitting = max(n for n in range(1, cores + 1) if size % n == 0)
         yield Finding(
             "threads",
@@ -80,5 +80,5 @@ def check_threads(patient: Patient) -> Findings:
         yield Finding(
             "threads",
             "warning",
-            f"{text}: {idle} cores idle; set data.threads to {cores // patient.world - 1}",
+            f"{text}: {idle} cores idle; set data.threads to {cores // context.world - 1}",
         )

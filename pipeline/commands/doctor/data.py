@@ -3,7 +3,14 @@
 from contextlib import closing
 from pathlib import Path
 
-from pipeline.commands.doctor.finding import NUM_SHOWN, Finding, Findings, Parts, Patient, some
+from pipeline.commands.doctor.finding import (
+    NUM_SHOWN,
+    CheckedSettings,
+    DoctorContext,
+    Finding,
+    Findings,
+    some,
+)
 from pipeline.common.errors import UserError
 from pipeline.data.index import Index
 from pipeline.data.index.manifest import table_path, without_query
@@ -16,9 +23,9 @@ from pipeline.data.stream.stream import MAX_READ_AMPLIFICATION
 from pipeline.training.sense import doubts
 
 
-def check_index(patient: Patient) -> Findings:
-    """Samples, splits and members that the indexes know of; what was wrong when they were made."""
-    for source, index in patient.indexes:
+def check_index(context: DoctorContext) -> Findings:
+    """Samples, splits and members of the indexes; duplicate keys and damaged shards."""
+    for source, index in context.indexes:
         shape = f"{index.num_samples:,} samples in {len(index.shards):,} shards"
         yield Finding("index", "ok", f"{source.path}: {shape}")
         if index.num_duplicate_keys:
@@ -27,25 +34,25 @@ def check_index(patient: Patient) -> Findings:
                 "index",
                 "warning",
                 f"{source.path}: {index.num_duplicate_keys:,} keys occur more than once, such as "
-                f"{key!r} in {', '.join(shards[:NUM_SHOWN])}: each counts as a sample of its own; "
-                "pack them once, or keep both if they are different pictures",
+                f"{key!r} in {', '.join(shards[:NUM_SHOWN])}: each counts as a sample; "
+                "pack each once, or keep both if the images differ",
             )
         if index.damage:
             shard, damage = index.damage[0]
             yield Finding(
                 "index",
                 "warning",
-                f"{source.path}: the shards were damaged when indexed ({len(index.damage)} places, "
-                f"such as {shard}: {damage.text}): what is lost is not trained on; pack them anew",
+                f"{source.path}: the shards were damaged when indexed ({len(index.damage)} times, "
+                f"such as {shard}: {damage.text}): the lost samples are left out; pack again",
             )
-        yield from _check_splits(patient.parts, index)
-        yield from _check_members(patient.parts.data, index)
+        yield from _check_splits(context.settings, index)
+        yield from _check_members(context.settings.data, index)
 
 
-def _check_splits(parts: Parts, index: Index) -> Findings:
+def _check_splits(settings: CheckedSettings, index: Index) -> Findings:
     for setting, split in (
-        ("data.split", parts.data.split),
-        ("evaluation.split", parts.evaluation.split),
+        ("data.split", settings.data.split),
+        ("evaluation.split", settings.evaluation.split),
     ):
         try:
             count = int(index.counts(split).sum())
@@ -66,23 +73,23 @@ def _check_members(data: DataConfig, index: Index) -> Findings:
         yield Finding("members", "FAIL", str(error))
 
 
-def check_sense(patient: Patient) -> Findings:
-    """What the config allows and nobody means; without the counts where a data set has no index."""
-    if patient.config is None:
+def check_sense(context: DoctorContext) -> Findings:
+    """Valid settings that are likely mistakes; without an index, only those of the config."""
+    if context.config is None:
         return
-    complete = len(patient.indexes) == len(patient.parts.data.sources)
-    indexes = [index for _, index in patient.indexes] if complete else []
+    complete = len(context.indexes) == len(context.settings.data.sources)
+    indexes = [index for _, index in context.indexes] if complete else []
     try:
-        for what, text in doubts(patient.config, indexes, patient.world):
+        for what, text in doubts(context.config, indexes, context.world):
             yield Finding(what, "warning", text)
-    except UserError:  # a split that is not there: `check_index` says so
+    except UserError:  # an unknown split, which `check_index` reports
         return
 
 
-def check_shards(patient: Patient) -> Findings:
-    """Every shard is there, and is what was indexed; all that are not."""
-    for source, index in patient.indexes:
-        with closing(open_storage(source.root, patient.remote)) as storage:
+def check_shards(context: DoctorContext) -> Findings:
+    """Every shard exists and is as indexed; lists those that are not."""
+    for source, index in context.indexes:
+        with closing(open_storage(source.root, context.remote)) as storage:
             states = storage.states(shard.name for shard in index.shards)
             where = {shard.name: storage.where(shard.name) for shard in index.shards}
         missing: list[str] = []
@@ -107,7 +114,7 @@ def check_shards(patient: Patient) -> Findings:
 
 
 def _check_stamps(source: DataSource, index: Index) -> Findings:
-    """A local shard carries the time that its table was given: another one may be other bytes."""
+    """Warn of local shards whose modification time differs from that of their table."""
     if isinstance(index.path, Path) and not is_url(source.root):
         touched = [
             shard.name
@@ -120,7 +127,7 @@ def _check_stamps(source: DataSource, index: Index) -> Findings:
                 "shards",
                 "warning",
                 f"{some(touched)} written or copied since indexed, of the same size: "
-                f"`latentmill verify {source.path}` tells whether the content is the same",
+                f"`latentmill verify {source.path}` compares the content",
             )
             return
     yield Finding(
@@ -128,12 +135,12 @@ def _check_stamps(source: DataSource, index: Index) -> Findings:
     )
 
 
-def check_order(patient: Patient) -> Findings:
-    """Lanes, interleave and window over the processes: what is read twice."""
-    if patient.order is None:
+def check_order(context: DoctorContext) -> Findings:
+    """Lanes, interleave and window; how often the processes read each byte."""
+    if context.order is None:
         return
-    size, world = patient.parts.batch_size, patient.world
-    for order in patient.order.orders:
+    size, world = context.settings.batch_size, context.world
+    for order in context.order.orders:
         text = (
             f"{order.num_samples:,} samples per epoch, {order.lanes} lanes, interleave "
             f"{order.interleave}, window {order.window_size}"

@@ -1,4 +1,4 @@
-"""What doctor says of one thing, and what it examines."""
+"""A finding of doctor, and what its checks are given."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Device = Literal["cpu", "gpu", "auto"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found; a warning or failure says the remedy."""
+    """What one check found; a warning or failure names the remedy."""
 
     check: str
     verdict: Verdict
@@ -42,8 +42,8 @@ class Finding:
 Findings = Iterator[Finding]
 
 
-class Parts(Component):
-    """What most checks need of a config: it parses where the whole one does not."""
+class CheckedSettings(Component):
+    """The settings that most checks need; valid even where the rest of the config is not."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -55,25 +55,25 @@ class Parts(Component):
 
 
 @dataclass(frozen=True)
-class Patient:
-    """A run to be examined.
+class DoctorContext:
+    """A training that is to be checked.
 
-    config: None where it is not valid as a whole; indexes: of the data sets that have one; order:
-    None if it cannot be made.
+    config: None if it is not valid as a whole. indexes: of the data sets that have one. order: None
+    if it cannot be planned.
     """
 
-    parts: Parts
+    settings: CheckedSettings
     config: TrainConfig | None
     indexes: list[tuple[DataSource, Index]]
     order: Mixture | None
     world: int
     topology: Path | None
-    device: Device  # that the launch is to take
+    device: Device  # on which it is to compute
 
     @property
     def remote(self) -> RemotePolicy:
-        """The config's, but a store that cannot be reached shows soon."""
-        return self.parts.data.remote.model_copy(update={"attempts": ATTEMPTS})
+        """The config's policy with fewer attempts, to report an unreachable store soon."""
+        return self.settings.data.remote.model_copy(update={"attempts": ATTEMPTS})
 
 
 def some(names: Sequence[str]) -> str:

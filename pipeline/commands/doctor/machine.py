@@ -21,46 +21,40 @@ import urllib3
 import wandb
 
 from pipeline.commands.doctor.compute import weight_bytes
-from pipeline.commands.doctor.finding import Finding, Findings, Patient
+from pipeline.commands.doctor.finding import DoctorContext, Finding, Findings
 from pipeline.common.console import in_bytes
 from pipeline.common.strict.dialect import parse
 from pipeline.data.index.manifest import without_query
 from pipeline.data.order.simulate import memory_bound
 from pipeline.data.storage import is_url, open_storage
 from pipeline.data.storage.opening import local_path
+from pipeline.training.run_directory import check_ranks
 
 MAX_CLOCK_SKEW_SECONDS = 60.0
 OURS = ("latentmill", "launch", "pipeline")
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def check_batch(patient: Patient) -> Findings:
+def check_batch(context: DoctorContext) -> Findings:
     """The global batch divides over processes and micro-batches."""
-    batch, parts = patient.parts.batch_size, patient.world * patient.parts.accumulation
-    shares = f"{patient.world} processes x accumulation {patient.parts.accumulation}"
-    if batch % parts:
-        nearest = -(-batch // parts) * parts
-        yield Finding(
-            "batch",
-            "FAIL",
-            f"batch_size {batch} does not divide over {shares}: set batch_size to {nearest}, or "
-            "use another number of processes",
-        )
-    else:
-        yield Finding("batch", "ok", f"{batch} = {shares} x {batch // parts}")
+    batch, micro_batches = context.settings.batch_size, context.settings.accumulation
+    check_ranks(batch, micro_batches, context.world)
+    each = batch // (context.world * micro_batches)
+    shares = f"{context.world} processes x accumulation {micro_batches} x {each}"
+    yield Finding("batch", "ok", f"{batch} = {shares}")
 
 
-def check_memory(patient: Patient) -> Findings:
-    """What the stream may hold, against what is free here or in our container."""
-    data, world, order = patient.parts.data, patient.world, patient.order
-    if order is None or patient.parts.batch_size % world:
+def check_memory(context: DoctorContext) -> Findings:
+    """Memory of the stream, against the free memory of this machine or container."""
+    data, world, order = context.settings.data, context.world, context.order
+    if order is None or context.settings.batch_size % world:
         return
     encoded = 0.0
-    for part, (_, index) in zip(order.orders, patient.indexes, strict=True):
+    for part, (_, index) in zip(order.orders, context.indexes, strict=True):
         mean_bytes = sum(shard.bytes for shard in index.shards) / max(index.num_samples, 1)
-        # A rank's slots may all lie in one data set of a mixture.
+        # All slots of a rank may come from one data set of a mixture.
         encoded += memory_bound(part, world if len(order.orders) == 1 else 1, mean_bytes)
-    slots = patient.parts.batch_size // world
+    slots = context.settings.batch_size // world
     each = prod(data.decode.buffer_shape) * np.dtype(data.decode.stored_dtype).itemsize
     decoded = (data.prefetch + 1) * slots * each
     needed, free = encoded + decoded, _free_memory()
@@ -78,24 +72,24 @@ def check_memory(patient: Patient) -> Findings:
         yield Finding("memory", "ok", text)
 
 
-def check_disk(patient: Patient) -> Findings:
-    """The run directory takes files, and the checkpoints that are kept."""
-    run_dir = Path(patient.parts.run_dir)
-    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.is_dir())
+def check_disk(context: DoctorContext) -> Findings:
+    """The run directory is writable, and has space for the checkpoints."""
+    run_dir = Path(context.settings.run_dir)
+    folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.is_dir())
     try:
-        with tempfile.TemporaryFile(dir=place) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"doctor")
     except OSError as error:
-        text = f"{place} cannot be written to ({error.strerror}): set another run_dir"
+        text = f"{folder} cannot be written to ({error.strerror}): set another run_dir"
         yield Finding("disk", "FAIL", text)
         return
-    config = patient.config
+    config = context.config
     if config is None:
         return
     # Weights, AdamW's two moments, their average.
     one = weight_bytes(config) * (3 + (config.ema_decay is not None))
     kept = config.checkpoint.keep.at_most(config.total_samples)
-    needed, free = one * (kept + 1), shutil.disk_usage(place).free
+    needed, free = one * (kept + 1), shutil.disk_usage(folder).free
     text = (
         f"{kept} checkpoints of {in_bytes(one)} and one being written need "
         f"{in_bytes(needed)} in {run_dir}; {in_bytes(free)} are free"
@@ -104,22 +98,22 @@ def check_disk(patient: Patient) -> Findings:
     yield Finding("disk", "ok" if needed < free else "FAIL", text + remedy * (needed >= free))
 
 
-def check_clock(patient: Patient) -> Findings:
+def check_clock(context: DoctorContext) -> Findings:
     """The clock agrees with the store that holds the shards."""
-    for source, index in patient.indexes:
+    for source, index in context.indexes:
         if source.root.startswith(("http://", "https://")):
-            with closing(open_storage(source.root, patient.remote)) as storage:
+            with closing(open_storage(source.root, context.remote)) as storage:
                 url = storage.where(index.shards[0].name)
             try:
                 answer = urllib3.request("HEAD", url, timeout=10, retries=False)
                 there = parsedate_to_datetime(answer.headers["Date"]).timestamp()
             except (urllib3.exceptions.HTTPError, KeyError, ValueError) as error:
-                told = f"{url} does not tell its time ({type(error).__name__})"
-                yield Finding("clock", "warning", f"{told}: compare the clocks yourself")
+                text = f"{url} does not send its time ({type(error).__name__})"
+                yield Finding("clock", "warning", f"{text}: compare the clocks by hand")
                 continue
             skew, what = time.time() - there, f"the server of {without_query(source.root)}"
         elif is_url(source.root):
-            continue  # S3 refuses what a wrong clock has signed: the shards' check shows it
+            continue  # S3 refuses requests with a wrong time: the check of the shards fails
         else:
             shards = [Path(local_path(source.root)) / shard.name for shard in index.shards]
             newest = max((path.stat().st_mtime for path in shards if path.exists()), default=0.0)
@@ -131,27 +125,29 @@ def check_clock(patient: Patient) -> Findings:
             yield Finding("clock", "ok", f"no more than a minute off {what}")
 
 
-def check_wandb(patient: Patient) -> Findings:
-    """Where the metrics go besides metrics.jsonl, and why; nothing is sent."""
-    if patient.config is None:
+def check_wandb(context: DoctorContext) -> Findings:
+    """Where W&B writes metrics, and why; sends nothing."""
+    if context.config is None:
         return
-    mode = patient.config.monitor.wandb.mode
+    mode = context.config.monitor.wandb.mode
     own = os.environ.get("WANDB_BASE_URL")
-    # The service has moved; W&B takes the key of its former host, too.
+    # W&B also accepts the key of its former host.
     servers = [own] if own else ["https://api.wandb.ai", wandb.Settings().base_url]
     host, *others = (urlsplit(server).netloc for server in servers)
     has_key = bool(os.environ.get("WANDB_API_KEY")) or any(map(_in_netrc, (host, *others)))
-    told = f"monitor.wandb.mode {mode}"
-    folder = f"{patient.parts.run_dir}/wandb"
+    setting = f"monitor.wandb.mode {mode}"
+    folder = f"{context.settings.run_dir}/wandb"
     if mode == "disabled":
-        yield Finding("wandb", "ok", f"disabled: {told}")
+        yield Finding("wandb", "ok", f"disabled: {setting}")
     elif mode == "online" and not has_key:
         remedy = "run `wandb login`, or set monitor.wandb.mode to auto"
-        yield Finding("wandb", "warning", f"{told}, but there is no key for {host} here: {remedy}")
+        yield Finding(
+            "wandb", "warning", f"{setting}, but there is no key for {host} here: {remedy}"
+        )
     elif mode != "offline" and has_key:
-        yield Finding("wandb", "ok", f"online: {told}, a key for {host} is here (not tried)")
+        yield Finding("wandb", "ok", f"online: {setting}, a key for {host} is here (not tried)")
     else:
-        why = f"{told}, no key for {host} here" if mode == "auto" else told
+        why = f"{setting}, no key for {host} here" if mode == "auto" else setting
         later = f"`wandb sync {folder}/offline-run-*` uploads later"
         yield Finding("wandb", "ok", f"offline, into {folder}: {why}; {later}")
 
@@ -164,13 +160,13 @@ def _in_netrc(host: str) -> bool:
         return False
 
 
-def check_strategy(patient: Patient) -> Findings:
+def check_strategy(context: DoctorContext) -> Findings:
     """What the launch needs can be imported."""
     modules, how = ["accelerate"], "pip install 'latentmill[train]'"
-    if patient.topology is not None:
-        topology, problems = parse(patient.topology.read_text())
+    if context.topology is not None:
+        topology, problems = parse(context.topology.read_text())
         if problems or not isinstance(topology, dict):
-            yield Finding("strategy", "FAIL", f"{patient.topology} is no accelerate config file")
+            yield Finding("strategy", "FAIL", f"{context.topology} is no accelerate config file")
             return
         if topology.get("distributed_type") == "DEEPSPEED":
             modules += ["deepspeed", "transformers", "ninja"]
@@ -186,10 +182,10 @@ def check_strategy(patient: Patient) -> Findings:
         yield Finding("strategy", "ok", f"{', '.join(modules)} can be imported")
 
 
-def check_names(_: Patient) -> Findings:
-    """Nothing in this folder has the name of one of our packages; silent if that is so.
+def check_names(_: DoctorContext) -> Findings:
+    """Warn of files in the current folder that have the names of our packages.
 
-    Python puts the current folder first where a module is run by `-m`, before any line of ours.
+    `python -m` imports from the current folder first, before any of our code runs.
     """
     here = Path.cwd()
     if here == Path(__file__).parents[3]:
@@ -198,15 +194,15 @@ def check_names(_: Patient) -> Findings:
     found = [name for name in names if (here / name).is_file()]
     if found:
         text = (
-            f"{', '.join(found)} in this folder would be run in place of ours by `python -m` and "
-            "`accelerate launch -m`: `latentmill train` does not look here, or rename it"
+            f"{', '.join(found)} in this folder would be run by `python -m` and `accelerate launch "
+            "-m` instead of ours: use `latentmill train`, or rename it"
         )
         yield Finding("names", "warning", text)
 
 
 @cache
 def _import_error(modules: tuple[str, ...]) -> str:
-    """How importing the modules ends, in a process of its own; empty if well."""
+    """The error of importing the modules in a new process; empty if there is none."""
     argv = [sys.executable, "-c", f"import {', '.join(modules)}"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=300)
     return done.stderr.strip().splitlines()[-1] if done.returncode else ""

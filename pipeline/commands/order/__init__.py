@@ -1,4 +1,4 @@
-"""`latentmill order`: who reads what, or what an order would cost."""
+"""`latentmill order`: which rank reads which sample, or the cost of an order."""
 
 import argparse
 import json
@@ -8,11 +8,11 @@ from pipeline.common.arguments import bind, numbers, size, steps
 from pipeline.common.console import print_report
 from pipeline.common.errors import DONE
 
-HELP = "who reads what; --simulate: what an order costs and how it mixes; --example: one drawn"
+HELP = "which rank reads which sample; --simulate: the cost of orders; --example: a drawing"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say whose order, which steps, and which numbers instead of the config's."""
+    """Add the source, the steps, and the numbers that override the config's."""
     bind(parser, run)
     parser.add_argument("source", nargs="?", help="config or its shipped name, or index")
     parser.add_argument("overrides", nargs="*", help="settings of the config as a.b=c")

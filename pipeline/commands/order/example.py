@@ -103,9 +103,9 @@ def _lanes(order: Order) -> Iterator[str]:
     yield "\n1. Shuffle the shards, lay their samples end to end, cut them into L lanes of equal"
     yield f"   length. The shards: {' '.join(LETTERS[shard] for shard in shuffled)}."
     yield "   A shard's part in a lane is a span: f0-3 holds the samples 0 to 3 of shard f."
-    place = np.argsort(shuffled)
+    position = np.argsort(shuffled)  # of a shard in the shuffled sequence
     yield from _per_lane(
-        " ".join(_spans(one)[span] for span in np.argsort(place[one.shard])) for one in spans
+        " ".join(_spans(one)[span] for span in np.argsort(position[one.shard])) for one in spans
     )
     yield "\n2. Shuffle each lane's spans; group them by K. The first groups differ in size,"
     yield "   so that the lanes do not all open new shards at the same step."
@@ -136,7 +136,7 @@ def _windows(order: Order, lane: int) -> tuple[list[str], list[str]]:
     for window in range(-(-order.lane_length(lane) // order.window_size)):
         names = _names(*order.window(0, lane, window))
         shuffle = keyed_permutation(len(names), "window", order.seed, 0, lane, window)
-        read = [names[place] for place in np.argsort(shuffle)]
+        read = [names[index] for index in np.argsort(shuffle)]
         before += read
         after.append("[" + " ".join(names) + "]")
     return before, after

@@ -1,4 +1,4 @@
-"""Who reads what, and what other numbers of lanes, windows and processes would cost.
+"""Which rank reads what, and the cost of other numbers of lanes, windows and processes.
 
 config, index or plain counts + L, K, S, G, R -> assignments (lines, step by step)
                                               -> simulation  (one row per combination)
@@ -50,7 +50,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks; None = the config's value, or the default."""
+    """The arguments of the command line; None = the config's value, or the default."""
 
     source: str | None = None  # a config or the path of an index; None = `shards` equal shards
     overrides: Sequence[str] = ()  # of the config
@@ -68,7 +68,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the order of a stream follows from."""
+    """The settings that determine an order."""
 
     data: DataConfig
     seed: int
@@ -86,7 +86,7 @@ class Simulation:
     advice: list[str]
 
     def text(self) -> str:
-        """What is simulated and what follows, the table, and what its columns mean."""
+        """The shape of the data, the advice, the table, and the meaning of its columns."""
         rows = [[heading for heading, *_ in COLUMNS]]
         for row in self.costs:
             values = vars(row) | {
@@ -113,12 +113,12 @@ class Simulation:
 
 
 def assignments(request: Request, steps: range) -> Iterator[dict[str, Any]]:
-    """Say who reads what: step, slot, rank, shard and key of every slot, step by step.
+    """Yield step, slot, rank, shard and key of every slot, step by step.
 
-    Only the steps asked for are planned. Raises UserError before the first, if numbers do not fit.
+    Plans the given steps only. Raises UserError before the first if the numbers do not fit.
     """
     if request.source is None:
-        raise UserError("Name a config or the directory of an index: whose order is it?")
+        raise UserError("Name a config, or the directory of an index.")
     plan = _plan(request)
     (world,) = single(request.world_size, "--world-size") or (1,)
     check_world(plan.batch_size, world)
@@ -141,9 +141,9 @@ def assignments(request: Request, steps: range) -> Iterator[dict[str, Any]]:
 
 
 def simulation(request: Request) -> Simulation:
-    """Simulate every combination of the numbers, on counts alone; raise UserError if one fits not.
+    """Simulate every combination of the numbers, on counts alone; UserError if one does not fit.
 
-    Simulated is an epoch, or as much of it as takes a second or two.
+    Simulates an epoch, or the part of it that takes a second or two.
     """
     if request.source is None:
         plan, counts, mean_bytes = _equal_shards(request)
@@ -174,7 +174,7 @@ def simulation(request: Request) -> Simulation:
 
 
 def _plan(request: Request) -> Plan:
-    """The numbers of a config with what was asked for instead, or those for an index."""
+    """The settings of a config with the options of the command line, or those for an index."""
     source = request.source or ""
     numbers: dict[str, Any] = {"split": request.split}
     for name in ("lanes", "interleave", "window"):
@@ -190,18 +190,20 @@ def _plan(request: Request) -> Plan:
         config = read_config(find("train", source), overrides)
         return Plan(config.data, config.seed, config.batch_size)
     if request.overrides:
-        raise UserError(f"{source} is no .yaml: {request.overrides[0]} has nothing to override.")
+        raise UserError(
+            f"{source} is not a config: {request.overrides[0]} has nothing to override."
+        )
     if request.batch_size is None:
-        raise UserError(f"{source} is an index, which says nothing of a batch: give --batch-size.")
+        raise UserError(f"{source} is an index, which has no batch size: set --batch-size.")
     split = [] if request.split else [f"split={ALL}"]
     data = strict.load(DataConfig, None, [f"path={json.dumps(source)}", *split, *given])
     return Plan(data, request.seed or 0, request.batch_size)
 
 
 def single(values: Sequence[int] | None, option: str) -> Sequence[int]:
-    """Return a number that may be given once, or nothing."""
+    """Return at most one number; UserError for several."""
     if values is not None and len(values) > 1:
-        raise UserError(f"{option} {','.join(map(str, values))}: several are for --simulate.")
+        raise UserError(f"{option} {','.join(map(str, values))}: several numbers need --simulate.")
     return values or ()
 
 
@@ -218,14 +220,14 @@ def check_world(batch_size: int, world: int) -> None:
 def _keys(
     indexes: Sequence[Index], split: str, which: Ints, shard: Ints, row: Ints
 ) -> list[tuple[int, int, str]]:
-    """(data set, shard, key) of every slot; each shard's table is asked once."""
+    """(data set, shard, key) of every slot; opens each shard's table once."""
     keys = [(0, 0, "")] * len(row)
     for source, number in np.unique(np.stack([which, shard]), axis=1).T.tolist():
-        places = np.flatnonzero((which == source) & (shard == number))
+        slots = np.flatnonzero((which == source) & (shard == number))
         table = indexes[source].table(number)
-        rows = table.rows_of(indexes[source].split_number(split))[row[places]]
-        for place, key in zip(places.tolist(), table.keys(rows), strict=True):
-            keys[place] = (source, number, key)
+        rows = table.rows_of(indexes[source].split_number(split))[row[slots]]
+        for slot, key in zip(slots.tolist(), table.keys(rows), strict=True):
+            keys[slot] = (source, number, key)
     return keys
 
 
@@ -234,8 +236,8 @@ def _counts(plan: Plan) -> tuple[Ints, float]:
     indexes = open_indexes(plan.data)
     if len(indexes) > 1:
         raise UserError(
-            "--simulate looks at one data set, and data.mixture names several: name the index of "
-            "each instead of the config, with --batch-size its part of the batch."
+            "--simulate takes one data set, and data.mixture names several: name the index of "
+            "one of them, and its part of the batch as --batch-size."
         )
     index = next(iter(indexes))
     num_bytes = sum(shard.bytes for shard in index.shards)
