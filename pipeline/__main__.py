@@ -48,7 +48,10 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run one verb and return the exit code; `argv` without the program's name."""
     try:
-        arguments = parse(build_parser(argv[0] if argv else None), argv)
+        if not argv:
+            build_parser(None).print_help(sys.stderr)
+            return WRONG_USE
+        arguments = parse(build_parser(argv[0]), argv)
         code = arguments.call(arguments)
         sys.stdout.flush()  # here a closed pipe raises
         return code

@@ -13,6 +13,7 @@ from pipeline.data.pack.parts import few_shards
 
 # The standard error of a mean over 100 samples is a tenth of their standard deviation.
 MIN_HELD_OUT = 100
+MAX_PERCENT = 20  # of a data set that is held out at most
 # More than the longest trainings that are published for such models (masked autoencoders on
 # ImageNet: 1,600 epochs, He et al. 2022); for pictures without augmentation a few hundred suffice.
 MAX_EPOCHS = 2000
@@ -65,13 +66,17 @@ def _held_out(config: TrainConfig, indexes: Sequence[Index]) -> Iterator[Advice]
     count = sum(int(index.counts(split).sum()) for index in known)
     total = sum(index.num_samples for index in indexes)
     if 0 < count < MIN_HELD_OUT and len(known) == len(indexes):
-        percent = min(math.ceil(120 * MIN_HELD_OUT / total), 20)  # a fifth more: it is drawn
+        percent = math.ceil(120 * MIN_HELD_OUT / total)  # a fifth more: it is drawn
         rule = f"{{train: {1 - percent / 100:.2f}, {split}: {percent / 100:.2f}}}"
+        remedy = (
+            f"hold out more by `latentmill index {indexes[0].path} --split '{{fractions: {rule}}}'`"
+        )
+        if percent > MAX_PERCENT:
+            remedy = "more samples would mend that"
         yield (
             "split",
             f"evaluation.split {split} holds {count:,} of {total:,} samples, fewer than "
-            f"{MIN_HELD_OUT}: its means are rough; hold out more by `latentmill index "
-            f"{indexes[0].path} --split '{{fractions: {rule}}}'`",
+            f"{MIN_HELD_OUT}: its means are rough; {remedy}",
         )
 
 

@@ -143,7 +143,7 @@ def test_a_verb_is_one_file_and_one_name(house: House):
     shown = house.latentmill("count-down", "--help")
     assert shown.startswith("usage: latentmill count-down [-h] [--json] [--start START]\n")
     assert "Count down to one.\n" in shown
-    assert house.latentmill("count-down").startswith(f"{'numbers':<28}3, 2, 1\n")
+    assert house.latentmill("count-down").startswith("numbers\n  3\n  2\n  1\n")
     printed = json.loads(house.latentmill("count-down", "--start", 2, "--json"))
     assert printed == {"numbers": [2, 1], "file": str(house.root / new)}
 

@@ -51,9 +51,7 @@ def losses(text: str) -> list[float]:
     return [float(value) for value in re.findall(r"squared error ([\d.]+)", text)]
 
 
-def test_the_plain_loop_resumes(
-    sprites: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_the_plain_loop_resumes(sprites: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     plain_loop = load("plain_loop")
     whole, pieces = tmp_path / "whole.pt", tmp_path / "pieces.pt"
     plain_loop.train(str(sprites), whole, 24, save_every=8)

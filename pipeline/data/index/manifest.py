@@ -100,7 +100,7 @@ class IndexFiles:
         except FileNotFoundError:
             raise UserError(
                 f"{where} does not exist: {again} (data.path names the directory that holds "
-                "`index/`)."
+                "`index/`), or pack a folder of pictures with `latentmill pack folder` first."
             ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{where} cannot be read: {error}.") from None

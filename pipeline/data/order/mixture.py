@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.console import plural
 from pipeline.common.files import canonical_json
 from pipeline.data.order.order_v1 import Order, default_lanes
 
@@ -141,8 +142,9 @@ def reading_plan(mixture: Mixture, world: int) -> str:
         )
         amplification = read_amplification(order.lanes, world)
         parts.append(
-            f"{share}{order.num_samples:,} samples in {len(order.counts):,} shards, {order.lanes} "
-            f"lanes: {world} {'process reads' if world == 1 else 'processes read'} every byte "
+            f"{share}{plural(order.num_samples, 'sample')} in "
+            f"{plural(len(order.counts), 'shard')}, {plural(order.lanes, 'lane')}: "
+            f"{plural(world, 'process')} {'reads' if world == 1 else 'read'} every byte "
             f"{amplification:.2f} times"
         )
     return "; ".join(parts)
