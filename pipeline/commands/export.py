@@ -60,9 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     if is_one:
         return run_here(arguments)
     processes, device, chosen = choose(arguments.processes, arguments.device, EXPORT)
-    progress(chosen)
     if processes == 1 and arguments.device == "auto":
         return run_here(arguments)
+    progress(chosen)
     options = ["--retry-failed"] * arguments.retry_failed
     options += ["--json"] * (arguments.json and arguments.dry_run)
     job = Job(
