@@ -151,6 +151,8 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 @pytest.mark.slow
 def test_a_plain_installation_reads_exports(light: Environment, out: Path):
     assert "No module named 'torch'" in light.run("python", "-c", "import torch").stderr
+    done = light.run("python", "-c", "import latentmill; latentmill.LatentDataset")
+    assert (done.returncode, done.stderr) == (0, "")
     done = light.run("python", SCRIPT, out, "0001/00007")
     assert (done.stdout, done.stderr) == (FOUND, "")
     with serving(FaultServer(files_of(out))) as server:
