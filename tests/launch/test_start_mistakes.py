@@ -125,7 +125,7 @@ OF_DEEPSPEED = {
         deepspeed={"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}},
     ),
     "kept on the CPU": Start(
-        "ACCELERATE_USE_CPU is set, so accelerate would leave DeepSpeed out",
+        "ACCELERATE_USE_CPU is set, so accelerate would leave out DeepSpeed",
         launcher=(*ACCELERATE, "--config_file", f"{TOPOLOGIES}/zero2.yaml"),
     ),
 }
