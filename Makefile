@@ -46,7 +46,7 @@ check: $(STAMP) ## format, lint, types and the site, changing nothing
 	$(MAKE) --no-print-directory docs
 
 size: ## lines of code by folder, without blank lines and comments
-	@$(PYTHON) tests/project/size.py pipeline launch examples benchmarks docker tests
+	@$(PYTHON) tests/project/size.py latentmill pipeline launch examples benchmarks docker tests
 
 format: $(STAMP) ## rewrite the code as `check` wants it, as far as that is mechanical
 	$(BIN)/ruff check --fix-only .
