@@ -214,9 +214,8 @@ def _srun(job: Job, allocation: Allocation) -> str:
     scancel's SIGTERM reaches every process of a node. The trainers save; accelerate ignores it:
     otherwise it would die at once, and Slurm would kill the task with its trainers.
     """
-    cpus = (
-        job.processes_per_node * allocation.cpus_per_process
-    )  # srun does not inherit it from sbatch
+    # srun does not inherit it from sbatch.
+    cpus = job.processes_per_node * allocation.cpus_per_process
     srun = ["srun", "--kill-on-bad-exit=1", "--wait=60", f"--cpus-per-task={cpus}"]
     python, module = shlex.quote(sys.executable), "accelerate.commands.launch"
     topology = local.topology(job).absolute()

@@ -117,9 +117,11 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(
     tiny_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     config = write_config(tmp_path, tiny_shards, 5)
-    assert main(["train", str(config), "--processes", "3", "batch_size=8"]) == 2
+    argv = ["train", str(config), "--processes", "3", "batch_size=8"]
     text = "error: batch_size 8 is not divisible by 3 processes x accumulation 1 = 3."
-    assert capfd.readouterr().err.count(text) == 1
+    for more in ([], ["--dry-run"]):  # the dry run starts no trainer that could refuse it
+        assert main([*argv, *more]) == 2
+        assert capfd.readouterr().err.count(text) == 1
     assert not (tmp_path / "run").exists()
 
 
