@@ -1,10 +1,28 @@
 """The base of everything that carries settings."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from pipeline.common.explain import complaint, explain
+from pipeline.common.files import why_no_directory, why_no_path
+
+
+def _checked(reason_of: Callable[[str], str]) -> AfterValidator:
+    """Refuse a text for which `reason_of` has a reason."""
+
+    def check(text: str) -> str:
+        if reason := reason_of(text):
+            raise ValueError(reason)
+        return text
+
+    return AfterValidator(check)
+
+
+# Settings that name files of this machine, where no URL works.
+LocalPath = Annotated[str, _checked(why_no_path)]
+LocalDirectory = Annotated[str, _checked(why_no_directory)]
 
 
 class Component(BaseModel):
@@ -30,3 +48,15 @@ class Component(BaseModel):
     # pydantic's own mark: a component inside another is checked with the whole, so that the
     # problems of all are told at once, by their paths from the top.
     __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def with_tuples(settings: Any) -> Any:
+    """Return settings with tuples for lists: for what a validator with mode `before` returns.
+
+    A file's lists may stand for tuples only as long as no such validator has seen them.
+    """
+    if isinstance(settings, dict):
+        return {name: with_tuples(v) for name, v in cast(dict[str, Any], settings).items()}
+    if isinstance(settings, list):
+        return tuple(with_tuples(value) for value in cast(list[Any], settings))
+    return settings

@@ -190,9 +190,9 @@ def negative_elbo(losses: Losses, posterior: Posterior) -> Tensor:
     return losses.nll + gaussian_kl(posterior).flatten(1).sum(1)
 
 
-def bits_per_dimension(nats_per_image: N, num_elements: int) -> N:
-    """Convert the nats of a density over [0, 1] values to bits per element of 8-bit data.
+def bits_per_dimension(nats_per_image: N, num_elements: int, value_bits: int = 8) -> N:
+    """Convert the nats of a density over [0, 1] values to bits per element of 8- or 16-bit data.
 
     The density over grey levels 0..255 is 1/256 of it: 8 bits more.
     """
-    return nats_per_image / (num_elements * math.log(2.0)) + 8.0
+    return nats_per_image / (num_elements * math.log(2.0)) + value_bits

@@ -9,11 +9,15 @@ the gradient of their own loss only. This equals one update of each player from 
 under DDP and every stage of ZeRO, where two backward passes through one engine fail.
 """
 
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.common.errors import UserError
 from pipeline.common.precision import widen
 from pipeline.losses.terms import AdversarialTerm, Game
 from pipeline.models.autoencoder import AutoEncoder, ModelOutput
@@ -63,6 +67,35 @@ class Players(nn.Module):
         with torch.autocast(seen.device.type, enabled=False):
             [gradient] = torch.autograd.grad(loss.sum(), seen)
         return loss.detach(), gradient
+
+
+def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
+    """Leave out of the training the parameters whose names in a checkpoint match a pattern.
+
+    Raises UserError if a pattern matches nothing, or if the autoencoder has nothing left to train.
+    """
+    parameters = {checkpoint_name(name): value for name, value in module.named_parameters()}
+    for pattern in patterns:
+        matching = [name for name in parameters if fnmatchcase(name, pattern)]
+        if not matching:
+            raise UserError(
+                f"freeze: {pattern!r} matches no parameter; the nearest are "
+                f"{', '.join(_nearest(pattern, list(parameters)))}."
+            )
+        for name in matching:
+            parameters[name].requires_grad_(False)
+    if not any(p.requires_grad and player_of(n) == "autoencoder" for n, p in parameters.items()):
+        raise UserError(
+            f"freeze: [{', '.join(patterns)}] leaves no parameter of the autoencoder to train: "
+            "name fewer."
+        )
+
+
+def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
+    """Return the names, and patterns of all that a module holds, that are most like `pattern`."""
+    parts = [name.split(".") for name in names]
+    modules = {".".join([*p[:depth], "*"]) for p in parts for depth in range(1, len(p))}
+    return get_close_matches(pattern, [*sorted(modules), *names], n=3, cutoff=0.0)
 
 
 def checkpoint_name(name: str) -> str:

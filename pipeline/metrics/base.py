@@ -31,6 +31,7 @@ class EvaluatedBatch:
     likelihood: Likelihood
     # `AutoEncoder.forward`, to run the model again: equally often on all processes.
     model: Callable[..., ModelOutput]
+    value_bits: int = 8  # of a value as the data holds it
 
     def total(self, values: Tensor) -> Tensor:
         """Return the weighted sum of values [B, ...] over the images, in float64 [...]."""

@@ -27,5 +27,7 @@ class LogLikelihood(MeanMetric):
             values["nats"] = negative_elbo(batch.losses, posterior)
         if batch.likelihood.is_density:
             num_elements = batch.clean[0].numel()
-            values["bits_per_dimension"] = bits_per_dimension(values["nats"], num_elements)
+            values["bits_per_dimension"] = bits_per_dimension(
+                values["nats"], num_elements, batch.value_bits
+            )
         return values

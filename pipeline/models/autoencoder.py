@@ -14,20 +14,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.common import rng
-from pipeline.common.component import Component
+from pipeline.common.component import Component, with_tuples
 from pipeline.common.precision import widen
-from pipeline.models.backbones import Backbone, Burgess
+from pipeline.models.backbones import Backbone, Burgess, latent_channels
 from pipeline.models.bottlenecks import Bottleneck, Code, Gaussian, Posterior
 from pipeline.models.likelihoods import GaussianLikelihood, Learned, Likelihood
 
 Mode = Literal["autoencode", "encode", "decode"]
+Layer = Callable[[Tensor], Tensor]
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (z, target) -> (z, target)
 
 
@@ -37,8 +39,21 @@ class ModelConfig(Component):
     backbone: Backbone = Burgess()  # the networks of encoder and decoder
     bottleneck: Bottleneck = Gaussian()  # from the encoder's output to the latent z
     likelihood: Likelihood = GaussianLikelihood()  # from the decoder's output to the distortion
-    # Less memory for one more forward pass; no number changes. See `run_in_stages`.
+    # Less memory for one more forward pass; no number changes. See `stages_of`.
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_latent_channels(cls, given: Any) -> Any:
+        """Give the bottleneck the size that a backbone's preset has, unless it is given."""
+        settings = with_tuples(given)
+        if not isinstance(settings, dict):
+            return settings
+        channels = latent_channels(settings.get("backbone"))
+        bottleneck = settings.get("bottleneck", {"kind": "gaussian"})
+        if channels is None or not isinstance(bottleneck, dict) or "size" in bottleneck:
+            return settings
+        return {**settings, "bottleneck": {**bottleneck, "size": channels}}
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,7 @@ class AutoEncoder(nn.Module):
         self.decoder = config.backbone.decoder(event_shape, config.bottleneck.size)
         self.bottleneck = config.bottleneck.build()
         self.likelihood = LearnedParameters(config.likelihood.initial())
+        self._run_in_stages = run_in_stages
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -132,28 +148,46 @@ class AutoEncoder(nn.Module):
         assert output.decoded is not None
         return self.config.likelihood.mean(output.decoded).clamp(0, 1)
 
+    def compile_networks(self) -> None:
+        """Compile encoder and decoder, each by itself; the names of their weights stay."""
+        self.encoder.compile()
+        self.decoder.compile()
+        # Gradient checkpointing calls their stages instead.
+        self._run_in_stages = torch.compile(run_in_stages)
+
     def _run(self, network: nn.Module, x: Tensor) -> Tensor:
         if self.config.gradient_checkpointing and torch.is_grad_enabled():
-            return run_in_stages(network, x)
+            return self._run_in_stages(network, x)
         return network(x)
+
+
+def stages_of(network: nn.Module) -> list[Sequence[Layer]]:
+    """Return the stages between which gradient checkpointing stores activations.
+
+    A network may name its `stages()`. A chain of n layers is cut into about sqrt(n) stages of about
+    sqrt(n) layers, which keeps O(sqrt(n)) activations (Chen et al. 2016, "Training deep nets with
+    sublinear memory cost", section 4.1). Any other network is one stage.
+    """
+    if hasattr(network, "stages"):
+        return [[stage] for stage in cast(Any, network).stages()]
+    layers = list(network) if isinstance(network, nn.Sequential) else [network]
+    num_stages = max(round(math.sqrt(len(layers))), 1)
+    cuts = [round(stage * len(layers) / num_stages) for stage in range(num_stages + 1)]
+    return [layers[start:end] for start, end in pairwise(cuts)]
 
 
 def run_in_stages(network: nn.Module, x: Tensor) -> Tensor:
     """Run a network, storing only the inputs of its stages for the backward pass.
 
-    A chain of n layers is cut into about sqrt(n) stages of about sqrt(n) layers, which keeps
-    O(sqrt(n)) activations (Chen et al. 2016, "Training deep nets with sublinear memory cost",
-    section 4.1); any other network is one stage. Loss and gradients are bit-equal to `network(x)`.
+    Loss and gradients are bit-equal to `network(x)`.
     """
-    layers = list(network) if isinstance(network, nn.Sequential) else [network]
-    num_stages = max(round(math.sqrt(len(layers))), 1)
-    cuts = [round(stage * len(layers) / num_stages) for stage in range(num_stages + 1)]
-    for start, end in pairwise(cuts):
-        x = checkpoint(_run_layers, layers[start:end], x, use_reentrant=False)
+    for stage in stages_of(network):
+        x = checkpoint(run_layers, stage, x, use_reentrant=False)
     return x
 
 
-def _run_layers(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+def run_layers(layers: Sequence[Layer], x: Tensor) -> Tensor:
+    """Run one layer after the other."""
     for layer in layers:
         x = layer(x)
     return x
@@ -169,7 +203,7 @@ def build_autoencoder(
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Count the trainable scalars."""
+    """Count the values of all parameters, frozen ones as well."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -181,9 +215,10 @@ def encoder_sha256(model: AutoEncoder) -> str:
     """
     parts = ("encoder.", "bottleneck.")
     weights = {name: t for name, t in model.state_dict().items() if name.startswith(parts)}
+    backbone, bottleneck = model.config.backbone, model.config.bottleneck
     settings = [
-        {"kind": part.kind, **part.model_dump(mode="json", exclude_defaults=True)}
-        for part in (model.config.backbone, model.config.bottleneck)
+        {"kind": backbone.kind, **backbone.encoder_settings()},
+        {"kind": bottleneck.kind, **bottleneck.model_dump(mode="json", exclude_defaults=True)},
     ]
     text = json.dumps([settings, tensors_sha256(weights)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

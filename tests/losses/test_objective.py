@@ -171,6 +171,7 @@ def test_negative_elbo_has_weight_one_whatever_beta_is() -> None:
 
 def test_bits_per_dimension_of_a_uniform_density_is_eight() -> None:
     assert bits_per_dimension(0.0, 100) == 8.0
+    assert bits_per_dimension(0.0, 100, value_bits=16) == 16.0
     assert bits_per_dimension(100 * math.log(2), 100) == pytest.approx(9.0)
 
 

@@ -19,6 +19,7 @@ __all__ = ["config", "two"]  # fixtures
 BURGESS = {"kind": "burgess"}
 DEEP = {"kind": "mlp", "hidden": [64] * 15}
 CPU = torch.device("cpu")
+BATCH = 4
 
 
 class Case(NamedTuple):
@@ -29,9 +30,19 @@ class Case(NamedTuple):
     kept: float
 
 
-# A layer and its ReLU keep one map: of 15 hidden ones those that enter 5 stages are left.
-CASES = [Case(BURGESS, (3, 64, 64), 0.25), Case(DEEP, (8, 8), 0.4)]
-each_case = pytest.mark.parametrize("case", CASES, ids=("burgess", "mlp"))
+def preset(name: str) -> dict[str, Any]:
+    return {"kind": "resnet", "preset": name}
+
+
+# A layer and its ReLU keep one map: of 15 hidden ones those that enter 5 stages are left. A
+# residual block keeps four maps, of which its input is left.
+CASES = [
+    Case(BURGESS, (3, 64, 64), 0.25),
+    Case(DEEP, (8, 8), 0.4),
+    Case(preset("resnet-mini"), (3, 64, 64), 0.25),
+    Case(preset("resnet-xs"), (3, 64, 64), 0.25),
+]
+each_case = pytest.mark.parametrize("case", CASES, ids=("burgess", "mlp", "mini", "xs"))
 
 
 def build(case: Case, *, checkpointing: bool, precision: str = "fp32") -> AutoEncoder:
@@ -45,7 +56,7 @@ def build(case: Case, *, checkpointing: bool, precision: str = "fp32") -> AutoEn
 
 def inputs(case: Case, precision: str = "fp32") -> Tensor:
     torch.manual_seed(1)
-    return torch.rand(16, *case.event_shape, dtype=parameter_dtype(precision))
+    return torch.rand(BATCH, *case.event_shape, dtype=parameter_dtype(precision))
 
 
 def loss(model: nn.Module, x: Tensor, precision: str = "fp32") -> Tensor:
@@ -57,8 +68,11 @@ def loss(model: nn.Module, x: Tensor, precision: str = "fp32") -> Tensor:
     return nll + gaussian_kl(output.posterior).sum()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
-@each_case
+SMALL = Case(preset("resnet-mini"), (3, 16, 24), 0.5)
+OTHERS = [(case, precision) for case in (*CASES[:2], SMALL) for precision in ("bf16", "fp64")]
+
+
+@pytest.mark.parametrize(("case", "precision"), [*((c, "fp32") for c in CASES), *OTHERS])
 def test_loss_and_gradients_are_the_same_bits(case: Case, precision: str):
     x = inputs(case, precision)
     found: list[tuple[Tensor, dict[str, Tensor | None]]] = []
@@ -77,20 +91,22 @@ def test_loss_and_gradients_are_the_same_bits(case: Case, precision: str):
 
 @each_case
 def test_fewer_activations_are_kept(case: Case):
-    x, keys = inputs(case), torch.arange(16)
+    x, keys = inputs(case), torch.arange(BATCH)
 
     def kept(checkpointing: bool) -> int:
         model = build(case, checkpointing=checkpointing)
         return kept_bytes(lambda: model(x, keys=keys), besides=(x, *model.parameters()))
 
     off, on = kept(False), kept(True)
-    print(f"{case.backbone['kind']}: {off:,} bytes of activations are kept, or {on:,}")
+    name = case.backbone.get("preset", case.backbone["kind"])
+    mib = " or with checkpointing ".join(f"{kept / BATCH / 2**20:.3f}" for kept in (off, on))
+    print(f"{name}: {mib} MiB of activations are kept of an image")
     assert 0 < on < case.kept * off
 
 
 @each_case
 def test_without_gradients_nothing_is_kept_and_nothing_differs(case: Case):
-    x, keys = inputs(case), torch.arange(16)
+    x, keys = inputs(case), torch.arange(BATCH)
     expected = build(case, checkpointing=False)(x, keys=keys)
     model = build(case, checkpointing=True)
     for context in (torch.no_grad(), torch.inference_mode()):
@@ -123,7 +139,7 @@ def test_a_network_that_is_no_chain_is_one_stage():
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own compiler
 def test_it_compiles():
-    case = Case({"kind": "mlp", "hidden": [64] * 5}, (8, 8), 0.7)
+    case = SMALL
     x = inputs(case)
     model = build(case, checkpointing=True)
     expected = loss(model, x)
@@ -131,8 +147,10 @@ def test_it_compiles():
     gradients = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     plain = build(case, checkpointing=False)
-    model.compile()
-    plain.compile()
+    names = list(model.state_dict())
+    model.compile_networks()
+    plain.compile_networks()
+    assert list(model.state_dict()) == names
     keys = torch.arange(len(x))
     on, off = (kept_bytes(lambda m=m: m(x, keys=keys), m.parameters()) for m in (model, plain))
     found = loss(model, x)

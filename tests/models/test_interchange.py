@@ -193,7 +193,7 @@ def test_the_verb_reports_and_refuses_a_place_that_is_taken(
     [
         ({"run": "{tmp}/none"}, "{tmp}/none is no run directory"),
         ({"step": 3}, "there is no checkpoint .*step-3; there: step-2, step-4"),
-        ({"out": "{tmp}/file/out"}, "cannot be written to {tmp}/file/out: .*Not a directory"),
+        ({"out": "{tmp}/file/out"}, "out', but must be a directory, and {tmp}/file is a file"),
         ({"out": "{tmp}/file"}, "{tmp}/file exists already"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -5,16 +5,31 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from pipeline.common.errors import UserError
 from pipeline.losses.terms import gaussian_kl
 from pipeline.models.autoencoder import ModelConfig, build_autoencoder, num_parameters
-from pipeline.models.backbones import Backbone, BackboneBase, Burgess, Mlp
+from pipeline.models.backbones import Backbone, BackboneBase, Burgess, Locatello, Mlp, Tiny
 from pipeline.models.bottlenecks import LOGVAR_BOUND, Deterministic, Gaussian, Posterior
 
 BACKBONES: tuple[type[BackboneBase], ...] = get_args(get_args(Backbone)[0])
-SHAPES = [(1, 64, 64), (3, 64, 64), (3, 32, 32)]
+# The settings of each kind, and the events that it is built for.
+SMALL = {"widths": [8, 16], "blocks": 1, "groups": 4, "attention": {"levels": [1]}}
+SQUARES = ((1, 64, 64), (3, 64, 64), (3, 32, 32))
+CASES: dict[str, tuple[dict[str, Any], tuple[tuple[int, ...], ...]]] = {
+    "burgess": ({}, SQUARES),
+    "locatello": ({}, SQUARES[:2]),
+    "mlp": ({}, (*SQUARES, (2, 3))),
+    "resnet": (SMALL, ((1, 16, 16), (3, 16, 24), (4, 24, 16))),
+    "tiny": ({}, ((1, 16, 8), (4, 8, 16))),
+}
+EVENTS = [
+    pytest.param({"kind": kind, **settings}, shape, id=f"{kind}-{'x'.join(map(str, shape))}")
+    for kind, (settings, shapes) in CASES.items()
+    for shape in shapes
+]
 
 
 def build(event_shape: tuple[int, ...], **config: Any) -> Any:
@@ -26,16 +41,19 @@ def keys(num: int) -> Tensor:
     return torch.arange(num) * 7919
 
 
-@pytest.mark.parametrize("event_shape", SHAPES)
-@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_has_a_case() -> None:
+    assert {kind.model_fields["kind"].default for kind in BACKBONES} == set(CASES)
+
+
+@pytest.mark.parametrize(("backbone", "event_shape"), EVENTS)
 @pytest.mark.parametrize("bottleneck", ["deterministic", "gaussian"])
 @pytest.mark.parametrize("likelihood", ["squared_error", "gaussian", "bernoulli"])
 def test_contract(
-    backbone: type[BackboneBase], bottleneck: str, likelihood: str, event_shape: tuple[int, ...]
+    backbone: dict[str, Any], bottleneck: str, likelihood: str, event_shape: tuple[int, ...]
 ) -> None:
     model = build(
         event_shape,
-        backbone={"kind": backbone().kind},
+        backbone=backbone,
         bottleneck={"kind": bottleneck, "size": 6},
         likelihood={"kind": likelihood},
     )
@@ -62,10 +80,10 @@ def test_contract(
 
 
 @pytest.mark.parametrize("likelihood", ["squared_error", "gaussian", "bernoulli"])
-@pytest.mark.parametrize("backbone", ["mlp", "burgess"])
-def test_latents_become_pictures(backbone: str, likelihood: str) -> None:
+@pytest.mark.parametrize("kind", ["mlp", "burgess", "resnet", "tiny"])
+def test_latents_become_pictures(kind: str, likelihood: str) -> None:
     model = build(
-        (3, 32, 32), backbone={"kind": backbone}, likelihood={"kind": likelihood}
+        (3, 32, 32), backbone={"kind": kind, **CASES[kind][0]}, likelihood={"kind": likelihood}
     ).requires_grad_(False)
     posterior = model(torch.rand(4, 3, 32, 32), mode="encode").posterior
     for z in (posterior.mu, posterior.sample(keys(4)), 1e3 * torch.randn(4, *model.latent_shape)):
@@ -101,17 +119,72 @@ def test_mlp_takes_any_event() -> None:
         Mlp(hidden=(0,))
 
 
-def test_weights_depend_on_the_seed_alone() -> None:
-    config = ModelConfig()
+def test_locatello_has_the_published_number_of_parameters_and_initial_weights() -> None:
+    for channels, expected in ((1, 690_517), (3, 692_567)):
+        backbone, likelihood = {"kind": "locatello"}, {"kind": "bernoulli"}
+        model = build((channels, 64, 64), backbone=backbone, likelihood=likelihood)
+        assert num_parameters(model) == expected
+        assert num_parameters(model.encoder) == 309_204 + 1024 * (channels == 3)
+    # Glorot: uniform within sqrt(6 / (fan_in + fan_out)).
+    for layer, fans in ((model.encoder[2], 32 * 16 + 32 * 16), (model.decoder[2], 256 + 1024)):
+        bound = math.sqrt(6 / fans)
+        assert 0.98 * bound < layer.weight.abs().max() <= bound
+        assert not layer.bias.any()
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (1, 64, 96), (3,)])
+def test_locatello_refuses_other_sizes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"locatello takes .* 64, 64\], not .* data.decode.size"):
+        Locatello().check_event(shape)
+
+
+@pytest.mark.parametrize(
+    ("channels", "encoder", "decoder"),
+    [(4, 1_222_532, 1_222_531), (16, 1_229_456, 1_229_443)],
+)
+def test_tiny_is_diffusers_autoencoder_tiny(channels: int, encoder: int, decoder: int) -> None:
+    """Pixels are [0, 1] here, and [-1, 1] there."""
+    bottleneck, likelihood = {"kind": "deterministic", "size": channels}, {"kind": "squared_error"}
+    model = build(
+        (3, 64, 40), backbone={"kind": "tiny"}, bottleneck=bottleneck, likelihood=likelihood
+    )
+    assert num_parameters(model.encoder) == encoder
+    assert num_parameters(model.decoder) == decoder
+    other: Any = AutoencoderTiny(latent_channels=channels)
+    model.load_state_dict(other.state_dict())
+    for side in (40, 64):
+        x = torch.rand(2, 3, 64, side)
+        with torch.no_grad():
+            latents = other.encode(2 * x - 1).latents
+            torch.testing.assert_close(model(x).z, latents, rtol=0, atol=1e-5)
+            far = 40 * latents  # where the decoder bends them
+            pictures = (other.decode(far).sample + 1) / 2
+            found = model(far, mode="decode").decoded
+        torch.testing.assert_close(found, pictures, rtol=0, atol=1e-5)
+
+
+def test_tiny_refuses_sides_that_8_does_not_divide() -> None:
+    with pytest.raises(ValueError, match=r"36 pixels .* multiple of 8.* \[64, 32\] or \[64, 40\]"):
+        Tiny().check_event((3, 64, 36))
+    with pytest.raises(ValueError, match="tiny takes pictures"):
+        Tiny().check_event((100,))
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_weights_depend_on_the_seed_alone(kind: str) -> None:
+    settings, shapes = CASES[kind]
+    config = ModelConfig.model_validate({"backbone": {"kind": kind, **settings}})
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    a = build_autoencoder(config, (1, 64, 64), seed=3, dtype=torch.float32).state_dict()
+    a = build_autoencoder(config, shapes[0], seed=3, dtype=torch.float32).state_dict()
     assert torch.equal(before, torch.random.get_rng_state())
     torch.manual_seed(2)
-    b = build_autoencoder(config, (1, 64, 64), seed=3, dtype=torch.float32).state_dict()
-    c = build_autoencoder(config, (1, 64, 64), seed=4, dtype=torch.float32).state_dict()
+    b = build_autoencoder(config, shapes[0], seed=3, dtype=torch.float32).state_dict()
+    c = build_autoencoder(config, shapes[0], seed=4, dtype=torch.float32).state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(a["encoder.0.weight"], c["encoder.0.weight"])
+    assert [n for n in a if a[n].ndim > 1] == [
+        n for n in a if a[n].ndim > 1 and not torch.equal(a[n], c[n])
+    ]
 
 
 def test_reparametrisation() -> None:

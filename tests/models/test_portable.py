@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,69 +16,29 @@ import torch
 from PIL import Image
 
 from pipeline.__main__ import main
-from pipeline.checkpoints.folder import RunState, save_checkpoint
-from pipeline.common import strict
 from pipeline.common.errors import UserError
-from pipeline.config import TrainConfig
-from pipeline.distributed.strategies.base import FullState
-from pipeline.export.model import export_model
-from pipeline.models.autoencoder import build_autoencoder
+from pipeline.models.autoencoder import AutoEncoder
 from pipeline.models.backbones import Backbone
 from pipeline.models.bottlenecks import Bottleneck
 from pipeline.models.interchange import from_pretrained, read_description
 from pipeline.models.likelihoods import Likelihood
 from pipeline.models.portable import check_outputs
 from pipeline.training.loading import load_run
+from tests.models.exported import (
+    CASES,
+    COLOUR,
+    FREE,
+    SLOW,
+    TOLERANCE,
+    assert_close,
+    export,
+    leave_run,
+    stored_values,
+)
 from tests.processes import ROOT
 from tests.shards import tiny_image
 
-TOLERANCE = 1e-4  # of the promise, absolute and relative
 EXAMPLE = ROOT / "examples" / "embed_onnx.py"
-
-BURGESS, MLP = {"kind": "burgess"}, {"kind": "mlp", "hidden": [7]}
-POINT, GAUSSIAN = {"kind": "deterministic", "size": 3}, {"kind": "gaussian", "size": 2}
-BERNOULLI, SQUARED = {"kind": "bernoulli"}, {"kind": "squared_error"}
-FLOATS = {"kind": "array", "shape": [2, 3], "range": [-1, 3]}
-SHORTS = {"kind": "array", "shape": [2, 32, 32], "dtype": "uint16", "range": [0, 4095]}
-HALVES = {"kind": "array", "shape": [5], "dtype": "float16", "range": [0, 1]}
-COLOUR = {"kind": "image", "size": 32}
-# Every backbone with every bottleneck, images and arrays, and some of the other settings.
-CASES: dict[str, tuple[Any, ...]] = {
-    "colour": (COLOUR, BURGESS, GAUSSIAN, BERNOULLI, "fp32"),
-    "uint16": (SHORTS, BURGESS, POINT, BERNOULLI, "bf16"),
-    "float16": (HALVES, MLP, GAUSSIAN, {"kind": "gaussian"}, "fp64"),
-    "float32": (FLOATS, MLP, POINT, SQUARED, "fp32"),
-}
-SLOW = sorted(set(CASES) - {"colour", "float32"})
-
-
-def leave_run(run_dir: Path, case: tuple[Any, ...], *, scale: float = 1.0, seed: int = 0) -> Path:
-    """Leave a run directory as training does; the weights are the initial ones times `scale`."""
-    decode, backbone, bottleneck, likelihood, precision = case
-    config = TrainConfig.model_validate(
-        {
-            "run_dir": str(run_dir),
-            "data": {"path": "nowhere", "decode": decode},
-            "model": {"backbone": backbone, "bottleneck": bottleneck, "likelihood": likelihood},
-            "objective": {"regularisers": []},
-            "precision": precision,
-            "ema_decay": None,
-        }
-    )
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    shape = config.data.decode.event_shape
-    module = build_autoencoder(config.model, shape, seed=seed, dtype=dtype)
-    weights = {name: scale * value.detach() for name, value in module.state_dict().items()}
-    tensors = FullState(model=weights, ema=None, exp_avg={}, exp_avg_sq={}, num_updates=1)
-    state = RunState(1, 1, 1, "order", "data", 1, {})
-    save_checkpoint(run_dir / "checkpoints", state, tensors)
-    (run_dir / "config.yaml").write_text(strict.dump(config))
-    return run_dir
-
-
-def export(run: Path, out: Path, **options: Any) -> Path:
-    export_model(run, out, weights="raw", **options)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -93,18 +52,6 @@ def colour(colour_run: Path) -> Path:
     return export(colour_run, colour_run.with_name("model"), onnx=True, torch_export=True)
 
 
-def stored_values(decode: Mapping[str, Any], shape: tuple[int, ...], count: int) -> np.ndarray:
-    low, high = decode.get("range", (0, 255))
-    values = np.random.default_rng(7).uniform(low, high, (count, *shape))
-    values[0], values[-1] = low, high
-    return values.astype(decode.get("dtype", "float32" if "shape" in decode else "uint8"))
-
-
-def assert_close(found: np.ndarray, wanted: torch.Tensor) -> None:
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=TOLERANCE, atol=TOLERANCE)
-
-
 def test_every_kind_of_network_has_a_case():
     for place, union in ((1, Backbone), (2, Bottleneck), (3, Likelihood)):
         kinds = {kind.model_fields["kind"].default for kind in get_args(get_args(union)[0])}
@@ -113,7 +60,7 @@ def test_every_kind_of_network_has_a_case():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["colour", "float32", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
+    "name", ["colour", "float32", *SLOW, pytest.param("maps", marks=pytest.mark.soak)]
 )
 def test_programs_compute_what_the_model_computes(
     name: str, colour_run: Path, colour: Path, tmp_path: Path
@@ -145,6 +92,28 @@ def test_programs_compute_what_the_model_computes(
         wanted = model.config.likelihood.mean(decoded).clamp(0, 1)
         assert_close(from_z.run(["reconstruction"], {"z": z.numpy()})[0], wanted)
         assert_close(program_from_z(z)["reconstruction"].detach().numpy(), wanted)
+    if name in FREE:
+        _check_other_sizes(name, (session, from_z), (program, program_from_z), model, decode)
+
+
+def _check_other_sizes(
+    name: str, sessions: tuple[Any, Any], programs: tuple[Any, Any], model: AutoEncoder, decode: Any
+) -> None:
+    multiple, height_axis = FREE[name]
+    for session, at in zip(sessions, (height_axis, 2), strict=True):
+        assert session.get_inputs()[0].shape[at : at + 2] == ["height", "width"]
+    shape = [3, *decode.buffer_shape]
+    for height, width in ((2, 7), (6, 2)):  # of latents
+        shape[height_axis : height_axis + 2] = height * multiple, width * multiple
+        x = stored_values(CASES[name][0], tuple(shape[1:]), 3)
+        unit = decode.to_unit(decode.event_view(torch.from_numpy(x)))
+        mu = model(unit, mode="encode").posterior.mu
+        assert mu.shape[2:] == (height, width)
+        assert_close(sessions[0].run(["mu"], {"x": x})[0], mu)
+        assert_close(programs[0](torch.from_numpy(x))["mu"].detach().numpy(), mu)
+        wanted = model.reconstruct(mu)
+        assert_close(sessions[1].run(None, {"z": mu.detach().numpy()})[0], wanted)
+        assert_close(programs[1](mu.detach())["reconstruction"].detach().numpy(), wanted)
 
 
 def test_the_description_says_what_goes_in_and_comes_out(colour: Path):

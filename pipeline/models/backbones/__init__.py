@@ -9,8 +9,20 @@ from pydantic import Field
 
 from pipeline.models.backbones.base import BackboneBase
 from pipeline.models.backbones.burgess import Burgess
+from pipeline.models.backbones.locatello import Locatello
 from pipeline.models.backbones.mlp import Mlp
+from pipeline.models.backbones.resnet import Resnet, latent_channels
+from pipeline.models.backbones.tiny import Tiny
 
-Backbone = Annotated[Burgess | Mlp, Field(discriminator="kind")]
+Backbone = Annotated[Burgess | Locatello | Mlp | Resnet | Tiny, Field(discriminator="kind")]
 
-__all__ = ["Backbone", "BackboneBase", "Burgess", "Mlp"]
+__all__ = [
+    "Backbone",
+    "BackboneBase",
+    "Burgess",
+    "Locatello",
+    "Mlp",
+    "Resnet",
+    "Tiny",
+    "latent_channels",
+]

@@ -29,7 +29,14 @@ from torch import Tensor
 from pipeline.common import strict
 from pipeline.common.component import Component
 from pipeline.common.errors import UserError
-from pipeline.common.files import publish, sync_file, temporary_name, write_atomic, write_json
+from pipeline.common.files import (
+    local_directory,
+    publish,
+    sync_file,
+    temporary_name,
+    write_atomic,
+    write_json,
+)
 from pipeline.common.precision import Precision, parameter_dtype
 from pipeline.models.autoencoder import AutoEncoder, ModelConfig, build_autoencoder, tensors_sha256
 
@@ -59,7 +66,7 @@ class Network(Component):
     """The encoder or the decoder as files, one per format; see `portable`."""
 
     files: dict[str, Sha256]
-    # The encoder's x are values as stored (images uint8 [height, width, channels]), which it scales
+    # The encoder's x are values as stored (images [height, width, channels]), which it scales
     # to [0, 1].
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
@@ -83,8 +90,8 @@ class Description(Component):
     encoder_sha256: Sha256 | None = None  # see `autoencoder.encoder_sha256`; None in older models
     step: int = Field(ge=0)  # global batches that the weights have seen,
     samples_seen: int = Field(ge=0)  # and samples
-    dataset_id: str
-    order_id: str
+    dataset_id: str | None = None  # None in models that were imported
+    order_id: str | None = None
     versions: dict[str, str]  # of the libraries that trained
     networks: dict[str, Network] | None = None  # encoder, decoder
     # Of exported latents, under the names that diffusers uses: a latent is normalised per channel
@@ -96,11 +103,12 @@ class Description(Component):
 
 
 def check_absent(out: Path) -> None:
-    """Raise UserError if `out` exists."""
+    """Raise UserError if `out` exists, or is no place for a folder."""
     if out.exists() or out.is_symlink():
         raise UserError(
             f"{out} exists already: name another folder for the model, or remove this one."
         )
+    local_directory(out, "The model's folder")
 
 
 def save_pretrained(
@@ -113,18 +121,33 @@ def save_pretrained(
 
     Raises UserError if `out` exists or cannot be written.
     """
+    content = description.model_dump(mode="json")
+    kept = {name: value for name, value in content.items() if value is not None}
+    write_folder(out, kept, tensors, WEIGHTS, files)
+
+
+def write_folder(
+    out: Path,
+    content: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    weights: str,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write `content` as config.json, the tensors under the name `weights`, and further files.
+
+    Raises UserError if `out` exists or cannot be written.
+    """
     check_absent(out)
     staged = temporary_name(out)
     try:
         staged.mkdir(parents=True)
-        content = description.model_dump(mode="json")
-        write_json(staged / CONFIG, {k: v for k, v in content.items() if v is not None})
+        write_json(staged / CONFIG, content)
         contiguous = {name: value.contiguous() for name, value in tensors.items()}
         # The metadata that the loaders of other libraries require.
-        save_file(contiguous, staged / WEIGHTS, metadata={"format": "pt"})
+        save_file(contiguous, staged / weights, metadata={"format": "pt"})
         # safetensors makes the file private; use the permissions of the other file.
-        shutil.copymode(staged / CONFIG, staged / WEIGHTS)
-        sync_file(staged / WEIGHTS)
+        shutil.copymode(staged / CONFIG, staged / weights)
+        sync_file(staged / weights)
         for name, data in (files or {}).items():
             write_atomic(staged / name, data)
         publish(staged, out)
@@ -136,7 +159,7 @@ def save_pretrained(
 
 def read_description(path: str | Path) -> Description:
     """Read config.json of an exported model; raises UserError if it is missing or unusable."""
-    file = Path(path) / CONFIG
+    file = local_directory(path, "The model") / CONFIG
     try:
         text = file.read_text(encoding="utf-8")
         content: Any = json.loads(text)
@@ -147,6 +170,11 @@ def read_description(path: str | Path) -> Description:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}. Export the model again.") from error
+    if isinstance(content, dict) and "_class_name" in content:
+        raise UserError(
+            f"{path} is a folder of diffusers: `latentmill import-model {path} OUT` makes a folder "
+            "of latentmill from it."
+        )
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise UserError(
@@ -154,6 +182,22 @@ def read_description(path: str | Path) -> Description:
             "Load it with the version that wrote it, or export the model again."
         )
     return strict.load(Description, file, [], text=text)
+
+
+def read_tensors(path: str | Path, description: Description) -> dict[str, Tensor]:
+    """Read the weights of an exported model; raises UserError unless they are those described."""
+    file = Path(path) / WEIGHTS
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is missing or damaged: {error}. Export it again.") from error
+    digest = tensors_sha256(tensors)
+    if digest != description.weights_sha256:
+        raise UserError(
+            f"{file} is damaged, or not the one that {CONFIG} describes: its weights have the "
+            f"sha256 {digest}, {CONFIG} says {description.weights_sha256}. Export the model again."
+        )
+    return tensors
 
 
 def from_pretrained(
@@ -167,17 +211,7 @@ def from_pretrained(
     Raises UserError if a file is missing, damaged, of an unknown format, or does not fit the other.
     """
     description = read_description(path)
-    file = Path(path) / WEIGHTS
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is missing or damaged: {error}. Export it again.") from error
-    digest = tensors_sha256(tensors)
-    if digest != description.weights_sha256:
-        raise UserError(
-            f"{file} is damaged, or not the one that {CONFIG} describes: its weights have the "
-            f"sha256 {digest}, {CONFIG} says {description.weights_sha256}. Export the model again."
-        )
+    tensors = read_tensors(path, description)
     try:
         model = build_autoencoder(
             description.model,
@@ -188,6 +222,6 @@ def from_pretrained(
         model.load_state_dict(tensors)
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"{file} does not hold the weights of the model in {CONFIG}: {error}"
+            f"{Path(path) / WEIGHTS} does not hold the weights of the model in {CONFIG}: {error}"
         ) from error
     return model.to(device=device, dtype=dtype).eval()
