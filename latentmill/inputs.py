@@ -1,7 +1,7 @@
 """The inputs of `encode`, converted to those of the model by the training's own decoder.
 
     files, bytes ------------- decode.decode --------+
-    PIL images, uint8 arrays - decode.decode_image --+-> stored values -> to_unit -> x [B, *event]
+    PIL images, pixels ------- decode.decode_image --+-> stored values -> to_unit -> x [B, *event]
     arrays of a data set ----- decode.decode_values -+                               in [0, 1]
     floats in [0, 1] --------------------------------------------------------------------^
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.common.errors import UserError
 from pipeline.data.decode import ArrayDecode, Decode, DecodeError, ImageDecode
+from pipeline.data.decode.pixels import Pixels
 from pipeline.data.storage import is_url
 
 Picture = str | PathLike[str] | bytes | bytearray | Image.Image | NDArray[Any] | Tensor
@@ -30,7 +31,7 @@ SINGLE = (str, PathLike, bytes, bytearray, Image.Image, np.ndarray, Tensor)
 
 CHANNELS = (1, 3, 4)  # of an array that may be an image: grey, colour, colour and alpha
 ROUNDING = 1e-3  # by which floats may leave [0, 1]
-WHAT = "paths, bytes, PIL images, uint8 arrays, or floats in [0, 1]"
+WHAT = "paths, bytes, PIL images, uint8 or uint16 arrays, or floats in [0, 1]"
 
 
 class Item(NamedTuple):
@@ -108,7 +109,7 @@ def _items_of(picture: Any, name: str, decode: Decode, *, is_batch_allowed: bool
     return items
 
 
-def _of_image(image: Image.Image, name: str, decode: Decode) -> Item:
+def _of_image(image: Image.Image | Pixels, name: str, decode: Decode) -> Item:
     if not isinstance(decode, ImageDecode):
         raise UserError(f"{name} is an image; {_wanted(decode)}, or files of them.")
     return Item(name, lambda slot: decode.decode_image(image, slot))
@@ -119,8 +120,8 @@ def _of_floats(array: NDArray[Any] | Tensor, name: str, decode: ImageDecode) -> 
     event = decode.event_shape
     if tuple(array.shape) not in (event, (*array.shape[:1], *event)):
         raise UserError(
-            f"{name}: {_wanted(decode)}; got {_shape(array)}. Only files, PIL images and uint8 "
-            "arrays are resized, as in training."
+            f"{name}: {_wanted(decode)}; got {_shape(array)}. Only files, PIL images, and "
+            "uint8 or uint16 arrays are resized, as in training."
         )
     x = array if isinstance(array, Tensor) else torch.tensor(np.array(array, np.float32))
     x = x.detach().to(torch.float32).reshape(-1, *event)
@@ -129,16 +130,20 @@ def _of_floats(array: NDArray[Any] | Tensor, name: str, decode: ImageDecode) -> 
         if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN neither
             raise UserError(
                 f"{name}: {_wanted(decode)}; got values in [{low:.6g}, {high:.6g}]. Scale them to "
-                "[0, 1], or give pixels as uint8."
+                "[0, 1], or give pixels as uint8 or uint16."
             )
     return [Item(name, None, one) for one in x]
 
 
 def _of_pixels(array: NDArray[Any], name: str, decode: ImageDecode) -> list[Item]:
-    """Return the images of uint8 [H, W], [H, W, C], [C, H, W], or of a batch of the latter two."""
-    if array.dtype != np.uint8:
+    """Return the images of pixels [H, W], [H, W, C], [C, H, W], or of a batch of the latter two.
+
+    uint8 or uint16, 0 to 255 or 65535: converted to what the model's data has, as files are.
+    """
+    if array.dtype.name not in ("uint8", "uint16"):
         raise UserError(
-            f"{name} has the type {array.dtype}; {_wanted(decode)}, or pixels of the type uint8."
+            f"{name} has the type {array.dtype}; {_wanted(decode)}, or pixels of the type uint8 or "
+            "uint16."
         )
     if array.ndim > 2:
         is_last = array.shape[-1] in CHANNELS
@@ -146,21 +151,19 @@ def _of_pixels(array: NDArray[Any], name: str, decode: ImageDecode) -> list[Item
         if array.ndim > 4 or is_last == is_first:
             both = "either end may be the channels" if is_last else "no end can be the channels"
             raise UserError(
-                f"{name} is uint8 {_shape(array)}: {both} of an image [H, W, C] or [C, H, W], or "
-                f"of a batch of them, C being 1, 3 or 4. {_wanted(decode).capitalize()}, or PIL "
-                "images."
+                f"{name} is {array.dtype} {_shape(array)}: {both} of an image [H, W, C] or "
+                "[C, H, W], or of a batch of them, C being 1, 3 or 4. "
+                f"{_wanted(decode).capitalize()}, or PIL images."
             )
         array = np.moveaxis(array, -3, -1) if is_first else array
     elif array.ndim < 2:
-        raise UserError(f"{name} is uint8 {_shape(array)}; an image is [H, W] or [H, W, C].")
-    pictures = array if array.ndim == 4 else array[np.newaxis]
-    return [_of_image(_as_image(pixels), name, decode) for pixels in pictures]
-
-
-def _as_image(pixels: NDArray[np.uint8]) -> Image.Image:
-    """Return uint8 [H, W] or [H, W, C] as an image; Pillow knows a single channel as [H, W]."""
-    is_grey = pixels.ndim == 3 and pixels.shape[2] == 1
-    return Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if is_grey else pixels))
+        raise UserError(
+            f"{name} is {array.dtype} {_shape(array)}; an image is [H, W] or [H, W, C]."
+        )
+    else:
+        array = array[:, :, np.newaxis]
+    pictures = np.ascontiguousarray(array if array.ndim == 4 else array[np.newaxis])
+    return [_of_image(pixels, name, decode) for pixels in pictures]
 
 
 def _of_values(array: NDArray[Any], name: str, decode: ArrayDecode) -> list[Item]:

@@ -22,13 +22,16 @@ from torch import Tensor
 
 from latentmill.inputs import Pictures, list_items, stack
 from pipeline.common.errors import UserError
+from pipeline.common.files import why_no_path
 from pipeline.common.precision import autocast, fixed_arithmetic
 from pipeline.data.decode import Decode
+from pipeline.data.decode.image import Size
 from pipeline.data.storage import is_url
 from pipeline.latents import noise
 from pipeline.models.autoencoder import AutoEncoder
 from pipeline.models.interchange import CONFIG, from_pretrained, read_description
 from pipeline.training.loading import load_config, load_run
+from pipeline.training.resizing import decode_at, model_at
 
 BATCH_SIZE = 64  # samples that go through the network at once, unless it is said
 PRIOR = "prior"  # stream of the noise that `sample` decodes
@@ -85,32 +88,37 @@ class LoadedModel:
         """The device of the weights, on which the model computes."""
         return next(self.module.parameters()).device
 
-    def encode(self, pictures: Pictures, *, batch_size: int | None = None) -> Codes:
+    def encode(
+        self, pictures: Pictures, *, batch_size: int | None = None, size: Size | None = None
+    ) -> Codes:
         """Return the codes of one picture, or of a list or batch of them, in their order.
 
-        Paths, bytes of files, PIL images and uint8 arrays ([H, W], [H, W, C], [C, H, W]) may have
-        any size: they become the model's input as in training. Floats are [C, H, W] or
+        Paths, bytes of files, PIL images and uint8 or uint16 arrays ([H, W], [H, W, C], [C, H, W])
+        may have any size: they become the model's input as in training. Floats are [C, H, W] or
         [B, C, H, W] of the model's size in [0, 1]. A model of arrays takes `.npy` files, their
         bytes, and arrays as its data holds them.
 
         batch_size: samples at a time; the last batch is filled with zeros, as in an export. With
         the batch_size and threads (one on a CPU) of an export, files in its order give the same
-        bits. Raises UserError for what cannot be read, or does not fit.
+        bits. size: pixels of a side, or (height, width), instead of the model's own, for a fully
+        convolutional model. Raises UserError for what cannot be read, or does not fit.
         """
         if batch_size is not None:
             _check_count("batch_size", batch_size)
-        items = list_items(pictures, self._decode)
+        decode = decode_at(size, self.module.config, self._decode, self.where)
+        module = model_at(self.module, decode)
+        items = list_items(pictures, decode)
         at_once = batch_size or BATCH_SIZE
         parts: list[dict[str, Tensor]] = []
         with ThreadPoolExecutor() as pool, self._computing():
             for start in range(0, len(items), at_once):
                 chunk = items[start : start + at_once]
-                stored = stack(chunk, self._decode, batch_size or len(chunk), pool)
-                x = self._decode.to_unit(stored.to(self.device))
+                stored = stack(chunk, decode, batch_size or len(chunk), pool)
+                x = decode.to_unit(stored.to(self.device))
                 for row, item in enumerate(chunk):
                     if item.unit is not None:
                         x[row] = item.unit
-                moments = self.module(x, mode="encode").code.moments()
+                moments = module(x, mode="encode").code.moments()
                 parts.append({name: values[: len(chunk)] for name, values in moments.items()})
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return Codes(found["mu"], found.get("logvar"))
@@ -118,14 +126,21 @@ class LoadedModel:
     def decode(self, z: Tensor | NDArray[Any]) -> Tensor:
         """Return the decoded latents z [B, *latent], as [B, *event] in [0, 1].
 
-        Raises UserError for another shape, or numbers that are not finite.
+        A fully convolutional model takes maps [B, Z, h, w] of any size. Raises UserError for
+        another shape, or numbers that are not finite.
         """
-        wanted = f"this model's latents are floats [B, {', '.join(map(str, self.latent_shape))}]"
+        sides: list[str] = [str(side) for side in self.latent_shape]
+        any_size = self.module.config.backbone.fully_convolutional
+        if any_size:
+            sides[1:] = "h", "w"
+        wanted = f"this model's latents are floats [B, {', '.join(sides)}]"
         if not isinstance(z, Tensor | np.ndarray):
             of_codes = ": take their mu, or a sample()" if isinstance(z, Codes) else ""
             raise UserError(f"decode: {wanted}; got {type(z).__name__}{of_codes}.")
         z = z if isinstance(z, Tensor) else torch.tensor(np.array(z))
-        if not z.is_floating_point() or tuple(z.shape[1:]) != self.latent_shape:
+        kept = 1 if any_size else len(self.latent_shape)  # sides that are the model's own
+        fits = z.ndim == 1 + len(sides) and tuple(z.shape[1 : 1 + kept]) == self.latent_shape[:kept]
+        if not z.is_floating_point() or not fits or 0 in z.shape[1:]:
             raise UserError(f"decode: {wanted}; got {z.dtype} {list(z.shape)}.")
         z = z.to(self.device, torch.float32)
         if not z.isfinite().all():
@@ -200,6 +215,8 @@ def _no_model(path: str | Path, folder: Path) -> str:
         "Give the folder that `latentmill export-model RUN FOLDER` wrote, or a run directory, "
         "which has a config.yaml."
     )
+    if reason := why_no_path(path):
+        return f"{str(path)!r} {reason}."
     if not folder.exists():
         hub = " Names of the Hugging Face Hub are not looked up." if str(path).count("/") else ""
         return f"{path} does not exist. {wanted}{hub}"

@@ -2,20 +2,21 @@
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
-from pipeline.common.arguments import bind, step
+from pipeline.common.arguments import bind, directory, step
 from pipeline.common.console import print_report
 from pipeline.common.errors import DONE
 
 HELP = "write a run's model as safetensors and config.json, usable without the run"
+FORMATS = ("latentmill", "diffusers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the weights, the folder, and the forms."""
     bind(parser, run)
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("out", type=Path, help="folder for the model; must not exist")
+    parser.add_argument("run", type=directory("RUN"), help="run directory")
+    text = "folder for the model; must not exist"
+    parser.add_argument("out", type=directory("OUT"), help=text)
     parser.add_argument(
         "--step", type=step, help="step of the checkpoint, or `best` (default: newest)"
     )
@@ -24,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("ema", "raw"),
         default="ema",
         help="moving average of the weights, or as trained (%(default)s)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="folder of latentmill, or of diffusers (%(default)s)",
     )
     parser.add_argument(
         "--onnx", action="store_true", help="also write encoder and decoder as ONNX"
@@ -48,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         onnx=arguments.onnx,
         torch_export=arguments.torch_export,
         latents=arguments.latents,
+        format=arguments.format,
     )
     print_report(asdict(report), arguments.json, report.lines())
     return DONE

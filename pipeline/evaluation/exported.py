@@ -4,7 +4,6 @@ EXPORT/manifest.json -> rows (mu, label, metadata) -> targets -> evaluation.line
 the source's shards  -> stored values of the same rows, flattened -> evaluation.linear_probe
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -16,13 +15,15 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from pipeline.common.errors import UserError
+from pipeline.common.labels import NO_LABEL
 from pipeline.data.decode import Decode
 from pipeline.data.index import Index
 from pipeline.data.sequential import read_shards
 from pipeline.data.settings import DataConfig
 from pipeline.evaluation.linear_probe import Score, probe_features
+from pipeline.latents.fields import parse_texts
 from pipeline.latents.files import LocalFiles
-from pipeline.latents.formats.writers import NO_LABEL, BaseWriter, Rows, Writer
+from pipeline.latents.formats.writers import BaseWriter, Rows, Writer
 from pipeline.latents.manifest import read_manifest
 
 LABEL = "label"
@@ -32,7 +33,7 @@ BATCH_ROWS = 256
 def probe_export(
     root: Path,
     *,
-    source: Path | None = None,
+    source: Path | str | None = None,
     targets: Sequence[str] | None = None,
     max_samples: int = 8000,
 ) -> list[Score]:
@@ -81,19 +82,21 @@ def _every_nth(rows: Rows, stride: int) -> Rows:
         metadata=[rows.metadata[i] for i in chosen.tolist()],
         texts=[rows.texts[i] for i in chosen.tolist()],
         columns={},
+        label_texts={},
         latents={field: values[chosen] for field, values in rows.latents.items()},
     )
 
 
 def _targets(chosen: Sequence[Rows], names: Sequence[str] | None) -> dict[str, NDArray[Any]]:
     labels = np.concatenate([rows.labels for rows in chosen])
-    fields = [json.loads(text) if text else {} for rows in chosen for text in rows.metadata]
+    parsed = [value for rows in chosen for value in parse_texts(rows.metadata)]
+    fields: list[dict[str, Any]] = [it if isinstance(it, dict) else {} for it in parsed]
     found: dict[str, NDArray[Any]] = {}
     if labels.size and (labels != NO_LABEL).all():
         found[LABEL] = labels
     for name in dict.fromkeys(name for field in fields for name in field):
         values = [field.get(name) for field in fields]
-        if all(isinstance(value, str | int | float) for value in values):
+        if all(isinstance(it, str | int | float) and it == it for it in values):  # no NaN
             found[name] = np.array(values)
     if names is None:
         # Leave out paths and serial numbers, which differ in every sample.
@@ -102,20 +105,24 @@ def _targets(chosen: Sequence[Rows], names: Sequence[str] | None) -> dict[str, N
     if missing or not names:
         raise UserError(
             f"no target {', '.join(missing) or 'at all'} that every sample has; there are: "
-            f"{', '.join(found) or 'none'}. Targets are `label` (a .cls member) or fields of the "
-            "samples' .json."
+            f"{', '.join(found) or 'none'}. Targets are `label` (a .cls member), which "
+            f"{np.count_nonzero(labels != NO_LABEL):,} of {labels.size:,} samples have, or fields "
+            "of the samples' .json."
         )
     return {name: found[name] for name in names}
 
 
 def _pixels(
-    source: Path, manifest: Mapping[str, Any], chosen: Sequence[Rows]
+    source: Path | str, manifest: Mapping[str, Any], chosen: Sequence[Rows]
 ) -> NDArray[np.floating[Any]]:
     """Return the stored values of the chosen rows, [N, D] in [0, 1]."""
     recorded = manifest["fingerprint"]["data"]
     index = Index.open(source)
     if index.dataset_id != recorded["dataset_id"]:
-        raise UserError(f"{source} is not the data set that was exported: its dataset_id differs")
+        raise UserError(
+            f"{source} holds the data set {index.dataset_id}, but the export was made from "
+            f"{recorded['dataset_id']}: name the place of that one by --source."
+        )
     decode = TypeAdapter[Decode](Decode).validate_python(recorded["decode"])
     split = recorded["split"].partition("/")[0]
     data = DataConfig(path=str(source), split=split, decode=decode)

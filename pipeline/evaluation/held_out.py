@@ -12,14 +12,16 @@ from pathlib import Path
 from torch import nn
 
 from pipeline.checkpoints.folder import Weights, read_state
+from pipeline.common.console import progress
 from pipeline.config import TrainConfig
+from pipeline.data.decode.image import Size
 from pipeline.data.index import Index
 from pipeline.data.index.reader import States
 from pipeline.data.order.mixture import Mixture
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream import Stream, open_stream
 from pipeline.data.stream.batch import Batch
-from pipeline.data.stream.datasets import open_indexes, order_of
+from pipeline.data.stream.datasets import order_of
 from pipeline.data.stream.device import DeviceBatches
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import Strategy
@@ -29,6 +31,8 @@ from pipeline.monitoring.monitor import Monitor
 from pipeline.training.build import check_data, make_forward, move_model
 from pipeline.training.forward import Forward
 from pipeline.training.loading import Step, choose_checkpoint, load_config, load_run
+from pipeline.training.locations import find_data
+from pipeline.training.resizing import decode_at
 from pipeline.training.run_directory import check_ranks
 
 # Metric prefix -> context in which the model has those weights.
@@ -164,20 +168,34 @@ def views_of(strategy: Strategy, config: TrainConfig) -> Views:
 
 
 def evaluate_run(
-    run_dir: Path, *, step: Step | None = None, split: str | None = None
+    run_dir: Path,
+    *,
+    step: Step | None = None,
+    split: str | None = None,
+    size: Size | None = None,
+    data: Sequence[str] = (),
+    shards: Sequence[str] = (),
 ) -> dict[str, float]:
     """Evaluate a checkpoint of a run; the metrics have the names that the training logs.
 
-    step: None: the newest checkpoint that verifies. split: None: the config's held-out split.
-    Raises UserError if there is no such run, checkpoint or split.
+    step: None: the newest checkpoint that verifies. split: None: the config's held-out split. size:
+    of the pictures, of a fully convolutional model; None: the training's. data, shards: where the
+    data sets of the training, and their shards, lie now; empty: they are looked for, see
+    `training.locations`. Raises UserError if there is no such run, checkpoint, data or split, or if
+    the model takes no pictures of that size.
     """
     config = load_config(run_dir)
+    decode = decode_at(size, config.model, config.data.decode, str(run_dir))
+    runtime = Runtime.start(accumulation=1)
+    check_ranks(config.batch_size, config.accumulation, runtime.world)
+    say = progress if runtime.is_main else lambda _: None
+    trained, indexes = find_data(run_dir, config.data, paths=data, shards=shards, say=say)
+    # Nothing is augmented; an augmentation of the training need not fit the size.
+    trained = trained.model_copy(update={"decode": decode, "augmentations": ()})
+    config = config.model_copy(update={"data": trained})
     if split is not None:
         evaluation = config.evaluation.model_copy(update={"split": split})
         config = config.model_copy(update={"evaluation": evaluation})
-    runtime = Runtime.start(accumulation=1)
-    check_ranks(config.batch_size, config.accumulation, runtime.world)
-    indexes = open_indexes(config.data)
     held_out = HeldOut(
         config,
         held_out_splits(config, indexes, check_data(config, indexes)),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.common import rng
 from pipeline.common.precision import autocast
+from pipeline.data.decode import Decode, ImageDecode
 from pipeline.data.stream import Batch
 from pipeline.distributed.gather import RowGather
 from pipeline.distributed.runtime import Runtime
@@ -74,14 +75,16 @@ class Measurement:
             losses=losses,
             likelihood=forward.likelihood,
             model=run_model,
+            value_bits=16 if forward.decode.stored_dtype == np.uint16 else 8,
         )
         for sums in self._sums_of:
             sums.add(seen)
         self._kept = seen
         missing = self._num_images - sum(map(len, self._pictures))
-        if missing > 0 and (rows := picture_rows(inputs, mean, missing)) is not None:
-            self._pictures.append(rows)
-            if len(rows) == missing:
+        shown = picture_rows(inputs, mean, missing, forward.decode) if missing > 0 else None
+        if shown is not None:
+            self._pictures.append(shown)
+            if len(shown) == missing:
                 self._show(picture_grid(self._pictures))
 
     def result(self, runtime: Runtime) -> dict[str, float]:
@@ -179,13 +182,27 @@ def _reconstruction(model: nn.Module, output: ModelOutput, forward: Forward) -> 
     return forward.likelihood.mean(decoded.decoded)
 
 
-def picture_rows(inputs: Inputs, mean: Tensor, num_images: int) -> NDArray[np.uint8] | None:
-    """Return clean | corrupted | reconstruction | absolute error of images, [n, H, 4W, C] bytes."""
-    if inputs.clean.ndim != 4 or inputs.clean.shape[1] not in (1, 3):
+def picture_rows(
+    inputs: Inputs, mean: Tensor, num_images: int, decode: Decode
+) -> NDArray[np.uint8] | None:
+    """Return clean | corrupted | reconstruction | absolute error of images, [n, H, 4W, C] bytes.
+
+    Alpha is shown as a plain background behind the colours, and its error in each of theirs, where
+    it is larger. None for data that are no images.
+    """
+    background = decode.background if isinstance(decode, ImageDecode) else 0
+    has_alpha = isinstance(decode, ImageDecode) and decode.channels == 4
+    if not has_alpha and (inputs.clean.ndim != 4 or inputs.clean.shape[1] not in (1, 3)):
         return None
-    columns = (inputs.clean, inputs.corrupted, mean, (inputs.clean - mean).abs())
     shown = (inputs.weight > 0).nonzero()[:num_images, 0]
-    grid = torch.cat([column[shown].float() for column in columns], dim=3)  # [n, C, H, 4W]
+    columns = [column[shown].float() for column in (inputs.clean, inputs.corrupted, mean)]
+    error = (columns[0] - columns[2]).abs()
+    if has_alpha:
+        level = background / 255
+        parts = [(column[:, :3], column[:, 3:].clamp(0, 1)) for column in columns]
+        columns = [colour * alpha + level * (1 - alpha) for colour, alpha in parts]
+        error = torch.maximum(error[:, :3], error[:, 3:])
+    grid = torch.cat([*columns, error], dim=3)  # [n, C, H, 4W]
     return grid.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 

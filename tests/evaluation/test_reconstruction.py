@@ -12,14 +12,16 @@ import torch
 from pipeline.common import rng
 from pipeline.config import TrainConfig
 from pipeline.corruptions import corrupt
+from pipeline.data.decode import ImageDecode
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.held_out import HeldOut, held_out_splits
-from pipeline.evaluation.reconstruction import Measurement, evaluating
+from pipeline.evaluation.reconstruction import Measurement, evaluating, picture_rows
 from pipeline.models.autoencoder import build_autoencoder
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.training.build import check_data, make_forward
+from pipeline.training.forward import Inputs
 from tests.export.world import damage_sample
 from tests.shards import TINY_COUNTS, open_stream, tiny_image, write_tiny_shards
 
@@ -242,6 +244,38 @@ def test_pictures_are_clean_corrupted_reconstruction_error(tiny_shards, index, r
     # A split with fewer samples: all of them.
     [grid] = evaluated(config, index, runtime, model, num_images=1000).pictures
     assert len(grid) == sum(index.counts("held_out")) * SIZE
+
+
+def test_bits_are_those_of_the_values_as_stored(tiny_shards, index, runtime):
+    one, deep = (
+        evaluated(config_of(tiny_shards, data=data), index, runtime).metrics
+        for dtype in ("uint8", "uint16")
+        for data in [
+            {"path": str(tiny_shards), "decode": {"kind": "image", "size": SIZE, "dtype": dtype}}
+        ]
+    )
+    bits = one["bits_per_dimension"] + 8
+    assert deep == {**one, "bits_per_dimension": pytest.approx(bits)}  # 257 v / 65535 = v / 255
+
+
+def test_pictures_show_alpha_as_the_background_and_its_error(runtime):
+    del runtime
+    clean, mean = torch.zeros(2, 1, 4, 5, 7)
+    clean[0, :3], clean[0, 3, :, :4] = 0.4, 1.0  # the right part is clear
+    mean[0, :3], mean[0, 3, 1:] = 0.3, 0.5
+    decode = ImageDecode(size=[5, 7], channels=4, background=51)
+    inputs = Inputs(clean, clean, None, torch.zeros(1).long(), torch.ones(1))
+    rows = picture_rows(inputs, mean, 9, decode)
+    assert rows is not None
+    assert rows.shape == (1, 5, 4 * 7, 3)
+    shown, _, found, error = np.split(rows[0], 4, axis=1)
+    assert (shown[:, :4] == 102).all()
+    assert (shown[:, 4:] == 51).all()
+    assert (found[0] == 51).all()
+    assert (abs(found[1:].astype(int) - 255 * 0.25) <= 1).all()  # 0.5 * 0.3 + 0.5 * 0.2
+    assert (error[0, :4] == 255).all()  # of alpha
+    assert (error[1:, :4] == 128).all()
+    assert (abs(error[0, 4:].astype(int) - 255 * 0.1) <= 1).all()  # of the colours alone
 
 
 def test_a_broken_sample_is_counted_listed_and_left_out(tmp_path, runtime):

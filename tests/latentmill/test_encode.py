@@ -3,16 +3,20 @@
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import latentmill as lm
+from latentmill.inputs import list_items, stack
 from pipeline.common.errors import UserError
+from pipeline.data.decode import ImageDecode
 from pipeline.latents import LatentRows
 from pipeline.models.interchange import from_pretrained
 from tests.latentmill.world import EXPORT_BATCH, SIZE, World, png
@@ -152,6 +156,28 @@ def test_nothing_keeps_gradients_or_the_programs_settings(model: lm.LoadedModel,
         assert torch.backends.cudnn.benchmark
     finally:
         torch.backends.cudnn.benchmark = False
+
+
+@pytest.mark.parametrize("shape", [(50, 40), (50, 40, 3), (4, 50, 41)])
+def test_sixteen_bits_count_in_arrays_images_and_files_alike(
+    model: lm.LoadedModel, shape: tuple[int, ...]
+):
+    deep = np.random.default_rng(2).integers(0, 65536, shape).astype(np.uint16)
+    assert torch.equal(model.encode(deep).mu, model.encode((deep >> 8).astype(np.uint8)).mu)
+    last = np.moveaxis(deep, 0, -1) if shape[0] == 4 else deep
+    order = {2: slice(None), 3: [2, 1, 0], 4: [2, 1, 0, 3]}[last.shape[-1] if last.ndim > 2 else 2]
+    file = cv2.imencode(".png", last[..., order])[1].tobytes()
+    decode = ImageDecode(size=[16, 24], dtype="uint16")
+    given: list[Any] = [file, deep, torch.from_numpy(deep)]
+    given += [Image.fromarray(deep)] if deep.ndim == 2 else []
+    with ThreadPoolExecutor(1) as pool:
+        stored = stack(list_items(given, decode), decode, len(given), pool)
+    assert stored.dtype == torch.uint16
+    assert len(np.unique(stored.numpy().reshape(len(given), -1), axis=0)) == 1
+    assert (stored.numpy() % 257 != 0).any()
+    bytes_alone = np.zeros(decode.buffer_shape, np.uint16)
+    decode.decode_image(Image.fromarray(pixels(16, 24, 3)), bytes_alone)
+    assert np.array_equal(bytes_alone, pixels(16, 24, 3).astype(np.uint16) * 257)
 
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {

@@ -93,4 +93,5 @@ def test_without_pandas_it_says_what_to_install(world: World, monkeypatch: pytes
 
 
 def test_an_export_is_opened_by_a_path_object(world: World):
-    assert len(lm.LatentDataset(Path(world.export))) == len(list(world.photos.iterdir()))
+    for place in (Path(world.export), f"file://{world.export}"):
+        assert len(lm.LatentDataset(place)) == len(list(world.photos.iterdir()))
