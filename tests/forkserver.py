@@ -29,6 +29,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
 LAUNCHER = ["-m", "accelerate.commands.launch"]
 LIBRARIES = (
@@ -194,12 +196,25 @@ def launch(words: Sequence[str]) -> None:
     def forking_launch(config: Any, entrypoint: str) -> Callable[..., Any]:
         del entrypoint  # the interpreter
         config.start_method = "fork"
-        return lambda *target: elastic_launch(config=config, entrypoint=run_rank)(target)
+        return lambda *target: elastic_launch(config=config, entrypoint=run_forked)(target)
 
     torchrun.elastic_launch = forking_launch
     launcher.simple_launcher = partial(launch_one, launcher.prepare_simple_launcher_cmd_env)
     sys.argv = ["accelerate-launch", *words]
     launcher.main()
+
+
+def run_forked(words: Sequence[str]) -> None:
+    """Run the target as soon as all processes of this launcher have been forked.
+
+    torchrun's store answers connections in a thread. To log the peer's name the thread takes a lock
+    of glibc's resolver, and a process that is forked meanwhile never gets that lock: it would hang
+    in its first look-up of a name. So nobody connects before the last fork.
+    """
+    launcher = psutil.Process(os.getppid())
+    while len(launcher.children()) < int(os.environ["LOCAL_WORLD_SIZE"]):
+        time.sleep(POLL_SECONDS)
+    run_rank(words)
 
 
 def launch_one(prepare: Callable[[Any], tuple[list[str], dict[str, str]]], args: Any) -> None:

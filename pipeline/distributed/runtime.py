@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Generator, Mapping, MutableMapping
+from collections.abc import Generator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -143,6 +143,11 @@ class Runtime:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._control)
         return box[0]
+
+    def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors in CPU memory with those of the main process; a collective."""
+        for tensor in tensors if self.world > 1 else ():
+            dist.broadcast(tensor, src=0, group=self._control)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every process's `value`, by rank; a collective for small objects."""

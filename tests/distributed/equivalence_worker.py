@@ -1,12 +1,11 @@
 """The steps of `pipeline.train` with everything recorded: losses and gradient of every step.
 
-    equivalence_worker.py OUT.npz WINDOWS CONFIG [a.b=c ...]
+    in_turn.py record OUT.npz WINDOWS CONFIG [a.b=c ...]
 
-WINDOWS: "-" runs freely; a directory makes windows of ten steps: each starts from the checkpoint
-that stands there for its first step, or leaves one there for others to start from.
+WINDOWS: "-" runs freely; a directory makes windows of checkpoint.every_steps: each starts from
+the checkpoint that stands there for its first step, or leaves one there for others to start from.
 """
 
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,8 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import Strategy
 from pipeline.distributed.strategies.zero import ZeroStrategy
 from pipeline.training.build import make_forward, make_order, make_strategy, warm_up_loss
+from tests.distributed.models import is_determined
 from tests.shards import open_stream
-
-WINDOW_STEPS = 10
 
 
 def record(config: TrainConfig, windows: Path | None = None) -> dict[str, Any]:
@@ -48,7 +46,7 @@ def record(config: TrainConfig, windows: Path | None = None) -> dict[str, Any]:
     )
     with stream:
         for step in range(config.num_steps):
-            if windows is not None and step % WINDOW_STEPS == 0:
+            if windows is not None and step % config.checkpoint.every_steps == 0:
                 if runtime.broadcast((windows / f"step-{step}").exists()):
                     strategy.load_full_state(read_tensors(windows / f"step-{step}"))
                 else:
@@ -84,14 +82,14 @@ def record(config: TrainConfig, windows: Path | None = None) -> dict[str, Any]:
             losses.append(float(runtime.sum(sums)[0]) / config.batch_size)
             norms.append(float(strategy.step().grad_norm))
     final = strategy.full_state().model
-    parameters = torch.cat([value.flatten() for _, value in sorted(final.items())])
+    parameters = [value.flatten() for name, value in sorted(final.items()) if is_determined(name)]
     return {
         "losses": np.array(losses),
         "gradients": np.stack(gradients),
         "norms": np.array(norms),
         "weights": np.array(weights),  # [steps, ranks]
         "dtypes": np.array(sorted(dtypes)),
-        "parameters": parameters.cpu().numpy(),
+        "parameters": torch.cat(parameters).cpu().numpy(),
         "world": runtime.world,
         "wrapper": type(strategy.model).__name__,
     }
@@ -107,15 +105,10 @@ def gradient_of(strategy: Strategy) -> np.ndarray:
     return torch.cat([gradient.flatten() for gradient in found]).cpu().numpy().copy()
 
 
-def main(out: str, windows: str, config: str, *overrides: str) -> None:
+def main(out: str, windows: str, config: str, *overrides: str) -> int:
     found = record(
         strict.load(TrainConfig, Path(config), overrides), None if windows == "-" else Path(windows)
     )
-    runtime = Runtime.start(accumulation=1)
-    if runtime.is_main:
+    if Runtime.start(accumulation=1).is_main:
         np.savez(out, **found)
-    runtime.finish()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return 0

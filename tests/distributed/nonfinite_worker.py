@@ -1,6 +1,6 @@
 """`pipeline.train` with gradients that are spoilt on one rank in chosen steps.
 
-    nonfinite_worker.py OUT STRIKES CONFIG [a.b=c ...]
+    in_turn.py strike OUT STRIKES CONFIG [a.b=c ...]
 
 STRIKES: JSON, a list of [step, rank, where, factor]; where: "output" spoils what flows back into
 the network from the loss, a number the gradient of the parameter of that index alone. OUT-RANK.json
@@ -10,7 +10,6 @@ becomes a list: per step a digest of the parameters that this rank holds when th
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,11 +80,7 @@ def digest(module: nn.Module) -> str:
 def main(out: str, strikes: str, config: str, *overrides: str) -> int:
     accumulation = strict.load(TrainConfig, Path(config), overrides).accumulation
     saboteur = Saboteur([Strike(*strike) for strike in json.loads(strikes)], accumulation)
-    torch.nn.modules.module.register_module_forward_hook(saboteur)
-    code = train([config, *overrides])
+    with torch.nn.modules.module.register_module_forward_hook(saboteur):
+        code = train([config, *overrides])
     Path(f"{out}-{RANK}.json").write_text(json.dumps(saboteur.digests))
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -1,11 +1,10 @@
 """What each process holds for the parameters: bytes of all tensors, gradients included.
 
-state_memory_worker.py CONFIG OUT.json [a.b=c ...]
+in_turn.py hold CONFIG OUT.json [a.b=c ...]
 """
 
 import gc
 import json
-import sys
 import warnings
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def held() -> int:
     return sum(size for size in sizes.values() if size >= MIN_BYTES)
 
 
-def main(config_path: str, out: str, *overrides: str) -> None:
+def main(config_path: str, out: str, *overrides: str) -> int:
     """Take two updates and write down what was held."""
     config = strict.load(TrainConfig, Path(config_path), overrides)
     runtime = Runtime.start(accumulation=config.accumulation)
@@ -54,8 +53,4 @@ def main(config_path: str, out: str, *overrides: str) -> None:
     found = {"held": with_gradients, "parameters": num_parameters}
     if runtime.is_main:
         Path(out).write_text(json.dumps(found))
-    runtime.finish()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return 0

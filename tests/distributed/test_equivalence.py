@@ -7,6 +7,7 @@ to 1e-9 throughout; float32, under every strategy, in `test_zero`.
 import json
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,13 @@ from pipeline.data.index.splits import SplitSpec
 from pipeline.evaluation.held_out import evaluate_run
 from pipeline.train import main
 from tests.distributed.equivalence_worker import record
-from tests.processes import ROOT, Result
+from tests.distributed.in_turn import words
+from tests.distributed.models import MODELS
+from tests.processes import ROOT, Processes, argv_of
 from tests.shards import png, tiny_image
 
-WORKER = ROOT / "tests/distributed/equivalence_worker.py"
+pytestmark = pytest.mark.timeout(900)
+WORKER = ROOT / "tests/distributed/in_turn.py"
 BROKEN = (5, 21, 38)  # samples whose picture does not decode
 CONFIG = """
 run_dir: {tmp}/run
@@ -73,22 +77,45 @@ def here(config: Path, *overrides: str, windows: Path | None = None) -> dict[str
     return record(strict.load(TrainConfig, config, overrides), windows)
 
 
+# Steps in float64 by model, with one micro-batch and two.
+NUM_STEPS = {"burgess": (50, 20), "resnet-mini": (10, 10)}
+each_model = pytest.mark.parametrize("model", MODELS)
+
+
+def settings_of(model: str, accumulation: int = 1) -> tuple[str, ...]:
+    num_steps = NUM_STEPS[model][accumulation - 1]
+    # No step depends on num_steps.
+    rate = "optimizer.learning_rate.final=0.005"
+    cut = (f"accumulation={accumulation}", f"num_steps={num_steps}")
+    return ("precision=fp64", rate, *cut, *MODELS[model])
+
+
 @pytest.fixture(scope="module")
-def fp64(config: Path) -> dict[str, Any]:
-    return here(config, "precision=fp64")
+def fp64(config: Path) -> Callable[[str], dict[str, Any]]:
+    """One process in float64, by model."""
+    return cache(lambda model: here(config, *settings_of(model)))
 
 
-@pytest.fixture
-def two(
-    run_processes: Callable[..., Result], config: Path, tmp_path: Path
-) -> Callable[..., dict[str, Any]]:
-    """Record a run of two processes."""
+@pytest.fixture(scope="module")
+def two(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """Two processes in float64, by model and accumulation; they also train the run `two`."""
 
-    def run(*overrides: str) -> dict[str, Any]:
-        out = tmp_path / "two.npz"
-        result = run_processes(WORKER, 2, out, "-", config, *overrides)
-        assert result.code == 0, result.output
-        with np.load(out) as found:
+    @cache
+    def start() -> Path:
+        folder = tmp_path_factory.mktemp("two")
+        jobs = [
+            ["record", folder / f"{model}-{parts}.npz", "-", config, *settings_of(model, parts)]
+            for model in MODELS
+            for parts in (1, 2)
+        ]
+        jobs.append(["train", config, f"run_dir={config.with_name('two')}", *THREE_STEPS])
+        argv = [*argv_of(WORKER, 2), *words(*jobs)]
+        ended = Processes(argv, folder / "log", env={}, cwd=ROOT, forked=True).wait(600)
+        assert ended.code == 0, ended.output
+        return folder
+
+    def run(model: str, accumulation: int) -> dict[str, Any]:
+        with np.load(start() / f"{model}-{accumulation}.npz") as found:
             arrays = dict(found)
         assert arrays["world"] == 2
         return arrays
@@ -116,10 +143,11 @@ def difference(left: dict[str, Any], right: dict[str, Any]) -> Difference:
 
 
 @pytest.mark.distributed
-def test_the_run_that_is_compared_learns_and_meets_broken_samples(fp64: dict[str, Any]):
-    assert fp64["losses"][-10:].mean() < fp64["losses"][:10].mean() - 100
-    assert set(np.unique(fp64["weights"])) >= {7.0, 8.0}
-    assert (np.linalg.norm(fp64["gradients"], axis=1) > 0).all()
+def test_the_run_that_is_compared_learns_and_meets_broken_samples(fp64):
+    found = fp64("burgess")
+    assert found["losses"][-10:].mean() < found["losses"][:10].mean() - 100
+    assert set(np.unique(found["weights"])) >= {7.0, 8.0}
+    assert (np.linalg.norm(found["gradients"], axis=1) > 0).all()
 
 
 def test_two_micro_batches_equal_one_in_float64(config: Path):
@@ -130,24 +158,24 @@ def test_two_micro_batches_equal_one_in_float64(config: Path):
 
 
 @pytest.mark.distributed
-def test_two_processes_equal_one_in_float64(
-    two: Callable[..., dict[str, Any]], fp64: dict[str, Any]
-):
-    found = two("precision=fp64")
-    print(f"float64, two processes: {difference(found, fp64)}")
-    assert max(difference(found, fp64)) < 1e-9
-    np.testing.assert_allclose(found["parameters"], fp64["parameters"], rtol=1e-7, atol=1e-9)
+@each_model
+def test_two_processes_equal_one_in_float64(two, fp64, model: str):
+    found, expected = two(model, 1), fp64(model)
+    print(f"{model}, float64, two processes: {difference(found, expected)}")
+    assert max(difference(found, expected)) < 1e-9
+    np.testing.assert_allclose(found["parameters"], expected["parameters"], rtol=1e-7, atol=1e-9)
     # The broken samples fell on one process at a time, and counted for the whole batch.
-    assert (found["weights"].sum(axis=1) == fp64["weights"][:, 0]).all()
+    assert (found["weights"].sum(axis=1) == expected["weights"][:, 0]).all()
     assert (found["weights"][:, 0] != found["weights"][:, 1]).any()
 
 
 @pytest.mark.distributed
-def test_two_processes_with_two_micro_batches_each_equal_one_in_float64(
-    two: Callable[..., dict[str, Any]], fp64: dict[str, Any]
-):
-    found = difference(two("precision=fp64", "accumulation=2"), fp64)
-    print(f"float64, two processes, accumulation 2: {found}")
+@each_model
+def test_two_processes_with_two_micro_batches_each_equal_one_in_float64(two, fp64, model: str):
+    cut, expected = two(model, 2), fp64(model)
+    columns = ("losses", "gradients", "norms")
+    found = difference(cut, {name: expected[name][: len(cut[name])] for name in columns})
+    print(f"{model}, float64, two processes, accumulation 2: {found}")
     assert max(found) < 1e-9
 
 
@@ -218,11 +246,10 @@ def test_evaluating_a_finished_run_gives_what_the_run_itself_logged_last(trained
 
 @pytest.mark.distributed
 def test_two_processes_of_pipeline_train_train_and_evaluate_as_one_does(
-    run_processes: Callable[..., Result], config: Path, trained: Path
+    two, config: Path, trained: Path
 ):
+    two("burgess", 1)
     run_dir = config.with_name("two")
-    result = run_processes("pipeline.train", 2, config, f"run_dir={run_dir}", *THREE_STEPS)
-    assert result.code == 0, result.output
     np.testing.assert_allclose(logged(run_dir, *UPDATES), logged(trained, *UPDATES), rtol=1e-9)
     one, both = evaluations(trained), evaluations(run_dir)
     assert both.keys() == one.keys()

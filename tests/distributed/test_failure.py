@@ -15,6 +15,7 @@ from tests.launch.runs import outcome, write_config
 PEERS_GONE_SECONDS = 35.0
 
 
+@pytest.mark.soak
 @pytest.mark.fault
 @pytest.mark.distributed
 def test_memory_that_runs_out_in_one_process_is_the_runs_error(

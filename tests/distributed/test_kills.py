@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.distributed.models import MODELS
 from tests.launch.runs import result_of, write_config
 from tests.processes import ROOT, Processes, argv_of, env_of
 
@@ -26,30 +27,28 @@ SETTINGS = ("checkpoint.every_steps=10", "evaluation.every_steps=60")
 pytestmark = [pytest.mark.fault, pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 
-def kills(strategy: str, few: int, many: int) -> list:
-    """The parameters of a strategy: few kills (or none) for every lane, many in `make soak`."""
-    marks = [] if strategy == "ddp" else [pytest.mark.deepspeed]
-    soak = pytest.param(strategy, many, marks=[*marks, pytest.mark.soak])
-    return [pytest.param(strategy, few, marks=marks), soak] if few else [soak]
+def kills(strategy: str, number: int) -> list:
+    """The parameters of a strategy: for `make soak`. `test_resume` kills in every lane."""
+    marks = [pytest.mark.soak] if strategy == "ddp" else [pytest.mark.deepspeed, pytest.mark.soak]
+    return [pytest.param(model, strategy, number, marks=marks) for model in MODELS]
 
 
-def length(number: int) -> int:
+def length(model: str, number: int) -> int:
     """Steps of a run that is still under way at the last of so many kills."""
-    return 150 + 150 * number
+    return (150 if model == "burgess" else 50) * (1 + number)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """How a strategy's run ends without kills."""
+    """How the run of a model and a strategy ends without kills."""
 
     @functools.cache
-    def run(strategy: str, num_steps: int) -> dict:
+    def run(model: str, strategy: str, num_steps: int) -> dict:
         folder = tmp_path_factory.mktemp(f"undisturbed-{strategy}")
         config = write_config(folder, tiny_shards, num_steps)
-        argv = [*argv_of("pipeline.train", WORLD, strategy), str(config), *SETTINGS]
-        result = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT, forked=True).wait(
-            300
-        )
+        argv = [*argv_of("pipeline.train", WORLD, strategy), str(config), *SETTINGS, *MODELS[model]]
+        started = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT, forked=True)
+        result = started.wait(600)
         assert result.code == 0, result.output
         return result_of(folder / "run", num_steps)
 
@@ -75,12 +74,12 @@ def strike(running: Processes, victim: str, chance: random.Random) -> float:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "number"),
+    ("model", "strategy", "number"),
     [
-        *kills("ddp", 2, 20),
-        *kills("zero1", 0, 10),
-        *kills("zero2", 0, 10),
-        *kills("zero3", 0, 10),
+        *kills("ddp", 20),
+        *kills("zero1", 10),
+        *kills("zero2", 10),
+        *kills("zero3", 10),
     ],
 )
 def test_killed_one_by_one_it_ends_as_if_nobody_had_been(
@@ -88,20 +87,19 @@ def test_killed_one_by_one_it_ends_as_if_nobody_had_been(
     tiny_shards: Path,
     start_processes: Callable,
     undisturbed: Callable,
+    model: str,
     strategy: str,
     number: int,
 ):
-    chance, num_steps = random.Random(f"{strategy}/{number}"), length(number)
-    config = write_config(tmp_path, tiny_shards, num_steps)
-    start = functools.partial(
-        start_processes, "pipeline.train", WORLD, config, *SETTINGS, strategy=strategy
-    )
+    chance, num_steps = random.Random(f"{strategy}/{number}"), length(model, number)
+    argv = ("pipeline.train", WORLD, write_config(tmp_path, tiny_shards, num_steps))
+    start = functools.partial(start_processes, *argv, *SETTINGS, *MODELS[model], strategy=strategy)
     victims = [VICTIMS[place % len(VICTIMS)] for place in range(number)]
     chance.shuffle(victims)
     seconds = [strike(start(), victim, chance) for victim in victims]
     ended = start().wait(300)
     assert ended.code == 0, ended.output
-    assert result_of(tmp_path / "run", num_steps) == undisturbed(strategy, num_steps)
+    assert result_of(tmp_path / "run", num_steps) == undisturbed(model, strategy, num_steps)
     print(f"{strategy}: {victims}, the others gone within {max(seconds):.1f} s")
 
 

@@ -24,11 +24,13 @@ from pipeline.checkpoints.folder import read_state
 from pipeline.data.index import build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.models.autoencoder import tensors_sha256
-from pipeline.train import main
 from tests.checkpoints.test_resume import outcome, write_config
+from tests.distributed.in_turn import words
+from tests.distributed.models import MODELS, is_determined
 from tests.processes import ROOT, Processes, argv_of, env_of
 
-WORKER = ROOT / "tests/distributed/nonfinite_worker.py"
+pytestmark = pytest.mark.timeout(900)
+WORKER = ROOT / "tests/distributed/in_turn.py"
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 NUM_STEPS = 9
 BATCH = 12
@@ -44,8 +46,8 @@ STRIKES = [
 STRUCK = [0, 3, 4, 6]
 FILES = ("model", "ema", "optimizer")
 # In test-all both accumulations, and the stages that shard gradients; the other pairs are soak.
-WAYS = [("ddp", 2), ("zero2", 1), ("zero3", 2)]
-OTHERS = [("ddp", 1), ("zero1", 1), ("zero1", 2), ("zero2", 2), ("zero3", 1)]
+WAYS = [("ddp", 2), ("zero2", 2), ("zero3", 1)]
+OTHERS = [("ddp", 1), ("zero1", 1), ("zero1", 2), ("zero2", 1), ("zero3", 2)]
 
 
 def marks_of(strategy: str, *, soak: bool = False) -> list[pytest.MarkDecorator]:
@@ -76,37 +78,63 @@ def records(run: Path) -> dict[int, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def struck(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Seen]:
-    """Train with the strikes, saving after every step."""
+def started(
+    tiny_shards: Path, arrays: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Do all that is asked of a strategy, in one start: each model with the strikes, saving after
+    every step; then the run on arrays.
+    """
 
     @cache
-    def run(strategy: str, num_processes: int, accumulation: int) -> Seen:
-        folder = tmp_path_factory.mktemp(f"struck-{strategy}-{num_processes}-{accumulation}")
-        config = write_config(folder, tiny_shards, accumulation)
-        argv = [*argv_of(WORKER, num_processes, strategy), str(folder / "digests")]
-        argv += [json.dumps(STRIKES), str(config), f"num_steps={NUM_STEPS}"]
-        argv += ["checkpoint.every_steps=1", "checkpoint.keep.latest=99"]
-        ended = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT, forked=True).wait()
-        assert ended.code == 0, ended.output
+    def run(strategy: str, num_processes: int, accumulation: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"{strategy}-{num_processes}-{accumulation}")
+        jobs: list[list[object]] = []
+        for model, settings in MODELS.items():
+            (folder / model).mkdir()
+            config = write_config(folder / model, tiny_shards, accumulation)
+            job = ["strike", folder / model / "digests", json.dumps(STRIKES), config]
+            saved = ("checkpoint.every_steps=1", "checkpoint.keep.latest=99")
+            jobs.append([*job, f"num_steps={NUM_STEPS}", *saved, *settings])
+        cut = f"accumulation={accumulation}"
+        jobs.append(["train", arrays, f"run_dir={folder / 'arrays'}", cut])
+        argv = [*argv_of(WORKER, num_processes, strategy), *words(*jobs)]
+        ended = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT, forked=True)
+        result = ended.wait(600)
+        assert result.code == 0, result.output
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def struck(started: Callable[..., Path]) -> Callable[..., Seen]:
+    """What a run with the strikes left."""
+
+    def read(model: str, strategy: str, num_processes: int, accumulation: int) -> Seen:
+        folder = started(strategy, num_processes, accumulation) / model
         found = {read_state(path).step: path for path in (folder / "run/checkpoints").iterdir()}
         paths = [folder / f"digests-{rank}.json" for rank in range(num_processes)]
         digests = [json.loads(path.read_bytes()) for path in paths]
         return Seen(records(folder / "run"), found, digests)
 
-    return run
+    return read
 
 
-@pytest.mark.parametrize(
+each_way = pytest.mark.parametrize(
     ("strategy", "accumulation"),
     [
         *(pytest.param(*way, marks=marks_of(way[0])) for way in WAYS),
         *(pytest.param(*way, marks=marks_of(way[0], soak=True)) for way in OTHERS),
     ],
 )
+
+
+@each_way
+@pytest.mark.parametrize("model", MODELS)
 def test_a_gradient_spoilt_on_one_rank_skips_the_step_on_all(
-    struck: Callable[..., Seen], strategy: str, accumulation: int
+    struck: Callable[..., Seen], model: str, strategy: str, accumulation: int
 ):
-    seen, one = struck(strategy, 2, accumulation), struck("ddp", 1, 1)
+    seen, one = struck(model, strategy, 2, accumulation), struck(model, "ddp", 1, 1)
     check_decisions(seen)
     check_decisions(one)
     assert (seen.digests[0] == seen.digests[1]) == (strategy != "zero3")  # whole, or a shard each
@@ -118,7 +146,8 @@ def test_a_gradient_spoilt_on_one_rank_skips_the_step_on_all(
         found, expected = seen.tensors(NUM_STEPS, name), one.tensors(NUM_STEPS, name)
         assert found.keys() == expected.keys()
         for key, value in found.items():
-            torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4)
+            if is_determined(key):
+                torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4)
 
 
 def check_decisions(seen: Seen) -> None:
@@ -156,7 +185,8 @@ def test_more_skipped_steps_than_allowed_end_the_run(
     tmp_path: Path, tiny_shards: Path, run_processes: Callable, strategy: str
 ):
     config, run = write_config(tmp_path, tiny_shards), tmp_path / "run"
-    arguments = (tmp_path / "digests", json.dumps(STRIKES), config, "max_skipped_steps=2")
+    strikes = json.dumps(STRIKES)
+    arguments = ("strike", tmp_path / "digests", strikes, config, "max_skipped_steps=2")
     ended = run_processes(WORKER, 2, *arguments, strategy=strategy)
     assert ended.code != 0
     message = "3 updates were skipped because their gradient was not finite: more than "
@@ -206,32 +236,12 @@ def arrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def alone(arrays: Path) -> Path:
-    """The run directory of one process."""
-    run = arrays.with_name("alone")
-    assert main([str(arrays), f"run_dir={run}"]) == 0
-    return run
-
-
-@pytest.mark.parametrize(
-    "strategy",
-    [pytest.param(name, marks=marks_of(name, soak=name != "zero3")) for name in STRATEGIES],
-)
-@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.soak)])
+@each_way
 def test_a_sample_that_is_not_finite_is_a_tombstone_and_skips_nothing(
-    arrays: Path,
-    alone: Path,
-    tmp_path: Path,
-    run_processes: Callable,
-    strategy: str,
-    accumulation: int,
+    started: Callable[..., Path], strategy: str, accumulation: int
 ):
-    run = tmp_path / "run"
-    arguments = (arrays, f"run_dir={run}", f"accumulation={accumulation}")
-    ended = run_processes("pipeline.train", 2, *arguments, strategy=strategy)
-    assert ended.code == 0, ended.output
-    found, expected = records(run), records(alone)
+    run = started(strategy, 2, accumulation) / "arrays"
+    found, expected = records(run), records(started("ddp", 1, 1) / "arrays")
     assert found.keys() == expected.keys() == set(range(1, 9))
     for step, values in found.items():
         assert values["optim/skipped_steps"] == 0

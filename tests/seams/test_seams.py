@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.checkpoints.folder import read_tensors
 from pipeline.common.errors import WRONG_USE
@@ -213,7 +214,11 @@ GAME_RUN = (
     "num_steps=60",
     "checkpoint.every_steps=10",
     "checkpoint.keep.latest=99",
+    "freeze=[encoder.0.*, discriminator.0.*]",
 )
+FROZEN = {
+    f"{layer}.0.{kind}" for layer in ("encoder", "discriminator") for kind in ("weight", "bias")
+}
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
@@ -257,5 +262,11 @@ def test_the_game_goes_on_after_a_kill_and_under_another_strategy(
     tensors = read_tensors(changed / "checkpoints" / "step-60")
     assert {name for name in tensors.model if name.startswith("discriminator.")}
     assert not {name for name in tensors.ema or {} if name.startswith("discriminator.")}
+    first = read_tensors(whole / "checkpoints" / "step-10").model
+    assert all(torch.equal(tensors.model[name], first[name]) for name in FROZEN)
+    # Hinge losses cancel in the last bias of a discriminator, which may stay.
+    moved = {name for name, v in tensors.model.items() if not torch.equal(v, first[name])}
+    assert moved | FROZEN | {"discriminator.2.bias"} == tensors.model.keys()
+    assert tensors.exp_avg.keys() == tensors.model.keys() - FROZEN
     norms = logged(whole, "optim/grad_norm", "optim/grad_norm_discriminator")
     assert all(0 < own < both for both, own in norms)

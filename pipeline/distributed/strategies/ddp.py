@@ -123,20 +123,20 @@ class DdpStrategy:
         whole = {names.get(name, name): value for name, value in state.model.items()}
         self._module.load_state_dict(whole, strict=True)
         if self._average is not None:
-            # If the average was turned on at a resume, it starts from the current weights.
-            source = state.ema if state.ema is not None else state.model
+            # What has no average yet starts from the current weights.
+            source = state.model | (state.ema or {})
             columns = zip(self._parameters.averaged, self._average.averages, strict=True)
             for name, average in columns:
                 average.copy_(source[name])
         self._num_updates.fill_(state.num_updates)
-        self._optimizer.state.clear()  # before the first update there are no moments
+        self._optimizer.state.clear()
         for name, parameter in self._parameters.trainable.items():
-            if name not in state.exp_avg:
-                continue
+            if name not in state.exp_avg and state.num_updates == 0:
+                continue  # before the first update there are no moments
             self._optimizer.state[parameter] = {
                 "step": torch.tensor(float(state.num_updates), device=parameter.device),
-                "exp_avg": _moment_like(parameter, state.exp_avg[name]),
-                "exp_avg_sq": _moment_like(parameter, state.exp_avg_sq[name]),
+                "exp_avg": _moment_like(parameter, state.exp_avg.get(name)),
+                "exp_avg_sq": _moment_like(parameter, state.exp_avg_sq.get(name)),
             }
 
     def _moments(self, kind: str) -> Named:
@@ -160,7 +160,10 @@ def _copies(values: Mapping[str, Tensor], into: Named) -> Named:
     return {name: to_cpu(value, into.get(name)) for name, value in values.items()}
 
 
-def _moment_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """Return a moment on the parameter's device, in its memory format, as AdamW creates it."""
+def _moment_like(parameter: Tensor, value: Tensor | None) -> Tensor:
+    """Return a moment on the parameter's device, in its memory format, as AdamW creates it.
+
+    None: of a parameter that was frozen so far.
+    """
     moment = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return moment.copy_(value)
+    return moment if value is None else moment.copy_(value)

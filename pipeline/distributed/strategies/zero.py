@@ -180,8 +180,8 @@ class ZeroStrategy:
                 adam["step"].fill_(state.num_updates)
         self._num_updates.fill_(state.num_updates)
         if self._average is not None:
-            # If the average was turned on at a resume, it starts from the current weights.
-            source = state.ema if state.ema is not None else state.model
+            # What has no average yet starts from the current weights.
+            source = state.model | (state.ema or {})
             columns = zip(self._parameters.averaged.items(), self._average.averages, strict=True)
             for (name, parameter), average in columns:
                 average.copy_(self._mine(parameter, source[name]))

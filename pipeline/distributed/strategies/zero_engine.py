@@ -66,6 +66,7 @@ def fill_in_config(
         micro_batch * accelerator.gradient_accumulation_steps * accelerator.num_processes
     )
     config["gradient_clipping"] = optimizer.max_grad_norm or 0.0
+    config.pop("torch_autocast", None)  # of a former run in this process
     if precision == "bf16":
         # Autocast with fp32 weights, as under DDP; gradients are exchanged in fp32 as well.
         config["torch_autocast"] = {
