@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict
 
 from pipeline.common.arguments import bind
-from pipeline.common.console import print_report, progress
+from pipeline.common.console import print_report, progress_line
 from pipeline.common.errors import DONE, FAILED
 
 HELP = "check an export, or shards against their index; exit 1 if anything is wrong"
@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
         from pipeline.data.index.verify import verify_shards
 
         how = {"decode": arguments.decode, "threads": arguments.threads}
-        report = verify_shards(path, shards=shards, progress=progress, **how)
+        with progress_line() as progress:
+            report = verify_shards(path, shards=shards, progress=progress, **how)
     elif level == "encode":
         from pipeline.export.verify.reencode import verify_with_run
 

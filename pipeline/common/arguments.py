@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.common.files import local_directory
 from pipeline.common.shipped import Kind, find, shipped
 
 Run = Callable[[argparse.Namespace], int]  # what a verb does; returns the exit code
@@ -28,6 +29,17 @@ def size(text: str) -> int:
     if not number.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write 1000000, 64K, 256M or 2G")
     return int(number) << unit
+
+
+def pixels(text: str) -> int | tuple[int, int]:
+    """Pixels of a picture's sides: 256, or 256x384 for height and width."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size of pictures: write 256, or 256x384 (height x width)"
+        )
+    height, width = int(sides[0]), int(sides[-1])
+    return height if height == width else (height, width)
 
 
 def numbers(text: str) -> list[int]:
@@ -92,6 +104,11 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     """Add the number of worker processes."""
     cores = os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=cores, help="processes (%(default)s)")
+
+
+def directory(what: str) -> Callable[[str], Path]:
+    """The type of an argument, called `what`, that names a directory where no URL works."""
+    return partial(local_directory, what=what)
 
 
 def settings_file(kind: Kind) -> Callable[[str], Path]:
@@ -161,5 +178,7 @@ def parse_train(argv: Sequence[str]) -> argparse.Namespace:
     )
     add_config(parser, "train")
     add_dry_run(parser, "print the resolved config and its sizes, and write nothing")
+    text = "the checks of --dry-run, without its sizes, which take seconds: print mistakes only"
+    parser.add_argument("--check", action="store_true", help=text)
     add_accept_change(parser)
     return parse(parser, argv)

@@ -6,12 +6,17 @@ is well. `listing` and `table` make the others.
 
 import json
 import math
+import os
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 LABEL_WIDTH = 28
 NUM_NAMES_SHOWN = 20  # of a long list, in its line
+# Between two lines of progress: in a log, and on a terminal, where each takes the other's place.
+LOG_SECONDS, TERMINAL_SECONDS = 5.0, 0.1
 
 
 def progress(line: str) -> None:
@@ -19,9 +24,41 @@ def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+@contextmanager
+def progress_line() -> Generator[Callable[[str, bool], None]]:
+    """Show on stderr how far a long pass is: by one line that is rewritten, or some in a log.
+
+    Yields a function that takes a line, and whether it is the last one of its pass.
+    """
+    stream = sys.stderr
+    is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+    shown_at, is_open = -math.inf, False
+
+    def show(line: str, is_last: bool) -> None:
+        nonlocal shown_at, is_open
+        wait = TERMINAL_SECONDS if is_terminal else LOG_SECONDS
+        if time.monotonic() < shown_at + wait and not is_last:
+            return
+        shown_at, is_open = time.monotonic(), is_terminal and not is_last
+        if is_terminal:  # back to the first column, and clear the line
+            line = f"\r\x1b[K{line[: os.get_terminal_size(stream.fileno()).columns - 1]}"
+        print(line, end="" if is_open else "\n", file=stream, flush=True)
+
+    try:
+        yield show
+    finally:
+        if is_open:
+            print(file=stream)
+
+
 def warn(text: str) -> None:
     """Print a warning on stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Return a text whose line breaks and control characters, as names may hold, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def plural(count: int, noun: str) -> str:
@@ -58,7 +95,10 @@ def names(values: Sequence[str]) -> str:
 
 
 def listing(fields: Mapping[str, Any]) -> list[str]:
-    """Return the fields one a line; lists of lines below their name; what is empty is left out."""
+    """Return the fields one a line; lists of lines below their name; what is empty is left out.
+
+    No value begins a line of its own: see `printable`.
+    """
     lines: list[str] = []
     for name, value in fields.items():
         if value is None or value in ("", (), [], {}):
@@ -66,9 +106,9 @@ def listing(fields: Mapping[str, Any]) -> list[str]:
         if isinstance(value, dict):
             lines += [name, *(f"  {line}" for line in listing(value))]
         elif isinstance(value, list):
-            lines += [name, *(f"  {line}" for line in value)]
+            lines += [name, *(f"  {printable(str(line))}" for line in value)]
         else:
-            lines.append(f"{name:<{LABEL_WIDTH}}{_text(value)}")
+            lines.append(f"{name:<{LABEL_WIDTH}}{printable(_text(value))}")
     return lines
 
 

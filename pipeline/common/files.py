@@ -8,15 +8,72 @@ hard-linked into place, after which the directory itself is flushed.
 import hashlib
 import json
 import os
-import tarfile
+import re
+import stat
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from pipeline.common.errors import UserError
 
 CHUNK_BYTES = 1 << 20
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(/?)")  # `Path` makes s3:/ of s3://
+_UNEXPANDED = re.compile(r"~|.*\$[{\w]")
+
+
+def why_no_path(text: str | Path) -> str:
+    """Why a text, taken as written, names no path of this machine; empty if it names one.
+
+    A URL, `~` and `$NAME` would silently become folders of these names. One that is there already
+    may be meant.
+    """
+    place = str(text)
+    if not place.strip() or "\0" in place:
+        return "must name a directory"
+    if (url := _URL.match(place)) and (url[2] or _mode(place) is None):
+        if url[1].lower() == "file":
+            return f"must be written without file://, as {unquote(urlsplit(place).path)}"
+        return (
+            "must be a path of this machine or of a mounted file system, not a URL: mount that "
+            "store, or copy the files; only data sets and exports may lie behind URLs"
+        )
+    if _UNEXPANDED.match(place) and _mode(place) is None:
+        # `Path` raises an error for an unknown user.
+        whole = os.path.expandvars(os.path.expanduser(place))  # noqa: PTH111
+        example = "" if whole == place else f", as {whole}"
+        return f"must be written out{example}: only a shell expands ~ and $NAME"
+    return ""
+
+
+def why_no_directory(text: str | Path) -> str:
+    """Why a text names no directory that is there or can be made; empty if it names one."""
+    if reason := why_no_path(text):
+        return reason
+    there = ((path, _mode(path)) for path in (Path(text), *Path(text).parents))
+    nearest = next(((path, mode) for path, mode in there if mode is not None), None)
+    if nearest is None or stat.S_ISDIR(nearest[1]):
+        return ""
+    return f"must be a directory, and {nearest[0]} is a file"
+
+
+def _mode(path: str | Path) -> int | None:
+    """The type of what is there, as `stat` tells it; None if it is not there, or out of reach."""
+    try:
+        return Path(path).stat().st_mode
+    except OSError:
+        return None
+
+
+def local_directory(text: str | Path, what: str) -> Path:
+    """The directory that a setting or argument, called `what`, names where no URL works.
+
+    Raises UserError if it names none.
+    """
+    if reason := why_no_directory(text):
+        raise UserError(f"{what} is {str(text)!r}, but {reason}.")
+    return Path(text)
 
 
 def sha256_file(path: Path) -> str:
@@ -116,14 +173,3 @@ def publish(staged: Path, final: Path) -> None:
     """Move a complete, flushed file or directory to its final name."""
     os.rename(staged, final)
     sync_directory(final.parent)
-
-
-def check_member_name(name: str) -> None:
-    """Raise UserError when a ustar header cannot hold the name (about 100 bytes per component)."""
-    try:
-        tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
-    except (ValueError, UnicodeEncodeError) as error:
-        raise UserError(
-            f"{name!r} does not fit into a tar header ({error}): a file name may take 100 bytes "
-            "and its folders another 155, in UTF-8. Rename the file."
-        ) from error

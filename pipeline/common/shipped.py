@@ -13,13 +13,14 @@ from typing import Literal
 
 from pipeline.common.errors import UserError
 
-Kind = Literal["train", "export", "accelerate", "deepspeed"]  # folders of configs/
+Kind = Literal["train", "export", "accelerate", "deepspeed", "sweeps"]  # folders of configs/
 
 MEANING: Mapping[Kind, str] = {
     "train": "trainings, for `latentmill train NAME`",
     "export": "exports, for `latentmill export run NAME`",
     "accelerate": "topologies, how the processes of a run start, for `--topology NAME`",
     "deepspeed": "settings of DeepSpeed, which topologies name",
+    "sweeps": "sweeps of W&B, for `wandb sweep FILE`",
 }
 _ROOT = Path(__file__).parents[2]
 # In a clone the folder lies beside the package.

@@ -9,9 +9,9 @@ difference matters: an export stores an invalid row for good, but retries after 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.common.errors import UserError
+from pipeline.common.labels import NO_LABEL
+from pipeline.common.texts import from_bytes
 from pipeline.data.decode import ArrayDecode, DecodeError, ImageDecode, missing_member
 from pipeline.data.index import Index
+from pipeline.data.index.contents import LABEL_SUFFIX
 from pipeline.data.index.members import read_members
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import ShardReadError, Storage, open_storage
@@ -49,7 +52,8 @@ class RowBatch:
     x: [batch_size, *event] in the stored dtype (images in channels-last memory); the first
     `num_rows` are real. rows: row numbers in the shard; valid: False where decoding failed (that x
     is zero); labels: -1 = none; metadata, texts: of the `.json` and the `.txt` member, None = none;
-    bytes that are no UTF-8 become U+FFFD.
+    label_texts: of the `.cls` members that the labels cannot hold, by place in the batch. Bytes
+    that are no UTF-8 stay in the texts, see `pipeline.common.texts`.
     """
 
     x: Tensor
@@ -61,6 +65,7 @@ class RowBatch:
     labels: Ints
     metadata: list[str | None]
     texts: list[str | None]
+    label_texts: dict[int, str] = field(default_factory=dict[int, str])
 
 
 def read_shards(
@@ -179,9 +184,13 @@ class ShardRowReader:
         self.rows = self._table.rows_of(index.split_number(data.split))
         suffixes = (tuple(data.decode.member_suffixes), METADATA_SUFFIXES, TEXT_SUFFIXES)
         self._ranges = [self._table.ranges_of(names) for names in suffixes]
+        # Read where the table could not keep the label, or where it is -1.
+        labels = self._table.ranges_of((LABEL_SUFFIX,))
+        offset = np.where(self._table.labels == NO_LABEL, labels.offset, -1)
+        self._ranges.append(replace(labels, offset=offset))
 
     def read(self, start: int) -> tuple[Ints, list[list[bytes | None]]]:
-        """Return the numbers of a batch's rows, and their pictures, JSON texts and texts."""
+        """Return the numbers of a batch's rows, and the bytes: pictures, JSON, texts, labels."""
         rows = self.rows[start : start + self._batch_size]
         return rows, read_members(self._storage, self._name, self._ranges, rows)
 
@@ -196,7 +205,7 @@ class ShardRowReader:
 
     def batch(self, start: int, decoders: ThreadPoolExecutor) -> RowBatch:
         """Read and decode the batch that begins with the split's row `start`."""
-        rows, (contents, metadata, texts) = self.read(start)
+        rows, (contents, metadata, texts, labels) = self.read(start)
         keys = self._table.keys(rows)
         x, faults = self.decode(contents, decoders)
         valid = np.ones(len(rows), np.bool_)
@@ -214,12 +223,13 @@ class ShardRowReader:
             labels=self._table.labels[rows],
             metadata=[_text(content) for content in metadata],
             texts=[_text(content) for content in texts],
+            label_texts={i: from_bytes(text) for i, text in enumerate(labels) if text is not None},
         )
 
     def _decode_all(
         self,
         contents: list[bytes | None],
-        slots: list[NDArray[np.uint8]],
+        slots: list[NDArray[Any]],
         decoders: ThreadPoolExecutor,
     ) -> dict[int, DecodeError]:
         """Decode each content into its slot; zero the slots of bad ones and return their errors."""
@@ -242,4 +252,4 @@ class ShardRowReader:
 
 
 def _text(content: bytes | None) -> str | None:
-    return None if content is None else content.decode("utf-8", errors="replace")
+    return None if content is None else from_bytes(content)

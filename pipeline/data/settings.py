@@ -9,6 +9,9 @@ from pipeline.data.augmentations import Augmentation
 from pipeline.data.decode import Decode, ImageDecode
 from pipeline.data.storage import RemotePolicy
 
+# max_bad_fraction is taken of at least this many samples: of fewer, one bad one is a large part.
+MIN_SAMPLES_JUDGED = 1000
+
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -72,15 +75,18 @@ class DataConfig(Component):
 
     @model_validator(mode="after")
     def _only_images_are_augmented(self) -> Self:
-        if self.augmentations and self.decode.kind != "image":
-            raise ValueError(
-                f"augmentations cut and mirror images, but decode.kind is {self.decode.kind}"
-            )
-        for augmentation in self.augmentations:
-            size = self.decode.event_shape[-1]
-            if augmentation.kind == "random_crop" and augmentation.shorter_side < size:
+        decode = self.decode
+        if not isinstance(decode, ImageDecode):
+            if self.augmentations:
                 raise ValueError(
-                    f"random_crop.shorter_side {augmentation.shorter_side} is below decode.size "
-                    f"{size}: there is no such square in the image"
+                    f"augmentations cut and mirror images, but decode.kind is {decode.kind}"
+                )
+            return self
+        shorter = min(decode.height_and_width)
+        for augmentation in self.augmentations:
+            if augmentation.kind == "random_crop" and augmentation.shorter_side < shorter:
+                raise ValueError(
+                    f"random_crop.shorter_side {augmentation.shorter_side} is below {shorter}, the "
+                    "shorter side of decode.size: there is no such part in the image"
                 )
         return self

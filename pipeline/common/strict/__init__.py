@@ -5,7 +5,8 @@
 
 Every problem found on the way (duplicate keys, overrides that lead nowhere, unknown keys and
 kinds, wrong types, values out of range) is collected, and all are reported at once as one
-UserError. Nothing else feeds a config: no environment variable, no inheritance, no interpolation.
+UserError. Nothing else feeds a config: no environment variable, no inheritance, no interpolation
+(but for `{trial}` in a run directory, see `common.trial`).
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
 
 from pipeline.common.errors import UserError
 from pipeline.common.explain import complaint, did_you_mean, explain
@@ -117,28 +119,31 @@ def difference(
     Of components of different kinds only the `kind` differs: their settings are not compared.
     """
     found: list[Difference] = []
-    _compare(_as_plain(left), _as_plain(right), "", found)
+    _compare(left, right, "", found)
     return found
 
 
-def _as_plain(tree: BaseModel | Mapping[str, Any]) -> Any:
-    return tree.model_dump(mode="json") if isinstance(tree, BaseModel) else tree
-
-
 def _items(value: Any) -> dict[str, Any] | None:
-    """The named parts of a mapping or list, None for a leaf."""
+    """The named parts of a config, mapping or list, None for a leaf."""
+    if isinstance(value, BaseModel):
+        # Also the settings that a dump leaves out at their default.
+        return {name: getattr(value, name) for name in type(value).model_fields}
     if isinstance(value, Mapping):
         return dict(cast(Mapping[str, Any], value))
-    if isinstance(value, list):
-        return {str(index): item for index, item in enumerate(cast(list[Any], value))}
+    if isinstance(value, list | tuple):
+        return {str(index): item for index, item in enumerate(cast(Sequence[Any], value))}
     return None
+
+
+def _is_named(value: Any) -> bool:
+    return isinstance(value, BaseModel | Mapping)
 
 
 def _compare(left: Any, right: Any, path: str, found: list[Difference]) -> None:
     ours, theirs = _items(left), _items(right)
-    if ours is None or theirs is None or isinstance(left, list) != isinstance(right, list):
+    if ours is None or theirs is None or _is_named(left) != _is_named(right):
         if left != right:
-            found.append(Difference(path, left, right))
+            found.append(Difference(path, to_jsonable_python(left), to_jsonable_python(right)))
         return
     keys = list(dict.fromkeys([*ours, *theirs]))
     if ours.get("kind") != theirs.get("kind"):

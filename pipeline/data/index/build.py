@@ -13,7 +13,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from pipeline.common.console import plural
 from pipeline.common.errors import UserError
+from pipeline.data.index.left_out import COMPRESSED, Counts, Tally, lines_of, summed
 from pipeline.data.index.location import IndexLocation, index_location
 from pipeline.data.index.manifest import check_shard_name, make_manifest, table_path
 from pipeline.data.index.reader import Index
@@ -22,7 +24,7 @@ from pipeline.data.index.splits import SplitSpec
 from pipeline.data.pool import worker_processes
 from pipeline.data.progress import Progress, ProgressTracker
 from pipeline.data.storage import open_storage
-from pipeline.data.storage.patterns import FoundShards, find_shards
+from pipeline.data.storage.patterns import NUM_SHOWN, FoundShards, find_shards
 
 PARALLEL_FROM_BYTES = 32 << 20  # below it, starting worker processes costs more than it saves
 
@@ -39,8 +41,9 @@ def build_index(
     """Index a directory, URL, glob or brace pattern of shards into `<out>/index`.
 
     `out`: a directory or URL, None = beside the shards. `deep`: with a checksum of every member.
-    Tables of unchanged shards are reused, so a stopped build can continue. Damage and duplicate
-    keys are reported in the result, not raised. Raises UserError.
+    Tables of unchanged shards are reused, so a stopped build can continue. Damage, duplicate keys
+    and what is left out are reported in the result, not raised. Raises UserError, also if there is
+    no sample at all.
     """
     found = find_shards(shards)
     for name in found.names:
@@ -56,8 +59,35 @@ def build_index(
         ]
         scanned = _scan_all(found, tasks, workers, location, progress)
         ordered = [scanned[name] for name in found.names]
-        location.finish(make_manifest(ordered, split, found.root, location.folder), found.names)
+        beside = _beside(found)
+        _require_samples(shards, ordered, beside)
+        manifest = make_manifest(ordered, split, found.root, location.folder, beside)
+        location.finish(manifest, found.names)
     return Index.open(out)
+
+
+def _beside(found: FoundShards) -> Counts:
+    """Count the files beside the shards that cannot be read because they are compressed."""
+    tally = Tally()
+    for name in found.compressed:
+        tally.add(COMPRESSED, name)
+    return tally.counts
+
+
+def _require_samples(shards: Path | str, scanned: Sequence[ScannedShard], beside: Counts) -> None:
+    """Raise UserError, saying what was found, if there is no sample at all."""
+    entries = [result.entry for result in scanned]
+    if any(entry.samples for entry in entries):
+        return
+    damage = [f"{entry.name} {fault.text}" for entry in entries for fault in entry.damage]
+    counts = summed({entry.name: entry.left_out for entry in entries} | {"": beside})
+    found = [*damage[:NUM_SHOWN], *lines_of(counts)]
+    if len(damage) > NUM_SHOWN:
+        found.insert(NUM_SHOWN, f"{len(damage) - NUM_SHOWN:,} more of the kind")
+    raise UserError(
+        f"{shards}: no sample in {plural(len(entries), 'shard')}. "
+        f"{'; '.join(found) or 'No member at all'}."
+    )
 
 
 def _scan_all(
@@ -105,4 +135,6 @@ def summary(index: Index) -> dict[str, Any]:
         "num_duplicate_keys": index.num_duplicate_keys,
         "duplicate_keys": index.duplicate_keys,
         "damage": [f"{shard}: {damage.text}" for shard, damage in index.damage],
+        "suffixes": index.suffixes,
+        "left_out": index.left_out,
     }

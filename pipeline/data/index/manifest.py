@@ -17,10 +17,10 @@ import numpy as np
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import canonical_json
+from pipeline.data.index.left_out import Counts, Damage
 from pipeline.data.index.scan import ScannedShard, ShardEntry
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.index.table import ShardTable
-from pipeline.data.index.tar import Damage
 from pipeline.data.storage import RemotePolicy, is_url, open_storage
 
 FORMAT_VERSION = 2  # 2: labels in the tables
@@ -29,6 +29,10 @@ MANIFEST = "manifest.json"
 TABLES = "tables"
 MAX_DUPLICATES_SHOWN = 20
 MAX_SUFFIXES = 1000  # more suffixes are dots in file names rather than kinds of members
+
+
+class NoIndexError(UserError):
+    """A place that holds no index."""
 
 
 def check_shard_name(name: str) -> None:
@@ -98,9 +102,18 @@ class IndexFiles:
         try:
             manifest = json.loads(self.read(name))
         except FileNotFoundError:
-            raise UserError(
+            is_relative = isinstance(self.path, Path) and not self.path.is_absolute()
+            here = f"; a relative one counts from {Path.cwd()}" if is_relative else ""
+            if isinstance(self.path, Path) and not self.path.exists():
+                raise NoIndexError(
+                    f"{self.path} does not exist: name the directory that holds `index/`{here}. "
+                    "To make one, run `latentmill index` on shards, or `latentmill pack` on a "
+                    "folder of pictures."
+                ) from None
+            raise NoIndexError(
                 f"{where} does not exist: {again} (data.path names the directory that holds "
-                "`index/`), or pack a folder of pictures with `latentmill pack folder` first."
+                f"`index/`{here}), or pack a folder of pictures with `latentmill pack folder` "
+                "first."
             ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{where} cannot be read: {error}.") from None
@@ -129,10 +142,19 @@ def entry_from_json(entry: dict[str, Any]) -> ShardEntry:
     return replace(ShardEntry(**entry), damage=damage)
 
 
+def _entry_to_json(entry: ShardEntry) -> dict[str, Any]:
+    """As the first version wrote it, where nothing is left out."""
+    fields = asdict(entry)
+    return fields if entry.left_out else {k: v for k, v in fields.items() if k != "left_out"}
+
+
 def make_manifest(
-    scanned: Sequence[ScannedShard], split: SplitSpec, root: str, tables: Path
+    scanned: Sequence[ScannedShard], split: SplitSpec, root: str, tables: Path, left_out: Counts
 ) -> dict[str, Any]:
-    """The manifest of shards below `root`, whose tables lie in the index in `tables`."""
+    """The manifest of shards below `root`, whose tables lie in the index in `tables`.
+
+    left_out: counts of files beside the shards.
+    """
     entries = [result.entry for result in scanned]
     identity = [[entry.name, entry.bytes, entry.samples, entry.sha256] for entry in entries]
     suffixes: Counter[str] = Counter()
@@ -144,10 +166,12 @@ def make_manifest(
         "split": split.model_dump(mode="json"),
         "samples": sum(entry.samples for entry in entries),
         "splits": {name: sum(entry.splits[name] for entry in entries) for name in split.names},
-        "suffixes": dict(sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))),
-        "shards": [asdict(entry) for entry in entries],
+        "suffixes": dict(suffixes),
+        "shards": [_entry_to_json(entry) for entry in entries],
         "duplicate_keys": _duplicates(scanned, tables),
     }
+    if left_out:
+        manifest["left_out"] = left_out
     if len(suffixes) > MAX_SUFFIXES:
         del manifest["suffixes"]
     if any(entry.tag is not None for entry in entries):

@@ -13,6 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
+from pipeline.data.index.left_out import (
+    DOTTED_SUFFIX,
+    MAX_KINDS,
+    PICTURE_SUFFIXES,
+    REASONS,
+    Counts,
+    Damage,
+    folded,
+    lines_of,
+    summed,
+)
 from pipeline.data.index.manifest import (
     INDEX_DIRECTORY,
     MANIFEST,
@@ -22,7 +33,6 @@ from pipeline.data.index.manifest import (
 )
 from pipeline.data.index.splits import ALL, SplitSpec
 from pipeline.data.index.table import ShardTable
-from pipeline.data.index.tar import Damage
 from pipeline.data.storage import (
     RemotePolicy,
     ShardState,
@@ -33,6 +43,8 @@ from pipeline.data.storage.patterns import find_shards
 
 MAX_OPEN_TABLES = 1024
 ORDINAL_SHIFT = 48  # uid = ordinal * 2^48 + samples before
+MAX_TABLES_READ = 100  # to count the samples without a wanted member
+NUM_SUFFIXES_SHOWN = 20
 
 
 States = dict[str, ShardState]  # of the shards of one data set, by name
@@ -54,7 +66,8 @@ class Index:
         self.shards = [entry_from_json(entry) for entry in manifest["shards"]]
         self.num_duplicate_keys: int = manifest["duplicate_keys"]["count"]
         self.duplicate_keys: list[list[str]] = manifest["duplicate_keys"]["examples"]
-        self._suffixes: dict[str, int] | None = manifest.get("suffixes")
+        self.suffixes = _by_count(manifest.get("suffixes"))
+        self._left_out_beside = manifest.get("left_out", {})
         self._tags_of: str | None = manifest.get("tags_of")
         self._split_digest = self.split_spec.digest()
         self.table = lru_cache(maxsize=MAX_OPEN_TABLES)(self._open_table)
@@ -132,15 +145,87 @@ class Index:
         """Whether the CRC-32 of every member of every shard is known (`index --deep`, `pack`)."""
         return all(shard.has_checksums for shard in self.shards)
 
-    def check_suffixes(self, wanted: Sequence[str]) -> None:
-        """Raise UserError if no sample has a member with any of the suffixes."""
-        if self._suffixes is None or any(suffix in self._suffixes for suffix in wanted):
+    @cached_property
+    def left_out(self) -> Counts:
+        """What does not arrive as a sample, or not whole, by reason."""
+        counts = {shard.name: shard.left_out for shard in self.shards}
+        return summed(counts | {"": self._left_out_beside})
+
+    def left_out_lines(self, *, only_losses: bool = False) -> list[str]:
+        """`left_out` in words; not suffixes with a dot where they are kinds of members."""
+        shown = dict(self.left_out)
+        known = self.suffixes
+        if (
+            known is not None
+            and len(known) <= MAX_KINDS
+            and not known.keys().isdisjoint(PICTURE_SUFFIXES)
+        ):
+            shown.pop(DOTTED_SUFFIX, None)
+        return list(lines_of(shown, only_losses=only_losses))
+
+    def check_suffixes(
+        self,
+        wanted: Sequence[str],
+        max_missing: float = 1.0,
+        setting: str = "data.decode.suffixes",
+        *,
+        split: str = ALL,
+    ) -> None:
+        """Raise UserError if too few samples have a member with any of the suffixes.
+
+        Too few: none, or surely more than the fraction `max_missing` of a split has none; `setting`
+        names the suffixes.
+        """
+        total = int(self.counts(split).sum())
+        allowed = max_missing * total
+        missing = self._missing_at_least(wanted, split, total, allowed)
+        if (missing <= allowed and missing < total) or total == 0 < self.num_samples:
             return
-        known = ", ".join(f"{name} ({count})" for name, count in list(self._suffixes.items())[:20])
-        raise UserError(
-            f"No sample of {self.path} has a member with a suffix of {', '.join(wanted)} "
-            f"(data.decode.suffixes). The index has: {known or 'no samples at all'}."
-        )
+        lack = f"a member with a suffix of {', '.join(wanted)} ({setting})"
+        text = f"No sample of {self.path} has {lack}."
+        if missing < total:
+            text = (
+                f"At least {missing:,} of the {total:,} samples ({100 * missing / total:.3g} %) of "
+                f"{self.path} lack {lack}; at most {100 * max_missing:.3g} % may lack it."
+            )
+        raise UserError(f"{text} {self._suffixes_to_name(wanted, setting)}")
+
+    def _missing_at_least(
+        self, wanted: Sequence[str], split: str, total: int, allowed: float
+    ) -> int:
+        """How many of a split's `total` samples have no wanted member, at least.
+
+        Exact where it matters: by the manifest's counts or, if they do not tell whether more than
+        `allowed` miss it, by up to MAX_TABLES_READ tables.
+        """
+        if self.suffixes is not None:
+            found = [self.suffixes.get(suffix, 0) for suffix in wanted]
+            least, most = max(total - sum(found), 0), self.num_samples - max(found)
+            if least > allowed or least == total or most <= min(allowed, total - 1):
+                return least
+        missing, number = 0, self.split_number(split)
+        for shard in range(min(len(self.shards), MAX_TABLES_READ)):
+            table = self.table(shard)
+            missing += int((table.ranges_of(tuple(wanted)).offset[table.rows_of(number)] < 0).sum())
+            if missing > allowed:
+                break
+        return missing
+
+    def _suffixes_to_name(self, wanted: Sequence[str], setting: str) -> str:
+        """Members per suffix, and those that look like pictures or arrays and are not wanted."""
+        if self.suffixes is None:
+            return "The index has very many suffixes: names hold more than one dot."
+        shown = list(folded(self.suffixes).items())[:NUM_SUFFIXES_SHOWN]
+        known = ", ".join(f"{name} ({count})" for name, count in shown) or "no samples at all"
+        others = [
+            name
+            for name in self.suffixes
+            if name not in wanted and name.rpartition(".")[2] in PICTURE_SUFFIXES
+        ]
+        remedy = f" Name those that are to be read in {setting}." if others else ""
+        if len(self.suffixes) > MAX_KINDS and any("." in name for name in others):
+            remedy = f" Names have more than one dot: {REASONS[DOTTED_SUFFIX].remedy}."
+        return f"The index has: {known}.{remedy}"
 
     def expected_state(self, shard: int, root: Path | str) -> ShardState:
         """The state that the store of `root` must report; with a tag if `root` was indexed."""
@@ -159,8 +244,11 @@ class Index:
         for number, shard in enumerate(self.shards):
             state, expected = states[shard.name], self.expected_state(number, storage.root)
             if state is None:
-                found = "is missing"
-            elif state.num_bytes != expected.num_bytes:
+                raise UserError(
+                    f"The shard {storage.where(shard.name)} is missing: put it back, or if the "
+                    "shards lie elsewhere, name their place (data.shards, or --shards)."
+                )
+            if state.num_bytes != expected.num_bytes:
                 found = f"has {state.num_bytes} bytes, not {expected.num_bytes}"
             elif None not in (state.tag, expected.tag) and state.tag != expected.tag:
                 found = f"has changed (its tag is {state.tag}, not {expected.tag})"
@@ -194,3 +282,10 @@ class Index:
                 f"{MANIFEST}: indexing was stopped half-way; run `latentmill index` again."
             )
         return table
+
+
+def _by_count(suffixes: dict[str, int] | None) -> dict[str, int] | None:
+    """Samples per suffix, the most frequent first; None where there are very many."""
+    if suffixes is None:
+        return None
+    return dict(sorted(suffixes.items(), key=lambda item: (-item[1], item[0])))

@@ -12,31 +12,23 @@ import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
+from pipeline.data.index.contents import ContentChecks
+from pipeline.data.index.left_out import Counts, Damage
 from pipeline.data.index.one_pass import OnePass
 from pipeline.data.index.splits import SplitSpec, group_of
 from pipeline.data.index.table import ShardTable, TableOrigin, write_table
-from pipeline.data.index.tar import (
-    NO_CHECKSUM,
-    Damage,
-    TarSample,
-    TarScan,
-    group_samples,
-    split_name,
-)
+from pipeline.data.index.tar import TarSample, group_samples, split_name
+from pipeline.data.index.tar_scan import NO_CHECKSUM, TarScan
 from pipeline.data.storage import ShardReadError, ShardState, Storage, is_url, open_storage
 
 MAX_REPORTED_DAMAGE = 100  # per shard
-# The class of a sample is the number in its `.cls` member, as webdataset has it.
-LABEL_SUFFIX = "cls"
-NO_LABEL = -1
-MAX_LABEL_BYTES = 32  # of the member; an int64 takes 20
 
 
 @dataclass(frozen=True)
@@ -51,6 +43,7 @@ class ShardEntry:
     damage: tuple[Damage, ...]
     has_checksums: bool = False
     tag: str | None = None
+    left_out: Counts = field(default_factory=Counts)
 
 
 @dataclass(frozen=True)
@@ -115,7 +108,7 @@ def _reusable_table(task: ShardTask, state: ShardState) -> ShardTable | None:
     origin = table.origin
     if stamp is None and (state.tag is None or origin.tag != state.tag):
         return None
-    is_enough = table.has_checksums or not task.deep
+    is_enough = table.is_counted and (table.has_checksums or not task.deep)
     return table if is_enough and origin.shard_bytes == state.num_bytes else None
 
 
@@ -123,28 +116,28 @@ def _write(task: ShardTask, storage: Storage, state: ShardState) -> None:
     """Read the shard in one forward pass and write its table."""
     stamp = task.stamp
     groups = _Groups(task, storage.where(task.name))
-    label_at: dict[int, int] = {}  # by the offset of the member
     with OnePass(storage, task.name, state.num_bytes) as reader:
+        contents = ContentChecks(reader, with_json=task.deep)
 
-        def visit(name: str, offset: int, num_bytes: int) -> int:
+        def visit(name: str, offset: int, num_bytes: int, crc32: int) -> int:
             groups.visit(reader, name, offset, num_bytes)
-            if name.lower().endswith(f".{LABEL_SUFFIX}") and num_bytes <= MAX_LABEL_BYTES:
-                label_at[offset] = _parse_label(reader.read(offset, num_bytes))
-            return reader.crc32(offset, num_bytes) if task.deep else NO_CHECKSUM
+            contents.visit(name, offset, num_bytes)
+            is_known = crc32 != NO_CHECKSUM or not task.deep
+            return crc32 if is_known else reader.crc32(offset, num_bytes)
 
         scan = TarScan(reader.read, state.num_bytes, visit)
         samples = list(group_samples(scan))
         sha256 = reader.sha256()
+    contents.count(samples, scan.left_out)
     damage = scan.damage[:MAX_REPORTED_DAMAGE]
     if len(scan.damage) > len(damage):
         more = len(scan.damage) - len(damage)
         damage.append(Damage("more", damage[-1].offset, 0, f"{more} further faults"))
     digest = task.split.digest()
-    origin = TableOrigin(state.num_bytes, sha256, digest, tuple(damage), state.tag)
-    found = [
-        label_at.get(sample.members.get(LABEL_SUFFIX, (-1, 0))[0], NO_LABEL) for sample in samples
-    ]
-    _write_table(task, samples, groups.numbers(samples), found, origin, task.deep, stamp)
+    counts = scan.left_out.counts
+    origin = TableOrigin(state.num_bytes, sha256, digest, tuple(damage), state.tag, counts)
+    numbers, labels = groups.numbers(samples), contents.labels(samples)
+    _write_table(task, samples, numbers, labels, origin, task.deep, stamp)
 
 
 def _write_table(
@@ -193,7 +186,7 @@ class _Groups:
 
     def visit(self, reader: OnePass, name: str, offset: int, num_bytes: int) -> None:
         found = split_name(name) if self.field is not None else None
-        if found is not None and found[1] == "json":
+        if found is not None and found[1] == "json" and offset not in self._number_at:
             self.add(found[0], offset, reader.read(offset, num_bytes))
 
     def add(self, key: str, offset: int, metadata: bytes) -> None:
@@ -226,17 +219,9 @@ def _describe(task: ShardTask, table: ShardTable, is_read: bool, is_written: boo
         damage=table.origin.damage,
         has_checksums=table.has_checksums,
         tag=table.origin.tag,
+        left_out=table.origin.left_out,
     )
     keys = table.keys()
     digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
     hashes = np.frombuffer(b"".join(digests), np.uint64)
     return ScannedShard(entry, hashes, table.suffix_counts(), is_read, is_written)
-
-
-def _parse_label(text: bytes) -> int:
-    """Return the class number; NO_LABEL where the text is no int64."""
-    try:
-        label = int(text)
-    except ValueError:
-        return NO_LABEL
-    return label if -(2**63) <= label < 2**63 else NO_LABEL

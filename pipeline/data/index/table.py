@@ -8,7 +8,7 @@ shard was indexed with `--deep`.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import canonical_json, write_atomic
-from pipeline.data.index.tar import Damage, TarSample
+from pipeline.data.index.left_out import Counts, Damage
+from pipeline.data.index.tar import TarSample
 
 Ints = NDArray[np.int64]
 
@@ -41,6 +42,7 @@ class TableOrigin:
     split_digest: str
     damage: tuple[Damage, ...]
     tag: str | None = None
+    left_out: Counts = field(default_factory=Counts)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class ShardTable:
                 self._table: Any = pa.ipc.open_file(file).read_all().combine_chunks()
             origin = json.loads(self._table.schema.metadata[ORIGIN])
             damage = tuple(Damage(**entry) for entry in origin.pop("damage"))
+            self.is_counted = "left_out" in origin  # tables of the first version have no counts
             self.origin = TableOrigin(damage=damage, **origin)
         except (OSError, pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -167,13 +170,17 @@ class ShardTable:
         return dict(zip(suffixes, zip(offsets, sizes, strict=True), strict=True))
 
     def samples(self) -> list[TarSample]:
-        """All rows as `TarSample`s."""
-        samples = [TarSample(key, self.members(row)) for row, key in enumerate(self.keys())]
-        if self.has_checksums:
-            for row, sample in enumerate(samples):
-                values = self._table[CHECKSUMS][row].as_py()
-                sample.checksums = dict(zip(sample.members, values, strict=True))
-        return samples
+        """All rows as `TarSample`s, members in the order of the tar."""
+        names = ("suffixes", "offsets", "sizes", *((CHECKSUMS,) if self.has_checksums else ()))
+        rows = zip(self.keys(), *(self._table[name].to_pylist() for name in names), strict=True)
+        return [
+            TarSample(
+                key,
+                dict(zip(suffixes, zip(offsets, sizes, strict=True), strict=True)),
+                dict(zip(suffixes, *checksums, strict=True)) if checksums else {},
+            )
+            for key, suffixes, offsets, sizes, *checksums in rows
+        ]
 
     def _ranges_of(self, wanted: tuple[str, ...]) -> MemberRanges:
         """The range of each row's member, by the first of the wanted suffixes that the row has."""

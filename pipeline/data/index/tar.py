@@ -1,65 +1,31 @@
-"""A tar reader: ustar, GNU and PAX members with their offsets, and a report of all damage.
+"""The members of a tar as samples, by webdataset's rule.
 
-    shard bytes -> headers (checksums checked) -> members -> samples (webdataset's grouping)
-                        `-> damage: bad header, truncated member, no end marker, duplicate ...
-
-Python's `tarfile`, and so webdataset, ends a shard silently at one damaged header; this reader
-continues at the next valid header and reports the gap. It reads forward, and reads back only after
-damage. It never holds more than one extension header and one piece of a content.
+TarScan -> members -> names -> key and suffix -> samples: neighbours with one key
+                          `-> counts of those that are left out, by reason
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pipeline.data.index.tar_header import (
-    BLOCK,
-    EMPTY_TYPES,
-    EXTENSION_TYPES,
-    FILE_TYPES,
-    GLOBAL_TYPE,
-    LONG_NAME_TYPE,
-    MAX_PAX_DIGITS,
-    PAX_TYPES,
-    SPARSE_TYPE,
-    ZERO_BLOCK,
-    Header,
-    padded,
-    parse_header,
-    parse_long_name,
-    parse_pax,
+from pipeline.data.index.left_out import (
+    DOTTED_SUFFIX,
+    DUNDER_NAME,
+    EMPTY_NAME,
+    IMAGE_SUFFIXES,
+    METADATA,
+    NO_SUFFIX,
+    SECOND_PICTURE,
+    SIDECAR,
+    Damage,
+    is_dotted,
+    is_sidecar,
 )
+from pipeline.data.index.tar_scan import NO_CHECKSUM, TarScan
 
 # webdataset's rule: the key is the path up to the first dot of the base name.
 KEY_AND_SUFFIX = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)")
 META_NAME = re.compile(r"__[^/]*__($|/)")
-MAX_EXTENSION_BYTES = 8 << 20  # a larger extension header counts as damage
-PIECE_BYTES = 64 << 10
-NO_CHECKSUM = -1
-
-ReadBytes = Callable[[int, int], bytes]  # (offset, size) -> that many bytes, fewer at the end
-# (name, offset, size), called during the pass -> the content's CRC-32, or NO_CHECKSUM
-Visit = Callable[[str, int, int], int]
-
-
-@dataclass(frozen=True)
-class Damage:
-    """One fault of a shard: its kind, offset, number of bytes, and a description."""
-
-    kind: str
-    offset: int
-    num_bytes: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Member:
-    """A file in a tar: its name, and where its content lies."""
-
-    name: str
-    offset: int
-    num_bytes: int
-    crc32: int = NO_CHECKSUM
 
 
 @dataclass
@@ -74,210 +40,39 @@ class TarSample:
     checksums: dict[str, int] = field(default_factory=dict[str, int])
 
 
-class TarScan:
-    """One pass over a tar: iterate over its members, then read `damage`."""
-
-    def __init__(self, read: ReadBytes, size: int, visit: Visit | None = None) -> None:
-        self._read = read
-        self._size = size
-        self._visit = visit
-        self._passed = 0  # end of the visited contents
-        self._offset = 0
-        self._overrides: dict[str, bytes] = {}
-        self._global_overrides: dict[str, bytes] = {}
-        self._lost_extension = False  # the skipped bytes may have held the next member's name
-        self.damage: list[Damage] = []
-
-    def __iter__(self) -> Iterator[Member]:
-        """Yield the files whose content is complete; no directories and links."""
-        while self._offset < self._size:
-            block = self._read(self._offset, BLOCK)
-            if block == ZERO_BLOCK and self._ends_here():
-                return
-            header = parse_header(block)
-            if header is None:
-                self._resynchronise("bad_header", "damaged header")
-                continue
-            yield from self._member(header)
-        self._report("no_end_marker", self._size, 0, "the two zero blocks at the end are missing")
-
-    def _report(self, kind: str, offset: int, num_bytes: int, text: str) -> None:
-        self.damage.append(Damage(kind, offset, num_bytes, text))
-
-    def _ends_here(self) -> bool:
-        """Tell whether the current zero block starts the end marker; report what follows it."""
-        second = self._read(self._offset + BLOCK, BLOCK)
-        if second != ZERO_BLOCK:
-            if len(second) == BLOCK:
-                return False  # a single zeroed header is damage, not the end
-            self._report("no_end_marker", self._offset, 0, "the end marker is cut short")
-            return True
-        start = stop = self._offset + 2 * BLOCK
-        for offset in range(start, self._size, PIECE_BYTES):
-            data = self._read(offset, PIECE_BYTES).rstrip(b"\0")
-            stop = offset + len(data) if data else stop
-        if stop > start:
-            text = "data follows the end marker (concatenated tars?) and is not read"
-            self._report("data_after_end", start, stop - start, text)
-        return True
-
-    def _resynchronise(self, kind: str, what: str) -> None:
-        """Skip the current header and everything up to the next valid one."""
-        start = self._offset
-        self._offset = self._find_header(start + BLOCK, self._size)
-        self._overrides = {}
-        self._lost_extension = True
-        lost = self._offset - start
-        goes_on = self._offset < self._size
-        where = f"reading goes on at byte {self._offset}" if goes_on else "to the end"
-        self._report(kind, start, lost, f"{what}; {lost} bytes skipped, {where}")
-
-    def _find_header(self, offset: int, stop: int, *, or_end: bool = True) -> int:
-        """Offset of the next ustar header from `offset` on, or of the end marker; else `stop`."""
-        while offset < stop:
-            block = self._read(offset, BLOCK)
-            if block == ZERO_BLOCK:
-                data = self._skip_zeros(offset)
-                if or_end and data >= self._size and self._size - offset >= 2 * BLOCK:
-                    break
-                offset = data
-                continue
-            header = parse_header(block)
-            if header is not None and header.has_magic:
-                break
-            offset += BLOCK
-        return min(offset, stop)
-
-    def _skip_zeros(self, offset: int) -> int:
-        """The next block from `offset` on that is not zero, or the end of the file."""
-        while offset < self._size:
-            piece = self._read(offset, PIECE_BYTES)
-            rest = len(piece.lstrip(b"\0"))
-            if rest:
-                return offset + (len(piece) - rest) // BLOCK * BLOCK
-            offset += len(piece)
-        return self._size
-
-    def _member(self, header: Header) -> Iterator[Member]:
-        start = self._offset + BLOCK
-        is_extension = header.type in EXTENSION_TYPES
-        num_bytes = header.num_bytes if is_extension else self._true_size(header)
-        name = "an extension header" if is_extension else self._name(header)
-        if start + num_bytes > self._size:
-            missing = start + num_bytes - self._size
-            self._give_up(name, f"{name!r}: {missing} of {num_bytes} bytes are missing")
-            return
-        is_file = header.type in FILE_TYPES and not (header.type == b"\0" and name.endswith("/"))
-        visits = is_file and self._visit is not None
-        # Read the content first, then check the header after it. After reading back, check the size
-        # first: many headers that claim the same bytes must not all be read.
-        goes_forward = start >= self._passed
-        crc32 = self._visited(name, start, num_bytes) if visits and goes_forward else NO_CHECKSUM
-        if not self._is_size_right(name, start, num_bytes, is_extension=is_extension):
-            self._resynchronise("wrong_size", f"{name!r} has not its {num_bytes} bytes")
-            return
-        if is_extension:
-            self._extend(header.type, start, num_bytes)
-            return
-        if visits and not goes_forward:
-            crc32 = self._visited(name, start, num_bytes)
-        is_sparse = header.type == SPARSE_TYPE or any(
-            key.startswith("GNU.sparse") for key in self._overrides
-        )
-        is_nameless = self._lost_extension and header.is_doubtful_name
-        is_nameless = is_nameless and "path" not in self._overrides
-        self._overrides, self._lost_extension = {}, False
-        if is_sparse:
-            self._report("sparse", start, num_bytes, f"{name!r} is a sparse file: not supported")
-        elif is_file and is_nameless:
-            text = f"{name!r}: its whole name stood in a damaged header; it is left out"
-            self._report("no_name", start - BLOCK, BLOCK + num_bytes, text)
-        elif is_file:
-            yield Member(name, start, num_bytes, crc32)
-        self._offset = start + padded(num_bytes)
-
-    def _visited(self, name: str, start: int, num_bytes: int) -> int:
-        self._passed = max(self._passed, start + num_bytes)
-        return NO_CHECKSUM if self._visit is None else self._visit(name, start, num_bytes)
-
-    def _is_size_right(self, name: str, start: int, num_bytes: int, *, is_extension: bool) -> bool:
-        """Tell whether the size of a content is plausible.
-
-        It is wrong if no header follows the content but one lies inside it: bytes are missing, or
-        the size was forged. Members that are tars are trusted; an extension header contains no
-        headers.
-        """
-        if num_bytes == 0 or name.endswith(".tar"):
-            return True
-        if not is_extension and self._is_boundary(start + padded(num_bytes)):
-            return True
-        return self._find_header(start, start + num_bytes, or_end=False) == start + num_bytes
-
-    def _give_up(self, name: str, what: str) -> None:
-        """Leave out a member that exceeds the shard; headers inside a nested tar do not count."""
-        if not name.endswith(".tar"):
-            self._resynchronise("truncated", what)
-            return
-        self._report("truncated", self._offset, self._size - self._offset, what)
-        self._offset = self._size
-
-    def _is_boundary(self, offset: int) -> bool:
-        """Tell whether there is a header or the end marker at `offset`."""
-        block = self._read(offset, BLOCK)
-        if block == ZERO_BLOCK:
-            return self._read(offset + BLOCK, BLOCK) == ZERO_BLOCK
-        return parse_header(block) is not None
-
-    def _true_size(self, header: Header) -> int:
-        if header.type in EMPTY_TYPES:
-            return 0
-        size = self._overrides.get("size", self._global_overrides.get("size", b""))
-        return int(size) if size.isdigit() and len(size) <= MAX_PAX_DIGITS else header.num_bytes
-
-    def _name(self, header: Header) -> str:
-        name = self._overrides.get("path", self._global_overrides.get("path", header.name))
-        try:
-            return name.decode("utf-8")
-        except UnicodeDecodeError:
-            text = name.decode("utf-8", errors="backslashreplace")
-            self._report("name", self._offset, 0, f"a name is not UTF-8; it is read as {text!r}")
-            return text
-
-    def _extend(self, kind: bytes, start: int, num_bytes: int) -> None:
-        """Store what an extension header says about the members after it, unless it is damaged."""
-        self._offset = start + padded(num_bytes)
-        records: dict[str, bytes] | None = {}
-        if num_bytes > MAX_EXTENSION_BYTES:
-            records = None
-        elif kind in PAX_TYPES or kind == GLOBAL_TYPE:
-            records = parse_pax(self._read(start, num_bytes))
-        elif kind == LONG_NAME_TYPE:
-            records = parse_long_name(self._read(start, num_bytes))
-        if records is None:
-            self._lost_extension = True
-            text = "an extension header that cannot be read"
-            self._report("bad_extension", start - BLOCK, BLOCK + num_bytes, text)
-        elif kind == GLOBAL_TYPE:
-            self._global_overrides |= records
-        else:
-            self._overrides |= records
-            self._lost_extension = False
-
-
 def split_name(name: str) -> tuple[str, str] | None:
-    """A member's key and suffix by webdataset's rule; None for names that belong to no sample."""
+    """A member's key and suffix by webdataset's rule; None for names that belong to no sample.
+
+    Other than webdataset, a file whose name begins with a dot makes no sample of its folder, and
+    breaks no sample apart.
+    """
     match = KEY_AND_SUFFIX.fullmatch(name)
     if match is None or META_NAME.match(name):
         return None
-    return match.group(1), match.group(2).lower()
+    key, suffix = match.groups()
+    # Where the base name begins with a dot, the rule takes `cats/` of `cats/._a.png` for a key.
+    return None if key.endswith("/") or is_sidecar(name) else (key, suffix.lower())
+
+
+def why_left_out(name: str) -> str:
+    """The reason why a name belongs to no sample."""
+    if is_sidecar(name):
+        return SIDECAR
+    if META_NAME.match(name):
+        return DUNDER_NAME if "/" in name else METADATA
+    return NO_SUFFIX if name.rpartition("/")[2] else EMPTY_NAME
 
 
 def group_samples(scan: TarScan) -> Iterator[TarSample]:
-    """Group a scan's members into samples by webdataset's rule; duplicates go to its damage."""
+    """Group a scan's members into samples by webdataset's rule.
+
+    Duplicates go to the scan's damage, members that belong to no sample to its counts.
+    """
     current: TarSample | None = None
     for member in scan:
         found = split_name(member.name)
         if found is None:
+            scan.left_out.add(why_left_out(member.name), member.name)
             continue
         key, suffix = found
         if current is None or current.key != key:
@@ -288,6 +83,10 @@ def group_samples(scan: TarScan) -> Iterator[TarSample]:
             text = f"{member.name!r}: the sample already has a .{suffix}; the first one counts"
             scan.damage.append(Damage("duplicate_member", member.offset, member.num_bytes, text))
             continue
+        if is_dotted(suffix):
+            scan.left_out.add(DOTTED_SUFFIX, member.name)
+        elif suffix in IMAGE_SUFFIXES and not IMAGE_SUFFIXES.isdisjoint(current.members):
+            scan.left_out.add(SECOND_PICTURE, member.name)
         current.members[suffix] = (member.offset, member.num_bytes)
         if member.crc32 != NO_CHECKSUM:
             current.checksums[suffix] = member.crc32

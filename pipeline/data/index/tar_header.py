@@ -3,30 +3,53 @@
 512 bytes --parse_header--> name, size, type, or None; extension content --parse_pax--> records
 """
 
-from dataclasses import dataclass
+from posixpath import normpath
+from typing import NamedTuple
 
 BLOCK = 512
 ZERO_BLOCK = bytes(BLOCK)
 FILE_TYPES = frozenset((b"0", b"\0", b"7"))  # POSIX file, old file, contiguous file
 SPARSE_TYPE = b"S"
+HARD_LINK_TYPE = b"1"
+SYMBOLIC_LINK_TYPE = b"2"
+DIRECTORY_TYPES = frozenset((b"5", b"D"))  # D: GNU tar's, with the names in it
+# Devices and pipes; V: a volume's label.
+SPECIAL_TYPES = frozenset((b"3", b"4", b"6", b"V"))
 # Links, devices, directories and pipes carry no data, whatever their size field says.
 EMPTY_TYPES = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))
 PAX_TYPES = frozenset((b"x", b"X"))
 GLOBAL_TYPE = b"g"
 LONG_NAME_TYPE = b"L"
-EXTENSION_TYPES = PAX_TYPES | {GLOBAL_TYPE, LONG_NAME_TYPE, b"K"}
+LONG_LINK_TYPE = b"K"
+EXTENSION_TYPES = PAX_TYPES | {GLOBAL_TYPE, LONG_NAME_TYPE, LONG_LINK_TYPE}
 MAX_PAX_DIGITS = 20  # of a length or a size: as many as 2**64 has
+RANGES = "byte ranges cannot be read"
+# How files begin that are sometimes taken for tars -> what they are, and what to do.
+OTHER_FORMATS = {
+    b"\x1f\x8b": f"gzip: decompress it; {RANGES}",
+    b"\x28\xb5\x2f\xfd": f"zstd: decompress it; {RANGES}",
+    b"BZh": f"bzip2: decompress it; {RANGES}",
+    b"\xfd7zXZ\0": f"xz: decompress it; {RANGES}",
+    b"\x04\x22\x4d\x18": f"lz4: decompress it; {RANGES}",
+    b"\x1f\x9d": f"compress (.Z): decompress it; {RANGES}",
+    b"PK\3\4": f"zip: unpack it and write a tar of its files; {RANGES}",
+    b"7z\xbc\xaf\x27\x1c": f"7z: unpack it and write a tar of its files; {RANGES}",
+    b"Rar!\x1a\x07": f"rar: unpack it and write a tar of its files; {RANGES}",
+    b"version https://git-lfs": "a pointer of Git LFS: run `git lfs pull`",
+    b"<!": "a web page, not the file: download it again",
+    b"<html": "a web page, not the file: download it again",
+}
 
 
-@dataclass(frozen=True)
-class Header:
-    """One member's header. `is_doubtful_name`: an extension before it may hold the whole name."""
+class Header(NamedTuple):
+    """One member's header; link_name: of the member that a link stands for."""
 
     name: bytes
     num_bytes: int
     type: bytes
     has_magic: bool
-    is_doubtful_name: bool
+    is_doubtful_name: bool  # an extension before it may hold the whole name
+    link_name: bytes
 
 
 def text_of(block: bytes) -> bytes:
@@ -69,17 +92,38 @@ def parse_header(block: bytes) -> Header | None:
     except ValueError:
         return None
     name = text_of(block[:100])
-    is_doubtful = len(name) == 100 or b"?" in name  # as writers shorten a longer name
+    is_doubtful, link_name = is_shortened(name), text_of(block[157:257])
     magic = block[257:265]
     if magic[:6] == b"ustar\0" and block[345]:
         name = text_of(block[345:500]) + b"/" + name
-    return Header(name, num_bytes, block[156:157], magic[:5] == b"ustar", is_doubtful)
+    has_magic = magic[:5] == b"ustar"
+    return Header(name, num_bytes, block[156:157], has_magic, is_doubtful, link_name)
 
 
-def parse_long_name(content: bytes) -> dict[str, bytes] | None:
-    """The path in GNU's long-name member; None if that holds anything else."""
+def plain_name(name: str) -> str:
+    """A name as hard links may write it: `./a.png` is `a.png`."""
+    return normpath(name) if "//" in name or "/." in name else name.removeprefix("./")
+
+
+def is_shortened(name: bytes) -> bool:
+    """Tell whether a field may hold the beginning of a longer name only."""
+    return len(name) == 100 or b"?" in name
+
+
+def other_format(block: bytes) -> str | None:
+    """What a file is that begins with `block`, if that is known and no tar."""
+    if block[257:262] == b"ustar" or parse_header(block) is not None:
+        return None
+    return next((text for magic, text in OTHER_FORMATS.items() if block.startswith(magic)), None)
+
+
+def parse_extension(kind: bytes, content: bytes) -> dict[str, bytes] | None:
+    """The records of an extension header, GNU's long names as PAX writes them; None if damaged."""
+    if kind not in (LONG_NAME_TYPE, LONG_LINK_TYPE):
+        return parse_pax(content)
     name = text_of(content)
-    return None if content[len(name) :].strip(b"\0") else {"path": name}
+    field = "path" if kind == LONG_NAME_TYPE else "linkpath"
+    return None if content[len(name) :].strip(b"\0") else {field: name}
 
 
 def parse_pax(content: bytes) -> dict[str, bytes] | None:

@@ -1,14 +1,15 @@
 """Compare the shards with their index and list every problem.
 
     <path>/index + the shards, one forward pass each --verify_shards--> sizes, content hashes,
-                       CRC-32 of every member, tables, damage, duplicates; images if asked
+                       CRC-32 of every member, tables, damage, duplicates; images if asked;
+                       of local shards: does Python's tarfile find the same members?
 
 This reads all bytes of all shards; a stream checks sizes and tags only, before it starts.
 """
 
 import zlib
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,15 +19,23 @@ from pipeline.common.console import in_bytes, listing, names, plural
 from pipeline.common.errors import UserError
 from pipeline.data.decode import DecodeError, ImageDecode, missing_member
 from pipeline.data.decode.codecs import PixelRules, full_scale, read_pixels
+from pipeline.data.decode.libraries import PILLOW_MAX_PIXELS
 from pipeline.data.index.one_pass import OnePass
 from pipeline.data.index.reader import Index
 from pipeline.data.index.scan import ShardEntry
 from pipeline.data.index.table import ShardTable
+from pipeline.data.index.tar import TarSample
+from pipeline.data.index.tar_scan import NO_CHECKSUM
+from pipeline.data.index.tarfile_check import differences
 from pipeline.data.progress import Progress, ProgressTracker
-from pipeline.data.storage import Storage, open_storage
+from pipeline.data.storage import Storage, is_url, open_storage
 
 IMAGES = ImageDecode()  # the defaults of a config
-RULES = PixelRules(IMAGES.channels, IMAGES.background, IMAGES.max_pixels)
+# What is right in a shard does not depend on a run's own bound of pixels.
+RULES = PixelRules(IMAGES.channels, IMAGES.background, PILLOW_MAX_PIXELS)
+NOT_COMPARED = "whether Python's tarfile finds the same members: a request each in remote shards"
+
+Job = Future[DecodeError | None]
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,8 @@ class BadSample:
 class ShardsReport:
     """What was checked, and all problems.
 
-    not_indexed: shards that are not in the index, which may be intended.
+    not_indexed: shards that are not in the index, which may be intended. left_out: what the index
+    counted, in words. notes: what was not checked.
     """
 
     path: Path | str
@@ -54,6 +64,8 @@ class ShardsReport:
     problems: list[str]
     bad_samples: list[BadSample]
     not_indexed: list[str]
+    left_out: list[str]
+    notes: list[str]
 
     def lines(self) -> list[str]:
         """Return the report for a person: the verdict first."""
@@ -71,6 +83,8 @@ class ShardsReport:
                     "problems": self.problems,
                     "bad samples": bad,
                     "shards that are not indexed": names(self.not_indexed),
+                    "left out, or not as meant": self.left_out,
+                    "not checked": self.notes,
                 }
             ),
         ]
@@ -109,7 +123,9 @@ def verify_shards(
     if bad:
         problems.append(f"{len(bad)} samples are bad")
     if index.num_duplicate_keys:
-        problems.append(f"{index.num_duplicate_keys} keys occur more than once in the data set")
+        problems.append(
+            f"{plural(index.num_duplicate_keys, 'sample')} with the key of an earlier one"
+        )
     return ShardsReport(
         index.path,
         index.dataset_id,
@@ -119,6 +135,8 @@ def verify_shards(
         problems,
         bad,
         index.not_indexed(root),
+        index.left_out_lines(),
+        [NOT_COMPARED] if is_url(root) else [],
     )
 
 
@@ -139,7 +157,7 @@ def _check_shard(
         yield f"{shard.name}: {damage.text}"
     state = storage.states([shard.name])[shard.name]
     if state is None:
-        yield f"{shard.name}: is missing"
+        yield f"{shard.name}: is missing; if it lies elsewhere, give its place by --shards"
         return
     if state.num_bytes != shard.bytes:
         yield f"{shard.name}: has {state.num_bytes} bytes, but was indexed with {shard.bytes}"
@@ -150,6 +168,8 @@ def _check_shard(
                 bad += _bad_samples(shard, table, reader, pool)
             if reader.sha256() != shard.sha256:
                 yield f"{shard.name}: has another content than was indexed (sha256)"
+            elif table is not None and table.num_rows and not is_url(storage.root):
+                yield from differences(Path(storage.where(shard.name)), table)
     except OSError as error:
         yield f"{shard.name}: cannot be read: {error}"
 
@@ -158,31 +178,51 @@ def _bad_samples(
     shard: ShardEntry, table: ShardTable, reader: OnePass, pool: ThreadPoolExecutor | None
 ) -> Iterator[BadSample]:
     """Yield the bad samples of one shard during the pass over its bytes."""
-    decoding: deque[tuple[str, Future[DecodeError | None]]] = deque()
-    for sample in table.samples() if table.has_checksums or pool is not None else ():
+    decoding: deque[tuple[str, Job]] = deque()
+    samples = table.samples() if table.has_checksums or pool is not None else []
+    shared = _shared_offsets(samples)
+    seen: dict[tuple[int, bool], tuple[int, Job | None]] = {}
+    for sample in samples:
         image = next((name for name in IMAGES.suffixes if name in sample.members), None)
-        content, wrong = b"", list[str]()
-        for suffix, (offset, num_bytes) in sample.members.items():
-            is_wanted = pool is not None and suffix == image
-            piece = reader.read(offset, num_bytes) if is_wanted else None
-            content = content if piece is None else piece
-            known = sample.checksums.get(suffix)
-            if known is not None:
-                found = reader.crc32(offset, num_bytes) if piece is None else zlib.crc32(piece)
-                wrong += [] if found == known else [f".{suffix}"]
+        job, wrong = None, list[str]()
+        for suffix, where in sample.members.items():
+            is_image = pool is not None and suffix == image
+            checked = seen.get((where[0], is_image))
+            if checked is None:
+                checked = _check_member(reader, where, pool if is_image else None, table)
+            if where[0] in shared:
+                seen[where[0], is_image] = checked
+            job = checked[1] if is_image else job
+            if sample.checksums.get(suffix, NO_CHECKSUM) not in (NO_CHECKSUM, checked[0]):
+                wrong.append(f".{suffix}")
         if wrong:
             reason = f"another content than was indexed: {', '.join(wrong)}"
             yield BadSample(shard.name, sample.key, "checksum", reason)
         if pool is not None:
-            job = pool.submit(_fault_of, None if image is None else content)
-            decoding.append((sample.key, job))
+            decoding.append((sample.key, job or pool.submit(_fault_of, None)))
         # At most 16 encoded images wait in memory; results keep the order of the shard.
         yield from _decoded(shard, decoding, keep=16)
     yield from _decoded(shard, decoding, keep=0)
 
 
+def _check_member(
+    reader: OnePass, where: tuple[int, int], pool: ThreadPoolExecutor | None, table: ShardTable
+) -> tuple[int, Job | None]:
+    """Return a member's CRC-32, if the table has it, and the job of decoding it in a pool."""
+    if pool is None:
+        return (reader.crc32(*where) if table.has_checksums else NO_CHECKSUM), None
+    content = reader.read(*where)
+    return zlib.crc32(content), pool.submit(_fault_of, content)
+
+
+def _shared_offsets(samples: Sequence[TarSample]) -> set[int]:
+    """Where members lie that are more than one: hard links. Their content is read once."""
+    offsets = Counter(offset for sample in samples for offset, _ in sample.members.values())
+    return {offset for offset, count in offsets.items() if count > 1}
+
+
 def _decoded(
-    shard: ShardEntry, decoding: deque[tuple[str, Future[DecodeError | None]]], *, keep: int
+    shard: ShardEntry, decoding: deque[tuple[str, Job]], *, keep: int
 ) -> Iterator[BadSample]:
     while len(decoding) > keep:
         key, job = decoding.popleft()

@@ -42,6 +42,13 @@ def read_amplification(lanes: int, world: int) -> float:
     return (lanes + world - math.gcd(lanes, world)) / lanes
 
 
+def dataset_id_of(ids: Sequence[str]) -> str:
+    """Hex identity of several data sets together, by those of each; of one its own."""
+    if len(ids) == 1:
+        return ids[0]
+    return hashlib.sha256(canonical_json([MIXTURE_VERSION, list(ids)])).hexdigest()
+
+
 class Mixture:
     """The order of a run: which sample of which data set fills which slot of which step."""
 
@@ -80,10 +87,7 @@ class Mixture:
     @property
     def dataset_id(self) -> str:
         """Hex identity of the data."""
-        if len(self.orders) == 1:
-            return self.orders[0].dataset_id
-        ids = [order.dataset_id for order in self.orders]
-        return hashlib.sha256(canonical_json([MIXTURE_VERSION, ids])).hexdigest()
+        return dataset_id_of([order.dataset_id for order in self.orders])
 
     def positions_before(self, source: int, position: Ints | int) -> Ints:
         """How many of the first `position` samples of the stream come from a data set."""

@@ -7,6 +7,7 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 
 from pipeline.common.errors import UserError
+from pipeline.common.files import why_no_path
 from pipeline.data.storage.base import Storage
 from pipeline.data.storage.generic import GenericStorage
 from pipeline.data.storage.http import HttpStorage
@@ -37,9 +38,13 @@ def is_url(location: str | Path) -> bool:
 
 
 def local_path(location: str | Path) -> str:
-    """Return a local location as a path, without `file://`."""
+    """Return a local location as a path, without `file://`; UserError if it names no path."""
     text = str(location)
-    return unquote(urlsplit(text).path) if scheme_of(text) else text
+    if scheme_of(text):
+        return unquote(urlsplit(text).path)
+    if reason := why_no_path(text):
+        raise UserError(f"The path {text!r} {reason}.")
+    return text
 
 
 def open_storage(root: str | Path, remote: RemotePolicy | None = None) -> Storage:

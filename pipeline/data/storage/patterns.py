@@ -8,7 +8,7 @@ the root, and percent signs are decoded.
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -23,15 +23,23 @@ from pipeline.data.storage.opening import HTTP, check_scheme, is_url, local_path
 from pipeline.data.storage.policy import RemotePolicy
 
 SUFFIX = ".tar"
+# Endings of files that hold a shard, of which byte ranges cannot be read.
+_ENDINGS = ".tar.gz .tgz .tar.zst .tzst .tar.bz2 .tbz2 .tbz .tar.xz .txz .tar.lz4 .tar.Z"
+COMPRESSED = tuple(_ENDINGS.split())
+FORMATS = {"gz": "gzip", "zst": "zstd", "bz": "bzip2", "xz": "xz", "lz4": "lz4", "Z": "compress"}
 NUM_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class FoundShards:
-    """The shards a pattern stands for: `names` are sorted, relative to `root`, with slashes."""
+    """The shards a pattern stands for: `names` are sorted, relative to `root`, with slashes.
+
+    compressed: files that were passed over, since byte ranges of them cannot be read.
+    """
 
     root: str
     names: tuple[str, ...]
+    compressed: tuple[str, ...] = ()
 
 
 def find_shards(pattern: str | Path, remote: RemotePolicy | None = None) -> FoundShards:
@@ -68,41 +76,79 @@ def _shown(addresses: Sequence[str]) -> str:
 
 def _find_local(text: str, expanded: list[str]) -> FoundShards:
     if len(expanded) == 1 and Path(expanded[0]).is_dir():
-        root = Path(expanded[0])
-        paths = sorted(root.glob(f"*{SUFFIX}"))
+        folder = Path(expanded[0])
+        with os.scandir(folder) as entries:
+            found = [folder / e.name for e in entries if _is_shard(e.name) and not e.is_dir()]
+        folders = [folder]
     else:
-        paths = _local_files(text, expanded)
-        root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path(text)
-    if not paths:
+        found = _local_files(text, expanded)
+        folders = [path.parent for path in found if not path.name.endswith(COMPRESSED)]
+    root = os.path.commonpath(folders or [path.parent for path in found] or [text])
+    names = {Path(os.path.relpath(path, root)).as_posix() for path in found}
+    compressed = _compressed(names)
+    shards = sorted(name for name in names if not name.endswith(COMPRESSED))
+    if not shards:
         raise UserError(
             f"{text}: no .tar shard found there (a folder, a glob or a{{0..9}}.tar); looked for "
-            f"{_shown(expanded)}."
+            f"{_shown(expanded)}.{_remedy(compressed)}"
         )
-    names = sorted(path.relative_to(root).as_posix() for path in paths)
-    return FoundShards(str(root), tuple(names))
+    return FoundShards(root, tuple(shards), compressed)
+
+
+def _is_shard(path: str) -> bool:
+    """Tell whether a listed file is a shard, perhaps compressed; macOS leaves `._a.tar` beside."""
+    return path.endswith((SUFFIX, *COMPRESSED)) and not path.rpartition("/")[2].startswith("._")
+
+
+def _compressed(names: Iterable[str]) -> tuple[str, ...]:
+    """The compressed shards among some files, except those whose shard is there, too."""
+    there = set(names)
+    found = (name for name in there if name.endswith(COMPRESSED))
+    return tuple(sorted(name for name in found if _decompressed(name) not in there))
+
+
+def _decompressed(name: str) -> str:
+    stem = name.rpartition(".")[0]
+    return stem if stem.endswith(SUFFIX) else f"{stem}{SUFFIX}"
+
+
+def _remedy(compressed: Sequence[str]) -> str:
+    if not compressed:
+        return ""
+    named = [f"{name} ({_format_of(name)})" for name in compressed]
+    return f" {_shown(named)}: decompress it; byte ranges cannot be read."
+
+
+def _format_of(name: str) -> str:
+    end = name.rpartition(".")[2].removeprefix("t")
+    return next(text for start, text in FORMATS.items() if end.startswith(start))
 
 
 def _local_files(text: str, expanded: list[str]) -> list[Path]:
     paths: set[Path] = set()
     for name in expanded:
-        found = [Path(p) for p in glob(name, recursive=True)] if has_magic(name) else [Path(name)]  # noqa: PTH207
-        for path in found:
-            if not path.is_file():
-                raise UserError(
-                    f"{text}: there is no shard {path}; the pattern expands to {_shown(expanded)}."
-                )
-        paths.update(found)
-    return sorted(paths)
+        if has_magic(name):
+            found = map(Path, glob(name, recursive=True))  # noqa: PTH207
+            paths.update(path for path in found if not path.is_dir())
+        elif Path(name).is_file():
+            paths.add(Path(name))
+        else:
+            raise UserError(
+                f"{text}: there is no shard {name}; the pattern expands to {_shown(expanded)}."
+            )
+    return list(paths)
 
 
 def _find_remote(text: str, urls: list[str], remote: RemotePolicy | None) -> FoundShards:
     given = [url for url in urls if not _is_listing(url)]
-    paths = {_path(url) for url in given}
-    for url in urls:
-        if _is_listing(url):
-            paths.update(_listed(url))
+    found = {_path(url) for url in given}
+    found |= {path for url in urls if _is_listing(url) for path in _listed(url)}
+    paths = {path for path in found if not path.endswith(COMPRESSED)}
     if not paths:
-        raise UserError(f"{text}: no .tar shard found there; looked for {_shown(urls)}.")
+        compressed = _compressed(found)
+        raise UserError(
+            f"{text}: no .tar shard found there; looked for {_shown(urls)}.{_remedy(compressed)}"
+        )
     folder = commonpath([path.rpartition("/")[0] or "/" for path in paths]).rstrip("/")
     stores = {_store(url) for url in urls}
     store = stores.pop()
@@ -110,9 +156,10 @@ def _find_remote(text: str, urls: list[str], remote: RemotePolicy | None) -> Fou
         raise UserError(f"{text}: shards must lie in one store, with one query for all.")
     root = _root(store, folder)
     names = sorted(path.removeprefix(f"{folder}/") for path in paths)
+    compressed = _compressed(path.removeprefix(f"{folder}/") for path in found)
     if given:
         _check_there(text, root, names, remote)
-    return FoundShards(root, tuple(names))
+    return FoundShards(root, tuple(names), compressed)
 
 
 def _check_there(text: str, root: str, names: Sequence[str], remote: RemotePolicy | None) -> None:
@@ -149,7 +196,7 @@ def _root(store: tuple[str, str, str], folder: str) -> str:
 
 def _is_listing(url: str) -> bool:
     path = _path(url)
-    return not path.endswith(SUFFIX) or has_magic(path)
+    return not path.endswith((SUFFIX, *COMPRESSED)) or has_magic(path)
 
 
 def _listed(url: str) -> list[str]:
@@ -160,9 +207,9 @@ def _listed(url: str) -> list[str]:
         )
     files, inside = open_filesystem(url)
     try:
-        found = files.glob(inside if has_magic(inside) else f"{inside}/*{SUFFIX}")
+        found = files.glob(inside if has_magic(inside) else f"{inside}/*")
     except Exception as error:  # every library has its own errors
         raise UserError(f"{url} cannot be listed ({type(error).__name__}: {error}).") from error
     # fsspec's paths may lack the host that the URL begins with (sftp), or begin with a slash.
     begin = _path(url).rstrip("/").removesuffix(inside.lstrip("/"))
-    return [f"{begin}{path.lstrip('/')}" for path in found if path.endswith(SUFFIX)]
+    return [f"{begin}{path.lstrip('/')}" for path in found if _is_shard(path)]

@@ -22,7 +22,7 @@ KeyLookup = Callable[[NDArray[np.int64]], list[str]]  # uids -> keys
 class Batch:
     """This rank's slots of one global batch, in slot order.
 
-    x: [b, *event] in the stored dtype, images uint8 [b, C, H, W] in channels-last memory;
+    x: [b, *event] in the stored dtype, images uint8 or uint16 [b, C, H, W] in channels-last memory;
     uid, epoch, label: int64 [b] (label -1: none); weight: float32 [b], 0 for bad samples and for
     the repeats that fill a masked batch. All are views of memory that the stream reuses: valid
     until the next batch is requested.

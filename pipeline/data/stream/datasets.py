@@ -111,7 +111,9 @@ class DataSets:
         self.indexes = indexes
         self.order = order
         self.names = SampleNames(indexes)
-        self.augmenter = Augmenter(data.augmentations, order.seed, size=data.decode.event_shape[-1])
+        decode = data.decode  # arrays are not augmented
+        size = decode.height_and_width if isinstance(decode, ImageDecode) else (1, 1)
+        self.augmenter = Augmenter(data.augmentations, order.seed, size)
         self.storages = [open_storage(source.root, data.remote) for source in data.sources]
         for storage, seen in zip(self.storages, states, strict=True):
             for name, state in seen.items():
