@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from pipeline.common import rng
-from pipeline.data.augmentations.base import View
+from pipeline.data.augmentations.base import Size, View
 from pipeline.data.augmentations.horizontal_flip import HorizontalFlip
 from pipeline.data.augmentations.random_crop import RandomCrop
 from pipeline.data.augmentations.random_resized_crop import RandomResizedCrop
@@ -40,8 +40,7 @@ __all__ = [
 class Augmenter:
     """The augmentations of one training stream, in their order."""
 
-    def __init__(self, augmentations: Sequence[Augmentation], seed: int, size: int) -> None:
-        """`size`: pixels of the square that the model sees."""
+    def __init__(self, augmentations: Sequence[Augmentation], seed: int, size: Size) -> None:
         self._augmentations = augmentations
         self._seed = seed
         self._size = size

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from pipeline.common.component import Component
 
+Size = tuple[int, int]  # (height, width) in pixels that the model sees
+
 
 @dataclass(frozen=True)
 class View:
@@ -33,9 +35,9 @@ class AugmentationBase(Component):
         """Number of random numbers per sample."""
         raise NotImplementedError
 
-    def apply(self, view: View, draws: Sequence[float], size: int) -> View:
+    def apply(self, view: View, draws: Sequence[float], size: Size) -> View:
         """Return the new view.
 
-        draws: `num_draws` numbers in [0, 1). size: pixels of the square that the model sees.
+        draws: `num_draws` numbers in [0, 1).
         """
         raise NotImplementedError

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.data.augmentations.base import AugmentationBase, View
+from pipeline.data.augmentations.base import AugmentationBase, Size, View
 
 
 class HorizontalFlip(AugmentationBase):
@@ -20,5 +20,5 @@ class HorizontalFlip(AugmentationBase):
         """One draw: flip or not."""
         return 1
 
-    def apply(self, view: View, draws: Sequence[float], size: int) -> View:  # noqa: ARG002
+    def apply(self, view: View, draws: Sequence[float], size: Size) -> View:  # noqa: ARG002
         return replace(view, is_mirrored=view.is_mirrored ^ (draws[0] < self.probability))

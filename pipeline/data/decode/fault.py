@@ -15,9 +15,9 @@ class DecodeError(Exception):
     """
 
     def __init__(self, stage: str, reason: str) -> None:
-        super().__init__(f"{stage}: {reason}")
+        super().__init__(f"{stage}: {stable_reason(reason)}")
         self.stage = stage
-        self.reason = reason
+        self.reason = stable_reason(reason)
 
 
 def missing_member() -> DecodeError:
