@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.common.console import printable
 from pipeline.common.errors import UserError
 from pipeline.data.pack.parts import PartRecord
 from pipeline.data.pack.sources.base import Samples
@@ -28,7 +29,8 @@ def shard_names(records: Sequence[PartRecord]) -> dict[int, str]:
     whole = [number for number, record in enumerate(records) if record.num_samples]
     if not whole:
         broken = [entry for record in records for entry in record.broken]
-        raise UserError(f"None of the {len(broken)} images can be read, such as {broken[0]}.")
+        example = printable(": ".join(broken[0]))
+        raise UserError(f"None of the {len(broken):,} images can be packed, such as {example}.")
     return {number: shard_name(count) for count, number in enumerate(whole)}
 
 
@@ -56,8 +58,8 @@ def closing_files(
 
 
 def check_same(out: object, found: Any, identity: dict[str, Any]) -> None:
-    """Raise UserError if `out` holds a pack of something else than `identity`."""
-    if found != identity:
+    """Raise UserError if `out` holds a pack of something else than `identity`; None: no pack."""
+    if found not in (None, identity):
         raise UserError(
             f"{out} already holds a pack of another source or with other settings:\n"
             f"  there: {json.dumps(found, sort_keys=True)}\n"

@@ -7,19 +7,20 @@ record exists is whole.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.common.console import plural
+from pipeline.common.errors import UserError
 from pipeline.common.files import publish, sha256_file, temporary_name, write_json
 from pipeline.common.tars import open_tar
 from pipeline.data.pack.pictures import prepared
-from pipeline.data.pack.sources.base import Broken, Part
+from pipeline.data.pack.sources.base import Broken, Part, Sample
 
 # Shards from which no node lacks work: one per process of an export, and a node has up to 8 GPUs.
 ENOUGH_SHARDS = 8
-BETTER_SHARDS = 16  # what is advised
+BETTER_SHARDS = 16  # what is advised, and packed unless told otherwise
 SMALL_SHARD_SAMPLES = 32  # a data set that would be cut into smaller ones is small anyway
 TAR_BLOCK = 512  # every member takes a header of one block, and its content is padded to blocks
 
@@ -36,6 +37,13 @@ def few_shards(num_shards: int, num_samples: int, processes: int = 1) -> str:
         f"{num_shards} of an export's processes {'has' if num_shards == 1 else 'have'} work; pack "
         f"anew with --shard-samples {-(-num_samples // better)} for {better} shards"
     )
+
+
+def enough_shards(num_samples: int, max_samples: int) -> int:
+    """Return how many samples a shard holds at most, so that there are enough shards."""
+    if num_samples < BETTER_SHARDS * SMALL_SHARD_SAMPLES:
+        return max_samples
+    return min(max_samples, -(-num_samples // BETTER_SHARDS))
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,16 @@ def read_record(stage: Path, number: int) -> PartRecord:
     return PartRecord(**json.loads(part_paths(stage, number)[1].read_bytes()))
 
 
+def sound_samples(part: Part, broken: list[list[str]]) -> Iterator[Sample]:
+    """Yield a part's samples as they are packed; append what cannot be read to `broken`."""
+    for found in part.read():
+        sample = found if isinstance(found, Broken) else prepared(found)
+        if isinstance(sample, Broken):
+            broken.append([sample.name, sample.reason])
+        else:
+            yield sample
+
+
 def write_part(part: Part, stage: Path, number: int) -> int:
     """Write one part and then its record; return the number. Two writers at once do no harm."""
     path, record_path = part_paths(stage, number)
@@ -95,12 +113,11 @@ def write_part(part: Part, stage: Path, number: int) -> int:
     broken: list[list[str]] = []
     num_samples = 0
     with open_tar(temporary) as write:
-        for found in part.read():
-            sample = found if isinstance(found, Broken) else prepared(found)
-            if isinstance(sample, Broken):
-                broken.append([sample.name, sample.reason])
-                continue
-            write(sample.key, sample.members)
+        last = None
+        for sample in sound_samples(part, broken):
+            if sample.key == last:
+                raise UserError(f"Two samples in a row have the key {last}: name another one.")
+            write(last := sample.key, sample.members)
             num_samples += 1
     record = PartRecord(num_samples, temporary.stat().st_size, sha256_file(temporary), broken)
     publish(temporary, path)

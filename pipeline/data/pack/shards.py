@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,13 +34,34 @@ from pipeline.data.pack.files import (
 from pipeline.data.pack.parts import PartRecord, part_paths, read_record, write_part
 from pipeline.data.pack.sources import Samples
 from pipeline.data.pool import worker_processes
-from pipeline.data.progress import Progress
-from pipeline.data.storage import open_storage
+from pipeline.data.progress import Progress, ProgressTracker
+from pipeline.data.storage import is_url, open_storage
 from pipeline.data.storage.opening import open_writable
 from pipeline.data.storage.patterns import find_shards
 from pipeline.data.storage.writable import WritableStore
 
 Ranges = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class FoundPack:
+    """What an earlier start left: the identity of its plan, None if there is no plan."""
+
+    identity: Any
+    is_complete: bool
+
+
+def find_pack(out: Path | str) -> FoundPack:
+    """Look for a pack in a directory or below a URL; raises UserError for a read-only store."""
+    if is_url(out):
+        open_writable(str(out))
+        found = _read_all(str(out), [SUMMARY, PLAN])
+    else:
+        paths = {name: Path(out) / name for name in (SUMMARY, PLAN)}
+        found = {name: path.read_bytes() for name, path in paths.items() if path.exists()}
+    if SUMMARY in found:
+        return FoundPack(json.loads(found[SUMMARY])["identity"], is_complete=True)
+    return FoundPack(json.loads(found.get(PLAN, b"null")), is_complete=False)
 
 
 def pack_locally(
@@ -52,25 +73,12 @@ def pack_locally(
     progress: Progress | None,
 ) -> None:
     """Write the shards of the ranges, and what belongs to them, into `out`."""
-    if not _is_complete(out, identity):
-        stage = _open_stage(out, identity)
-        missing = [n for n in range(len(ranges)) if not part_paths(stage, n)[1].exists()]
-        num_done = len(ranges) - len(missing)
-        for _ in _written(samples, ranges, missing, stage, workers, ahead=len(missing)):
-            num_done += 1
-            if progress:
-                progress(f"pack: {num_done} of {len(ranges)} shards")
-        _publish(samples, len(ranges), out, identity)
-    shutil.rmtree(out / STAGE, ignore_errors=True)  # nothing in it is needed any more
-
-
-def _is_complete(out: Path, identity: dict[str, Any]) -> bool:
-    """Tell whether `out` holds exactly this pack; raise UserError if it holds another."""
-    summary = out / SUMMARY
-    if not summary.exists():
-        return False
-    check_same(out, json.loads(summary.read_bytes())["identity"], identity)
-    return True
+    stage = _open_stage(out, identity)
+    missing = [n for n in range(len(ranges)) if not part_paths(stage, n)[1].exists()]
+    written = _written(samples, ranges, missing, stage, workers, ahead=len(missing))
+    for _ in _tracked(written, samples, ranges, missing, progress):
+        pass
+    _publish(samples, len(ranges), out, identity)
 
 
 def _open_stage(out: Path, identity: dict[str, Any]) -> Path:
@@ -113,22 +121,26 @@ def pack_remotely(
     """Write the shards of the ranges, and what belongs to them, below the URL `out`."""
     store = open_writable(out)
     names = [_record_name(number) for number in range(len(ranges))]
-    found = _read_all(out, [SUMMARY, PLAN, *names])
-    if SUMMARY in found:
-        check_same(out, json.loads(found[SUMMARY])["identity"], identity)
-    else:
-        _open_plan(store, out, found.get(PLAN), identity)
-        records = [PartRecord(**json.loads(found[name])) for name in names if name in found]
-        # Records are uploaded in sequence, so the existing ones are the first.
-        with TemporaryDirectory(prefix="latentmill-pack-") as folder:
-            rest = range(len(records), len(ranges))
-            for number in _written(samples, ranges, rest, Path(folder), workers, ahead=workers):
-                _upload(store, Path(folder), number, records)
-                if progress:
-                    progress(f"pack: {len(records)} of {len(ranges)} shards")
-        for name, content in closing_files(samples, records, identity).items():
-            store.put(name, content)
-    for name in (*names, PLAN):
+    found = _read_all(out, [PLAN, *names])
+    _open_plan(store, out, found.get(PLAN), identity)
+    records = [PartRecord(**json.loads(found[name])) for name in names if name in found]
+    # Records are uploaded in sequence, so the existing ones are the first.
+    rest = range(len(records), len(ranges))
+    with TemporaryDirectory(prefix="latentmill-pack-") as folder:
+        written = _written(samples, ranges, rest, Path(folder), workers, ahead=workers)
+        for number in _tracked(written, samples, ranges, rest, progress):
+            _upload(store, Path(folder), number, records)
+    for name, content in closing_files(samples, records, identity).items():
+        store.put(name, content)
+
+
+def clear_stage(out: Path | str, num_parts: int) -> None:
+    """Remove what a complete pack no longer needs."""
+    if not is_url(out):
+        shutil.rmtree(Path(out) / STAGE, ignore_errors=True)
+        return
+    store = open_writable(str(out))
+    for name in (*map(_record_name, range(num_parts)), PLAN):
         store.delete(name)
 
 
@@ -170,6 +182,24 @@ def _upload(store: WritableStore, stage: Path, number: int, records: list[PartRe
     store.put(_record_name(number), json.dumps(asdict(record)).encode())
     file.unlink()
     records.append(record)
+
+
+def _tracked(
+    written: Iterator[int],
+    samples: Samples,
+    ranges: Ranges,
+    numbers: Sequence[int],
+    progress: Progress | None,
+) -> Iterator[int]:
+    """Pass on the numbers of parts that are written now; report how much of all is done."""
+    sizes = samples.sizes()
+    part_bytes = [sum(sizes[lo:hi]) for lo, hi in ranges]
+    tracker = ProgressTracker("pack", len(ranges), sum(part_bytes), progress)
+    for number in sorted(set(range(len(ranges))) - set(numbers)):
+        tracker.add(part_bytes[number], is_read=False)
+    for number in written:
+        yield number
+        tracker.add(part_bytes[number])
 
 
 def _written(

@@ -9,13 +9,15 @@ from pydantic import Field
 
 from pipeline.data.pack.sources.base import Broken, PackSource, Part, Picture, Sample, Samples
 from pipeline.data.pack.sources.folder import Folder
+from pipeline.data.pack.sources.hf import HuggingFace
 from pipeline.data.pack.sources.sprites import Sprites
 
-Source = Annotated[Folder | Sprites, Field(discriminator="kind")]
+Source = Annotated[Folder | HuggingFace | Sprites, Field(discriminator="kind")]
 
 __all__ = [
     "Broken",
     "Folder",
+    "HuggingFace",
     "PackSource",
     "Part",
     "Picture",

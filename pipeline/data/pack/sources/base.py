@@ -13,17 +13,22 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 
+from pipeline.common.arguments import size
 from pipeline.common.component import Component
 from pipeline.common.errors import UserError
 
 NO_BOUND = 1 << 40
-SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of images: those of `ImageDecode().suffixes`
+# As `ImageDecode` has them, which is not loaded for the help.
+SUFFIXES = ("jpg", "jpeg", "png", "webp")
+MAX_PIXELS = 1 << 26
+PILLOW_MAX_PIXELS = 178_956_970
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Picture:
     suffix: str
     content: bytes
     resize: int | None  # to this shorter side in pixels; None: copied byte for byte
+    # Above it a picture is broken; with `resize` it counts a JPEG as scaled while it is decoded.
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,12 @@ class PackSource(Component):
     HELP: ClassVar[str]  # a line for `latentmill pack --help`
 
     kind: str
-    # Bounds of a shard.
-    shard_bytes: int = NO_BOUND
-    shard_samples: int
+    MAX_SHARD_SAMPLES: ClassVar[int] = 10_000  # unless `shard_samples` says otherwise
+
+    shard_bytes: int = NO_BOUND  # of a shard at most
+    shard_samples: int | None = Field(
+        default=None, description="at most (what gives 16 shards or more)"
+    )
 
     @abstractmethod
     def open(self) -> Samples:
@@ -108,10 +118,46 @@ class PackSource(Component):
         """Raise UserError if the shards may not be written to the directory `out`."""
 
 
-def require_positive(**values: int) -> None:
-    """Raise UserError naming the first value below 1."""
+class PictureSource(PackSource):
+    """The settings of a source whose pictures are files, or were.
+
+    resize: shorter side in pixels; None copies the files byte for byte.
+    """
+
+    source: Path  # mostly a folder
+    shard_bytes: Annotated[int, size] = Field(default=256 << 20, description="at most (256M)")
+    resize: int | None = Field(
+        default=None,
+        description="shorter side; else as it is",
+        json_schema_extra={"metavar": "PIXELS"},
+    )
+    max_pixels: int = Field(
+        default=MAX_PIXELS,
+        le=PILLOW_MAX_PIXELS,
+        description="larger pictures are left out (%(default)s)",
+        json_schema_extra={"metavar": "PIXELS"},
+    )
+
+    def check_out(self, out: Path) -> None:
+        """Raise UserError if the shards would become files of the source."""
+        if self.source.exists() and out.resolve().is_relative_to(self.source.resolve()):
+            raise UserError(
+                f"The output {out} lies inside the source {self.source}: name another folder."
+            )
+
+    def picture_identity(self) -> dict[str, Any]:
+        """Return what changes pictures as JSON, a part of `Samples.identity`."""
+        # Re-encoding depends on the encoder's release, a plain copy on nothing.
+        identity = {"resize": self.resize, "pillow": Image.__version__ if self.resize else None}
+        if self.max_pixels != MAX_PIXELS:
+            identity["max_pixels"] = self.max_pixels
+        return identity
+
+
+def require_positive(**values: int | None) -> None:
+    """Raise UserError naming the first value below 1; None stands for no value."""
     for name, value in values.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1.")
 
 

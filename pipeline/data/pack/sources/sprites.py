@@ -185,11 +185,11 @@ class Sprites(PackSource):
     """The built-in data set: grey 64 x 64 pictures with known factors."""
 
     HELP: ClassVar[str] = "the built-in sprites with known factors"
+    MAX_SHARD_SAMPLES: ClassVar[int] = 1_000
 
     kind: Literal["sprites"] = "sprites"
     count: int = Field(default=10_000, description="images (%(default)s)")
     seed: int = Field(default=0, description="(%(default)s)")
-    shard_samples: int = Field(default=1_000, description="at most (%(default)s)")
 
     def open(self) -> SpritesSamples:
         """Return the samples; they are drawn when they are read."""
