@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,15 @@ CPU_ENV = {
 def env_of(strategy: str) -> dict[str, str]:
     """Return the environment that a strategy's processes need besides CPU_ENV."""
     return {} if strategy == "ddp" else {"ACCELERATE_USE_CPU": "false"}
+
+
+def open_files(folder: Path) -> list[str]:
+    """The files below `folder` that this process has open, once per descriptor, sorted."""
+    files: list[str] = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since it was listed, as the listing itself is
+            files.append(str(descriptor.readlink()))
+    return sorted(file for file in files if Path(file).is_relative_to(folder))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pipeline.data.decode import ImageDecode
 from pipeline.data.index import Index, build_index
 from pipeline.data.ordered_shards import OrderedShards
 from pipeline.data.settings import DataConfig
+from tests.processes import open_files
 from tests.shards import TINY_COUNTS, open_stream
 
 NUMBERS = {"lanes": 4, "interleave": 3, "window": 5}
@@ -298,13 +299,9 @@ def test_a_shard_that_shrinks_ends_the_iteration_and_its_threads(tiny_shards: Pa
 
 
 def test_a_dropped_iterator_stops_its_threads_and_closes_its_files(tiny_shards: Path):
-    def open_shards() -> list[str]:
-        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-        return [str(link.readlink()) for link in links if "tiny-" in str(link.readlink())]
-
     samples = iter(source(tiny_shards))
     next(samples)
-    assert [path for path in open_shards() if path.endswith(".tar")]
+    assert open_files(tiny_shards)
     del samples
-    assert not [path for path in open_shards() if path.endswith(".tar")]
+    assert open_files(tiny_shards) == []
     assert not [t for t in threading.enumerate() if t.name.startswith("raw-read")]
