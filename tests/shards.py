@@ -1,6 +1,7 @@
 """Small real shards, written by public libraries (TarWriter, Pillow), and their streams."""
 
 import io
+import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
+
+
+def pictures_of(path: Path) -> list[bytes]:
+    """The PNG files of a shard, read without our own code."""
+    contents: list[bytes] = []
+    with tarfile.open(path) as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.name.endswith(".png") else None
+            contents += [file.read()] if file else []
+    return contents
 
 
 def write_tiny_shards(folder: Path, counts: Iterable[int] = TINY_COUNTS) -> None:

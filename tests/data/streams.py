@@ -108,6 +108,7 @@ def forward_of(decode: ImageDecode | ArrayDecode, corruptions: Sequence[Corrupti
         seed=SEED,
         precision="fp32",
         device=torch.device("cpu"),
+        memory_format=torch.channels_last,
         latent_transforms=(),
         networks={},
         gather=RowGather(),

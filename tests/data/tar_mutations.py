@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.index.tar import TarScan, group_samples
+from pipeline.data.index.tar import group_samples
 from pipeline.data.index.tar_header import BLOCK
+from pipeline.data.index.tar_scan import TarScan
 from tests.shards import png
 
 DIALECTS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)

@@ -35,28 +35,31 @@ KINDS = [kind.model_fields["kind"].default for kind in get_args(get_args(Augment
 SHAPES = [(32, 32), (20, 61), (61, 20), (16, 16), (17, 400)]
 
 
-def views(augmentations, shape, count=400, seed=0) -> list[View]:
-    augmenter = Augmenter(augmentations, seed, SIZE)
+def views(augmentations, shape, count=400, seed=0, size=(SIZE, SIZE)) -> list[View]:
+    augmenter = Augmenter(augmentations, seed, size)
     uid = np.arange(count)
     draws = augmenter.draw(np.zeros(count, np.int64), uid)
     return [augmenter.view_of(row)(*shape) for row in draws]
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(SIZE, SIZE), (12, 31), (40, 16)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_view_lies_within_the_image(kind, shape):
-    for view in views([EXAMPLES[kind]], shape):
+def test_a_view_lies_within_the_image(kind, shape, size):
+    for view in views([EXAMPLES[kind]], shape, size=size):
         assert view.height > 0
         assert view.width > 0
         assert view.top >= 0
-        assert view.top + view.height <= shape[0] + 1e-9
+        # A crop at a scale may lead out by half a pixel of it, which the decoder cuts off.
+        slack = 0.5 * view.height / size[0] if kind == "random_crop" else 0.0
+        assert view.top + view.height <= shape[0] + slack + 1e-9
         assert view.left >= 0
-        assert view.left + view.width <= shape[1] + 1e-9
+        assert view.left + view.width <= shape[1] + slack + 1e-9
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_draws_depend_on_seed_epoch_and_sample_alone(kind):
-    one, other = (Augmenter([EXAMPLES[kind]], seed, SIZE) for seed in (0, 1))
+    one, other = (Augmenter([EXAMPLES[kind]], seed, (SIZE, SIZE)) for seed in (0, 1))
     uid, epoch = np.arange(50), np.arange(50) % 3
     draws = one.draw(epoch, uid)
     shuffle = np.random.default_rng(0).permutation(50)
@@ -67,10 +70,11 @@ def test_draws_depend_on_seed_epoch_and_sample_alone(kind):
 
 
 def decode_views(data: bytes, augmentations, count=60, size=SIZE) -> list[np.ndarray]:
-    decode, augmenter = ImageDecode(size=size), Augmenter(augmentations, 0, size)
+    decode = ImageDecode(size=size)
+    augmenter = Augmenter(augmentations, 0, decode.height_and_width)
     found = []
     for draws in augmenter.draw(np.zeros(count, np.int64), np.arange(count)):
-        out = np.zeros((size, size, 3), np.uint8)
+        out = np.zeros(decode.buffer_shape, np.uint8)
         decode.decode_view(data, out, augmenter.view_of(draws))
         found.append(out)
     return found
@@ -102,6 +106,35 @@ def test_a_crop_at_the_images_own_scale_is_a_piece_of_it():
     assert len(counts) == 45  # every place occurs
     chi_square = ((counts - 600 / 45) ** 2 / (600 / 45)).sum()
     assert chi_square < 44 + 5 * math.sqrt(88)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (30, 75), (50, 40)])
+def test_a_crop_of_another_shape_covers_its_larger_rectangle(shape):
+    """Against Pillow: resized until 24 x 36 is covered, then 16 x 24 of it at every place."""
+    image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    scale = max(24 / shape[0], 36 / shape[1])
+    height, width = (round(side * scale) for side in shape)
+    found = views([RandomCrop(shorter_side=24)], shape, count=3000, size=(16, 24))
+    for view in found:
+        assert (view.height, view.width) == pytest.approx((16 / scale, 24 / scale))
+    for starts, wanted, whole in (
+        ([view.top for view in found], 16, height),
+        ([view.left for view in found], 24, width),
+    ):
+        assert sorted({round(start * scale) for start in starts}) == [*range(whole - wanted + 1)]
+    out = decode_views(png(image), [RandomCrop(shorter_side=24)], count=1, size=(16, 24))[0]
+    [view] = views([RandomCrop(shorter_side=24)], shape, count=1, size=(16, 24))
+    box = (view.left, view.top, view.left + view.width, view.top + view.height)
+    expected = Image.fromarray(image).resize((24, 16), Image.Resampling.BICUBIC, box=box)
+    assert np.array_equal(out, expected)
+
+
+def test_resized_crops_of_another_shape_are_distorted_no_more():
+    crop = RandomResizedCrop(scale=(0.1, 0.3), ratio=(0.8, 1.25))
+    found = views([crop], (300, 300), count=500, size=(10, 30))
+    distortion = np.log([v.width / v.height / 3 for v in found])
+    assert abs(distortion).max() < math.log(1.25) + 0.03
+    assert abs(distortion.mean()) < 0.03
 
 
 def test_resized_crops_have_the_area_and_ratio_that_were_asked_for():
@@ -194,7 +227,17 @@ def test_the_stream_augments_alike_on_any_number_of_processes(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"augmentations": [{"kind": "random_crop", "shorter_side": 60}]}, "below decode.size 64"),
+        (
+            {"augmentations": [{"kind": "random_crop", "shorter_side": 60}]},
+            "below 64, the shorter side",
+        ),
+        (
+            {
+                "augmentations": [{"kind": "random_crop", "shorter_side": 40}],
+                "decode": {"kind": "image", "size": [100, 48]},
+            },
+            "shorter_side 40 is below 48, the shorter side of decode.size",
+        ),
         (
             {"augmentations": [{"kind": "random_resized_crop", "scale": [1, 0.5]}]},
             r"must be \[lowest, highest\]",

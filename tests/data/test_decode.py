@@ -1,6 +1,8 @@
 """The decoding contract: right pixels, documented policies, and DecodeError for all else."""
 
 import io
+import json
+import math
 import struct
 import zlib
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
+from pipeline.common.errors import UserError
 from pipeline.data.decode import ArrayDecode, Decode, DecodeError, ImageDecode
 from pipeline.data.decode.codecs import PixelRules, read_pixels
 
@@ -34,7 +37,7 @@ def encoded(pixels, kind, **options) -> bytes:
 
 def decoded(data, **settings_):
     decode = ImageDecode(**settings_)
-    out = np.full(decode.buffer_shape, 77, np.uint8)
+    out = np.full(decode.buffer_shape, 77, decode.stored_dtype)
     decode.decode(data, out)
     return out
 
@@ -101,6 +104,31 @@ def test_any_size_becomes_the_square_in_the_middle(height, width, kind):
     assert difference.mean() < 3
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("size", [(40, 64), (64, 40), (48, 31), (5, 90)])
+@pytest.mark.parametrize("height, width", [(40, 64), (64, 40), (200, 130), (131, 201), (17, 23)])
+def test_any_size_becomes_the_rectangle_in_the_middle(height, width, size, kind):
+    """Against Pillow alone: the largest part of the wanted proportions, resized."""
+    data = encoded(smooth(height, width), kind, **({"quality": 95} if kind == "JPEG" else {}))
+    part = (min(height, width * size[0] / size[1]), min(width, height * size[1] / size[0]))
+    rows, columns = (math.ceil(side) for side in part)
+    top, left = math.ceil((height - part[0] - 1) / 2), math.ceil((width - part[1] - 1) / 2)
+    assert abs(height / 2 - top - part[0] / 2) <= 0.5
+    assert abs(width / 2 - left - part[1] / 2) <= 0.5
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image = image.crop((left, top, left + columns, top + rows))
+    box = (0, 0, part[1], part[0])
+    expected = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box))
+    found = decoded(data, size=size)
+    assert found.shape == (*size, 3)
+    difference = np.abs(found.astype(int) - expected)
+    # A JPEG that was scaled down while decoding is cut at other whole pixels.
+    assert difference.max() <= (40 if kind == "JPEG" else 0)
+    assert difference.mean() < 7
+    if (height, width) == size and kind == "JPEG":
+        assert np.array_equal(found, simplejpeg.decode_jpeg(data, "RGB"))
+
+
 def test_shrinking_does_not_alias():
     """A checkerboard finer than the target becomes its mean."""
     board = np.indices((512, 512)).sum(0) % 2 * 255
@@ -158,6 +186,104 @@ def test_transparency_is_laid_over_the_background(channels):
     file = io.BytesIO()
     palette.save(file, "PNG", transparency=0)
     assert (decoded(file.getvalue(), size=32, background=30)[:, 16:] == 30).all()
+
+
+def test_four_channels_keep_alpha():
+    pixels = RNG.integers(0, 256, (40, 56, 4)).astype(np.uint8)
+    small = Image.fromarray(pixels).resize((28, 20), Image.Resampling.BICUBIC)
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
+        data = encoded(pixels, kind, **options)
+        assert np.array_equal(decoded(data, size=[40, 56], channels=4), pixels)
+        assert np.array_equal(decoded(data, size=[20, 28], channels=4), small)
+    for stored, kind in ((1, "PNG"), (3, "PNG"), (3, "JPEG"), (1, "JPEG")):
+        data = encoded(smooth(32, 32, stored), kind)
+        found = decoded(data, size=32, channels=4)
+        assert np.array_equal(found[:, :, :3], decoded(data, size=32, channels=3))
+        assert (found[:, :, 3] == 255).all()
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def deep_png(pixels: np.ndarray, *extra: bytes) -> bytes:
+    """A PNG of uint16 [height, width, 1 | 2 | 3 | 4] by its specification, filters unused."""
+    height, width, channels = pixels.shape
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    parts = [
+        chunk(b"IHDR", header),
+        *extra,
+        chunk(b"IDAT", zlib.compress(rows)),
+        chunk(b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("stored", [1, 2, 3, 4])
+def test_uint16_keeps_both_bytes(channels, stored):
+    """Against the specification's own arithmetic, in float64."""
+    pixels = RNG.integers(0, 65536, (24, 32, stored)).astype(np.uint16)
+    found = decoded(
+        deep_png(pixels), size=[24, 32], channels=channels, dtype="uint16", background=9
+    )
+    colour = np.broadcast_to(pixels[..., :1], (24, 32, 3)) if stored < 3 else pixels[..., :3]
+    alpha = pixels[..., -1:] / 65535 if stored in (2, 4) else np.ones((24, 32, 1))
+    if channels == 4:
+        expected, tolerance = np.concatenate([colour, alpha * 65535], axis=2), 0
+    else:
+        expected = colour * alpha + 9 * 257 * (1 - alpha)
+        tolerance = 0 if stored in (channels, 1) else 1
+        if channels == 1:
+            expected = (expected @ [0.299, 0.587, 0.114])[..., np.newaxis]
+    assert np.abs(found - expected).max() <= tolerance + 1e-6
+    unit = ImageDecode(dtype="uint16").to_unit(torch.from_numpy(found))
+    assert torch.equal(unit, torch.from_numpy(found.astype(np.float32)) / 65535)
+
+
+def test_uint16_of_eight_bits_is_them_times_257():
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = encoded(smooth(32, 32), kind)
+        found = decoded(data, size=32, dtype="uint16")
+        assert np.array_equal(found, decoded(data, size=32).astype(int) * 257)
+        # Resized with 16 bits: within the rounding to 8.
+        fine, coarse = decoded(data, size=20, dtype="uint16") / 257, decoded(data, size=20)
+        assert np.abs(fine - coarse).max() < 1.5
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic", "lanczos"])
+def test_uint16_is_resized_as_pillow_resizes_sixteen_bits(resample):
+    pixels = RNG.integers(0, 65536, (40, 61, 3)).astype(np.uint16)
+    found = decoded(deep_png(pixels), size=[13, 19], dtype="uint16", resample=resample)
+    box = (0, 0, 40 * 19 / 13, 40)
+    left = math.ceil((61 - box[2] - 1) / 2)
+    for channel in range(3):  # of grey Pillow can do it
+        plane = Image.fromarray(pixels[:, left : left + math.ceil(box[2]), channel].copy())
+        expected = plane.resize((19, 13), Image.Resampling[resample.upper()], box=box)
+        assert np.abs(found[:, :, channel] - np.asarray(expected).astype(int)).max() <= 4
+    clear = np.concatenate(
+        [pixels, np.where(np.arange(61) < 30, 0, 65535)[None, :, None].repeat(40, 0)], 2
+    )
+    found = decoded(deep_png(clear.astype(np.uint16)), size=20, channels=4, dtype="uint16")
+    high = decoded(encoded((clear >> 8).astype(np.uint8), "PNG"), size=20, channels=4)
+    seen = high[..., 3] > 128  # colours by their alpha, as Pillow does it with 8 bits
+    assert np.abs(found / 257 - high)[seen].max() < 4
+
+
+def test_sixteen_bit_png_is_turned_and_cleared_as_its_chunks_say():
+    pixels = RNG.integers(0, 65536, (8, 8, 1)).astype(np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = deep_png(pixels, chunk(b"eXIf", exif.tobytes()[6:]))
+    settings_ = {"size": 8, "dtype": "uint16"}
+    assert np.array_equal(decoded(turned, channels=1, **settings_), np.rot90(pixels, -1))
+    for stored in (pixels, pixels.repeat(3, 2)):
+        key = stored[2, 3].astype(">u2").tobytes()
+        found = decoded(deep_png(stored, chunk(b"tRNS", key)), channels=4, **settings_)
+        assert np.array_equal(found[..., :3], pixels.repeat(3, 2))
+        assert np.array_equal(found[..., 3:], np.where(pixels == pixels[2, 3], 0, 65535))
 
 
 def test_sixteen_bit_png_keeps_the_high_byte():
@@ -220,7 +346,9 @@ GOOD = {
     "webp": encoded(smooth(32, 32), "WEBP"),
     "lossless": encoded(smooth(32, 32), "WEBP", lossless=True),
     "gif": encoded(smooth(32, 32), "GIF"),
+    "deep": deep_png(smooth(32, 32).astype(np.uint16) * 200),
 }
+DTYPES = {"deep": "uint16"}
 
 
 @pytest.mark.parametrize("kind", GOOD)
@@ -228,7 +356,7 @@ def test_truncated_images_are_faults(kind):
     data = GOOD[kind]
     for keep in (0.02, 0.3, 0.6, 0.9):
         with pytest.raises(DecodeError):
-            decoded(data[: int(len(data) * keep)], size=32)
+            decoded(data[: int(len(data) * keep)], size=32, dtype=DTYPES.get(kind, "uint8"))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +374,7 @@ def test_a_flipped_byte_gives_an_image_or_a_fault_and_nothing_else(kind, place, 
     data = bytearray(GOOD[kind])
     data[place % len(data)] ^= bits
     try:
-        image = decoded(bytes(data), size=32)
+        image = decoded(bytes(data), size=32, dtype=DTYPES.get(kind, "uint8"))
     except DecodeError as error:
         fault = error.stage
     else:
@@ -343,6 +471,29 @@ def test_to_unit_maps_the_range_to_zero_one():
     unchanged = torch.tensor([[2.0]])
     ArrayDecode(shape=(1,), range=(2, 10)).to_unit(unchanged)
     assert unchanged.item() == 2
+
+
+def test_settings_of_old_look_as_they_did():
+    """One number stays one number, and 8 bits are left out: files and fingerprints are the same."""
+    dumped = ImageDecode(size=256).model_dump(mode="json")
+    assert dumped["size"] == 256
+    assert "dtype" not in dumped
+    assert ImageDecode(size=[256, 256]) == ImageDecode(size=256)
+    new = ImageDecode(size=[256, 384], dtype="uint16", channels=4)
+    assert new.event_shape == (4, 256, 384)
+    dumped = new.model_dump(mode="json")
+    assert (dumped["size"], dumped["dtype"]) == ([256, 384], "uint16")
+    text = json.dumps(dumped)
+    assert ImageDecode.model_validate_json(text, strict=True) == new
+
+
+@pytest.mark.parametrize(
+    "size", [0, 16385, 2.5, "64", None, True, [1], [256], [1, 2, 3], ["a", 3], [0, 4], []]
+)
+def test_a_size_is_one_or_two_numbers(size):
+    bound = r"size: must be the pixels of a side, or \[height, width\], of 1 to 16384 \(got "
+    with pytest.raises(UserError, match=bound):
+        ImageDecode(size=size)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from pipeline.common.errors import UserError
 from pipeline.data.index import Index, build_index, scan
 from pipeline.data.index.one_pass import LOCAL_CHUNK_BYTES, OnePass
 from pipeline.data.index.splits import SplitSpec
-from pipeline.data.progress import ProgressTracker
 from pipeline.data.storage.local import LocalStorage
 from tests.processes import ROOT
 from tests.shards import write_tiny_shards
@@ -135,24 +134,13 @@ def test_a_deep_table_satisfies_a_plain_index_and_not_the_other_way(
 
 def test_progress_tells_shards_speed_and_time_left(shards: Path):
     lines: list[str] = []
-    build_index(shards, progress=lines.append)
-    assert [line.split(",")[0] for line in lines] == [
+    build_index(shards, progress=lambda line, _: lines.append(line))
+    assert [line.split(" (")[0] for line in lines] == [
         f"index: {n} of 5 shards" for n in range(1, 6)
     ]
     assert all("MB/s" in line for line in lines)
     assert lines[0].endswith(" left")
     assert not lines[-1].endswith(" left")
-
-
-def test_the_time_left_follows_from_what_was_read(monkeypatch: pytest.MonkeyPatch):
-    times = iter([0.0, 0.0, 10.0, 20.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(times))
-    lines: list[str] = []
-    tracker = ProgressTracker("index", 3, 1_000_000_000, lines.append)
-    tracker.add(200_000_000, is_read=False)  # known from before: says nothing of the speed
-    tracker.add(40_000_000)
-    tracker.add(2_000_000)
-    assert lines[:2] == ["index: 1 of 3 shards", "index: 2 of 3 shards, 4.0 MB/s, 3 min 10 s left"]
 
 
 @pytest.mark.fault
@@ -218,11 +206,13 @@ def test_suffixes_that_no_sample_has_are_refused_with_those_there_are(shards: Pa
         index.check_suffixes(["jpg", "webp"])
 
 
-def test_an_index_without_a_list_of_suffixes_is_not_judged(shards: Path, tmp_path: Path):
+def test_an_index_without_a_list_of_suffixes_is_judged_by_its_tables(shards: Path):
     build_index(shards)
     manifest = shards / "index" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"suffixes"', '"other"'))
-    Index.open(shards).check_suffixes(["jpg"])
+    Index.open(shards).check_suffixes(["jpg", "png"], 0.0)
+    with pytest.raises(UserError, match="No sample of .* The index has very many suffixes"):
+        Index.open(shards).check_suffixes(["jpg"])
 
 
 def test_more_suffixes_than_16_bits_can_count(tmp_path: Path):
@@ -236,7 +226,12 @@ def test_more_suffixes_than_16_bits_can_count(tmp_path: Path):
     data = (tmp_path / "a.tar").read_bytes()
     offset, size = members["032770.png"]
     assert data[offset : offset + size] == b"32770"
-    index.check_suffixes(["jpg"])  # too many to list: nothing is said
+    assert index.suffixes is None  # too many to list
+    index.check_suffixes(["000007.png"], 0.0)
+    with pytest.raises(UserError, match="names hold more than one dot"):
+        index.check_suffixes(["jpg"])
+    assert index.left_out["dotted_suffix"]["count"] == count
+    assert len(index.left_out_lines()) == 1
 
 
 def test_two_samples_with_one_key_are_reported_with_their_shards(tmp_path: Path):

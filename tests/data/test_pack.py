@@ -7,6 +7,7 @@ import tarfile
 import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import webdataset as wds
@@ -18,7 +19,6 @@ from pipeline.data.pack.pack import pack
 from pipeline.data.pack.parts import part_paths, plan_parts, write_part
 from pipeline.data.pack.sources import Folder, Sprites
 from pipeline.data.pack.sources.base import SUFFIXES
-from pipeline.data.pack.sources.folder import list_folder
 from pipeline.data.pack.sources.sprites import SpritesSamples
 
 
@@ -73,7 +73,7 @@ def test_folder_is_copied_byte_for_byte(folder: Path, tmp_path: Path):
     assert json.loads((tmp_path / "out/classes.json").read_bytes()) == ["cats", "dogs"]
     assert (report.num_samples, report.num_shards, report.num_broken) == (4, 1, 2)
     assert report.classes == ("cats", "dogs")
-    assert report.ignored == {".txt": 1, "hidden": 1}
+    assert report.ignored == {".txt": 1, "sidecar": 1}
 
 
 def test_what_is_packed_is_what_the_stream_looks_for():
@@ -139,14 +139,18 @@ def test_stopped_pack_goes_on(folder: Path, tmp_path: Path):
     stage.mkdir(parents=True)
     identity = json.loads((tmp_path / "whole/pack.json").read_bytes())["identity"]
     (stage / "plan.json").write_text(json.dumps(identity))
-    source = list_folder(folder, resize=None, shuffle_seed=None)
+    source = Folder(source=folder).open()
     for number in (0, 3):
         write_part(source.part(number, number + 1), stage, number)
     (stage / "part-000002.tar.tmp-0123").write_bytes(b"torn")
     part_paths(stage, 0)[0].rename(out / "shard-000000.tar")
     kept = part_paths(stage, 3)[0].stat().st_ino
-    pack(Folder(source=folder, shard_samples=1), out)
+    lines: list[str] = []
+    pack(Folder(source=folder, shard_samples=1), out, progress=lambda line, _: lines.append(line))
     assert tree(out) == tree(tmp_path / "whole")
+    # What an earlier start did stands in the share; of the speed only what this one does.
+    assert [line[:19] for line in lines[:6]] == [f"pack: {n} of 6 shards" for n in range(1, 7)]
+    assert [" MB/s" in line for line in lines[:6]] == [False, False, True, True, True, True]
     assert (out / "shard-000002.tar").stat().st_ino == kept  # not written again
 
 
@@ -169,19 +173,6 @@ def test_foreign_shards_are_refused(tmp_path: Path):
         pack(Sprites(count=10), tmp_path)
 
 
-def test_two_files_of_one_key_are_refused(folder: Path, tmp_path: Path):
-    picture().save(folder / "dogs/d.png")
-    with pytest.raises(UserError, match=r"dogs/d\.png and dogs/d\.webp"):
-        pack(Folder(source=folder), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_some_images_without_class_are_refused(folder: Path, tmp_path: Path):
-    picture().save(folder / "stray.png")
-    with pytest.raises(UserError, match=r"stray\.png"):
-        pack(Folder(source=folder), tmp_path / "out")
-
-
 def test_images_in_the_root_have_no_label(tmp_path: Path):
     (tmp_path / "images").mkdir()
     picture().save(tmp_path / "images/a.png")
@@ -190,12 +181,6 @@ def test_images_in_the_root_have_no_label(tmp_path: Path):
     assert set(sample) >= {"png", "json"}
     assert "cls" not in sample
     assert not (tmp_path / "out/classes.json").exists()
-
-
-def test_names_that_no_tar_can_hold_are_refused(folder: Path, tmp_path: Path):
-    picture().save(folder / f"cats/{'x' * 120}.png")
-    with pytest.raises(UserError, match="does not fit into a tar header"):
-        pack(Folder(source=folder), tmp_path / "out")
 
 
 def test_output_inside_the_source_is_refused(folder: Path):
@@ -225,9 +210,29 @@ def test_resize_shrinks_the_shorter_side(tmp_path: Path):
     assert samples["small"]["png"] == (root / "small.png").read_bytes()
 
 
+def test_resize_keeps_sixteen_bits_and_alpha(tmp_path: Path):
+    root, generator = tmp_path / "images", np.random.default_rng(0)
+    root.mkdir()
+    files = {"grey": 1, "colour": 3, "alpha": 4}
+    for name, channels in files.items():
+        deep = generator.integers(0, 65536, (40, 60, channels)).astype(np.uint16)
+        assert cv2.imwrite(str(root / f"{name}.png"), deep)
+    Image.fromarray(generator.integers(0, 256, (40, 60, 4), dtype=np.uint8)).save(root / "8.png")
+    pack(Folder(source=root, resize=20), tmp_path / "out")
+    samples = {sample["__key__"]: sample["png"] for sample in read_tars(tmp_path / "out")}
+    for name, channels in files.items():
+        decode = ImageDecode(size=[20, 30], channels=channels, dtype="uint16", resample="lanczos")
+        found, expected = np.zeros((2, *decode.buffer_shape), np.uint16)
+        decode.decode(samples[name], found)
+        decode.decode((root / f"{name}.png").read_bytes(), expected)
+        assert np.array_equal(found, expected)
+    with Image.open(io.BytesIO(samples["8"])) as image, Image.open(root / "8.png") as source:
+        assert np.array_equal(image, source.resize((30, 20), Image.Resampling.LANCZOS))
+
+
 def test_shuffle_permutes_and_is_repeatable(folder: Path):
     plain, one, again, other = (
-        [file.path for file in list_folder(folder, resize=None, shuffle_seed=seed).files]
+        [file.path for file in Folder(source=folder, shuffle_seed=seed).open().files]
         for seed in (None, 1, 1, 2)
     )
     assert plain == sorted(one)
@@ -236,7 +241,7 @@ def test_shuffle_permutes_and_is_repeatable(folder: Path):
 
 
 def test_a_changed_file_stops_the_pack(folder: Path, tmp_path: Path):
-    source = list_folder(folder, resize=None, shuffle_seed=None)
+    source = Folder(source=folder).open()
     with (folder / "cats/a.b.png").open("ab") as file:
         file.write(b"more")
     with pytest.raises(UserError, match="when the folder was listed"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.common.errors import UserError
+from pipeline.common.texts import to_bytes
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.sequential import RowBatch, read_shards
@@ -71,20 +72,34 @@ def test_every_row_of_a_split_comes_once_in_the_order_of_the_shard(index, split,
         assert keys == [f"{number:06d}" for number in numbers]
         assert rows == [number - FIRST[shard] for number in numbers]
         assert labels == [label_of(number) for number in numbers]
-        assert metadata == [
-            METADATA[number].decode(errors="replace") if number in METADATA else None
-            for number in numbers
-        ]
+        assert as_bytes(metadata) == [METADATA.get(number) for number in numbers]
 
 
-def test_texts_pass_through(tmp_path):
-    texts = {1: "späte Blüte".encode(), 3: b"\xff", 4: b""}
+def as_bytes(texts: list[str | None]) -> list[bytes | None]:
+    return [None if text is None else to_bytes(text) for text in texts]
+
+
+def test_texts_pass_through_byte_for_byte(tmp_path):
+    texts = {1: "späte Blüte".encode(), 3: b"\xff", 4: b"", 5: b"a\\xff\0"}
     write_shards(tmp_path / "s", (6,), {number: {"txt": text} for number, text in texts.items()})
     found = batches(build_index(tmp_path / "s"), shard=0)
-    assert [text for batch in found for text in batch.texts] == [
-        texts[number].decode(errors="replace") if number in texts else None for number in range(6)
-    ]
+    contents = as_bytes([text for batch in found for text in batch.texts])
+    assert contents == [texts.get(number) for number in range(6)]
     assert all(text is None for batch in found for text in batch.metadata)
+
+
+def test_labels_that_no_number_holds_come_as_texts(tmp_path):
+    """Of others nothing is read."""
+    labels = {0: b"cat", 1: b"3.0", 2: b"7", 3: b" -1\n", 4: b"caf\xe9", 5: b"", 6: None}
+    write_shards(tmp_path / "s", (7,), {number: {"cls": text} for number, text in labels.items()})
+    found = batches(build_index(tmp_path / "s"), shard=0)
+    assert [label for batch in found for label in batch.labels] == [-1, -1, 7, -1, -1, -1, -1]
+    texts = {
+        4 * number + place: to_bytes(text)
+        for number, batch in enumerate(found)
+        for place, text in batch.label_texts.items()
+    }
+    assert texts == {number: text for number, text in labels.items() if number not in (2, 6)}
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -25,8 +25,10 @@ from webdataset import tariterators
 from pipeline.common.errors import UserError
 from pipeline.data.decode import ArrayDecode, ImageDecode
 from pipeline.data.index import Index, build_index
-from pipeline.data.index.tar import MAX_EXTENSION_BYTES, Damage, TarScan, group_samples
+from pipeline.data.index.left_out import Damage
+from pipeline.data.index.tar import group_samples
 from pipeline.data.index.tar_header import BLOCK, padded
+from pipeline.data.index.tar_scan import MAX_EXTENSION_BYTES, TarScan
 from pipeline.data.index.verify import verify_shards
 from pipeline.data.settings import DataConfig
 from tests.data.tar_mutations import (
@@ -331,10 +333,10 @@ def test_the_stream_delivers_the_intact_samples_and_buries_the_others(
             images, buried = streamed(index, file.parent, verify_checksums=True)
             assert buried == changed_samples(shard, data, ("png",))
             assert images == {key: healthy[key] for key in healthy if key not in buried}
-        again = build_index(file.parent, out=tmp_path / f"{seed}-again")
-        if again.num_samples:
+        found, _ = scanned(data)
+        if found:
+            again = build_index(file.parent, out=tmp_path / f"{seed}-again")
             images, buried = streamed(again, file.parent)
-            found, _ = scanned(data)
             assert set(images) | buried == set(found)
             for key in set(images) - (lost_in(shard, found) | {"../x"}):
                 assert images[key] == healthy.get(key, images[key])
@@ -391,7 +393,7 @@ def test_many_claims_on_the_same_bytes_cost_nothing(marker: Path, tmp_path: Path
     meter = Meter(data)
     visited: list[int] = []
 
-    def visit(_name: str, _offset: int, num_bytes: int) -> int:
+    def visit(_name: str, _offset: int, num_bytes: int, _crc32: int) -> int:
         visited.append(num_bytes)
         return 0
 

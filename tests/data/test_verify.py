@@ -1,6 +1,7 @@
 """Shards against their index: nothing is wrong until something is, and then it is named."""
 
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from pipeline.__main__ import main
 from pipeline.common.errors import UserError
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.manifest import has_index
+from pipeline.data.index.table import ShardTable, write_table
+from pipeline.data.index.tar import TarSample
 from pipeline.data.index.verify import verify_shards
 from pipeline.data.pack.pack import pack
 from pipeline.data.pack.sources import Sprites
@@ -29,13 +32,13 @@ def first_shard(shards: Path) -> Path:
 
 def test_untouched_shards_have_no_problem(shards: Path):
     lines: list[str] = []
-    report = verify_shards(shards, progress=lines.append)
+    report = verify_shards(shards, progress=lambda line, _: lines.append(line))
     assert report.problems == []
     assert (report.num_shards, report.num_samples) == (3, 12)
     assert report.num_bytes == sum(file.stat().st_size for file in shards.glob("*.tar"))
-    assert lines[0].startswith("verify: 1 of 3 shards, ")
+    assert lines[0].startswith("verify: 1 of 3 shards (")
     assert lines[0].endswith(" left")
-    assert lines[-1].startswith("verify: 3 of 3 shards, ")
+    assert lines[-1].startswith("verify: 3 of 3 shards (100 %), ")
 
 
 def flip(file: Path) -> None:
@@ -66,7 +69,7 @@ def test_old_damage_and_duplicates_are_problems(shards: Path):
     build_index(shards)
     problems = verify_shards(shards).problems
     assert any(problem.startswith("zz-copy.tar: ") for problem in problems)
-    assert "occur more than once" in problems[-1]
+    assert "with the key of an earlier one" in problems[-1]
 
 
 def test_a_table_of_another_index_is_a_problem(shards: Path):
@@ -138,6 +141,42 @@ def test_no_threads_are_refused(mixed: Path):
         verify_shards(mixed, decode=True, threads=0)
 
 
+def table_of(shards: Path, change: Callable[[str], str]) -> Path:
+    """Write the first shard's table again with other names, as if our reader had a fault."""
+    path = shards / "index" / "tables" / f"{first_shard(shards).name}.arrow"
+    table = ShardTable(path)
+    samples = [TarSample(change(s.key), s.members, s.checksums) for s in table.samples()]
+    splits, labels = table.split_numbers.tolist(), table.labels.tolist()
+    write_table(path, samples, splits, labels, table.origin, with_checksums=True)
+    return path
+
+
+def test_members_are_compared_with_those_of_pythons_tarfile(shards: Path):
+    name, table = first_shard(shards).name, Index.open(shards).table(0)
+    num = sum(len(sample.members) for sample in table.samples())
+    (key, *_), (suffix, *_) = table.keys(), table.members(0)
+    table_of(shards, lambda key: f"{key}x")
+    assert verify_shards(shards).problems == [
+        f"{name}: Python's tarfile, and so webdataset, does not find {num} members, such as "
+        f"{key}x.{suffix}",
+        f"{name}: Python's tarfile finds {num} members more, such as {key}.{suffix}",
+    ]
+
+
+def test_a_shard_that_tarfile_ends_early_is_a_problem(shards: Path):
+    file = first_shard(shards)
+    data = bytearray(file.read_bytes())
+    with tarfile.open(file) as tar:
+        header = list(tar)[6].offset
+    data[header] ^= 1
+    file.write_bytes(data)
+    index = build_index(shards)
+    first, second = (p for p in verify_shards(shards).problems if p.startswith(file.name))
+    assert "damaged header" in first
+    lost = sum(len(sample.members) for sample in index.table(0).samples()) - 6
+    assert f"tarfile, and so webdataset, does not find {lost} members" in second
+
+
 def test_shards_beside_those_of_the_index_are_listed(mixed: Path):
     (mixed / "later.tar").write_bytes((mixed / "s-000.tar").read_bytes())
     report = verify_shards(mixed)
@@ -154,7 +193,7 @@ def test_the_command_prints_every_bad_sample(mixed: Path, capsys: pytest.Capture
         "stage": "member",
         "reason": "the sample has no member with a wanted suffix",
     }
-    assert "verify: 2 of 2 shards, " in printed.err
+    assert "verify: 2 of 2 shards (100 %), " in printed.err
 
 
 def test_the_command_indexes_deeply_and_verifies_shards_elsewhere(
