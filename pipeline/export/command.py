@@ -5,7 +5,7 @@ config -> prepare -> plan stored or compared -> run_worker -> complete? -> final
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from pipeline.common.console import in_bytes, listing, plural
@@ -14,7 +14,9 @@ from pipeline.data.pack.parts import few_shards
 from pipeline.export.adopt import compare_plans, store_plan
 from pipeline.export.failures import failed_tasks, reason_of
 from pipeline.export.finalize import finalize
-from pipeline.export.layout import FAILURES, ExportDir
+from pipeline.export.layout import FAILURES, MANIFEST, ExportDir
+from pipeline.export.manifest import ExportManifest
+from pipeline.export.passthrough import left_out_lines
 from pipeline.export.plan import ExportPlan, find_plan
 from pipeline.export.prepare import Prepared, prepare
 from pipeline.export.progress import Progress
@@ -56,10 +58,20 @@ def work_through(prepared: Prepared, worker: Worker, should_stop: Callable[[], b
             return PREEMPTED
         progress.report()
         check_complete(export, plan, outcome)
-    finalize(export, plan)
+    finalize(export, plan, prepared.work.max_bad_fraction)
     if worker.rank == 0:
-        print(f"export: {plan.rows:,} rows in {export.root}", file=sys.stderr)
+        for line in _end(export):
+            print(f"export: {line}", file=sys.stderr)
     return DONE
+
+
+def _end(export: ExportDir) -> Iterator[str]:
+    """Yield what the finished export holds, and what it could not keep."""
+    manifest = ExportManifest.parse(export.store.read(MANIFEST) or b"")
+    yield f"{manifest.rows:,} rows in {export.root}"
+    if manifest.failed_rows:
+        yield f"{manifest.failed_rows:,} of them cannot be used, zeros in their place"
+    yield from left_out_lines(task.left_out for task in manifest.tasks)
 
 
 def check_complete(export: ExportDir, plan: ExportPlan, outcome: WorkerResult) -> None:
@@ -105,6 +117,7 @@ class PlanReport:
     dtype: str
     latent_bytes: int  # of all rows, per format
     each_task_once_by: str
+    left_out: list[str]  # what of the shards is no sample, or not whole
 
     def lines(self) -> list[str]:
         """Return the report for a person: the verdict first."""
@@ -117,6 +130,7 @@ class PlanReport:
                     "each row": f"{' and '.join(self.fields)}, {shape} of {self.dtype} each",
                     "latents": f"{in_bytes(self.latent_bytes)} in each format",
                     "each task once by": self.each_task_once_by,
+                    "left out of the index": self.left_out,
                     "WARN": few_shards(self.tasks, self.rows),
                 }
             ),
@@ -147,4 +161,5 @@ def make_plan(config: ExportConfig, *, is_dry_run: bool = False) -> PlanReport:
         dtype=config.dtype,
         latent_bytes=plan.rows * row_bytes,
         each_task_once_by=guarantee,
+        left_out=prepared.index.left_out_lines(),
     )

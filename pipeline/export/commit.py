@@ -13,7 +13,7 @@ or during 3: the next process publishes. There are no locks, no timeouts and no 
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -63,6 +63,9 @@ class Commit:
     files: list[FileRecord]
     statistics: dict[str, Any]
     process: dict[str, Any]  # host, pid, seconds: for people
+    # Labels and texts that the columns do not hold, by reason: see passthrough.left_out.
+    left_out: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    max_bad_fraction: float | None = None  # by which the task was judged; None: by former versions
 
     @property
     def rows(self) -> int:

@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.common.errors import UserError
 from pipeline.export import statistics
-from pipeline.export.commit import Commit, keys_digest, publish_all, read_commits
+from pipeline.export.commit import Commit, Fault, keys_digest, publish_all, read_commits
 from pipeline.export.layout import DATA, KEYS, MANIFEST, STAGE, STATISTICS, SUCCESS, ExportDir
 from pipeline.export.manifest import ExportManifest, Sidecar, Statistics, TaskEntry, digest
 from pipeline.export.plan import ExportPlan, Task
@@ -26,13 +27,15 @@ TASKS_AT_ONCE = 32  # commit records in memory at a time
 KEY_ROW_GROUP = 1 << 16  # rows; a look-up by key reads one group, found by its statistics
 
 
-def finalize(export: ExportDir, plan: ExportPlan) -> None:
+def finalize(export: ExportDir, plan: ExportPlan, max_bad_fraction: float | None = None) -> None:
     """Publish, merge, and mark the export as finished; does no harm if it is finished.
 
-    The keys of all rows are in memory, as Arrow arrays.
+    The keys of all rows are in memory, as Arrow arrays. max_bad_fraction: of all rows; None: the
+    largest by which a task was judged. Raises UserError if more of them failed.
     """
     if not export.is_finished():
         keys, entries, partials = Keys(), list[TaskEntry](), list[statistics.Partial]()
+        judge = Judge(max_bad_fraction)
         published = export.store.sizes(DATA)
         for first in range(0, len(plan.tasks), TASKS_AT_ONCE):
             tasks = plan.tasks[first : first + TASKS_AT_ONCE]
@@ -42,6 +45,10 @@ def finalize(export: ExportDir, plan: ExportPlan) -> None:
                 keys.add(record.keys)
                 entries.append(_entry(task, record))
                 partials.append(statistics.Partial(**record.statistics))
+                judge.add(record)
+        refusal = judge.refusal()
+        if refusal:
+            raise UserError(f"{export.root} is not finished: {refusal}")
         _write_results(export, plan, keys, entries, statistics.merge(partials))
     export.store.delete_folder(STAGE)  # a process may have done a task a second time
 
@@ -72,6 +79,39 @@ def _write_results(
         export.write_file(name, data)
     export.store.delete_folder(STAGE)
     export.write_file(SUCCESS, f"{digest(text)}\n".encode())
+
+
+class Judge:
+    """Whether too many rows of the whole export failed; tasks are judged by themselves before."""
+
+    def __init__(self, max_bad_fraction: float | None = None) -> None:
+        self._fraction = max_bad_fraction
+        self._known: list[float] = []  # of the records
+        self._num_rows = self._num_failed = 0
+        self._first: Fault | None = None
+
+    def add(self, record: Commit) -> None:
+        """Count the rows of a task."""
+        self._num_rows += record.rows
+        self._num_failed += len(record.faults)
+        self._first = self._first or next(iter(record.faults), None)
+        if record.max_bad_fraction is not None:
+            self._known.append(record.max_bad_fraction)
+
+    def refusal(self) -> str | None:
+        """Return why the export must not be finished, if so.
+
+        The tasks of former versions were judged strictly, each by its own rows.
+        """
+        allowed = max(self._known, default=1.0) if self._fraction is None else self._fraction
+        if self._num_failed <= allowed * self._num_rows:
+            return None
+        return (
+            f"{self._num_failed} of its {self._num_rows} rows failed, more than max_bad_fraction "
+            f"= {allowed} allows. The first: {self._first}. Correct the data set and export to "
+            "another out; or give the export command with a larger max_bad_fraction, which "
+            "encodes nothing again."
+        )
 
 
 class Keys:
@@ -134,4 +174,5 @@ def _entry(task: Task, record: Commit) -> TaskEntry:
         faults=record.faults,
         keys_sha256=keys_digest(record.keys),
         files=record.files,
+        left_out=record.left_out,
     )

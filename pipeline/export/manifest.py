@@ -6,7 +6,7 @@ Readers of latents use `pipeline.latents.manifest`, which reads a few values wit
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
@@ -27,6 +27,8 @@ class TaskEntry:
     faults: list[Fault]
     keys_sha256: str
     files: list[FileRecord]
+    # As in the commit record; not written where it is empty.
+    left_out: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,10 @@ class ExportManifest:
 
     def to_text(self) -> bytes:
         """Return the file's content."""
-        values = asdict(self) | {"format": FORMAT}
+        values: dict[str, Any] = {**asdict(self), "format": FORMAT}
+        for task in values["tasks"]:
+            if not task["left_out"]:
+                del task["left_out"]
         return (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
     @property
@@ -109,6 +114,7 @@ class FingerprintOutput:
 
     fields: list[str]
     latent_shape: tuple[int, ...]
+    dtype: str
     formats: list[Writer]
 
 

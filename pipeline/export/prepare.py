@@ -4,26 +4,29 @@ config -> trained model, index, device -> encoder and plan -> Prepared
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from pipeline.common.console import progress
 from pipeline.common.errors import UserError
 from pipeline.common.precision import fix_arithmetic
+from pipeline.data.decode import Decode, ImageDecode
 from pipeline.data.index import Index
 from pipeline.data.sequential import read_shards
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import open_storage
 from pipeline.data.storage.opening import open_writable
 from pipeline.distributed.rendezvous import check_device
-from pipeline.export.encoders import OpenEncoder
+from pipeline.export.encoders import OpenEncoder, RunEncoder
 from pipeline.export.layout import ExportDir
 from pipeline.export.passthrough import JsonFields
 from pipeline.export.plan import ExportPlan, Task
@@ -31,6 +34,7 @@ from pipeline.export.run import Work
 from pipeline.export.settings import ExportConfig
 from pipeline.export.work import Encoding, Noise
 from pipeline.export.workers import Worker
+from pipeline.training.locations import OVERRIDES, find_data
 
 CPU_THREADS = 1  # more would split sums differently; use more processes
 # Packages that turn bytes into pixels, pixels into latents, or latents into files.
@@ -65,14 +69,14 @@ def prepare(config: ExportConfig, worker: Worker) -> Prepared:
         torch.set_num_threads(CPU_THREADS)
     else:
         torch.cuda.set_device(device)
-    opened = config.encoder.open(device)
-    data = data_of(config, opened)
-    source = data.sources[0]
-    index = Index.open(source.path, remote=data.remote)
-    with closing(open_storage(source.root, data.remote)) as storage:
+    opened = config.encoder.open(device, config.size)
+    data, index = open_data(config, opened, progress if worker.rank == 0 else lambda _: None)
+    with closing(open_storage(data.sources[0].root, data.remote)) as storage:
         index.check_shards(storage)
     tasks = tuple(make_tasks(index, data.split))
     encoding = make_encoding(config, opened, tasks, device)
+    wanted, bound = data.decode.member_suffixes, config.max_bad_fraction
+    index.check_suffixes(wanted, bound, "data.suffixes", split=data.split)
     fingerprint = make_fingerprint(config, opened, data, index, encoding)
     plan = ExportPlan(fingerprint, tasks)
 
@@ -98,17 +102,29 @@ def find_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def data_of(config: ExportConfig, encoder: OpenEncoder) -> DataConfig:
-    """Return the data settings of the training, updated by those of the export."""
-    trained = encoder.data
+def open_data(
+    config: ExportConfig, encoder: OpenEncoder, say: Callable[[str], None]
+) -> tuple[DataConfig, Index]:
+    """Return the data settings of the training, updated by those of the export, and the index.
+
+    The training's data is looked for if it has moved, see `training.locations`. Nothing is
+    augmented in an export, so the training's augmentations need not fit its size.
+    """
+    trained, decode = encoder.data, _decode_of(config, encoder)
     if trained is None:
         if config.data.path is None:
             raise UserError(
                 f"{encoder.where} is a model without a data set: name the one to export by "
                 "data.path."
             )
-        trained = DataConfig(path=config.data.path, decode=encoder.decode)
-    own: dict[str, Any] = {"split": config.data.split, "threads": config.data.threads}
+        trained = DataConfig(path=config.data.path, decode=decode)
+    own: dict[str, Any] = {
+        "split": config.data.split,
+        "threads": config.data.threads,
+        "decode": decode.model_dump(),
+        "augmentations": (),
+    }
+    index: Index | None = None
     if config.data.path is not None:
         own |= {"path": config.data.path, "shards": config.data.shards, "mixture": ()}
     elif trained.mixture:
@@ -117,9 +133,27 @@ def data_of(config: ExportConfig, encoder: OpenEncoder) -> DataConfig:
             f"The run was trained on a mixture ({paths}): name the one data set to export by "
             "data.path."
         )
-    elif config.data.shards is not None:
-        own |= {"shards": config.data.shards}
-    return DataConfig.model_validate(trained.model_dump() | own)
+    elif isinstance(config.encoder, RunEncoder):
+        shards = () if config.data.shards is None else (config.data.shards,)
+        run_dir = Path(config.encoder.path)
+        trained, [index] = find_data(run_dir, trained, shards=shards, options=OVERRIDES, say=say)
+    data = DataConfig.model_validate(trained.model_dump() | own)
+    return data, index or Index.open(data.sources[0].path, remote=data.remote)
+
+
+def _decode_of(config: ExportConfig, encoder: OpenEncoder) -> Decode:
+    """Return how files become events, in members with the suffixes of the export."""
+    suffixes, decode = config.data.suffixes, encoder.decode
+    if suffixes is None:
+        return decode
+    if isinstance(decode, ImageDecode):
+        return decode.model_copy(update={"suffixes": suffixes})
+    if len(suffixes) != 1:
+        raise UserError(
+            f"data.suffixes is [{', '.join(suffixes)}], but arrays (data.decode.kind of "
+            f"{encoder.where}) have one suffix: name one."
+        )
+    return decode.model_copy(update={"suffix": suffixes[0]})
 
 
 def make_encoding(

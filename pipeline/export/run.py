@@ -30,6 +30,7 @@ from pipeline.export.failures import (
     record_failure,
 )
 from pipeline.export.layout import ExportDir
+from pipeline.export.passthrough import left_out
 from pipeline.export.plan import ExportPlan, Task
 from pipeline.export.progress import Progress
 from pipeline.export.statistics import partial_of, to_json
@@ -121,7 +122,7 @@ class _Run:
                 seconds = time.monotonic() - start
                 if len(writing) > WRITE_BEHIND:
                     self._finish_write(*writing.popleft())
-                job = (self._export, task.name, rows, faults, self._work.writers, seconds)
+                job = (self._export, task.name, rows, faults, self._work, seconds)
                 writing.append((task, writer.submit(commit_rows, *job)))
             while writing:
                 self._finish_write(*writing.popleft())
@@ -151,8 +152,6 @@ class _Run:
             for batch in batches:
                 if self._should_stop():
                     raise StoppedError
-                for writer in self._work.writers:
-                    writer.check_keys(batch.keys, self._work.encoder.fields)
                 yield batch
 
         rows, faults = encode_task(
@@ -199,7 +198,7 @@ def commit_rows(
     task: str,
     rows: Rows,
     faults: Sequence[Fault],
-    writers: Sequence[BaseWriter],
+    work: Work,
     seconds: float,
 ) -> bool:
     """Write a task's rows and commit them; return False if another process was first.
@@ -208,7 +207,7 @@ def commit_rows(
     """
     statistics = to_json(partial_of(rows.latents, rows.valid, faults))
     try:
-        staged = stage_rows(export, task, rows, writers)
+        staged = stage_rows(export, task, rows, work.writers)
     except FileNotFoundError:
         # Another process has finished the export meanwhile, and removed `_stage/`.
         if not export.is_committed(task):
@@ -226,6 +225,8 @@ def commit_rows(
             "pid": os.getpid(),
             "seconds": round(seconds, 3),
         },
+        left_out=left_out(rows),
+        max_bad_fraction=work.max_bad_fraction,
     )
     try:
         won = commit(export, record)

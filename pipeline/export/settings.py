@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, model_validator
 
 from pipeline.common.component import Component
+from pipeline.data.decode.image import Size, Suffix
 from pipeline.data.index.splits import ALL
 from pipeline.export.encoders import Encoder, EncoderBase, RunEncoder
 from pipeline.latents.formats.writers import (
@@ -25,6 +26,8 @@ class ExportData(Component):
     path: str | None = None  # directory with the index
     shards: str | None = None  # directory of the shards, if not `path`
     split: str = ALL  # "all", or a split that the index names
+    # Of the members that hold the pictures, most wanted first: [jpg, png].
+    suffixes: Annotated[tuple[Suffix, ...], Field(min_length=1)] | None = None
     # For reading and decoding, per process; no effect on results.
     threads: int = Field(default=2, ge=1)
     # Field of the samples' JSON with an integer label, dots for nested objects; null: from `.cls`.
@@ -41,6 +44,9 @@ class ExportConfig(Component):
     step: NonNegativeInt | Literal["best"] | None = None
     weights: Literal["ema", "raw"] = "ema"  # of `run`: averaged, or as trained
     data: ExportData = ExportData()
+    # Of the pictures, if not that of the training: pixels of a side, or [height, width]. For fully
+    # convolutional backbones (resnet); the latents grow with the pictures.
+    size: Size | None = None
     batch_size: int = Field(default=256, ge=1)  # rows encoded at once; batches never span shards
     precision: Literal["fp32", "bf16"] = "fp32"  # of encoding
     # What is stored: the posterior's mean and, where it has one, its log-variance; the mean alone;
@@ -55,7 +61,8 @@ class ExportConfig(Component):
     dtype: Dtype = "float32"  # bfloat16: in safetensors only
     # All written from one commit.
     formats: Annotated[tuple[Writer, ...], Field(min_length=1)] = (ParquetWriter(),)
-    # A task with a larger fraction of failed rows is not committed, but counts as failed.
+    # The export is not finished if a larger fraction of its rows failed. A task with more (counted
+    # as at least 1000 rows), or without any row that can be used, is not committed.
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1)
 
     @property

@@ -12,8 +12,9 @@ from pipeline.common.errors import UserError
 from pipeline.data.storage.opening import open_writable
 from pipeline.export.commit import Commit, publish_all, read_commits, remove_unused_stages
 from pipeline.export.failures import failed_tasks, reason_of
-from pipeline.export.finalize import finalize
+from pipeline.export.finalize import Judge, finalize
 from pipeline.export.layout import DATA, FAILURES, STAGE, ExportDir, flat_name
+from pipeline.export.passthrough import left_out_lines
 from pipeline.export.plan import read_plan
 
 
@@ -33,6 +34,8 @@ class StatusReport:
     quarantined: dict[str, str]  # failed task -> reason
     staged_tasks: list[str]  # tasks that are being written, or whose write was killed
     rows_per_process_second: float | None  # over the committed tasks
+    refusal: str | None  # why it is not finished although all tasks are committed
+    left_out: list[str]  # labels and texts that the columns do not hold, by reason
 
     def lines(self) -> list[str]:
         """Return the report for a person: the verdict first."""
@@ -41,6 +44,8 @@ class StatusReport:
             verdict = f"OK  finished: {plural(self.rows, 'row')} in {plural(self.tasks, 'task')}"
         elif self.quarantined:
             verdict = f"FAILED  {plural(len(self.quarantined), 'task')} failed, {done}"
+        elif self.refusal:
+            verdict = f"FAILED  {done}, but {self.refusal}"
         elif self.committed_tasks == self.tasks:
             verdict = f"UNFINISHED  {done}: latentmill export finalize {self.out}"
         else:
@@ -54,6 +59,7 @@ class StatusReport:
                     "out": self.out,
                     "committed": f"{rows}, {in_bytes(self.committed_bytes)}",
                     "rows that cannot be used": f"{failed:,}, zeros in their place" * bool(failed),
+                    "not in the columns": self.left_out,
                     "rate": None if rate is None else f"{rate:,.1f} rows/s in each process",
                     "failed attempts": self.failed_attempts or None,
                     "failed tasks": [f"{task}: {why}" for task, why in self.quarantined.items()],
@@ -72,9 +78,12 @@ def export_status(out: str) -> StatusReport:
     records = read_commits(export, [name for name in names if name in committed])
     waiting = [name for name in names if name not in committed]
     failures = failed_tasks(export, waiting)
+    finished, judge = export.is_finished(), Judge()
+    for record in records:
+        judge.add(record)
     return StatusReport(
         out=export.root,
-        finished=export.is_finished(),
+        finished=finished,
         tasks=len(names),
         committed_tasks=len(records),
         rows=plan.rows,
@@ -85,6 +94,8 @@ def export_status(out: str) -> StatusReport:
         quarantined={task: reason_of(export, found[-1]) for task, found in failures.items()},
         staged_tasks=_staged(export, waiting),
         rows_per_process_second=_rate(records),
+        refusal=None if waiting or finished else judge.refusal(),
+        left_out=left_out_lines(record.left_out for record in records),
     )
 
 

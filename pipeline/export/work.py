@@ -9,6 +9,7 @@ their summation order can depend on the batch size, and must not change a bit be
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.common.precision import autocast
-from pipeline.data.decode.fault import stable_reason
 from pipeline.data.sequential import RowBatch
+from pipeline.data.settings import MIN_SAMPLES_JUDGED
 from pipeline.export.commit import Fault
 from pipeline.export.failures import RejectedError
 from pipeline.export.passthrough import JsonFields
@@ -105,8 +106,8 @@ def encode_task(
 ) -> tuple[Rows, list[Fault]]:
     """Encode one shard; a row that cannot be decoded or encoded is kept as zeros and listed.
 
-    Raises RejectedError if more than `max_bad_fraction` of the rows fail, UserError if a sample
-    lacks a JSON field that the settings name.
+    Raises RejectedError if all rows fail, or more than `max_bad_fraction` of them, counted as at
+    least MIN_SAMPLES_JUDGED; UserError if a sample lacks a JSON field that the settings name.
     """
     parts: list[Rows] = []
     faults: list[Fault] = []
@@ -119,10 +120,12 @@ def encode_task(
         next_row += batch.num_rows
         on_rows(batch.num_rows)
     rows = _concatenate(parts)
-    num_bad = len(rows) - int(rows.valid.sum())
-    if num_bad > max_bad_fraction * len(rows):
+    num_rows, num_bad = len(rows), len(rows) - int(rows.valid.sum())
+    # Of few rows one bad one is a large part: `finalize` judges all rows of the export together.
+    allowed = max_bad_fraction * max(num_rows, MIN_SAMPLES_JUDGED)
+    if num_bad > allowed or (num_bad == num_rows and max_bad_fraction < 1):
         raise RejectedError(
-            f"{num_bad} of the {len(rows)} rows of {shard} failed, more than max_bad_fraction = "
+            f"{num_bad} of the {num_rows} rows of {shard} failed, more than max_bad_fraction = "
             f"{max_bad_fraction} allows. The first: {faults[0]}."
         )
     return encoder.json_fields.apply(rows), faults
@@ -150,7 +153,7 @@ def _rows_of(
     latents = {name: values[:count] for name, values in padded.items()}
     valid = batch.valid.copy()
     faults: list[Fault] = [
-        (fault.row, fault.key, fault.stage, stable_reason(fault.reason)) for fault in batch.faults
+        (fault.row, fault.key, fault.stage, fault.reason) for fault in batch.faults
     ]
     finite = np.ones(count, np.bool_)
     for values in latents.values():
@@ -172,6 +175,7 @@ def _rows_of(
         texts=[text or None for text in batch.texts],
         latents=latents,
         bfloat16=encoder.dtype == "bfloat16",
+        label_texts=batch.label_texts,
     )
     return rows, sorted(faults)
 
@@ -190,4 +194,9 @@ def _concatenate(parts: list[Rows]) -> Rows:
             for name in parts[0].latents
         },
         bfloat16=parts[0].bfloat16,
+        label_texts={
+            first + i: text
+            for first, part in zip(accumulate(map(len, parts), initial=0), parts, strict=False)
+            for i, text in part.label_texts.items()
+        },
     )

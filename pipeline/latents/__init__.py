@@ -8,8 +8,9 @@
 Nothing here imports torch: reading latents needs numpy and pyarrow only.
 """
 
+from pipeline.common.labels import NO_LABEL
 from pipeline.latents.dataset import LatentDataset
 from pipeline.latents.keys import UnknownKeyError
-from pipeline.latents.rows import NO_LABEL, LatentRow, LatentRows
+from pipeline.latents.rows import LatentRow, LatentRows
 
 __all__ = ["NO_LABEL", "LatentDataset", "LatentRow", "LatentRows", "UnknownKeyError"]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pipeline.common.errors import UserError
 from pipeline.common.needs import is_missing
 from pipeline.data.storage import RemotePolicy, is_url, open_storage
+from pipeline.data.storage.opening import local_path
 from pipeline.latents.batches import (
     INTERLEAVE,
     WINDOW,
@@ -73,7 +74,7 @@ class LatentDataset:
         self._files: Files = (
             RemoteFiles(open_storage(root, remote), cache_bytes)
             if is_url(root)
-            else LocalFiles(Path(root))
+            else LocalFiles(Path(local_path(root)))
         )
         self.manifest = read_manifest(self._files, weights_sha256)
         self.format = choose_format(self.root, self.manifest, format)

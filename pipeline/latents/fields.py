@@ -1,7 +1,6 @@
 """Typed values of a field of the samples' JSON; the same rule for writing and reading."""
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -9,15 +8,21 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.texts import is_utf8
+
 FieldType = Literal["int64", "float64", "string", "bool"]
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # valid as JSON escapes, but not in UTF-8
+INVALID = object()  # the value of a text that is no JSON
+BYTE_ORDER_MARK = "\ufeff"  # Windows' programs put it before a text
 # Replaces a missing value, which only invalid rows may have.
 _NOTHING: dict[FieldType, Any] = {"int64": 0, "float64": 0.0, "string": "", "bool": False}
 
 
 def parse_texts(texts: Sequence[str | None]) -> list[Any]:
-    """Return the value of each JSON text; None for a missing or invalid text."""
+    """Return the value of each JSON text; None for a missing text, INVALID for no JSON.
+
+    As Python reads it: NaN is a number, and of a name that occurs twice the last value counts.
+    """
     return [None if text is None else _parse(text) for text in texts]
 
 
@@ -44,9 +49,9 @@ def field_array(texts: Sequence[str | None], name: str, kind: FieldType) -> NDAr
 
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
-        return None
+        return json.loads(text.removeprefix(BYTE_ORDER_MARK)) if is_utf8(text) else INVALID
+    except (ValueError, RecursionError):  # no JSON, or thousands of brackets in one another
+        return INVALID
 
 
 def _look_up(value: Any, parts: Sequence[str]) -> Any:
@@ -59,7 +64,8 @@ def _typed(value: Any, kind: FieldType) -> Any:
     if kind == "bool":
         return value if isinstance(value, bool) else None
     if kind == "string":
-        return value if isinstance(value, str) and not _SURROGATE.search(value) else None
+        # JSON's escapes can say what no UTF-8 text holds.
+        return value if isinstance(value, str) and is_utf8(value) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if kind == "int64":

@@ -193,7 +193,7 @@ def damaged(where: str, what: str) -> UserError:
 
 
 # Errors of readers, including pyarrow, for damaged bytes.
-_FAULTS = (
+FAULTS = (
     *(ValueError, LookupError, TypeError, SyntaxError, RecursionError),
     *(struct.error, pa.ArrowException),
 )
@@ -207,7 +207,7 @@ def reported_as_damage(where: str) -> Generator[None]:
     """
     try:
         yield
-    except _FAULTS as error:
+    except FAULTS as error:
         raise damaged(where, f"cannot be read ({error})") from error
     except OSError as error:
         if type(error) is not OSError:  # pyarrow raises the plain one for broken Parquet

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from pipeline.common.errors import UserError
 from pipeline.latents.noise import sample
 
-NO_LABEL = -1
 TEXTS = ("key", "metadata", "text")
 # Of a row as a mapping, besides its latents.
 ROW_ITEMS = ("index", "key", "valid", "label", "metadata", "text")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.checkpoints.folder import RunState, read_tensors, save_checkpoint
+from pipeline.checkpoints.folder import read_state, read_tensors, save_checkpoint
 from pipeline.common import strict
 from pipeline.common.errors import UserError
 from pipeline.export.command import begin
@@ -60,8 +60,8 @@ def test_a_trained_on_decoder_leaves_the_latents_valid(
         for name, value in state.items():
             if name.startswith("decoder."):
                 value += torch.randn(value.shape)
+    state = read_state(path)
     shutil.rmtree(path)
-    state = RunState(2, 2, 2, "order", "data", 1, {})
     save_checkpoint(later / "checkpoints", state, tensors)
 
     report = verify_with_run(str(finished), str(later), source=None, shards=None, num_tasks=1)
@@ -94,6 +94,39 @@ def test_the_encoders_digest_is_of_weights_and_settings():
     assert digest(**gaussian) != digest(**gaussian, seed=1)
     # The same tensors, taken as moments or as the latent itself.
     assert digest(**gaussian) != digest(kind="deterministic", size=4)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "bottleneck", "digest"),
+    [
+        (
+            {"kind": "burgess"},
+            {"kind": "gaussian"},
+            "d41eea2f809e0797c172e1ae8c3e7a0e1ceefc14c14afca330086c6cfd02e60a",
+        ),
+        (
+            {"kind": "burgess"},
+            {"kind": "deterministic", "size": 4},
+            "4e043a90169226d278afe75155a51b1ff99fbb014da1c9baad059a6467cca93a",
+        ),
+        (
+            {"kind": "mlp", "hidden": (8,)},
+            {"kind": "gaussian", "size": 2},
+            "4fb08f7127db1c8456fd41d01f5c4acec3c4600652656b339b03314d504e6ef5",
+        ),
+    ],
+)
+def test_digests_of_encoders_stay_what_they_were(
+    backbone: dict[str, object], bottleneck: dict[str, object], digest: str
+):
+    """Plans, manifests and exported models hold them."""
+    config = ModelConfig.model_validate({"backbone": backbone, "bottleneck": bottleneck})
+    shape = (1, 32, 32) if backbone["kind"] == "burgess" else (4,)
+    model = build_autoencoder(config, shape, seed=0, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    assert encoder_sha256(model) == digest
 
 
 def test_a_setting_that_came_after_a_plan_means_its_default(

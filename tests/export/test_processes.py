@@ -118,4 +118,6 @@ def test_progress_names_rate_and_share(config: Path, run_processes: Callable):
     result = run_processes("pipeline.export", None, config, "formats=[{kind: parquet}]")
     assert result.code == 0, result.output
     total = NUM_SHARDS * 16
-    assert re.search(rf"export: {total} of {total} images \(100%\), \d+/s, 0 s left", result.output)
+    assert re.search(
+        rf"export: {total} of {total} images \(100%\), [\d,]+/s, 0 s left", result.output
+    )

@@ -12,6 +12,8 @@ import torch
 from pipeline.checkpoints.folder import RunState, save_checkpoint
 from pipeline.common import strict
 from pipeline.config import TrainConfig
+from pipeline.data.index import Index
+from pipeline.data.index.manifest import has_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.data.pack.pack import pack
 from pipeline.data.pack.sources import Sprites
@@ -55,6 +57,12 @@ def damage_sample(data: Path, shard: str, sample: int) -> str:
     return member.name.removesuffix(".png")
 
 
+def damage_shard(data: Path, shard: str) -> None:
+    """Break all pictures of a shard."""
+    for sample in range(SHARD_ROWS):
+        damage_sample(data, shard, sample)
+
+
 def make_data(path: Path, *, shards: int = NUM_SHARDS) -> Path:
     pack(Sprites(count=SHARD_ROWS * shards, seed=1, shard_samples=SHARD_ROWS), path, split=SPLIT)
     return path
@@ -77,13 +85,14 @@ def make_run(
             "objective": {"regularisers": []},
         }
     )
+    dataset_id = Index.open(data).dataset_id if has_index(data) else "data"
     shape = config.data.decode.event_shape
     for step in (1, 2):
         module = build_autoencoder(config.model, shape, seed=step, dtype=torch.float32)
         weights = {name: scale * value.detach() for name, value in module.state_dict().items()}
         ema = {name: value + 0.01 for name, value in weights.items()} if has_average else None
         tensors = FullState(model=weights, ema=ema, exp_avg={}, exp_avg_sq={}, num_updates=step)
-        state = RunState(step, step, step, "order", "data", 1, {})
+        state = RunState(step, step, step, "order", dataset_id, 1, {})
         save_checkpoint(run_dir / "checkpoints", state, tensors)
     (run_dir / "config.yaml").write_text(strict.dump(config))
     return run_dir

@@ -120,7 +120,9 @@ def test_columns(kind: str, tmp_path: Path):
     for field in ("mu", "logvar"):
         expected = np.concatenate([rows.latents[field] for rows in shards])
         np.testing.assert_array_equal(ds.column(field), expected)
-    with pytest.raises(UserError, match="no column 'labels' .* metadata, text, valid, label, mu"):
+    with pytest.raises(
+        UserError, match="no column 'labels' .* metadata, text, valid, label, label_text, mu"
+    ):
         ds.column("labels")
 
 

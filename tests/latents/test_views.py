@@ -13,7 +13,7 @@ from pipeline.latents import LatentDataset
 from pipeline.latents.fields import FieldType, field_values
 from pipeline.latents.files import LocalFiles
 from pipeline.latents.formats import READERS
-from pipeline.latents.formats.reading import COLUMNS, Layout
+from pipeline.latents.formats.reading import COLUMNS, LABEL_TEXT, Layout
 from pipeline.latents.formats.writers import COLUMNS as WRITTEN_COLUMNS
 from pipeline.latents.formats.writers import FIELDS, Column, ColumnType
 from pipeline.latents.noise import sample
@@ -37,7 +37,7 @@ def test_names_are_those_of_the_writers():
     assert set(FIELDS) == {
         field_of(n, v) for n in ("mu", "logvar", "z") for v in ("identity", "hflip")
     }
-    assert set(COLUMNS) <= set(WRITTEN_COLUMNS)
+    assert set(COLUMNS) - {LABEL_TEXT} <= set(WRITTEN_COLUMNS)
     assert get_args(FieldType) == get_args(ColumnType)
 
 
@@ -96,7 +96,7 @@ def test_samples_are_read_and_have_no_mean(kind: str, tmp_path: Path):
     for found in (rows, ds[3], rows.view("hflip")):
         with pytest.raises(UserError, match="stores z, z_hflip, no mu.*made with store: sample"):
             _ = found.mu
-    with pytest.raises(UserError, match="no column 'mu' .* label, z, z_hflip"):
+    with pytest.raises(UserError, match="no column 'mu' .* label, label_text, z, z_hflip"):
         ds.column("mu")
     normal = LatentDataset(tmp_path, normalized=True)[:]
     z = normal.sample()[normal.valid]

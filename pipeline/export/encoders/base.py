@@ -12,8 +12,10 @@ from torch import Tensor
 
 from pipeline.common.component import Component
 from pipeline.data.decode import Decode
+from pipeline.data.decode.image import Size
 from pipeline.data.settings import DataConfig
 from pipeline.models.autoencoder import AutoEncoder, encoder_sha256
+from pipeline.training.resizing import decode_at, model_at
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,12 @@ class OpenEncoder:
 class EncoderBase(Component):
     """Names a model to encode with."""
 
-    def open(self, device: torch.device) -> OpenEncoder:
-        """Load the model onto the device; raises UserError if it is missing or damaged."""
+    def open(self, device: torch.device, size: Size | None = None) -> OpenEncoder:
+        """Load the model onto the device.
+
+        size: of the pictures; None: that of the training. Raises UserError if the model is missing
+        or damaged, or takes no pictures of that size.
+        """
         raise NotImplementedError
 
 
@@ -41,6 +47,7 @@ def open_autoencoder(
     model: AutoEncoder,
     device: torch.device,
     *,
+    size: Size | None,
     where: str,
     decode: Decode,
     data: DataConfig | None,
@@ -48,8 +55,13 @@ def open_autoencoder(
     step: int,
     weights_sha256: str,
 ) -> OpenEncoder:
-    """Return an autoencoder as an encoder, in fp32; UserError if it has no posterior."""
-    model = model.to(device=device, dtype=torch.float32)
+    """Return an autoencoder as an encoder, in fp32.
+
+    size: of the pictures; None: that of `decode`. Raises UserError if it has no posterior, or takes
+    no pictures of that size.
+    """
+    decode = decode_at(size, model.config, decode, where)
+    model = model_at(model, decode).to(device=device, dtype=torch.float32)
 
     def encode(x: Tensor) -> Mapping[str, Tensor]:
         return model(x, mode="encode").code.moments()

@@ -14,7 +14,9 @@ from pipeline.export.commit import keys_digest
 from pipeline.export.finalize import Keys
 from pipeline.export.layout import KEYS, MANIFEST, STATISTICS, ExportDir, data_path
 from pipeline.export.manifest import ExportManifest, FingerprintOutput, TaskEntry, digest
+from pipeline.export.passthrough import left_out
 from pipeline.export.statistics import Partial, merge, partial_of, scaling, to_text
+from pipeline.export.verify import readers
 from pipeline.export.verify.source import SourceKeys
 from pipeline.latents.fields import field_values
 from pipeline.latents.formats.writers import BaseWriter, Rows
@@ -61,7 +63,7 @@ class Audit:
             yield from self._check_sidecars(sidecars[STATISTICS], sidecars[KEYS])
 
     def _check_rows(self, root: Path, task: TaskEntry) -> Iterator[str]:
-        paths = _main_paths(task, self._output.formats)
+        paths = _paths(task, self._output.formats)
         if not paths:
             yield f"{task.name}: manifest.json lists other files than its formats have"
             return
@@ -102,36 +104,39 @@ def _other_content(path: str) -> str:
     return f"{path} has other content than was committed (sha256)"
 
 
-def _main_paths(task: TaskEntry, writers: Sequence[BaseWriter]) -> list[str]:
-    """Return the main file of each writer; an empty list if the task lists other files."""
-    expected = {
-        data_path(writer.kind, task.name, suffix)
+def _paths(task: TaskEntry, writers: Sequence[BaseWriter]) -> list[list[str]]:
+    """Return the files of each writer, main first; an empty list if the task lists others."""
+    found = [
+        [data_path(writer.kind, task.name, suffix) for suffix in writer.suffixes]
         for writer in writers
-        for suffix in writer.suffixes
-    }
-    if {file.path for file in task.files} != expected:
-        return []
-    return [data_path(writer.kind, task.name, writer.suffix) for writer in writers]
+    ]
+    listed = {file.path for file in task.files}
+    return found if listed == {path for paths in found for path in paths} else []
 
 
 def _read_rows(
     root: Path,
     task: TaskEntry,
-    paths: Sequence[str],
+    paths: Sequence[Sequence[str]],
     output: FingerprintOutput,
     source: SourceKeys | None,
 ) -> tuple[Rows | None, list[str]]:
     """Return the rows of the task's first readable file, and the problems of all its files.
 
-    root: a directory with the task's files, named as in the export. paths: one per format.
+    root: a directory with the task's files, named as in the export. paths: those of each format.
     """
     problems: list[str] = []
     found: dict[str, Rows] = {}
-    for writer, path in zip(output.formats, paths, strict=True):
+    for writer, (path, *beside) in zip(output.formats, paths, strict=True):
         try:
-            found[path] = writer.read(root / path)
+            found[path] = rows = writer.read(root / path)
         except ValueError as error:
             problems.append(f"{path} cannot be read: {error}")
+            continue
+        problems += (
+            f"{path}: {problem}"
+            for problem in readers.differences(root, (path, *beside), writer, rows, output)
+        )
     for path, rows in found.items():
         problems += (f"{path}: {problem}" for problem in _check_against(rows, task, output))
         if source is not None:
@@ -166,6 +171,10 @@ def _check_against(rows: Rows, task: TaskEntry, output: FingerprintOutput) -> It
     failed = [row for row, *_ in task.faults]
     if rows.rows[~rows.valid].tolist() != sorted(failed):
         yield "the rows marked as not valid are not the failed rows of the manifest"
+    # Former versions counted nothing, and kept none of it but JSON.
+    found = left_out(rows)
+    if found != task.left_out and (task.left_out or found.keys() - {"json_invalid"}):
+        yield "other labels and texts that are no values than the manifest counts"
 
 
 def _equal(one: Rows, other: Rows) -> bool:
@@ -180,8 +189,10 @@ def _equal(one: Rows, other: Rows) -> bool:
     for rows in (one, other):
         for name, column in rows.columns.items():
             texts.append((column.values, field_values(rows.metadata, name, column.kind)))
-    return all(list(a) == list(b) for a, b in texts) and all(
-        b is not None and np.array_equal(a, b) for a, b in arrays
+    return (
+        one.label_texts == other.label_texts
+        and all(list(a) == list(b) for a, b in texts)
+        and all(b is not None and np.array_equal(a, b) for a, b in arrays)
     )
 
 

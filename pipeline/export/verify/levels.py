@@ -3,7 +3,8 @@
 listing     finished; exactly the files of the manifest are there, with their sizes
 counts      manifest, plan and commit records agree on rows and files
 hashes      every file has the content that was committed
-keys        every file has the keys of the source shard, in order; formats agree; key index
+keys        every file has the keys of the source shard, in order; it is read alike by the format's
+            own reader and by LatentDataset; formats agree; key index
 statistics  recomputed from the stored values, they have the same bits
 encode      a given model encodes some tasks again, and gives the stored latents (`reencode`)
 
@@ -23,7 +24,9 @@ from pipeline.data.storage.opening import open_writable
 from pipeline.export.commit import Commit, keys_digest
 from pipeline.export.layout import MANIFEST, RUN, SUCCESS, ExportDir, commit_path
 from pipeline.export.manifest import ExportManifest, TaskEntry, digest
+from pipeline.export.passthrough import left_out_lines
 from pipeline.export.plan import ExportPlan, find_plan
+from pipeline.export.verify import readers
 from pipeline.export.verify.audit import Audit
 from pipeline.export.verify.source import SourceKeys
 
@@ -103,6 +106,7 @@ def verify_export(
     if depth >= LEVELS.index("counts"):
         problems += _check_counts(export, manifest, plan)
     with_rows = depth >= LEVELS.index("keys")
+    kinds = {writer.kind for writer in manifest.output.formats}
     if depth >= LEVELS.index("hashes"):
         with ExitStack() as stack:
             keys_of = None
@@ -117,6 +121,9 @@ def verify_export(
             problems += audit.problems()
     if with_rows and manifest.duplicate_keys:
         notes.append(f"{manifest.duplicate_keys} rows have the key of an earlier one")
+    if with_rows and "safetensors" in kinds and readers.library_is_missing():
+        notes.append("the safetensors library is not installed here: its files were read without")
+    notes += left_out_lines(task.left_out for task in manifest.tasks)
     return VerifyReport(
         export.root,
         level,
@@ -206,5 +213,6 @@ def _check_commit(export: ExportDir, entry: TaskEntry) -> Iterator[str]:
         yield f"{name}: its commit record cannot be read ({error})"
         return
     committed = (record.rows, record.faults, keys_digest(record.keys), record.files)
-    if committed != (entry.rows, entry.faults, entry.keys_sha256, entry.files):
+    listed = (entry.rows, entry.faults, entry.keys_sha256, entry.files)
+    if (*committed, record.left_out) != (*listed, entry.left_out):
         yield f"{name}: manifest.json and the commit record differ"

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
+from pipeline.checkpoints.folder import list_checkpoints
 from pipeline.common import strict
 from pipeline.common.errors import UserError
 from pipeline.data.storage.opening import open_writable
 from pipeline.export.adopt import with_defaults
+from pipeline.export.encoders import RunEncoder
 from pipeline.export.layout import MANIFEST, ExportDir, data_path
 from pipeline.export.manifest import ExportManifest, TaskEntry
 from pipeline.export.prepare import prepare
@@ -31,6 +33,7 @@ from pipeline.export.work import encode_task
 from pipeline.export.workers import Worker
 from pipeline.latents.formats.writers import BaseWriter, Rows, Writer
 from pipeline.models.interchange import CONFIG
+from pipeline.training.loading import load_config
 
 # Largest difference over a field's standard deviation in the task, for kernels of other devices.
 TOLERANCES = {"float32": 1e-3, "float16": 3e-3, "bfloat16": 2e-2}
@@ -83,9 +86,13 @@ def _verify_encoding(
         if not path.startswith((*MAY_DIFFER, *ignored))
     ]
     if problems:
-        is_elsewhere = source is None and any("dataset_id" in problem for problem in problems)
-        hint = "encoded from another data set than the run's: name its index by --source"
-        return problems, [hint] if is_elsewhere else []
+        hints: list[str] = []
+        if source is None and any("dataset_id" in problem for problem in problems):
+            hints.append("encoded from another data set than the run's: name its index by --source")
+        step = manifest.fingerprint["model"]["step"]
+        if isinstance(config.encoder, RunEncoder) and config.encoder.step != step:
+            hints.append(f"{run} has no checkpoint of step {step}: compared with its newest")
+        return problems, hints
     tasks = random.Random().sample(manifest.tasks, min(num_tasks, len(manifest.tasks)))
     check = _Check(export, prepared.work, config, {t.name: t.shard for t in prepared.plan.tasks})
     problems += check.tasks(tasks)
@@ -99,9 +106,9 @@ def config_of(
     model, data, encode, output = (
         fingerprint[name] for name in ("model", "data", "encode", "output")
     )
-    checkpoint = {"step": model["step"], "weights": model["weights"]}
+    decode = data["decode"]
     is_exported = (Path(run) / CONFIG).is_file()
-    encoder = {"kind": "folder"} if is_exported else {"kind": "run", **checkpoint}
+    encoder = {"kind": "folder"} if is_exported else {"kind": "run", **_checkpoint_of(run, model)}
     values = {
         "model": {**encoder, "path": run},
         "out": out,
@@ -110,7 +117,9 @@ def config_of(
             "shards": shards,
             "split": str(data["split"]).partition("/")[0],
             "label_field": data.get("label_field"),
+            "suffixes": decode.get("suffixes") or [decode["suffix"]],
         },
+        "size": decode.get("size"),  # of pictures; arrays have none
         "batch_size": encode["batch_size"],
         "precision": encode["precision"],
         "store": output.get("store", "moments" if "logvar" in output["fields"] else "mean"),
@@ -119,8 +128,22 @@ def config_of(
         "columns": output.get("columns", {}),
         "dtype": output["dtype"],
         "formats": output["formats"],
+        "max_bad_fraction": 1,  # how many rows failed was judged by the export
     }
     return ExportConfig.model_validate_json(json.dumps(values))
+
+
+def _checkpoint_of(run: str, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the checkpoint that encoded, or the newest where the run has none of that step.
+
+    That may be a later run, which trained a decoder for the same encoder.
+    """
+    config = load_config(Path(run))
+    names = [path.name for path in list_checkpoints(Path(run) / "checkpoints")]
+    return {
+        "step": model["step"] if f"step-{model['step']}" in names else None,
+        "weights": "raw" if config.ema_decay is None else model["weights"],
+    }
 
 
 class _Check:

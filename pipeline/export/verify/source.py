@@ -9,7 +9,8 @@ import numpy as np
 from pipeline.data.index import Index
 from pipeline.data.index.one_pass import OnePass
 from pipeline.data.index.splits import ALL
-from pipeline.data.index.tar import ReadBytes, TarScan, group_samples
+from pipeline.data.index.tar import group_samples
+from pipeline.data.index.tar_scan import ReadBytes, TarScan
 from pipeline.data.storage import is_url, open_storage
 from pipeline.export.manifest import FingerprintData, TaskEntry
 from pipeline.latents.formats.writers import Rows
@@ -50,7 +51,8 @@ class SourceKeys:
         """Yield how the rows of a file differ from its source shard."""
         number, keys = self._number.get(task.source), self._keys(task.source)
         if number is None or keys is None:
-            yield f"its source shard {self._storage.where(task.source)} is missing"
+            where = self._storage.where(task.source)
+            yield f"its source shard {where} is missing; if elsewhere, give its place by --shards"
             return
         table = self._index.table(number)
         expected = table.rows_of(self._index.split_number(self._split))

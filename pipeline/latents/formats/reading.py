@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,8 @@ from pipeline.latents.files import ByteFile, Bytes
 from pipeline.latents.rows import TEXTS
 
 NUMBERS = ("valid", "label")
-COLUMNS = (*TEXTS, *NUMBERS)  # of every row, besides its latents
+LABEL_TEXT = "label_text"  # what stands for a label that is no integer, or is -1; else None
+COLUMNS = (*TEXTS, *NUMBERS, LABEL_TEXT)  # of every row, besides its latents
 REMOTE_BLOCK_BYTES = 4 << 20  # rows of a remote matrix are fetched in blocks of about this size
 
 Ints = NDArray[np.int64]
@@ -69,11 +70,21 @@ class ShardReader(ABC):
 
     @abstractmethod
     def column(self, name: str, rows: Ints) -> NDArray[Any]:
-        """Return one of COLUMNS for some rows; texts are objects, None where there is none."""
+        """Return one of COLUMNS for some rows; texts are objects, None where there is none.
+
+        A text that is not UTF-8 comes as `pipeline.common.texts.escaped` makes it.
+        """
 
     @abstractmethod
     def latents(self, field: str, rows: Ints) -> NDArray[Any]:
         """Return one field's latents [n, *shape] for some rows, copied."""
+
+
+def sparse(texts: Mapping[int, str], rows: Ints) -> NDArray[Any]:
+    """Return the texts [n] of some rows as objects: None where a row has none."""
+    found = np.empty(len(rows), np.object_)
+    found[:] = [texts.get(row) for row in rows.tolist()]
+    return found
 
 
 def gather(file: ByteFile, offset: int, num_rows: int, rows: Ints, row_bytes: int) -> Bytes:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.common.labels import NO_LABEL
 from pipeline.latents.formats.npy.writer import NpyWriter
 from pipeline.latents.formats.parquet.writer import ParquetWriter
 from pipeline.latents.formats.safetensors.writer import SafetensorsWriter
@@ -20,7 +21,6 @@ from pipeline.latents.formats.writing import (
     Dtype,
     Rows,
 )
-from pipeline.latents.rows import NO_LABEL
 
 __all__ = [
     "COLUMNS",

@@ -42,7 +42,8 @@ class Column:
 class Rows:
     """The latents of one source shard, row by row.
 
-    n rows; a row that could not be read or encoded is kept, with zeros and valid = False.
+    n rows; a row that could not be read or encoded is kept, with zeros and valid = False. Texts
+    that are not UTF-8 keep their bytes as `pipeline.common.texts` has it.
     """
 
     shard: str  # stem of the source shard
@@ -56,6 +57,9 @@ class Rows:
     # numpy has no bfloat16: such numbers are kept in float32 arrays, which hold them exactly.
     bfloat16: bool = False
     columns: Mapping[str, Column] = field(default_factory=dict[str, Column])
+    # By place in the rows: what the source has for a label where `labels` is NO_LABEL and that
+    # does not mean that there is none: a text that is no integer, or -1 itself.
+    label_texts: Mapping[int, str] = field(default_factory=dict[int, str])
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -94,9 +98,6 @@ class BaseWriter(Component):
     def dtypes(self) -> tuple[Dtype, ...]:
         """The types of latents that the format holds."""
         return ("float32", "float16")
-
-    def check_keys(self, keys: Sequence[str], fields: Sequence[str]) -> None:
-        """Raise UserError if a file of the format cannot hold such rows; most formats hold any."""
 
     @abstractmethod
     def write(self, path: Path, rows: Rows) -> None:

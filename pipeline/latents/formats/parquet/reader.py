@@ -7,8 +7,9 @@ memory: the headers are parsed once to find the pages, and a row is copied from 
     column chunk = pages; page = header, repetition levels, definition levels, values
 """
 
+import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.common.labels import NO_LABEL
 from pipeline.latents.files import ByteFile, Bytes
 from pipeline.latents.formats.parquet.thrift import read_struct
-from pipeline.latents.formats.reading import Ints, Layout, ShardReader
-from pipeline.latents.rows import NO_LABEL, TEXTS
+from pipeline.latents.formats.reading import LABEL_TEXT, Ints, Layout, ShardReader, sparse
+from pipeline.latents.rows import TEXTS
 
 DATA_PAGE, PLAIN = 0, 0  # parquet.thrift: PageType, Encoding
 MAX_HEADER_BYTES = 1024
@@ -45,6 +47,8 @@ class ParquetShard(ShardReader):
         return int(self._first_row[-1])
 
     def column(self, name: str, rows: Ints) -> NDArray[Any]:
+        if name == LABEL_TEXT:
+            return sparse(self._label_texts, rows)
         if name in TEXTS:
             return self._text(name).take(pa.array(rows)).to_numpy(zero_copy_only=False)
         return self._numbers[name][rows]
@@ -57,6 +61,11 @@ class ParquetShard(ShardReader):
             positions = np.flatnonzero(groups == group)
             self._copy(group, field, rows[positions] - self._first_row[group], out, positions)
         return layout.to_array(out)
+
+    @cached_property
+    def _label_texts(self) -> dict[int, str]:
+        metadata = self._parquet.schema_arrow.metadata or {}
+        return label_texts_of(json.loads(metadata.get(b"latentmill", b"{}")))
 
     @cached_property
     def _numbers(self) -> dict[str, NDArray[Any]]:
@@ -107,6 +116,11 @@ class ParquetShard(ShardReader):
         if column.compression != "UNCOMPRESSED" or column.has_dictionary_page:
             raise ValueError(f"holds {field} compressed or as a dictionary")
         return self._file.view(column.data_page_offset, column.total_compressed_size)
+
+
+def label_texts_of(described: Mapping[str, Any]) -> dict[int, str]:
+    """Return the escaped texts by row from the description in a file's metadata."""
+    return {int(row): text for row, text in described.get(LABEL_TEXT, {}).items()}
 
 
 def _find_pages(chunk: Bytes, num_bytes: int, dtype: np.dtype[Any]) -> tuple[Ints, Ints]:

@@ -5,12 +5,16 @@ by the export's setting `columns`, and the latents: mu, logvar or z, and those o
 A latent of shape (C, H, W) is fixed_size_list<fixed_size_list<fixed_size_list<float>[W]>[H]>[C]:
 pyarrow returns its values without a copy, and Hugging Face `datasets` restores the shape from the
 types (it returns a flat list under an Array3D feature as flat: datasets 5.2). The schema's metadata
-holds the features for `datasets` and, under "latentmill", shape and types.
+holds the features for `datasets` and, under "latentmill", shape and types. All files of an export
+have the same columns, so what these cannot hold stands there, too, where a file has such rows:
+
+    "escaped": {"text": [rows], "metadata": [rows]}   not UTF-8: see `pipeline.common.texts.escaped`
+    "label_text": {"row": text}    of a `.cls` that is no integer, or -1 (escaped); label is null
 """
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.common.labels import NO_LABEL
+from pipeline.common.texts import escaped, not_utf8, shown, unescaped
+from pipeline.latents.formats.parquet.reader import label_texts_of
 from pipeline.latents.formats.writing import COLUMNS, FIELDS, BaseWriter, Column, Rows
-from pipeline.latents.rows import NO_LABEL
 
 # Upper bound; a reader holds one group at a time. All groups have about the same size.
 ROW_GROUP_BYTES = 32 << 20
@@ -83,17 +89,25 @@ def read_parquet(path: Path) -> tuple[Rows, dict[str, Any]]:
             rows=table["row"].to_numpy(),
             valid=table["valid"].to_numpy(),
             labels=table["label"].fill_null(NO_LABEL).to_numpy(),
-            metadata=table["metadata"].to_pylist(),
-            texts=table["text"].to_pylist() if has_text else [None] * len(table),
+            metadata=_texts(table, "metadata", described),
+            texts=_texts(table, "text", described) if has_text else [None] * len(table),
             latents={f: to_array(table[f]) for f in FIELDS if f in table.column_names},
             columns={
                 name: Column(kind, table[name].to_pylist())
                 for name, kind in described.get("columns", {}).items()
             },
+            label_texts={i: unescaped(text) for i, text in label_texts_of(described).items()},
         )
         return rows, described
-    except (pa.ArrowException, KeyError, TypeError, OSError, ValueError) as error:
+    except (pa.ArrowException, LookupError, TypeError, OSError, ValueError) as error:
         raise ValueError(f"{path.name} cannot be read: {error!r}") from error
+
+
+def _texts(table: Any, name: str, described: Mapping[str, Any]) -> list[str | None]:
+    texts: list[Any] = table[name].to_pylist()
+    for i in described.get("escaped", {}).get(name, ()):
+        texts[i] = unescaped(texts[i])
+    return texts
 
 
 def to_table(rows: Rows, fields: Collection[str]) -> Any:
@@ -104,8 +118,8 @@ def to_table(rows: Rows, fields: Collection[str]) -> Any:
         "row": pa.array(rows.rows, pa.int64()),
         "valid": pa.array(rows.valid, pa.bool_()),
         "label": pa.array(rows.labels, pa.int64(), mask=rows.labels == NO_LABEL),
-        "metadata": pa.array(rows.metadata, pa.string()),
-        "text": pa.array(rows.texts, pa.string()),
+        "metadata": pa.array(map(shown, rows.metadata), pa.string()),
+        "text": pa.array(map(shown, rows.texts), pa.string()),
     }
     columns |= {
         name: pa.array(column.values, _COLUMN_TYPES[column.kind])
@@ -147,13 +161,18 @@ def _schema_metadata(rows: Rows, fields: Collection[str]) -> dict[str, str]:
         name: {"dtype": kind, "_type": "Value"} for name, kind in kinds.items()
     }
     features |= dict.fromkeys(fields, latent)
-    ours = {
+    ours: dict[str, Any] = {
         "version": 1,
         "latent_shape": list(rows.latent_shape),
         "dtype": dtype,
         "fields": list(rows.latents),
         "columns": {name: column.kind for name, column in rows.columns.items()},
     }
+    texts = {"text": not_utf8(rows.texts), "metadata": not_utf8(rows.metadata)}
+    if any(texts.values()):
+        ours["escaped"] = {name: places for name, places in texts.items() if places}
+    if rows.label_texts:
+        ours["label_text"] = {str(i): escaped(text) for i, text in rows.label_texts.items()}
     return {
         "huggingface": json.dumps({"info": {"features": features}}, sort_keys=True),
         "latentmill": json.dumps(ours, sort_keys=True),

@@ -12,8 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.texts import from_bytes, shown
 from pipeline.latents.files import ByteFile, Bytes
-from pipeline.latents.formats.reading import Ints, Layout, ShardReader, gather
+from pipeline.latents.formats.reading import (
+    LABEL_TEXT,
+    Ints,
+    Layout,
+    ShardReader,
+    gather,
+    sparse,
+)
 from pipeline.latents.rows import TEXTS
 
 LENGTH_BYTES = 8  # of the header's length, before it
@@ -74,6 +82,10 @@ class SafetensorsShard(ShardReader):
         return self._tensors["label"]["shape"][0]
 
     def column(self, name: str, rows: Ints) -> NDArray[Any]:
+        if name == LABEL_TEXT:
+            places = self._small.get("label_text_rows", np.zeros(0, np.int64))
+            texts = self._texts(name, np.arange(len(places)))
+            return sparse(dict(zip(places.tolist(), texts, strict=True)), rows)
         if name not in TEXTS:
             return self._small[name][rows]
         texts = self._texts(name, rows)
@@ -91,7 +103,8 @@ class SafetensorsShard(ShardReader):
     @cached_property
     def _small(self) -> dict[str, NDArray[Any]]:
         """The columns that are not texts, and the offsets of the texts."""
-        types = {"valid": "?", "label": "<i8", **{f"{name}_offsets": "<i8" for name in TEXTS}}
+        types = {"valid": "?", "label": "<i8", "label_text_rows": "<i8"}
+        types |= {f"{name}_offsets": "<i8" for name in (*TEXTS, LABEL_TEXT)}
         present = {name: kind for name, kind in types.items() if name in self._tensors}
         return {name: self._view(name).view(kind) for name, kind in present.items()}
 
@@ -101,7 +114,7 @@ class SafetensorsShard(ShardReader):
         if f"{name}_offsets" in self._small:
             offsets, data = self._small[f"{name}_offsets"], self._view(f"{name}_bytes")
             for i, (lo, hi) in enumerate(zip(offsets[rows], offsets[rows + 1], strict=True)):
-                found[i] = data[lo:hi].tobytes().decode()
+                found[i] = shown(from_bytes(data[lo:hi].tobytes()))
         return found
 
     def _view(self, name: str) -> Bytes:

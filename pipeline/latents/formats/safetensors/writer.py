@@ -6,7 +6,11 @@
     key_bytes, key_offsets       [bytes] U8, [n + 1] I64: key i is the UTF-8 text in
                                  key_bytes[key_offsets[i] : key_offsets[i + 1]]
     metadata_bytes, _offsets     the same for the JSON texts, and text_bytes, text_offsets for the
-                                 plain texts; empty = none; left out if no row has any
+                                 plain texts, with the source's bytes where they are not UTF-8;
+                                 empty = none; left out if no row has any
+    label_text_rows              [k] I64: rows whose label is -1 although the source's `.cls` has a
+                                 text, which is no integer or -1; label_text_bytes, _offsets [k + 1]
+                                 hold these texts; left out if there is none
 
 The texts are tensors since the header is JSON that every reader parses whole and that ends at
 100 MB. The file is written and read here and not by the library, whose `serialize` copies all
@@ -24,6 +28,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.texts import from_bytes, to_bytes
 from pipeline.latents.formats.safetensors.reader import LENGTH_BYTES, NUMPY_TYPES, read_header
 from pipeline.latents.formats.writing import FIELDS, BaseWriter, Dtype, Rows
 
@@ -82,6 +87,9 @@ def _tensors(rows: Rows) -> dict[str, NDArray[Any]]:
     for name, texts in (("metadata", rows.metadata), ("text", rows.texts)):
         if any(text is not None for text in texts):
             tensors |= _pack(name, [text or "" for text in texts])
+    if rows.label_texts:
+        tensors["label_text_rows"] = np.array(list(rows.label_texts), np.int64)
+        tensors |= _pack("label_text", list(rows.label_texts.values()))
     for field, values in rows.latents.items():
         tensors[field] = to_bits(values) if rows.bfloat16 else np.ascontiguousarray(values)
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -106,7 +114,7 @@ def _header(tensors: Mapping[str, NDArray[Any]], fields: Sequence[str]) -> bytes
 
 
 def _pack(name: str, texts: Sequence[str]) -> dict[str, NDArray[Any]]:
-    encoded = [text.encode() for text in texts]
+    encoded = [to_bytes(text) for text in texts]
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
     return {
         f"{name}_bytes": np.frombuffer(b"".join(encoded), np.uint8),
@@ -116,7 +124,7 @@ def _pack(name: str, texts: Sequence[str]) -> dict[str, NDArray[Any]]:
 
 def _unpack(name: str, arrays: Mapping[str, NDArray[Any]]) -> list[str]:
     data, offsets = arrays[f"{name}_bytes"].tobytes(), arrays[f"{name}_offsets"].tolist()
-    return [data[lo:hi].decode() for lo, hi in pairwise(offsets)]
+    return [from_bytes(data[lo:hi]) for lo, hi in pairwise(offsets)]
 
 
 def _rows(shard: str, data: bytes) -> Rows:
@@ -131,6 +139,10 @@ def _rows(shard: str, data: bytes) -> Rows:
         _unpack(name, arrays) if f"{name}_bytes" in arrays else [""] * len(keys)
         for name in ("metadata", "text")
     )
+    label_texts: dict[int, str] = {}
+    if "label_text_rows" in arrays:
+        found = zip(arrays["label_text_rows"].tolist(), _unpack("label_text", arrays), strict=True)
+        label_texts.update(found)
     latents = {field: arrays[field] for field in FIELDS if field in arrays}
     is_bfloat16 = tensors["z" if "z" in latents else "mu"]["dtype"] == "BF16"
     columns = (metadata, texts, arrays["row"], arrays["valid"], arrays["label"], *latents.values())
@@ -146,4 +158,5 @@ def _rows(shard: str, data: bytes) -> Rows:
         texts=[text or None for text in texts],
         latents={f: from_bits(v) if is_bfloat16 else v for f, v in latents.items()},
         bfloat16=is_bfloat16,
+        label_texts=label_texts,
     )

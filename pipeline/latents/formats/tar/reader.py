@@ -3,19 +3,24 @@
 A remote tar is fetched as one range, and kept while the cache has room.
 """
 
+import io
 import json
+import tarfile
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.common.labels import NO_LABEL, label_of
+from pipeline.common.texts import from_bytes, shown
 from pipeline.latents.files import ByteFile
 from pipeline.latents.formats.reading import Ints, Layout, ShardReader
-from pipeline.latents.rows import NO_LABEL
 
 BLOCK = 512  # ustar: headers and contents begin at multiples
+PAX_TYPE = 120  # "x": a header that holds the next member's name, which is too long for ustar
 NPY_MAGIC = b"\x93NUMPY"
+NO_CLASS = str(NO_LABEL).encode()
 
 
 class TarShard(ShardReader):
@@ -27,7 +32,7 @@ class TarShard(ShardReader):
         self._keys: list[str] = []
         self._members: list[dict[str, tuple[int, int]]] = []  # suffix -> offset and size
         data = self._file.view(0, self._file.size).data  # indexed faster than the array
-        position = 0
+        position, long_name = 0, ""
         while position + BLOCK <= len(data) and data[position]:
             header = data[position : position + BLOCK].tobytes()
             try:
@@ -35,8 +40,13 @@ class TarShard(ShardReader):
                 name, folder = _text(header[:100]), _text(header[345:500])
             except ValueError:
                 raise ValueError(f"holds no tar header at byte {position}") from None
-            self._add(f"{folder}/{name}" if folder else name, position + BLOCK, size)
-            position += BLOCK + -(-size // BLOCK) * BLOCK
+            start = position + BLOCK
+            position = start + -(-size // BLOCK) * BLOCK
+            if header[156] == PAX_TYPE:
+                long_name = _long_name(data[start - BLOCK : position + BLOCK])
+                continue
+            self._add(long_name or (f"{folder}/{name}" if folder else name), start, size)
+            long_name = ""
         if not self._keys or position > len(data) - 2 * BLOCK:
             raise ValueError("ends early: it has no end marker")
 
@@ -72,13 +82,21 @@ class TarShard(ShardReader):
         if name == "key":
             return self._keys[number]
         if name == "valid":
-            return json.loads(self._content(number, "row.json"))["valid"]
-        if name == "label":
-            return int(self._content(number, "cls", str(NO_LABEL).encode()))
+            return self._row(number)["valid"]
+        if name in ("label", "label_text"):
+            content = self._content(number, "cls", NO_CLASS)
+            label = label_of(content)
+            if name == "label":
+                return NO_LABEL if label is None else label
+            is_text = label is None or "label" in self._row(number)
+            return shown(from_bytes(content)) if is_text else None
         if name == "text":
-            return self._content(number, "txt", b"").decode() or None
-        text = self._content(number, "json", b"null").decode()
+            return shown(from_bytes(self._content(number, "txt", b""))) or None
+        text = shown(from_bytes(self._content(number, "json", b"null")))
         return None if text == "null" else text
+
+    def _row(self, number: int) -> dict[str, Any]:
+        return json.loads(self._content(number, "row.json"))
 
     def _content(self, number: int, suffix: str, default: bytes | None = None) -> bytes:
         if suffix not in self._members[number]:
@@ -87,6 +105,16 @@ class TarShard(ShardReader):
             return default
         offset, size = self._members[number][suffix]
         return self._file.view(0, self._file.size)[offset : offset + size].tobytes()
+
+
+def _long_name(headers: memoryview) -> str:
+    """The name that a PAX header gives the member behind it."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(headers), mode="r:") as tar:
+            member = tar.next()
+    except tarfile.TarError as error:
+        raise ValueError(f"holds a PAX header that cannot be read: {error}") from error
+    return "" if member is None else member.name
 
 
 def _text(field: bytes) -> str:

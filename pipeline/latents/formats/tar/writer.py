@@ -2,29 +2,28 @@
 
 Or `.z.npy`, and `.mu_hflip.npy` ... of mirrored images. `wds.WebDataset(...).decode()` and the
 webdataset loader of Hugging Face `datasets` decode all of them by their last suffix. `.cls`,
-`.json` and `.txt` are label, metadata and text of the source. Every sample of a file has the same
-members, as `datasets` requires, so a missing value is -1, null or empty. `.row.json` holds
-{"row": number in the source shard, "valid": false if the latents are only zeros instead of a
-sample that could not be read}.
+`.json` and `.txt` are label, metadata and text of the source, with its very bytes where these are
+no integer, no JSON or no UTF-8. Every sample of a file has the same members, as `datasets`
+requires, so a missing value is -1, null or empty. `.row.json` holds {"row": number in the source
+shard, "valid": false if the latents are only zeros instead of a sample that could not be read} and,
+where the source's label is -1 itself, "label": -1.
 """
 
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.common.errors import UserError
-from pipeline.common.files import check_member_name
+from pipeline.common.labels import NO_LABEL, label_of
 from pipeline.common.tars import open_tar
+from pipeline.common.texts import from_bytes, to_bytes
+from pipeline.latents.formats.tar.reader import NO_CLASS
 from pipeline.latents.formats.writing import FIELDS, BaseWriter, Rows
-from pipeline.latents.rows import NO_LABEL
-
-SHORT_NAME_BYTES = 100  # always fits into a header
 
 
 class TarWriter(BaseWriter):
@@ -36,21 +35,9 @@ class TarWriter(BaseWriter):
     def suffix(self) -> str:
         return ".tar"
 
-    def check_keys(self, keys: Sequence[str], fields: Sequence[str]) -> None:
-        """Raise UserError if a member's name would not fit into a tar header."""
-        suffix = max("row.json", *(f"{field}.npy" for field in fields), key=len)
-        for key in keys:
-            name = f"{key}.{suffix}"
-            if len(name.encode(errors="surrogateescape")) <= SHORT_NAME_BYTES:
-                continue
-            try:
-                check_member_name(name)
-            except UserError as error:
-                raise UserError(f"{error} Or leave tar out of the export's formats.") from None
-
     def write(self, path: Path, rows: Rows) -> None:
         """Create the tar; labels, metadata and texts get a member if any row has one."""
-        has_labels = bool((rows.labels != NO_LABEL).any())
+        has_labels = bool((rows.labels != NO_LABEL).any() or rows.label_texts)
         has_metadata, has_text = (
             any(text is not None for text in texts) for texts in (rows.metadata, rows.texts)
         )
@@ -60,12 +47,14 @@ class TarWriter(BaseWriter):
                     f"{field}.npy": _npy(values[i]) for field, values in rows.latents.items()
                 }
                 if has_labels:
-                    members["cls"] = str(rows.labels[i]).encode()
+                    members["cls"] = to_bytes(rows.label_texts.get(i, str(rows.labels[i])))
                 if has_metadata:
-                    members["json"] = (rows.metadata[i] or "null").encode()
+                    members["json"] = to_bytes(rows.metadata[i] or "null")
                 if has_text:
-                    members["txt"] = (rows.texts[i] or "").encode()
+                    members["txt"] = to_bytes(rows.texts[i] or "")
                 row = {"row": int(rows.rows[i]), "valid": bool(rows.valid[i])}
+                if i in rows.label_texts and label_of(members["cls"]) is not None:
+                    row["label"] = NO_LABEL
                 members["row.json"] = json.dumps(row).encode()
                 write(key, members)
 
@@ -80,15 +69,21 @@ class TarWriter(BaseWriter):
                 for field in FIELDS
                 if f"{field}.npy" in samples[0][1]
             }
+            labels = [label_of(members.get("cls", NO_CLASS)) for _, members in samples]
             return Rows(
                 shard=path.stem,
                 keys=[key for key, _ in samples],
                 rows=np.array([row["row"] for row in rows], np.int64),
                 valid=np.array([row["valid"] for row in rows], np.bool_),
-                labels=np.array([int(members.get("cls", NO_LABEL)) for _, members in samples]),
+                labels=np.array([NO_LABEL if label is None else label for label in labels]),
                 metadata=[_metadata(members) for _, members in samples],
-                texts=[members.get("txt", b"").decode() or None for _, members in samples],
+                texts=[from_bytes(members.get("txt", b"")) or None for _, members in samples],
                 latents=latents,
+                label_texts={
+                    i: from_bytes(samples[i][1]["cls"])
+                    for i, label in enumerate(labels)
+                    if label is None or "label" in rows[i]
+                },
             )
         except (tarfile.TarError, KeyError, EOFError, OSError) as error:
             raise ValueError(f"{path.name} cannot be read: {error!r}") from error
@@ -105,7 +100,7 @@ def _array(data: bytes) -> NDArray[Any]:
 
 
 def _metadata(members: Mapping[str, bytes]) -> str | None:
-    text = members.get("json", b"null").decode()
+    text = from_bytes(members.get("json", b"null"))
     return None if text == "null" else text
 
 
