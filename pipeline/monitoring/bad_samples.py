@@ -8,13 +8,11 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline.common.console import plural, progress, warn
 from pipeline.common.errors import UserError
-from pipeline.data.settings import DataConfig
+from pipeline.data.settings import MIN_SAMPLES_JUDGED, DataConfig
 from pipeline.data.stream import Quarantined, Stream
 from pipeline.distributed.runtime import Runtime
-
-# max_bad_fraction is taken of at least this many samples: of fewer, one bad one is a large part.
-MIN_SAMPLES_JUDGED = 1000
 
 
 class Quarantine:
@@ -26,13 +24,17 @@ class Quarantine:
         self._max_bad_in_row = data.max_bad_in_row
         self._runtime = runtime
         self._known: set[int] = set()
+        self._may_end_amid_a_line = True  # a kill leaves that
         if runtime.is_main and self._path.exists():
-            content = self._path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):
-                # A kill left half a line: remove it before the next entry is appended.
-                os.truncate(self._path, len(whole))
+            whole, _ = self._whole_lines()
             self._known = {json.loads(line)["uid"] for line in whole.splitlines()}
+        self._num_told = len(self._known)
+
+    def _whole_lines(self) -> tuple[bytes, bytes]:
+        """Return the file's whole lines, and what follows them."""
+        content = self._path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        return content[:end], content[end:]
 
     def collect(self, stream: Stream) -> dict[str, float]:
         """Write new entries of every process's stream and return counts to log; a collective.
@@ -64,7 +66,22 @@ class Quarantine:
         if not self._runtime.is_main or not new:
             return
         self._known |= new.keys()
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry._asdict()) + "\n" for entry in new.values())
-            file.flush()
-            os.fsync(file.fileno())
+        if len(self._known) >= 2 * self._num_told:
+            self._num_told = len(self._known)
+            progress(f"{plural(self._num_told, 'sample')} could not be used: see {self._path}")
+        lines = [json.dumps(entry._asdict()) + "\n" for entry in new.values()]
+        try:
+            if self._may_end_amid_a_line and self._path.exists():
+                whole, rest = self._whole_lines()  # now: training and evaluation may write in turn
+                if rest:
+                    os.truncate(self._path, len(whole))
+            self._may_end_amid_a_line = False
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # as for a run that may be read only, and is evaluated
+            told = (
+                f"{self._path} cannot be written to ({error.strerror}), so bad samples stand here:"
+            )
+            warn("\n".join([told, *map(str.rstrip, lines)]))

@@ -6,7 +6,7 @@ Names and units (prefix `train/`, `eval/` or `eval_ema/`):
     squared_error      sum over the elements of an image of (x - mean)^2, x in [0, 1]
     kl                 KL(q(z|x) || N(0, I)) in nats per image
     nats               bound on -ln p(x) per image (likelihoods in nats only)
-    bits_per_dimension the same per element of 8-bit data (densities only)
+    bits_per_dimension the same per element of 8-bit data, of uint16: 16-bit (densities only)
     sigma2             variance of an element given z (Gaussian likelihood only)
 and, without these prefixes:
     optim/learning_rate, optim/grad_norm (before clipping, mean over applied steps),

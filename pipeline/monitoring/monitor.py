@@ -1,5 +1,6 @@
 """The log of a run: `metrics.jsonl`, Weights & Biases, and one line on the console."""
 
+import io
 import itertools
 import json
 import os
@@ -16,9 +17,11 @@ from pydantic import Field
 
 from pipeline.common.component import Component
 from pipeline.common.console import warn
+from pipeline.common.errors import DONE, FAILED
 from pipeline.common.files import write_atomic
 from pipeline.monitoring.memory import memory_line
-from pipeline.monitoring.wandb_sink import Records, WandbConfig, WandbSink
+from pipeline.monitoring.wandb_mode import WandbConfig
+from pipeline.monitoring.wandb_sink import Records, WandbSink
 
 
 class MonitorConfig(Component):
@@ -50,6 +53,7 @@ class Monitor:
         has an evaluation.
         """
         self._is_main = is_main
+        self.exit_code = DONE  # how the run ended, for W&B
         self.past: Records = ()  # the records up to `step`
         self.lacks_evaluation = False  # whether the evaluation of `step` is missing
         if not is_main:
@@ -65,14 +69,7 @@ class Monitor:
         self._unwritten = b""
         evaluated = any(r["step"] == step and "eval/loss" in r for r in self.past)
         self.lacks_evaluation = evaluates and not evaluated
-        self._wandb = WandbSink(
-            run_dir,
-            config.wandb,
-            resolved=resolved,
-            step=step,
-            past=self.past,
-            goes_on=self.lacks_evaluation,
-        )
+        self._wandb = WandbSink(run_dir, config.wandb, resolved=resolved, past=self.past)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record values at a step; each call writes one record."""
@@ -82,7 +79,7 @@ class Monitor:
         # Python's json writes NaN as NaN: a broken number stays visible.
         self._unwritten += json.dumps(record).encode() + b"\n"
         self._write()
-        self._wandb.log(step, dict(values))
+        self._wandb.log(record)
 
     def _write(self) -> None:
         """Append the unwritten records, all or none; after a full disk the next call retries."""
@@ -101,14 +98,15 @@ class Monitor:
         """Save a picture [H, W, 3] as images/<name>-<step>.png and in W&B."""
         if not self._is_main:
             return
-        image = Image.fromarray(pixels)
         path = self._run_dir / "images" / f"{name}-{step:08d}.png"
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, "PNG")
         try:
-            image.save(path)
+            write_atomic(path, content.getvalue())  # W&B reads it again at the next start
         except OSError as error:
-            path.unlink(missing_ok=True)
             warn(f"{path} could not be written ({error}); training goes on")
-        self._wandb.log_image(step, name, image)
+            return
+        self._wandb.log({"step": step, "time": time.time(), f"images/{name}": path})
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Print the console's line of a log; after the first also the peak of memory."""
@@ -142,7 +140,7 @@ class Monitor:
         if not self._is_main:
             return
         self._file.close()
-        self._wandb.close(exit_code=0 if kind is None else 1)
+        self._wandb.close(self.exit_code if kind is None else FAILED)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

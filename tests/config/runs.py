@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import wandb
 from PIL import Image
 from safetensors.torch import load_file
 from webdataset.writer import TarWriter
@@ -22,10 +21,10 @@ from pipeline.data.index.splits import SplitSpec
 from pipeline.distributed.outcome import Failures
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.watchdog import Watchdog
-from pipeline.monitoring.wandb_pieces import read_piece
 from pipeline.train import train
 from pipeline.training.build import make_strategy
 from pipeline.training.loading import load_run
+from tests.monitoring.pieces import pieces, run_of
 from tests.shards import open_stream, png, tiny_image
 
 
@@ -157,6 +156,12 @@ def weights(world: World, given: Given) -> dict[str, bytes]:
     return tensors(world, given, "model")
 
 
+def started(world: World, given: Given) -> dict[str, bytes]:
+    """The weights of a run that may start from those of the base config."""
+    base = str(world.run(()))
+    return weights(world, tuple(override.replace("{base}", base) for override in given))
+
+
 def average(world: World, given: Given) -> dict[str, bytes]:
     return tensors(world, given, "ema")
 
@@ -212,13 +217,11 @@ def memory_format(world: World, given: Given) -> set[bool]:
 def compiled(world: World, given: Given) -> bool:
     """`nn.Module.compile` leaves its compiled call there, and runs the compiler at the first."""
     strategy = make_strategy(world.config(given), Runtime.start(accumulation=1))
-    return strategy.model._compiled_call_impl is not None
+    return strategy.model.encoder._compiled_call_impl is not None
 
 
 def wandb_run(world: World, given: Given) -> list[Any]:
     """What W&B's own file of the run holds about it."""
-    run = world.run(given)
-    wandb.teardown()  # its process still writes after the run's end
-    records = [r for path in run.glob("wandb/offline-run-*/*.wandb") for r in read_piece(path)]
-    runs = [record.run for record in records if record.HasField("run")]
-    return [(run.project, run.display_name, run.run_group, list(run.tags)) for run in runs]
+    names = ("project", "display_name", "run_group", "tags")
+    runs = [run_of(piece) for piece in pieces(world.run(given) / "wandb")]
+    return [[run.get(name) for name in names] for run in runs]

@@ -183,6 +183,14 @@ def test_schedules_are_counted_in_samples_and_logged_by_name():
     assert config.learning_rate_at(400) == pytest.approx(0.0)
 
 
+def test_the_memory_format_is_the_backbones_own_unless_it_is_given():
+    resnet = "model.backbone={kind: resnet, preset: resnet-mini}"
+    own = [load(*changes).resolved().channels_last for changes in ((), (resnet,))]
+    assert own == [True, False]  # burgess: as every run of the released version has it
+    assert load(resnet, "channels_last=true").resolved().channels_last is True
+    assert load("channels_last=false").resolved().channels_last is False
+
+
 @pytest.mark.parametrize(
     ("changes", "num_parameters"),
     [
@@ -210,6 +218,11 @@ def test_a_dry_run_counts_and_writes_nothing(
     assert main([str(path), "--dry-run", *overrides]) == 0
     printed = capsys.readouterr().out
     assert f"# parameters: {num_parameters:,}\n" in printed
+    assert "\n#   encoder: 2" in printed
+    assert " GFLOP per image (forward)\n" in printed
+    assert "\n# latent: 10, " in printed
+    assert "\n# activations per image: " in printed
+    assert "\n# memory of a step, estimated (ddp): " in printed
     samples = num_train_samples()
     assert f"# samples per epoch (split train): {samples}\n" in printed
     assert f"# steps per epoch: {samples / 10:.1f}; epochs in 9 steps: {90 / samples:.1f}\n" in (
@@ -226,3 +239,12 @@ def num_train_samples() -> int:
     """Of the 60 tiny samples, by the rule of their split."""
     rule = SplitSpec(fractions={"train": 0.75, "held_out": 0.25})
     return sum(rule.names[rule.number_of(f"{number:06d}")] == "train" for number in range(60))
+
+
+def test_a_run_of_version_1_keeps_its_project_whatever_wandbs_environment_says(tmp_path):
+    path = tmp_path / "old.yaml"
+    path.write_text("run_dir: r\ndata: {path: d, decode: {kind: image, size: 32}}\n")
+    old = read_config(path, ["monitor.wandb.name=n"], version=1).monitor.wandb
+    assert (old.mode, old.project, old.tags, old.name) == ("auto", "latentmill", (), "n")
+    new = read_config(path).monitor.wandb
+    assert (new.mode, new.project, new.tags, new.name) == (None, None, None, None)

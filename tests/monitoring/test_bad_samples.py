@@ -7,10 +7,10 @@ import pytest
 
 from pipeline.common.errors import UserError
 from pipeline.data.index import Index, build_index
-from pipeline.data.settings import DataConfig
+from pipeline.data.settings import MIN_SAMPLES_JUDGED, DataConfig
 from pipeline.data.stream import Stream
 from pipeline.distributed.runtime import Runtime
-from pipeline.monitoring.bad_samples import MIN_SAMPLES_JUDGED, Quarantine
+from pipeline.monitoring.bad_samples import Quarantine
 from tests.data.streams import ARRAYS, delivered, write_shards
 from tests.shards import open_stream
 
@@ -66,6 +66,15 @@ def test_each_sample_is_listed_once_with_its_reason(tmp_path, index, runtime):
     assert first == {"uid": 3, "key": "000003", "shard": "s-000.tar", "stage": "decode"}
 
 
+def test_each_doubling_of_the_list_is_told(tmp_path, index, runtime, capsys):
+    with opened(index, num_steps=3) as stream:
+        quarantine = Quarantine(tmp_path, limits(1.0), runtime)
+        for _ in stream:
+            quarantine.collect(stream)
+    text = f"2 samples could not be used: see {tmp_path / 'quarantine.jsonl'}"
+    assert capsys.readouterr().err.count(text) == 1
+
+
 def test_good_samples_write_no_list(tmp_path, index, runtime):
     with opened(index, num_steps=1, batch_size=1) as stream:
         batch = next(stream)
@@ -81,6 +90,18 @@ def test_a_restart_lists_only_what_is_new(tmp_path, index, runtime):
             next(stream)
             Quarantine(tmp_path, limits(1.0), runtime).collect(stream)
     assert sorted(entry["uid"] for entry in listed(tmp_path)) == list(BAD)
+
+
+def test_half_a_line_is_cut_when_the_next_is_written(tmp_path, index, runtime):
+    """Not where it was seen: an evaluation that began then would cut what the training wrote."""
+    path = tmp_path / "quarantine.jsonl"
+    path.write_bytes(b'{"uid": 99}\n{"uid": 9')
+    early = Quarantine(tmp_path, limits(1.0), runtime)
+    path.write_bytes(b'{"uid": 99}\n{"uid": 98}\n')
+    with opened(index, num_steps=1) as stream:
+        next(stream)
+        early.collect(stream)
+    assert sorted(entry["uid"] for entry in listed(tmp_path)) == [*BAD, 98, 99]
 
 
 @pytest.mark.parametrize("num_bytes", [1, 20, -1])
