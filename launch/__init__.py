@@ -1,1 +1,1 @@
-"""Start training and exports on this machine, Slurm or Kubernetes: one Job, one file per place."""
+"""Start training and exports here, on Slurm or on Kubernetes: one Job, one module per place."""

@@ -9,8 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from launch import local
@@ -25,6 +25,12 @@ FLIGHT_RECORDER = {
     "TORCH_FR_BUFFER_SIZE": "20000",
     "NCCL_DEBUG": "WARN",
 }
+# Names of variables that hold keys: WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, PGPASSWORD.
+SECRET = re.compile(
+    r"(PASSWORD|SECRET|CONNECTION_STRING|(^|_)TOKEN|(API|ACCESS|PRIVATE|STORAGE)_?KEY)$",
+    re.IGNORECASE,
+)
+Groups = Mapping[str, Callable[..., argparse.Action]]  # of --help: title -> adds an option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +65,11 @@ class Allocation:
             )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every cluster."""
-    add = parser.add_argument
+def add_arguments(parser: argparse.ArgumentParser, *more: str) -> Groups:
+    """Add the options of every cluster; return the groups of --help, with `more` behind them."""
+    titles = ("machines", "job", *more, "environment")
+    groups = {title: parser.add_argument_group(title).add_argument for title in titles}
+    add = groups["machines"]
     add("--nodes", type=int, default=1, metavar="N", help="machines (%(default)s)")
     add(
         *("--gpus-per-node", "--processes-per-node"),
@@ -71,31 +79,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="processes on each machine, one per GPU (%(default)s)",
     )
-    add("--cpus-per-process", type=int, default=4, help="cores of each process (%(default)s)")
-    add("--device", choices=["cpu", "gpu"], default="gpu", help="(%(default)s)")
-    add(
-        "--time",
-        metavar="HH:MM:SS",
-        help="time limit (Slurm: of each start; default: the cluster's)",
-    )
-    add("--grace", type=int, default=120, help="seconds for saving before it ends (%(default)s)")
-    add("--max-restarts", type=int, default=10, help="restarts after the first start (%(default)s)")
+    text = "cores of each process (%(default)s)"
+    add("--cpus-per-process", type=int, default=4, metavar="N", help=text)
+    add("--device", choices=["cpu", "gpu"], default="gpu", help="what computes (%(default)s)")
+    add = groups["job"]
     add("--name", help="name of the job (default: from the config's file name)")
-    add(
+    text = "time limit (Slurm: of each start; default: the cluster's)"
+    add("--time", metavar="HH:MM:SS", help=text)
+    text = "for saving before the job ends (%(default)s)"
+    add("--grace", type=int, default=120, metavar="SECONDS", help=text)
+    text = "restarts after the first start (%(default)s)"
+    add("--max-restarts", type=int, default=10, metavar="N", help=text)
+    add("--unchecked", action="store_true", help="submit without checking config and data here")
+    groups["environment"](
         "--env",
         action="append",
         default=[],
         metavar="NAME=VALUE",
         help="environment variable of all processes, e.g. NCCL_SOCKET_IFNAME=eth0; repeatable",
     )
-    add("--unchecked", action="store_true", help="submit without checking config and data here")
+    return groups
 
 
-def job_of(arguments: argparse.Namespace, overrides: tuple[str, ...]) -> Job:
-    """The job that the options describe; raises JobError for wrong values."""
+def job_of(arguments: argparse.Namespace, overrides: tuple[str, ...], secret_remedy: str) -> Job:
+    """The job that the options describe; raises JobError for wrong values.
+
+    secret_remedy: how this place gets a variable whose value must not stand in a text.
+    """
     if arguments.processes_per_node < 1:
         raise JobError(f"--gpus-per-node must be at least 1, not {arguments.processes_per_node}.")
     env = dict(variable(text) for text in arguments.env)
+    for name in (name for name, value in env.items() if value and SECRET.search(name)):
+        raise JobError(
+            f"--env {name}=... looks like a secret, and its value would stand in a text that "
+            f"others can read: {secret_remedy.format(name=name)}"
+        )
     job = Job(
         module=arguments.module,
         config=arguments.config,
@@ -130,10 +148,10 @@ def allocation_of(arguments: argparse.Namespace) -> Allocation:
 
 
 def variable(text: str) -> tuple[str, str]:
-    """NAME and VALUE of `--env NAME=VALUE`."""
+    """NAME and VALUE of `--env NAME=VALUE`; a mistake is reported without VALUE, maybe a secret."""
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-        raise JobError(f"--env {text!r} is not a variable: write NAME=VALUE.")
+        raise JobError(f"--env {name!r} is not a variable: write NAME=VALUE.")
     return name, value
 
 
@@ -204,15 +222,27 @@ def directory(job: Job) -> Path | None:
     return job.path(setting_of_directory(job))
 
 
-def environment(job: Job) -> Mapping[str, str]:
-    """The variables of all processes: NCCL's flight recorder and `local.environment`."""
+def environment(job: Job, *, in_image: bool = False) -> dict[str, str]:
+    """The variables of all processes: NCCL's flight recorder and `local.environment`.
+
+    in_image: the processes run in a container, which has latentmill installed.
+    """
     several_gpus = job.device == "gpu" and job.num_processes > 1 and job.module != EXPORT
-    recorder: dict[str, str] = {}
+    env: dict[str, str] = {}
     if several_gpus:
-        recorder = FLIGHT_RECORDER | {
-            "TORCH_FR_DUMP_TEMP_FILE": f"{directory(job)}/nccl_trace_rank_"
-        }
-    return recorder | local.environment(job)
+        env |= FLIGHT_RECORDER
+        env["TORCH_FR_DUMP_TEMP_FILE"] = f"{directory(job)}/nccl_trace_rank_"
+    env |= local.environment(job)
+    if in_image and "PYTHONPATH" not in job.env:
+        env.pop("PYTHONPATH", None)  # a path of this machine
+    return env
+
+
+def rendezvous_of(job: Job) -> Job:
+    """The part of a job whose processes meet: a whole training, or one machine of an export."""
+    if job.module != EXPORT:
+        return job
+    return replace(job, num_nodes=1, num_processes=job.processes_per_node)
 
 
 def launcher(job: Job, topology: PurePath, deepspeed: PurePath | None) -> list[str]:

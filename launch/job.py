@@ -8,6 +8,7 @@ Of `pipeline` this package imports only `common`: it knows a run by its command 
 and the outcome.json in it.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any, Literal, cast
 import yaml
 
 from pipeline.common.errors import UserError
+from pipeline.common.files import local_directory
+from pipeline.common.trial import PLACEHOLDER, VARIABLE, with_trial
 
 TRAIN = "pipeline.train"
 EXPORT = "pipeline.export"
@@ -83,9 +86,20 @@ class Job:
         return self.path("run_dir")
 
     def path(self, setting: str) -> Path | None:
-        """The path in a top-level setting; None if that is missing or a URL."""
+        """The directory in a top-level setting, None if that is missing; UserError for a URL."""
         value = self.value(setting)
-        return None if value is None or "://" in value else Path(value)
+        if value is None:
+            return None
+        try:
+            value = with_trial(value) if setting == "run_dir" else value
+        except ValueError as error:
+            raise JobError(f"{setting}: {error}.") from None
+        return local_directory(value, setting)
+
+    def trial(self) -> dict[str, str]:
+        """The variable that `{trial}` in run_dir stands for, for processes elsewhere."""
+        is_trial = PLACEHOLDER in (self.value("run_dir") or "") and self.run_dir() is not None
+        return {VARIABLE: os.environ[VARIABLE]} if is_trial else {}
 
     def value(self, setting: str) -> str | None:
         """The text of a top-level setting: of the last override, else of the config."""

@@ -4,6 +4,7 @@
                        Service     headless: a name for every pod
                        Job         Indexed: one pod per machine, restarted together
                     (-> PersistentVolumeClaim)
+    -> k8s_patch.py: the user's changes -> YAML
 
 Before a pod is evicted or deleted, its preStop hook touches STOP in the run directory until the
 trainer has saved and ended. The Job starts new pods, and the same command resumes.
@@ -11,54 +12,41 @@ trainer has saved and ended. The Job starts new pods, and the same command resum
 
 import argparse
 import re
-import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
-from launch import cluster, local
+from launch import cluster
 from launch.cluster import Allocation
-from launch.job import EXPORT, TRAIN, Job, JobError
+from launch.job import EXPORT, Job, JobError
+from launch.k8s_patch import patched
+from launch.k8s_script import CONFIGS, PORT, STOP, files, literal, script
+from launch.k8s_site import Site
 
-PORT = 29500
 USER = 10001  # in the image, see docker/Dockerfile
-CONFIGS = PurePosixPath("/etc/latentmill")
-# Before the command of a training, and after it. Launchers turn exit codes into 1; the run's own is
-# in outcome.json, which index 0 writes at its end, and which others may see a little later.
-BEFORE_TRAINING = r"""
-mkdir -p "$RUN_DIR"
-stamp() { stat --format='%i %y' "$RUN_DIR/outcome.json" 2>/dev/null; }
-before=$(stamp)
-"""
-AFTER_TRAINING = r"""
-code=$?
-((code == 0)) && exit
-for _ in {1..10}; do
-    if [[ $(stamp) != "$before" ]]; then
-        own=$(sed -n 's/.*"exit_code": *\([0-9]*\).*/\1/p' "$RUN_DIR/outcome.json")
-        [[ $own ]] && exit "$own"
-    fi
-    sleep 1
-done
-exit "$code"
-"""
-# Repeated until the container ends: a trainer that has just started removes an older STOP.
-STOP = 'while mkdir -p "$RUN_DIR" && touch "$RUN_DIR/STOP"; do sleep 1; done'
+SECRET_REMEDY = (
+    "keep it in a Secret (`kubectl create secret generic NAME --from-literal {name}=...`), and "
+    "give --secret NAME."
+)
+
+
+# Texts that PyYAML leaves without quotes, but that are numbers or truths to kubectl's parser.
+NO_TEXT = re.compile(r"[-+]?[\d_]*\.?[\d_]*(e[-+]?\d+)?|[-+]?0[box][\da-f_]+|[yn]", re.IGNORECASE)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes multi-line texts as YAML blocks."""
+    """Writes multi-line texts as YAML blocks, and all texts so that kubectl reads texts."""
 
 
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
-    ),
-)
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else "'" if NO_TEXT.fullmatch(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +54,7 @@ class Kubernetes:
     """A Kubernetes cluster."""
 
     allocation: Allocation
+    site: Site
     image: str
     claim: str  # PersistentVolumeClaim of the run directory
     claim_size: str | None  # size of a claim to create; None = the claim exists
@@ -73,30 +62,33 @@ class Kubernetes:
     memory: str | None
     shm: str
     namespace: str | None
+    patches: tuple[Path, ...] = ()  # merged into the manifest, in turn
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the options of every cluster, and those of Kubernetes."""
-        cluster.add_arguments(parser)
-        add = parser.add_argument
+        groups = cluster.add_arguments(parser, "container")
+        add = groups["container"]
         add("--image", required=True, help="container image with latentmill, e.g. of docker/")
-        add("--claim", required=True, help="PersistentVolumeClaim that holds the run directory")
-        add("--claim-size", help="create the claim with this size, e.g. 100Gi")
-        add(
-            "--mount",
-            type=PurePosixPath,
-            default="/data",
-            help="path of the claim in the container (%(default)s)",
-        )
-        add("--memory", help="memory of each pod, e.g. 64Gi")
-        add("--shm", default="8Gi", help="limit of /dev/shm, part of the memory (%(default)s)")
-        add("--namespace", help="default: kubectl's current one")
+        text = "PersistentVolumeClaim that holds the run directory"
+        add("--claim", required=True, metavar="NAME", help=text)
+        add("--claim-size", metavar="SIZE", help="create the claim with this size, e.g. 100Gi")
+        text = "path of the claim in the container (%(default)s)"
+        add("--mount", type=PurePosixPath, default="/data", metavar="PATH", help=text)
+        groups["machines"]("--memory", metavar="SIZE", help="memory of each pod, e.g. 64Gi")
+        text = "limit of /dev/shm, part of the memory (%(default)s)"
+        groups["machines"]("--shm", default="8Gi", metavar="SIZE", help=text)
+        groups["job"]("--namespace", metavar="NAME", help="default: kubectl's current one")
+        Site.add_arguments(groups)
+        text = "YAML merged into the Job as `kubectl patch` does, for every other field; repeatable"
+        groups["job"]("--patch", action="append", default=[], type=Path, metavar="FILE", help=text)
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> "Kubernetes":
         """The place that the command line describes."""
         return cls(
             allocation=cluster.allocation_of(arguments),
+            site=Site.from_arguments(arguments),
             image=arguments.image,
             claim=arguments.claim,
             claim_size=arguments.claim_size,
@@ -104,6 +96,7 @@ class Kubernetes:
             memory=arguments.memory,
             shm=arguments.shm,
             namespace=arguments.namespace,
+            patches=tuple(arguments.patch),
         )
 
     def __post_init__(self) -> None:
@@ -121,7 +114,7 @@ class Kubernetes:
 
     def job(self, arguments: argparse.Namespace, overrides: tuple[str, ...]) -> Job:
         """The job that the command line describes; it must write to the claim."""
-        job = cluster.job_of(arguments, overrides)
+        job = cluster.job_of(arguments, overrides, SECRET_REMEDY)
         folder = PurePosixPath(str(cluster.directory(job)))
         if ".." in folder.parts or not folder.is_relative_to(self.mount):
             setting = cluster.setting_of_directory(job)
@@ -133,7 +126,10 @@ class Kubernetes:
 
     def command(self, job: Job) -> str:
         """The manifest for kubectl."""
-        return yaml.dump_all(self._objects(job), Dumper=_Dumper, sort_keys=False, width=100)
+        objects = list(self._objects(job))
+        for path in self.patches:
+            objects = patched(objects, path)
+        return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=100)
 
     def run(self, job: Job) -> int:
         """Check the config and apply the manifest; return kubectl's exit code."""
@@ -155,9 +151,9 @@ class Kubernetes:
                 "resources": {"requests": {"storage": self.claim_size}},
             }
             yield self._object("v1", "PersistentVolumeClaim", spec=spec, name=self.claim)
-        data = {name: path.read_text(encoding="utf-8") for name, path in _files(job).items()}
+        data = {name: path.read_text(encoding="utf-8") for name, path in files(job).items()}
         yield self._object("v1", "ConfigMap", data=data)
-        if job.num_nodes > 1 and job.module != EXPORT:
+        if cluster.rendezvous_of(job).num_nodes > 1:
             spec = {
                 "clusterIP": "None",
                 "publishNotReadyAddresses": True,  # the pods meet before they are ready
@@ -170,8 +166,9 @@ class Kubernetes:
     def _object(
         self, version: str, kind: str, *, name: str | None = None, **rest: Any
     ) -> dict[str, Any]:
-        metadata = {"name": name or self.allocation.name}
+        metadata: dict[str, Any] = {"name": name or self.allocation.name}
         metadata |= {"namespace": self.namespace} if self.namespace else {}
+        metadata |= self.site.metadata()
         return {"apiVersion": version, "kind": kind, "metadata": metadata, **rest}
 
     def _job_spec(self, job: Job) -> dict[str, Any]:
@@ -201,12 +198,15 @@ class Kubernetes:
                     },
                 ]
             },
-            "template": {"spec": self._pod_spec(job)},
+            "template": {
+                **({"metadata": labels} if (labels := self.site.metadata()) else {}),
+                "spec": self._pod_spec(job),
+            },
         }
 
     def _pod_spec(self, job: Job) -> dict[str, Any]:
         name = self.allocation.name
-        several = job.num_nodes > 1 and job.module != EXPORT
+        several = cluster.rendezvous_of(job).num_nodes > 1
         claim = {"name": "claim", "persistentVolumeClaim": {"claimName": self.claim}}
         shm = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": self.shm}}
         return {
@@ -214,14 +214,14 @@ class Kubernetes:
             "securityContext": {"fsGroup": USER},  # else a new claim belongs to root
             "terminationGracePeriodSeconds": self.allocation.grace_seconds,
             **({"subdomain": name} if several else {}),
+            **self.site.pod(),
             "containers": [self._container(job)],
             "volumes": [{"name": "config", "configMap": {"name": name}}, claim, shm],
         }
 
     def _container(self, job: Job) -> dict[str, Any]:
         is_export = job.module == EXPORT
-        env = dict(cluster.environment(job))
-        env.pop("PYTHONPATH", None)  # a path of this machine; the image has latentmill installed
+        env = cluster.environment(job, in_image=True)
         if not is_export:
             env |= {"RUN_DIR": str(cluster.directory(job))}
             if job.num_nodes > 1:
@@ -234,8 +234,9 @@ class Kubernetes:
         return {
             "name": "main",
             "image": self.image,
-            "args": ["bash", "-c", _script(job)],  # the image's entry point prints versions first
-            "env": [{"name": key, "value": value} for key, value in env.items()],
+            "args": ["bash", "-c", script(job)],  # the image's entry point prints versions first
+            "env": [{"name": name, "value": literal(value)} for name, value in env.items()],
+            **self.site.container(),
             "resources": {"requests": {"cpu": cpus, **memory}, "limits": {**gpus, **memory}},
             **({} if is_export else {"lifecycle": hook}),
             "volumeMounts": [
@@ -246,44 +247,5 @@ class Kubernetes:
         }
 
 
-def _node(job: Job) -> Job:
-    """The job of one pod: its part of a training, or a whole export."""
-    if job.module != EXPORT:
-        return job
-    return replace(job, num_nodes=1, num_processes=job.processes_per_node)
-
-
-def _files(job: Job) -> dict[str, Path]:
-    """The files in CONFIGS, by name."""
-    topology = local.topology(_node(job))
-    deepspeed = local.deepspeed_file(topology)
-    files = {"config.yaml": job.config, "topology.yaml": topology}
-    return files if deepspeed is None else files | {"deepspeed.json": deepspeed}
-
-
 def _codes(code: int) -> dict[str, Any]:
     return {"containerName": "main", "operator": "In", "values": [code]}
-
-
-def _script(job: Job) -> str:
-    """The script of a pod's container."""
-    is_export, node = job.module == EXPORT, _node(job)
-    deepspeed = CONFIGS / "deepspeed.json" if "deepspeed.json" in _files(job) else None
-    options = cluster.launcher(node, CONFIGS / "topology.yaml", deepspeed)
-    lines = ["python -m accelerate.commands.launch", shlex.join(options)]
-    if node.num_nodes > 1:
-        lines += ['--machine_rank "$JOB_COMPLETION_INDEX"']
-        lines += ['--main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT"']
-    config = CONFIGS / "config.yaml"
-    run = shlex.join(["-m", job.module, str(config), *job.overrides, *job.options])
-    lines += [run]
-    command = " \\\n    ".join(lines)
-    if is_export:
-        # `pipeline.export` reads the variables of a Slurm array: the pods imitate one.
-        array = {"ID": '"$JOB_COMPLETION_INDEX"', "MIN": 0, "COUNT": job.num_nodes}
-        exports = [f"export SLURM_ARRAY_TASK_{name}={value}\n" for name, value in array.items()]
-        return f"{''.join(exports)}exec {command}\n"
-    parts = [BEFORE_TRAINING.strip("\n"), command, AFTER_TRAINING.lstrip("\n")]
-    if job.module == TRAIN:  # a wrong config: exit code 2, before outcome.json exists
-        parts.insert(0, f"WORLD_SIZE={job.num_processes} python {run} --dry-run >/dev/null || exit")
-    return "\n".join(parts)

@@ -171,7 +171,7 @@ def environment(job: Job) -> dict[str, str]:
     elif job.device == "cpu":
         # Else each process of a MULTI_GPU topology would train alone on a machine without GPUs.
         env["ACCELERATE_USE_CPU"] = "true"
-    return env | dict(job.env)
+    return env | job.trial() | dict(job.env)
 
 
 def command(job: Job) -> Command:
@@ -187,7 +187,8 @@ def check(job: Job, *, is_shown: bool = False) -> int:
     """
     if job.module not in WITH_DRY_RUN:
         return 0
-    argv = [sys.executable, "-m", job.module, *job.arguments, "--dry-run"]
+    option = "--check" if job.module == TRAIN and not is_shown else "--dry-run"
+    argv = [sys.executable, "-m", job.module, *job.arguments, option]
     env = os.environ | environment(job)
     if job.module == TRAIN:
         env["WORLD_SIZE"] = str(job.num_processes)  # the batch must divide over them

@@ -21,17 +21,19 @@ PLACES: dict[str, Place] = {"local": Local, "slurm": Slurm, "k8s": Kubernetes}
 def add_arguments(parser: argparse.ArgumentParser, place: Place) -> None:
     """Add the options that decide how processes start at a place."""
     place.add_arguments(parser)
+    group = parser.add_argument_group("strategy and threads")
     strategies = get_args(Strategy)
-    parser.add_argument(
+    group.add_argument(
         "--strategy", choices=strategies, help="of training in several processes (ddp)"
     )
     names = ", ".join(shipped("accelerate"))
-    parser.add_argument(
+    group.add_argument(
         "--topology",
         metavar="NAME|FILE",
         help=f"accelerate's settings, if not those that fit: a YAML file, or {names}",
     )
-    parser.add_argument("--threads", type=int, default=1, help="OMP_NUM_THREADS (%(default)s)")
+    text = "OMP_NUM_THREADS (%(default)s)"
+    group.add_argument("--threads", type=int, default=1, metavar="N", help=text)
     add_accept_change(parser)
 
 

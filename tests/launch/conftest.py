@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import main
-from tests.launch.texts import TEXTS
+from tests.launch.texts import PATCH, TEXTS
 from tests.processes import ROOT
 
 
@@ -19,9 +19,12 @@ def text_of(
     monkeypatch.chdir(ROOT)
     config = tmp_path / "Denoising_VAE.yaml"
     config.write_text("# A comment that travels, too.\nrun_dir: runs/vae\nseed: 1\n")
+    patch = tmp_path / "patch.yaml"
+    patch.write_text(PATCH)
 
     def text(name: str) -> str:
-        argv = [word.replace("{config}", str(config)) for word in TEXTS[name]]
+        files = {"{config}": str(config), "{patch}": str(patch)}
+        argv = [files.get(word, word) for word in TEXTS[name]]
         assert main(argv) == 0
         printed = capsys.readouterr().out.replace(sys.executable, "/venv/bin/python")
         return printed.replace(str(ROOT), "/latentmill")

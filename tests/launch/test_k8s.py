@@ -32,7 +32,7 @@ def test_manifests_are_valid(name: str, version: str, text_of: Callable[[str], s
 # Stands in for the `python` of a container: accelerate, which flattens the trainer's code to 1.
 ACCELERATE = """\
 #!/bin/bash
-[[ $* == *" --dry-run" ]] && exit "$CHECKED"
+[[ $* == *" --check" ]] && exit "$CHECKED"
 [[ $OWN ]] && echo "{\\"exit_code\\": $OWN, \\"status\\": \\"x\\"}" >"$RUN_DIR/outcome.json"
 exit "$CODE"
 """

@@ -15,7 +15,7 @@ MISTAKES = {
     "no such config": (
         ["slurm", "vea"],
         "The config file vea does not exist, and no settings of that name are shipped. Did you "
-        "mean vae? Shipped are ae, beta_vae, dae, vae;",
+        "mean vae? Shipped are ae, beta_vae, dae, decoder_finetune,",
     ),
     "no such topology": (
         ["slurm", TRAIN[0], "--topology", "zero4"],
@@ -39,15 +39,15 @@ MISTAKES = {
         ["slurm", TRAIN[0], "--env", "NCCL_DEBUG"],
         "--env 'NCCL_DEBUG' is not a variable",
     ),
-    "no option": (
-        ["slurm", TRAIN[0], "--sbatch", "account=x"],
-        "--sbatch 'account=x' is not an option",
-    ),
     "two strategies": (
         *(["slurm", TRAIN[0], "--strategy", "zero1", "--topology", "pyproject.toml"],),
         "--topology pyproject.toml decides the strategy itself: leave out either --strategy zero1",
     ),
     "no run_dir": (["slurm", "constraints.txt"], "constraints.txt names no run_dir: set it there"),
+    "run_dir no directory": (
+        ["slurm", TRAIN[0], "run_dir=s3://bucket/vae"],
+        "run_dir is 's3://bucket/vae', but must be a path of this machine or of a mounted file",
+    ),
     "no out": (
         ["slurm", TRAIN[0], "--module", "pipeline.export"],
         "configs/train/vae.yaml names no out: set it there",

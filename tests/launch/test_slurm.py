@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.launch.runs import num_logged, outcome, result_of, write_config
@@ -32,9 +33,9 @@ def slurm() -> Iterator[SlurmCluster]:
 def submit(run_processes: Callable[..., Result], slurm: SlurmCluster) -> Callable[..., int]:
     """Hand a job in by our launcher, and return its number."""
 
-    def submit(config: Path, *options: object) -> int:
+    def submit(config: Path, *options: object, **env: str) -> int:
         argv = ("slurm", config, *NODES, *options, "--submit")
-        result = run_processes("launch", None, *argv, env=slurm.env)
+        result = run_processes("launch", None, *argv, env=slurm.env | env)
         assert result.code == 0, result.output
         found = re.search(r"^Submitted batch job (\d+)$", result.output, re.MULTILINE)
         assert found is not None, result.output
@@ -135,9 +136,23 @@ def test_scancel_of_a_job_of_one_process_saves_too(
     assert "sbatch resumes it" in cancel(slurm, number, run)
 
 
+def keys_of_trainers(config: Path) -> set[str | None]:
+    """The variable KEY of the processes that train."""
+    found: set[str | None] = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            words = process.cmdline()
+            if words[-1:] == [str(config)] and "pipeline.train" in words:
+                found.add(process.environ().get("KEY"))
+    return found
+
+
 def test_a_port_in_use_is_passed_over_and_scancel_saves_and_is_the_end(
     slurm: SlurmCluster, submit: Callable[..., int], tiny_shards: Path, tmp_path: Path
 ):
+    """Where a site has set SBATCH_EXPORT, as many do: then srun by itself hands no variable on."""
+    file = tmp_path / "keys.env"
+    file.write_text("KEY='a b'\n")
     run = tmp_path / "a run of 50%"  # characters that Slurm's file names interpret
     config = write_config(tmp_path, tiny_shards, 1_000_000, run.name)
     with ExitStack() as held:  # whatever the job's number is, others have its port already
@@ -147,9 +162,10 @@ def test_a_port_in_use_is_passed_over_and_scancel_saves_and_is_the_end(
             with suppress(OSError):  # somebody really has it: just as well
                 listener.bind(("127.0.0.1", port))
                 listener.listen()
-        number = submit(config)
+        number = submit(config, "--env-file", file, SBATCH_EXPORT="NONE")
         assert number < 10
         slurm.wait_until(lambda: num_logged(run) >= 2, 90)
+    assert keys_of_trainers(config) == {"a b"}
     cancel(slurm, number, run)
     time.sleep(7)  # longer than a job that is queued again would wait
     assert slurm.state(number) == "CANCELLED"

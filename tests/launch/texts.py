@@ -20,6 +20,24 @@ TEXTS = {
         *("slurm", *TRAIN, "--device", "cpu", "--processes-per-node", "2"),
         *("--cpus-per-process", "1", "--time", "00:10:00"),
     ),
+    "slurm_site": (
+        *("slurm", *TRAIN, "--nodes", "2", "--gpus-per-node", "8", "--env-file", "my keys.env"),
+        *("--sbatch", "account=physics", "--sbatch=--gres=gpu:h100:8", "--sbatch=-C ib"),
+    ),
+    "slurm_container": (
+        *("slurm", *TRAIN, "run_dir=/scratch/runs/vae", "--nodes", "2", "--gpus-per-node", "8"),
+        *("--strategy", "zero2", "--container-image", "registry.example#mill:1", "--env", "A=b c"),
+        *(
+            "--container-mounts",
+            "/data:/data,/scratch/my photos:/photos:ro",
+            "--env-file",
+            "keys.env",
+        ),
+    ),
+    "slurm_container_export": (
+        *("slurm", *EXPORT, "out=/scratch/latents", "--nodes", "2", "--device", "cpu"),
+        *("--container-image", "./latentmill.sqsh"),
+    ),
     "slurm_export": ("slurm", *EXPORT, "--nodes", "16", "--gpus-per-node", "1"),
     "slurm_export_s3": (
         *("slurm", *EXPORT, "out=s3://bucket/latents", "--nodes", "2", "--gpus-per-node", "1"),
@@ -36,11 +54,36 @@ TEXTS = {
         *("k8s", "{config}", "run_dir=/data/vae", "note=it's: [1, 2]", *POD),
         *("--topology", "configs/accelerate/gpu-ddp.yaml"),
     ),
+    "k8s_site": (
+        *("k8s", "{config}", "run_dir=/data/runs/vae", *POD, "--nodes", "2", "--claim-size", "1Ti"),
+        *("--label", "kueue.x-k8s.io/queue-name=research", "--label", "team=", "--secret", "wandb"),
+        *("--node-selector", "gpu-type=h100", "--image-pull-secret", "registry"),
+        *("--toleration", "nvidia.com/gpu:NoSchedule", "--toleration", "pool=research"),
+        *("--patch", "{patch}"),
+    ),
     "k8s_export": (
         *("k8s", "{config}", "--module", "pipeline.export", "out=/data/latents", *POD),
         *("--nodes", "4", "--name", "latents"),
     ),
 }
+# In the file {patch}: what no option is for.
+PATCH = """\
+metadata: {annotations: {team: vision}}
+spec:
+  suspend: true
+  template:
+    spec:
+      priorityClassName: high
+      containers:
+      - name: main
+        env: [{name: HF_TOKEN, valueFrom: {secretKeyRef: {name: hub, key: token}}}]
+        resources: {limits: {nvidia.com/gpu: null, amd.com/gpu: 1}}
+        volumeMounts: [{name: scratch, mountPath: /scratch}]
+      volumes: [{name: scratch, emptyDir: {}}]
+---
+kind: PersistentVolumeClaim
+spec: {storageClassName: shared}
+"""
 OF_SLURM = [name for name in TEXTS if name.startswith("slurm")]
 OF_K8S = [name for name in TEXTS if name.startswith("k8s")]
 
