@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline import __version__
-from pipeline.commands import VERBS
+from pipeline.commands import VERBS, pack
 from pipeline.common import needs
 from pipeline.common.arguments import parse, sentence
 from pipeline.common.errors import FAILED, WRONG_USE, StoreError, UserError
@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
         if not argv:
             build_parser(None).print_help(sys.stderr)
             return WRONG_USE
-        arguments = parse(build_parser(argv[0]), argv)
+        words = pack.with_kind(argv) if argv[0] == "pack" else argv
+        arguments = parse(build_parser(argv[0]), words)
         code = arguments.call(arguments)
         sys.stdout.flush()  # here a closed pipe raises
         return code

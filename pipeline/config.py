@@ -7,15 +7,16 @@ the component's file. This file has the settings of the run, and rules about sev
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.checkpoints.retention import CheckpointConfig
 from pipeline.common import strict
-from pipeline.common.component import Component
+from pipeline.common.component import Component, LocalDirectory, LocalPath
 from pipeline.common.precision import Precision
 from pipeline.common.shipped import find
+from pipeline.common.trial import with_trial
 from pipeline.corruptions import Corruption
 from pipeline.corruptions.latents import LatentTransforms
 from pipeline.data.order import default_lanes
@@ -28,6 +29,7 @@ from pipeline.losses.terms import AdversarialTerm
 from pipeline.metrics import LogLikelihood, Metric, SquaredErrorMetric
 from pipeline.models.autoencoder import ModelConfig
 from pipeline.monitoring.monitor import MonitorConfig
+from pipeline.monitoring.wandb_mode import wandb_before_version_2
 
 # Version of the defaults below. Raised when a default changes: a key that is missing in an old file
 # keeps its old meaning. Version 1 is commit 93dd2d6, whose files have no `version`.
@@ -35,7 +37,7 @@ VERSION = 2
 # For each version that changed defaults: a function that fills the former defaults into a file's
 # tree, where keys are missing; see `strict.set_default`.
 FormerDefaults = Mapping[int, Callable[[dict[str, Any]], None]]
-FORMER_DEFAULTS: FormerDefaults = {}
+FORMER_DEFAULTS: FormerDefaults = {2: wandb_before_version_2}
 
 # Settings that a resumed run may change: they change no number that the run computes, or are meant
 # to be extended. The name of a section stands for everything in it.
@@ -70,11 +72,18 @@ class TrainConfig(Component):
     """A training run."""
 
     version: int = Field(default=VERSION, ge=1, le=VERSION)  # version of the defaults; see VERSION
-    run_dir: str  # where the run writes everything
+    # where the run writes everything; no URL; {trial} stands for the id of a trial of a W&B sweep
+    run_dir: Annotated[LocalDirectory, AfterValidator(with_trial)]
     data: DataConfig
     model: ModelConfig = ModelConfig()
     corruptions: tuple[Corruption, ...] = ()  # in this order; the target stays clean
     latent_transforms: LatentTransforms = ()  # in this order, before the decoder
+    # The weights of a new run, read at its first start only: a run directory (its newest
+    # checkpoint, averaged weights if it has some), a model's folder (of export-model, import-model
+    # or diffusers), or a .safetensors file. null: random weights.
+    init_from: LocalPath | None = None
+    # Patterns of parameters that are not trained, by their names in a checkpoint: [encoder.*].
+    freeze: tuple[str, ...] = ()
     objective: Objective = Objective()
     optimizer: AdamWConfig = AdamWConfig()
     # The global batch G: samples per step, over all processes.
@@ -84,8 +93,9 @@ class TrainConfig(Component):
     seed: int = Field(default=0, ge=0)  # weights, order, corruption and noise follow from it
     precision: Precision = "fp32"  # bf16: autocast, losses in fp32; fp64: for proofs
     ema_decay: float | None = Field(default=0.999, gt=0, lt=1)  # null: no average
-    channels_last: bool = True  # memory format of images, changes the speed alone
-    compile: bool = False  # torch.compile for the autoencoder
+    # Memory format of images, changes the speed alone; null: the backbone's own.
+    channels_last: bool | None = None
+    compile: bool = False  # torch.compile for encoder and decoder, each by itself
     max_skipped_steps: int = Field(default=20, ge=0)  # steps with a gradient that is not finite
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -139,7 +149,10 @@ class TrainConfig(Component):
     def resolved(self) -> Self:
         """Return the config with derived settings filled in."""
         lanes = self.data.lanes or default_lanes(self.batch_size)
-        return self.model_copy(update={"data": self.data.model_copy(update={"lanes": lanes})})
+        data = self.data.model_copy(update={"lanes": lanes})
+        own, channels_last = self.model.backbone.channels_last, self.channels_last
+        channels_last = own if channels_last is None else channels_last
+        return self.model_copy(update={"data": data, "channels_last": channels_last})
 
     def evaluates_at(self, step: int) -> bool:
         """Whether the held-out evaluation belongs to this step."""

@@ -17,11 +17,11 @@ if __name__ == "__main__":
 
 from pipeline.checkpoints.manager import Checkpoints
 from pipeline.common.arguments import parse_train
+from pipeline.common.console import progress
 from pipeline.common.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
 from pipeline.config import TrainConfig, read_config
 from pipeline.data.order.mixture import reading_plan
 from pipeline.data.stream import open_stream
-from pipeline.data.stream.datasets import open_indexes
 from pipeline.data.stream.device import DeviceBatches
 from pipeline.distributed.outcome import Outcome, write_outcome
 from pipeline.distributed.rendezvous import print_error
@@ -34,13 +34,16 @@ from pipeline.monitoring.meter import TrainingMeter
 from pipeline.monitoring.monitor import Monitor
 from pipeline.training.build import (
     check_data,
-    describe,
     make_forward,
     make_order,
     make_strategy,
     warm_up_loss,
 )
+from pipeline.training.describe import describe
+from pipeline.training.locations import open_data
+from pipeline.training.memory import check_memory
 from pipeline.training.run_directory import check_ranks, locked_run_dir
+from pipeline.training.start import initial_weights, start
 from pipeline.training.step import check_skipped, train_step
 
 
@@ -60,13 +63,15 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
         stop = stack.enter_context(closing(StopRequest(run_dir)))
         with runtime.sharing_errors():
             check_ranks(config.batch_size, config.accumulation, runtime.world)
-            indexes = open_indexes(config.data)
+            check_memory(config, runtime)
+            config, indexes = open_data(config, progress if runtime.is_main else lambda _: None)
             states = check_data(config, indexes)
-        order = make_order(config, indexes)
+            order = make_order(config, indexes)
+            initial = initial_weights(config, order) if runtime.is_main else None
         failures = stack.enter_context(locked_run_dir(config, accept_changes, order, runtime))
         watchdog = stack.enter_context(closing(Watchdog(config.watchdog, failures, runtime)))
 
-        # Build the model, warm up, restore the newest checkpoint.
+        # Build the model, warm up, restore the newest checkpoint or load the first weights.
         forward = make_forward(config, runtime.device)
         strategy = make_strategy(config, runtime)
         with watchdog.phase("start", 0):
@@ -80,7 +85,15 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
         )
         stack.enter_context(closing(checkpoints))
         with watchdog.phase("start", 0):
-            step = first_step = checkpoints.restore()
+            step = first_step = start(
+                config,
+                initial,
+                order,
+                strategy=strategy,
+                checkpoints=checkpoints,
+                runtime=runtime,
+            )
+        del initial  # the memory of its weights
 
         # What the loop reads from and reports to.
         stream = stack.enter_context(
@@ -159,6 +172,9 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
             last = config.is_over(step, checkpoints.evaluations_since_best)
             if not last:
                 monitor.print_line(f"{runtime.hardware}; {reading_plan(order, runtime.world)}")
+                for index in indexes:
+                    for line in index.left_out_lines(only_losses=True):
+                        monitor.print_line(f"{index.path}: {line}")
             while not last:
                 step += 1
                 watchdog.enter("data", step)
@@ -205,11 +221,12 @@ def finish(
     outcome = outcome_of(config, step, stopped_by, saved, checkpoints.best_step)
     if runtime.is_main:
         write_outcome(Path(config.run_dir), outcome)
+    monitor.exit_code = outcome.exit_code or DONE
     then = outcome.message
     if stopped_by is not None:
         then += "; the same command resumes"
     monitor.print_line(f"{outcome.status} at step {step:,}" + (f": {then}" if then else ""))
-    return outcome.exit_code or DONE
+    return monitor.exit_code
 
 
 def outcome_of(
@@ -233,13 +250,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse_train(sys.argv[1:] if argv is None else argv)
         config = read_config(arguments.config, arguments.overrides)
-        if arguments.dry_run:
+        if arguments.dry_run or arguments.check:
             # `launch` sets it before it starts any process.
             announced = os.environ.get("WORLD_SIZE", "")
             world = max(int(announced), 1) if announced.isdecimal() else 1
             check_ranks(config.batch_size, config.accumulation, world)
             if is_main:
-                print(describe(config, world=world), end="")
+                text = describe(config, world=world, with_costs=arguments.dry_run)
+                print(text if arguments.dry_run else "", end="")
             return DONE
         return train(config, accept_changes=arguments.accept_change)
     except UserError as error:

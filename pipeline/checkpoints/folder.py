@@ -56,6 +56,9 @@ class RunState:
     dataset_id: str
     world: int
     versions: dict[str, str]
+    # What the run's first weights were read from: "kind" (run, folder, diffusers or file), and
+    # "sha256", the digest of the weights. None, and left out of the file: random weights.
+    init_from: dict[str, str] | None = None
 
 
 class DamagedCheckpointError(Exception):
@@ -88,7 +91,8 @@ def _write_files(staged: Path, state: RunState, tensors: FullState) -> None:
     files = {"model": tensors.model, "optimizer": optimizer}
     if tensors.ema is not None:
         files["ema"] = tensors.ema
-    write_json(staged / "state.json", asdict(state))
+    content = {name: value for name, value in asdict(state).items() if value is not None}
+    write_json(staged / "state.json", content)
     for name, content in files.items():
         path = staged / f"{name}.safetensors"
         try:

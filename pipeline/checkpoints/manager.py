@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 
 from pipeline.checkpoints.folder import (
@@ -56,21 +57,23 @@ class Checkpoints:
         self._pending: Future[float] | None = None
         self._values: dict[int, float] = {}  # of the metric of keep.best, by step
         self._snapshot: FullState | None = None
+        self.init_from: dict[str, str] | None = None  # see `RunState`
         self._last_worked = True
         self._num_failures = 0
         self._stall_seconds = self._write_seconds = 0.0
 
-    def restore(self) -> int:
+    def restore(self) -> int | None:
         """Restore the newest checkpoint that verifies everywhere, and return its step.
 
-        Without a checkpoint the initial state is kept, and the step is 0. Raises UserError if the
+        Without a checkpoint the initial state is kept; returns None. Raises UserError if the
         checkpoint belongs to other data or another order of samples.
         """
         path = newest_verified(self._directory, self._runtime)
         if path is None:
-            return 0
+            return None
         state = read_state(path)
         _check_data(state, self._order, path)
+        self.init_from = state.init_from
         self._strategy.load_full_state(read_tensors(path))
         return state.step
 
@@ -127,6 +130,7 @@ class Checkpoints:
                 dataset_id=self._order.dataset_id,
                 world=self._runtime.world,
                 versions={name: version(name) for name in _VERSIONS_OF},
+                init_from=self.init_from,
             )
             self._pending = self._writer.submit(self._write, state, tensors, dict(self._values))
         self._stall_seconds += time.monotonic() - started
@@ -232,13 +236,20 @@ def check_order(directory: Path, order: Mixture) -> None:
 
 
 def _check_data(state: RunState, order: Mixture, path: Path) -> None:
-    for name, saved, now in (
-        ("data set", state.dataset_id, order.dataset_id),
-        ("order of samples", state.order_id, order.order_id),
-    ):
-        if saved != now:
-            raise UserError(
-                f"{path} was trained on another {name} (id {saved}, now {now}): the shards or "
-                "data.split, data.lanes, data.interleave, data.window or seed have changed. "
-                "Restore them, or start again in another run_dir."
-            )
+    run_dir = path.parent.parent
+    if state.dataset_id != order.dataset_id:
+        free = next(n for n in count(2) if not Path(f"{run_dir}-{n}").exists())
+        raise UserError(
+            f"{path} was trained on another data set (id {state.dataset_id}, now "
+            f"{order.dataset_id}). If that one lies elsewhere, name its place by data.path. If it "
+            "grew or changed, this run cannot go on, because its order of samples is over: start "
+            f"a new run from its weights, by the same command with run_dir={run_dir}-{free} "
+            f"init_from={run_dir}"
+        )
+    if state.order_id != order.order_id:
+        raise UserError(
+            f"{path} was trained on another order of samples (id {state.order_id}, now "
+            f"{order.order_id}): the rule of the splits, data.split, data.lanes, data.interleave, "
+            "data.window or seed have changed. Restore them, or start a new run from its weights: "
+            f"set another run_dir, and init_from to {run_dir}."
+        )

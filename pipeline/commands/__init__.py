@@ -1,8 +1,9 @@
 """The verbs of the command line `latentmill`: a file or a folder each, parser and work together.
 
-A verb is a module with `HELP`, a line for the list of verbs; `add_arguments(parser)`, which is
-called for the chosen verb, and sets `run(arguments) -> exit code`. Heavy imports are inside `run`,
-so that `--help` is fast and needs no torch.
+A verb is a module, or an object in one where two verbs are alike. It has `HELP`, a line for the
+list of verbs, and `add_arguments(parser)`, which is called for the chosen verb, and sets
+`run(arguments) -> exit code`. Heavy imports are inside `run`, so that `--help` is fast and needs
+no torch.
 
 Add a verb: one file, and its name below.
 """
@@ -17,19 +18,19 @@ from pipeline.commands import (
     evaluate,
     export,
     export_model,
+    import_model,
     index,
-    k8s,
     order,
     pack,
     probe,
-    slurm,
     train,
     verify,
 )
+from pipeline.commands.clusters import k8s, slurm
 
 
 class Verb(Protocol):
-    """A module of this folder; its name, with dashes, is the verb."""
+    """A module of this folder, or an object in one; its name, with dashes, is the verb."""
 
     __name__: str
 
@@ -58,5 +59,6 @@ VERBS: tuple[Verb, ...] = (
     bench,
     evaluate,
     export_model,
+    import_model,
     probe,
 )

@@ -47,6 +47,7 @@ def show_list(*, as_json: bool) -> None:
     if as_json:
         print_report({**listed}, as_json=True)
         return
+    width = max(len(name) for texts in listed.values() for name in texts)
     for kind, meaning in MEANING.items():
         print(f"{meaning}:")
-        print("\n".join(f"  {name:<14}{text}" for name, text in listed[kind].items()))
+        print("\n".join(f"  {name:<{width}}  {text}" for name, text in listed[kind].items()))

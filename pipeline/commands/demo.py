@@ -25,8 +25,8 @@ if __name__ == "__main__":
 import numpy as np
 from PIL import Image
 
-from pipeline.common.errors import DONE
-from pipeline.common.files import write_json
+from pipeline.common.errors import DONE, UserError
+from pipeline.common.files import local_directory, write_json
 
 MODELS = ("ae", "dae", "vae", "beta_vae")
 PICTURE_GAP_PX = 12
@@ -193,12 +193,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         demo(
-            arguments.out,
+            local_directory(arguments.out, "--out"),
             count=arguments.count,
             processes=arguments.processes,
             overrides=arguments.overrides,
         )
-    except StepFailedError as error:
+    except (StepFailedError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return DONE

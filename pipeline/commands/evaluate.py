@@ -2,9 +2,8 @@
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 
-from pipeline.common.arguments import bind, step
+from pipeline.common.arguments import bind, directory, pixels, step
 from pipeline.common.console import listing, plural, print_report
 from pipeline.common.errors import DONE
 
@@ -22,13 +21,22 @@ UNITS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint, and the split."""
+    """Add the checkpoint, the split, the size of the pictures, and the places of the data."""
     bind(parser, run)
-    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("run", type=directory("RUN"), help="run directory")
     parser.add_argument(
         "--step", type=step, help="step of the checkpoint, or `best` (default: newest)"
     )
     parser.add_argument("--split", help="of the data (default: the config's held-out split)")
+    text = "of the pictures, for fully convolutional models: 256, or 256x384 (height x width)"
+    parser.add_argument("--size", type=pixels, help=text)
+    again = "; of a mixture once for each of its data sets, in their order"
+    for option, metavar, what in (
+        ("--data", "PATH", f"directory or URL of the index of the run's data set{again}"),
+        ("--shards", "PATH", f"directory or URL of the shards, if not beside the index{again}"),
+    ):
+        parser.add_argument(option, action="append", default=[], metavar=metavar, help=what)
+    parser.epilog = "Data that has moved is looked for by its id, so --data is rarely needed."
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,7 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
     from pipeline.evaluation.held_out import evaluate_run
     from pipeline.training.loading import load_config
 
-    metrics = evaluate_run(arguments.run, step=arguments.step, split=arguments.split)
+    metrics = evaluate_run(
+        arguments.run,
+        step=arguments.step,
+        split=arguments.split,
+        size=arguments.size,
+        data=arguments.data,
+        shards=arguments.shards,
+    )
     config = load_config(arguments.run)
     split = arguments.split or config.evaluation.split
     lines = _lines(metrics, split, in_nats=config.model.likelihood.is_nats)

@@ -3,10 +3,9 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from pipeline.common.arguments import bind
+from pipeline.common.arguments import bind, directory
 from pipeline.common.console import print_report, table
 from pipeline.common.errors import DONE
 
@@ -22,8 +21,10 @@ MEANING = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the export, and the targets."""
     bind(parser, run)
-    parser.add_argument("export", type=Path, help="directory of a finished export")
-    parser.add_argument("--source", type=Path, help="its data set: also probe raw pixels")
+    text = "directory of a finished export"
+    parser.add_argument("export", type=directory("EXPORT"), help=text)
+    text = "directory or URL of its data set: also probe raw pixels"
+    parser.add_argument("--source", help=text)
     parser.add_argument(
         "--target",
         action="append",

@@ -6,25 +6,24 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.common import rng, strict
-from pipeline.common.console import warn
+from pipeline.common import rng
 from pipeline.common.errors import UserError
 from pipeline.common.precision import parameter_dtype
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.data.index.reader import States
 from pipeline.data.index.splits import ALL
-from pipeline.data.order.mixture import Mixture, reading_plan
-from pipeline.data.stream.datasets import check_shards, open_indexes, order_of
+from pipeline.data.order.mixture import Mixture
+from pipeline.data.settings import MIN_SAMPLES_JUDGED, DataSource
+from pipeline.data.stream.datasets import check_shards, order_of
 from pipeline.distributed.gather import RowGather
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import Strategy
 from pipeline.distributed.strategies.ddp import DdpStrategy
 from pipeline.distributed.strategies.zero import ZeroStrategy
-from pipeline.losses.players import Players
-from pipeline.models.autoencoder import AutoEncoder, build_autoencoder, num_parameters
+from pipeline.losses.players import Players, freeze
+from pipeline.models.autoencoder import AutoEncoder, build_autoencoder
 from pipeline.training.forward import Forward, Inputs
-from pipeline.training.sense import doubts
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,7 +36,8 @@ def check_data(config: TrainConfig, indexes: Sequence[Index]) -> tuple[States, .
     states = check_shards(config.data, indexes)
     split, num_held_out = config.evaluation.split, 0
     for source, index in zip(config.data.sources, indexes, strict=True):
-        index.check_suffixes(config.data.decode.member_suffixes)
+        allowed = max_missing(config, source, index)
+        index.check_suffixes(config.data.decode.member_suffixes, allowed, split=config.data.split)
         names = (*index.split_spec.names, ALL)
         if split not in names:
             known = ", ".join(names)
@@ -52,6 +52,20 @@ def check_data(config: TrainConfig, indexes: Sequence[Index]) -> tuple[States, .
             f"larger fraction by `latentmill index {path} --split ...`."
         )
     return states
+
+
+def max_missing(config: TrainConfig, source: DataSource, index: Index) -> float:
+    """Return the fraction of a data set without a wanted member that ends the run for sure.
+
+    The run ends where bad samples exceed data.max_bad_fraction of those delivered, which count as
+    MIN_SAMPLES_JUDGED at least. Of an unfinished epoch the missing ones may come last.
+    """
+    of_all = source.weight / sum(each.weight for each in config.data.sources)
+    num_samples = max(int(index.counts(config.data.split).sum()), 1)
+    delivered = of_all * config.total_samples
+    in_whole_epochs = delivered // num_samples * num_samples or delivered
+    judged = max(config.total_samples, MIN_SAMPLES_JUDGED)
+    return min(config.data.max_bad_fraction * judged / max(in_whole_epochs, 1), 1.0)
 
 
 def make_order(config: TrainConfig, indexes: Sequence[Index]) -> Mixture:
@@ -78,6 +92,7 @@ def make_forward(config: TrainConfig, device: torch.device) -> Forward:
         seed=config.seed,
         precision=config.precision,
         device=device,
+        memory_format=memory_format_of(config),
         latent_transforms=config.latent_transforms,
         networks=networks,
         gather=RowGather(),
@@ -85,24 +100,44 @@ def make_forward(config: TrainConfig, device: torch.device) -> Forward:
 
 
 def build_trained(config: TrainConfig) -> nn.Module:
-    """Return the initial autoencoder; with an adversarial term both `Players`."""
+    """Return the initial autoencoder; with an adversarial term both `Players`.
+
+    Raises UserError if `freeze` does not fit the model.
+    """
     shape, dtype = config.data.decode.event_shape, parameter_dtype(config.precision)
     autoencoder = build_autoencoder(config.model, shape, seed=config.seed, dtype=dtype)
     if config.compile:
-        autoencoder.compile()
-    term = config.objective.adversarial
-    if term is None:
-        return autoencoder
-    with rng.initial_weights(config.seed, "discriminator"):
-        discriminator = term.build_discriminator(shape)
-    return Players(autoencoder, discriminator.to(dtype), term)
+        autoencoder.compile_networks()
+    trained, term = autoencoder, config.objective.adversarial
+    if term is not None:
+        with rng.initial_weights(config.seed, "discriminator"):
+            discriminator = term.build_discriminator(shape)
+        trained = Players(autoencoder, discriminator.to(dtype), term)
+    freeze(trained, config.freeze)
+    return trained
+
+
+def build_without_memory(config: TrainConfig) -> AutoEncoder:
+    """Return the autoencoder on the meta device: names, shapes, and what is frozen.
+
+    Raises UserError if `freeze` does not fit the model.
+    """
+    with torch.device("meta"):
+        trained = build_trained(config)
+    autoencoder = trained.autoencoder if isinstance(trained, Players) else trained
+    assert isinstance(autoencoder, AutoEncoder)
+    return autoencoder
+
+
+def memory_format_of(config: TrainConfig) -> torch.memory_format:
+    """Return the memory format of weights and pictures."""
+    return torch.channels_last if config.resolved().channels_last else torch.contiguous_format
 
 
 def move_model(model: M, config: TrainConfig, device: torch.device) -> M:
     """Move a model to its device and into the config's memory format."""
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     # torch's stubs lack this argument
-    return model.to(device).to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+    return model.to(device).to(memory_format=memory_format_of(config))  # pyright: ignore[reportCallIssue]
 
 
 def make_strategy(config: TrainConfig, runtime: Runtime) -> Strategy:
@@ -142,28 +177,3 @@ def warm_up_loss(
     weights = config.objective.weights_at(0)
     _, losses = forward.run(strategy.model, inputs, weights=weights, samples=0)
     return losses.total.sum() * 0.0
-
-
-def describe(config: TrainConfig, *, world: int = 1) -> str:
-    """Return what --dry-run prints: the resolved config as YAML, sizes as comments.
-
-    Warns of what is likely to be a mistake. world: processes that the training is to have. Raises
-    UserError where the data do not fit.
-    """
-    config = config.resolved()
-    indexes = open_indexes(config.data)
-    check_data(config, indexes)
-    for what, text in doubts(config, indexes, world):
-        warn(f"{what}: {text}")
-    order = make_order(config, indexes)
-    with torch.device("meta"):
-        model = AutoEncoder(config.model, config.data.decode.event_shape)
-    steps = order.num_samples / config.batch_size
-    return (
-        f"{strict.dump(config)}"
-        f"# parameters: {num_parameters(model):,}\n"
-        f"# reading: {reading_plan(order, world)}\n"
-        f"# samples per epoch (split {config.data.split}): {order.num_samples:,}\n"
-        f"# steps per epoch: {steps:,.1f}; epochs in {config.num_steps:,} steps: "
-        f"{config.num_steps / steps:,.1f}\n"
-    )

@@ -50,6 +50,7 @@ class Forward:
     seed: int
     precision: str
     device: torch.device
+    memory_format: torch.memory_format  # of pictures
     latent_transforms: LatentTransforms
     networks: Networks  # frozen networks of the objective's terms
     gather: Gather  # for terms over the global batch
@@ -62,6 +63,8 @@ class Forward:
             epoch = torch.zeros_like(epoch)
         stored = batch.x.to(self.device, non_blocking=True)
         clean = self.decode.to_unit(stored).to(parameter_dtype(self.precision))
+        if clean.ndim == 4:  # in the format of the weights, or convolutions would convert it
+            clean = clean.contiguous(memory_format=self.memory_format)
         keys = rng.sample_keys(self.seed, f"{use}/corruption", epoch=epoch, uid=uid)
         corrupted = corrupt(clean, self.corruptions, keys)
         noise_keys = rng.sample_keys(self.seed, f"{use}/posterior", epoch=epoch, uid=uid)

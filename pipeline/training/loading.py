@@ -3,6 +3,7 @@
 run directory -> config -> checkpoint: chosen, its weights verified -> model
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.checkpoints.folder import (
 )
 from pipeline.checkpoints.retention import best_checkpoint
 from pipeline.common.errors import UserError
+from pipeline.common.files import local_directory
 from pipeline.common.precision import parameter_dtype
 from pipeline.config import TrainConfig, read_config
 from pipeline.losses.players import player_of
@@ -56,10 +58,12 @@ class LoadedRun:
 
 
 def load_config(run_dir: Path) -> TrainConfig:
-    """Read the config of a run; raises UserError if there is no run."""
+    """Read the config of a run, with the `run_dir` it lies in now; UserError if there is none."""
+    local_directory(run_dir, "The run directory")
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
-    return read_config(run_dir / "config.yaml", version=1)
+    here = f"run_dir={json.dumps(str(run_dir))}"
+    return read_config(run_dir / "config.yaml", [here], version=1)
 
 
 def choose_checkpoint(

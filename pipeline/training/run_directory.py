@@ -6,12 +6,14 @@ checkpoints/       see `checkpoints.folder`
 images/  wandb/    see `monitoring.monitor`
 quarantine.jsonl   bad samples, once each
 changes.jsonl      settings changed on a resume by --accept-change
+locations.json     where the newest start found run and data: see `training.locations`
 outcome.json       how the last start ended, and failure/ if it failed: see `distributed.outcome`
 """
 
 import fcntl
 import json
 import os
+import re
 import socket
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -35,6 +37,10 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.losses.players import checkpoint_name
 from pipeline.training.build import build_trained
 from pipeline.training.loading import check_shapes, load_config
+from pipeline.training.locations import read_locations, record_locations
+
+# Where data lies. It may change if the data set is the same one: `check_order`, `_was_seen`.
+DATA_PLACE = re.compile(r"data\.(mixture\.\d+\.)?(path|shards)")
 
 
 def lock_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) -> IO[bytes]:
@@ -87,6 +93,8 @@ def _store_config(
     if path.exists():
         former = load_config(run_dir).resolved()
         changes = [c for c in strict.difference(former, config) if c.path != "version"]
+        if newest_state(run_dir / "checkpoints") is not None or _was_seen(run_dir, order):
+            changes = [c for c in changes if not DATA_PLACE.fullmatch(c.path)]
         _check_changes(run_dir, changes, config.may_change, accepted)
         check_order(run_dir / "checkpoints", order)
         recorded = [change for change in changes if not _covered(change.path, config.may_change)]
@@ -100,6 +108,13 @@ def _store_config(
                     file.write(json.dumps(entry) + "\n")
                 os.fsync(file.fileno())
     write_atomic(path, strict.dump(config).encode())
+    record_locations(run_dir, order)
+
+
+def _was_seen(run_dir: Path, order: Mixture) -> bool:
+    """Whether an earlier start, which may have saved nothing yet, read the same data."""
+    locations = read_locations(run_dir)
+    return locations is not None and locations.dataset_id == order.dataset_id
 
 
 def _check_weights(run_dir: Path, config: TrainConfig) -> None:
@@ -128,8 +143,8 @@ def _check_changes(
             f"{run_dir} holds a run with another config; a resumed run may change only "
             f"{', '.join(may_change)}:\n"
             + "\n".join(lines)
-            + "\nSet another run_dir, give the former values, or, if you mean it, add "
-            + flags
+            + f"\nSet another run_dir (init_from: {run_dir} starts from its weights), give the "
+            + f"former values, or, if you mean it, add {flags}"
         )
 
 

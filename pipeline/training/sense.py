@@ -10,6 +10,7 @@ from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.data.index.splits import ALL
 from pipeline.data.pack.parts import few_shards
+from pipeline.training.build import build_without_memory
 
 # The standard error of a mean over 100 samples is a tenth of their standard deviation.
 MIN_HELD_OUT = 100
@@ -51,6 +52,9 @@ def _rate(config: TrainConfig) -> Iterator[Advice]:
     terms = [term for term in config.objective.regularisers if term.needs_density]
     if any(term.weight_at(at) > 0 for term in terms for at in (0, config.total_samples)):
         return
+    encoder = build_without_memory(config).encoder
+    if not any(parameter.requires_grad for parameter in encoder.parameters()):
+        return  # a frozen variance cannot shrink
     kinds = ", ".join(f"{term.kind} of weight 0" for term in terms) or "no term for it"
     yield (
         "objective",

@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
@@ -16,9 +16,13 @@ from safetensors.torch import load_file
 
 from pipeline.checkpoints.folder import list_checkpoints, read_state, verify_checkpoint
 from pipeline.models.autoencoder import tensors_sha256
+from tests.distributed.in_turn import words
+from tests.distributed.models import MODELS
 from tests.processes import ROOT, Processes, argv_of, env_of
 
+WORKER = ROOT / "tests/distributed/in_turn.py"
 NUM_STEPS = 20
+STEPS = {"burgess": NUM_STEPS, "resnet-mini": 8}
 NUM_TRIALS = 6
 # Strategy, processes, accumulation.
 WAYS = [("ddp", number, parts) for number in (1, 2, 3) for parts in (1, 2)]
@@ -62,10 +66,10 @@ def newest_step(run: Path) -> int:
     return read_state(newest).step if newest else 0
 
 
-def result_of(run: Path) -> dict:
+def result_of(run: Path, num_steps: int = NUM_STEPS) -> dict:
     """What must be equal in two runs: their last checkpoint and their records."""
-    assert outcome(run) == {"status": "done", "exit_code": 0, "step": NUM_STEPS, "message": ""}
-    path = run / "checkpoints" / f"step-{NUM_STEPS}"
+    assert outcome(run) == {"status": "done", "exit_code": 0, "step": num_steps, "message": ""}
+    path = run / "checkpoints" / f"step-{num_steps}"
     verify_checkpoint(path)
     tensors = {file.name: tensors_sha256(load_file(file)) for file in path.glob("*.safetensors")}
     assert tensors.keys() == {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
@@ -75,43 +79,62 @@ def result_of(run: Path) -> dict:
     names = ("step", "train/loss", "optim/grad_norm", "eval/loss", "eval_ema/loss")
     logged = [[record.get(name) for name in names] for record in records]
     steps = [record["step"] for record in records if "train/loss" in record]
-    assert steps == list(range(1, NUM_STEPS + 1))
+    assert steps == list(range(1, num_steps + 1))
     return {"state": (path / "state.json").read_text(), "logged": logged} | tensors
+
+
+def jobs_of(folder: Path, data: Path, accumulation: int, models: Iterable[str]) -> list[str]:
+    """Write a config for each model; return the command line that trains one after the other."""
+    jobs: list[list[object]] = []
+    for model in models:
+        (folder / model).mkdir()
+        config = write_config(folder / model, data, accumulation)
+        jobs.append(["train", config, f"num_steps={STEPS[model]}", *MODELS[model]])
+    return words(*jobs)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """The run directory of an uninterrupted run with so many processes."""
+    """The folder of uninterrupted runs with so many processes: `MODEL/run`."""
 
     @functools.cache
-    def run(num_processes: int, strategy: str = "ddp", accumulation: int = 1) -> Path:
-        name = f"uninterrupted-{strategy}-{num_processes}-{accumulation}"
-        folder = tmp_path_factory.mktemp(name)
-        config = write_config(folder, tiny_shards, accumulation)
-        argv = [*argv_of("pipeline.train", num_processes, strategy), str(config)]
-        result = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT, forked=True).wait()
+    def run(
+        num_processes: int,
+        strategy: str = "ddp",
+        accumulation: int = 1,
+        models: tuple[str, ...] = ("burgess",),
+    ) -> Path:
+        folder = tmp_path_factory.mktemp(f"uninterrupted-{strategy}-{num_processes}-{accumulation}")
+        argv = argv_of(WORKER, num_processes, strategy)
+        argv += jobs_of(folder, tiny_shards, accumulation, models)
+        started = Processes(argv, folder / "log", env=env_of(strategy), cwd=ROOT, forked=True)
+        result = started.wait(600)
         assert result.code == 0, result.output
-        return folder / "run"
+        return folder
 
     return run
 
 
-def kill_after_a_step(running: Processes, step: int, delay: float) -> None:
-    running.wait_for(f"step {step}/{NUM_STEPS} ")
+def kill_after_a_step(running: Processes, step: int, num_steps: int, delay: float) -> None:
+    running.wait_for(f"step {step}/{num_steps} ", timeout=180)
     time.sleep(delay)
     running.kill()
 
 
-def kill_during_a_save(running: Processes, run: Path, file: str) -> None:
-    """Kill as soon as `file` of an unpublished checkpoint exists; check that it remains."""
-    running.wait_for(f"step {newest_step(run) + 1}/{NUM_STEPS} ")
+def kill_during_a_save(running: Processes, run: Path, file: str, num_steps: int) -> None:
+    """Kill as soon as `file` of an unpublished checkpoint exists; check that it remains.
+
+    There is a published one as well, from which the run goes on.
+    """
+    running.wait_for(f"step {newest_step(run) + 1}/{num_steps} ", timeout=180)
     ranks = running.ranks()
-    while not any((run / "checkpoints").glob(f"step-*.tmp-*/{file}")):
+    checkpoints = run / "checkpoints"
+    while not (list_checkpoints(checkpoints) and any(checkpoints.glob(f"step-*.tmp-*/{file}"))):
         assert running.running, running.output
     for rank in ranks:
         rank.kill()
     running.kill()
-    assert any((run / "checkpoints").glob("step-*.tmp-*"))
+    assert any(checkpoints.glob("step-*.tmp-*"))
 
 
 def marks_of(how: tuple[str, int, int], trial: int) -> list[pytest.MarkDecorator]:
@@ -137,25 +160,29 @@ def test_killed_twice_a_run_ends_bit_for_bit_as_if_nothing_had_been(
     accumulation: int,
     trial: int,
 ):
-    """Once after a random step, once while it writes a checkpoint."""
+    """Once after a random step, once while it writes a checkpoint; both models in turn."""
     chance = random.Random(f"{strategy}/{num_processes}/{accumulation}/{trial}")
-    config, run = write_config(tmp_path, tiny_shards, accumulation), tmp_path / "run"
-    start = functools.partial(
-        start_processes, "pipeline.train", num_processes, config, strategy=strategy
-    )
+    jobs = jobs_of(tmp_path, tiny_shards, accumulation, MODELS)
+    start = functools.partial(start_processes, WORKER, num_processes, *jobs, strategy=strategy)
+    for model, num_steps in STEPS.items():
+        run = tmp_path / model / "run"
+        if model == "burgess" or trial > 0:  # the other kill of resnet-mini is soak
+            step, delay = chance.randint(1, num_steps // 2), chance.uniform(0, 0.05)
+            kill_after_a_step(start(), step, num_steps, delay)
+            assert outcome(run)["status"] == "running"
+        file = chance.choice(["state.json", "model.safetensors", "optimizer.safetensors"])
+        kill_during_a_save(start(), run, file, num_steps)
+        assert outcome(run)["status"] == "running"
+        for path in list_checkpoints(run / "checkpoints"):
+            verify_checkpoint(path)
 
-    kill_after_a_step(start(), chance.randint(1, 12), chance.uniform(0, 0.05))
-    assert outcome(run)["status"] == "running"
-    file = chance.choice(["state.json", "model.safetensors", "optimizer.safetensors"])
-    kill_during_a_save(start(), run, file)
-    assert outcome(run)["status"] == "running"
-    for path in list_checkpoints(run / "checkpoints"):
-        verify_checkpoint(path)
-
-    ended = start().wait()
+    ended = start().wait(600)
     assert ended.code == 0, ended.output
-    assert not any((run / "checkpoints").glob("*.tmp-*"))
-    assert result_of(run) == result_of(uninterrupted(num_processes, strategy, accumulation))
+    expected = uninterrupted(num_processes, strategy, accumulation, tuple(MODELS))
+    for model, num_steps in STEPS.items():
+        run = tmp_path / model / "run"
+        assert not any((run / "checkpoints").glob("*.tmp-*"))
+        assert result_of(run, num_steps) == result_of(expected / model / "run", num_steps)
 
 
 @pytest.mark.fault
@@ -164,7 +191,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_costs_steps_only(
     tmp_path: Path, tiny_shards: Path, run_processes: Callable, uninterrupted: Callable
 ):
     config, run = write_config(tmp_path, tiny_shards), tmp_path / "run"
-    shutil.copytree(uninterrupted(2), run)
+    shutil.copytree(uninterrupted(2) / "burgess/run", run)
     damaged = run / "checkpoints" / f"step-{NUM_STEPS}"
     content = bytearray((damaged / "ema.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
@@ -177,7 +204,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_costs_steps_only(
     assert len(list(damaged.parent.glob(f"{damaged.name}.corrupt-*"))) == 1
     assert "step 19/20 " in result.output
     assert "step 18/20 " not in result.output
-    assert result_of(run) == result_of(uninterrupted(2))
+    assert result_of(run) == result_of(uninterrupted(2) / "burgess/run")
 
 
 @pytest.mark.fault
@@ -216,7 +243,7 @@ def test_stop_file_sigterm_and_ctrl_c_stop_between_steps_and_lose_nothing(
 
     ended = start_processes("pipeline.train", None, config).wait()
     assert ended.code == 0, ended.output
-    assert result_of(run) == result_of(uninterrupted(1))
+    assert result_of(run) == result_of(uninterrupted(1) / "burgess/run")
 
 
 @pytest.mark.distributed
@@ -238,4 +265,4 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(
 
     resumed = start_processes("pipeline.train", 2, config).wait()
     assert resumed.code == 0, resumed.output
-    assert result_of(run) == result_of(uninterrupted(2))
+    assert result_of(run) == result_of(uninterrupted(2) / "burgess/run")

@@ -1,6 +1,7 @@
 """Which settings a resume may change: freely, by --accept-change, or never."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoints.folder import list_checkpoints, read_state
-from pipeline.data.index import build_index
+from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
+from pipeline.export.model import export_model
 from pipeline.train import main
+from pipeline.training.loading import load_config
+from tests.data.storage.fault_server import FaultServer, serving
 from tests.shards import write_tiny_shards
 
 SPLIT = SplitSpec(fractions={"train": 0.75, "held_out": 0.25})
@@ -64,10 +68,12 @@ def newest_step(run: Path) -> int:
 def test_the_command_of_a_finished_run_does_nothing(resume: Callable, tmp_path: Path):
     before = content(tmp_path / "run")
     code, errors = resume()
-    assert (code, errors) == (0, "done at step 2\n")
+    told, done = errors.splitlines()
+    assert (code, done) == (0, "done at step 2")
+    assert told.startswith("wandb: off")
     after = content(tmp_path / "run")
     differing = {name for name in before | after if before.get(name) != after.get(name)}
-    assert differing <= {"config.yaml"}  # it names the copy
+    assert differing <= {"config.yaml", "locations.json"}  # they name the copy
 
 
 @pytest.mark.parametrize(
@@ -176,22 +182,90 @@ def test_another_data_set_in_the_same_place_is_refused(
     build_index(data, split=SPLIT)
     config = write_config(tmp_path, data)
     assert main([str(config)]) == 0
-    shutil.rmtree(data)
+    first = data.rename(tmp_path / "first")
     write_tiny_shards(data, counts=(30, 21))
     build_index(data, split=SPLIT)
     capsys.readouterr()
     assert main([str(config), "num_steps=4"]) == 2
     errors = capsys.readouterr().err
     assert "was trained on another data set (id " in errors
-    assert "start again in another run_dir" in errors
-    assert newest_step(tmp_path / "run") == 2
+    run = tmp_path / "run"
+    assert errors.endswith(f"the same command with run_dir={run}-2 init_from={run}\n")
+    assert newest_step(run) == 2
+
+    # The same set, grown and elsewhere, is no setting that could be accepted, either.
+    grown = Path(shutil.move(data, tmp_path / "grown"))
+    assert main([str(config), "num_steps=4", f"data.path={grown}"]) == 2
+    errors = capsys.readouterr().err
+    assert "was trained on another data set (id " in errors
+    assert "--accept-change" not in errors
+    there, here = re.search(r"\(id (\w+), now (\w+)\)", errors).groups()
+    anew = errors.split("the same command with ")[1].split()
+    assert main([str(config), f"data.path={grown}", *anew]) == 0
+    printed = capsys.readouterr().err
+    assert f"starts from {run}: run at step 2, averaged weights, sha256 " in printed
+    counts = [f"{int(Index.open(path).counts('train').sum())} samples" for path in (first, grown)]
+    told = f"trained on another data set ({there}, {counts[0]}) than this run ({here}, {counts[1]})"
+    assert told in printed
+    assert newest_step(tmp_path / "run-2") == 2
+    # So does a start from the model alone, which knows the id of its data.
+    export_model(run, tmp_path / "model")
+    more = (f"run_dir={tmp_path / 'run-3'}", f"init_from={tmp_path / 'model'}")
+    assert main([str(config), f"data.path={grown}", *more]) == 0
+    told = f"trained on another data set ({there}) than this run ({here}, {counts[1]})"
+    assert told in capsys.readouterr().err
 
 
 def test_a_moved_data_set_is_the_same_one(resume: Callable, tmp_path: Path, tiny_shards: Path):
+    """The run goes on without a word, reads from there, and keeps the place in its config."""
     moved = tmp_path / "moved"
     shutil.copytree(tiny_shards, moved)
-    arguments = (f"data.path={moved}", "num_steps=4")
-    assert resume(*arguments)[0] == 2
-    code, errors = resume(*arguments, "--accept-change", "data.path")
+    code, errors = resume(f"data.path={moved}", "num_steps=4")
     assert code == 0, errors
-    assert newest_step(tmp_path / "run") == 4
+    run = tmp_path / "run"
+    assert newest_step(run) == 4
+    assert load_config(run).data.path == str(moved)
+    assert not (run / "changes.jsonl").exists()
+    apart = tmp_path / "apart"
+    shutil.copytree(moved / "index", apart / "index")
+    code, errors = resume(f"data.path={apart}", f"data.shards={moved}", "num_steps=5")
+    assert code == 0, errors
+    assert newest_step(run) == 5
+
+
+def test_a_moved_data_set_is_known_before_the_first_checkpoint(
+    resume: Callable, tmp_path: Path, tiny_shards: Path
+):
+    """By locations.json; runs of 93dd2d6 have none, so there it is a change."""
+    run = tmp_path / "run"
+    shutil.rmtree(run / "checkpoints")
+    moved = shutil.copytree(tiny_shards, tmp_path / "moved")
+    other = tmp_path / "other"
+    write_tiny_shards(other, counts=(30, 20))
+    build_index(other, split=SPLIT)
+    code, errors = resume(f"data.path={other}")
+    assert code == 2
+    assert f"data.path: there '{tiny_shards}', now '{other}'" in errors
+    code, errors = resume(f"data.path={moved}")
+    assert code == 0, errors
+    shutil.rmtree(run / "checkpoints")
+    (run / "locations.json").unlink()
+    code, errors = resume()
+    assert code == 2
+    assert f"data.path: there '{moved}', now '{tiny_shards}'" in errors
+
+
+def test_a_data_set_may_move_behind_a_url(
+    resume: Callable, tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Index and shards, or the shards alone."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    paths = [path for path in tiny_shards.rglob("*") if path.is_file()]
+    files = {f"set/{path.relative_to(tiny_shards)}": path.read_bytes() for path in paths}
+    with serving(FaultServer(files)) as server:
+        for step, place in ((3, "data.path"), (4, "data.shards")):
+            code, errors = resume(f"{place}={server.url}/set", f"num_steps={step}")
+            assert code == 0, errors
+            assert newest_step(tmp_path / "run") == step
+            assert not (tmp_path / "run/changes.jsonl").exists()
+    assert load_config(tmp_path / "run").data.shards == f"{server.url}/set"

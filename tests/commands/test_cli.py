@@ -48,9 +48,9 @@ def test_the_help_lists_every_verb():
 
 @pytest.mark.parametrize("verb", [[], *VERBS], ids=" ".join)
 def test_help_loads_nothing_heavy(verb: list[str]):
-    heavy = ["torch", "pyarrow", "sklearn", "accelerate", "webdataset", "wandb"]
+    heavy = ["torch", "sklearn", "accelerate", "datasets", "webdataset", "wandb"]
     if verb[:1] != ["pack"]:  # its options are the settings of its sources
-        heavy += ["numpy", "pydantic", "PIL"]
+        heavy += ["numpy", "pyarrow", "pydantic", "PIL"]
     code = (
         "import sys, time; from pipeline.__main__ import main\n"
         f"try: main({[*verb, '--help']})\n"
@@ -68,7 +68,7 @@ def test_help_of_the_installed_script_answers_at_once(verb: list[str]):
     script = Path(sys.executable).with_name("latentmill")
     if not script.exists():
         pytest.skip(f"{script.name} is not installed beside this Python: run under `make test`")
-    limit = 1.5 if verb[:1] == ["pack"] else 0.5  # `pack` loads numpy, pydantic and Pillow
+    limit = 1.5 if verb[:1] == ["pack"] else 0.5  # `pack` loads numpy, pyarrow, pydantic and Pillow
     for _ in range(3):  # the best of three, of processor time: other tests may be using the cores
         started = sum(os.times()[2:4])
         subprocess.run([script, *verb, "--help"], capture_output=True, check=True)

@@ -1,9 +1,11 @@
 """Doctor: every broken set-up shows as a red line with its remedy, all of them at once."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -13,12 +15,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import wandb
 from webdataset.writer import TarWriter
 
 from pipeline.__main__ import main
+from pipeline.commands.doctor.compute import zero_stage
 from pipeline.commands.doctor.diagnose import diagnose
 from pipeline.commands.doctor.finding import Finding
+from pipeline.common.shipped import find
+from pipeline.config import read_config
 from pipeline.data.index import build_index
+from pipeline.training.memory import StepMemory
 from tests.shards import png, tiny_image, write_tiny_shards
 
 CHECKS = [
@@ -32,11 +39,17 @@ CHECKS = [
     "device",
     "memory",
     "disk",
-    "clock",
     "threads",
     "strategy",
+    "step",
     "wandb",
 ]
+
+
+@pytest.fixture(autouse=True)
+def without_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the W&B account of this machine's user out of the tests."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
 @pytest.fixture
@@ -147,7 +160,8 @@ def test_every_data_set_of_a_mixture_is_examined(shards: Path, tmp_path: Path):
     data = f"{{mixture: [{{path: {shards}}}, {{path: {tmp_path / 'none'}}}]}}"
     findings = diagnose(config_of(shards, tmp_path, data=data))
     assert "60 samples in 5 shards" in texts(findings, "ok", "index")
-    assert f"run `latentmill index {tmp_path / 'none'}`" in texts(findings, "FAIL", "index")
+    missing = f"{tmp_path / 'none'} does not exist: name the directory"
+    assert missing in texts(findings, "FAIL", "index")
     both = f"{{mixture: [{{path: {shards}}}, {{path: {shards}, weight: 2}}], lanes: 6}}"
     findings = diagnose(config_of(shards, tmp_path, data=both))
     orders = [finding.text for finding in findings if finding.check == "order"]
@@ -176,9 +190,52 @@ def test_duplicate_keys_and_damage_are_warnings(tmp_path: Path):
     build_index(folder)
     findings = diagnose(config_of(folder, tmp_path), ["data.split=all", "evaluation.split=all"])
     warnings = texts(findings, "warning", "index")
-    assert "keys occur more than once, such as '0' in s-0.tar, s-1.tar" in warnings
+    assert "with the key of an earlier one, such as '0' in s-0.tar, s-1.tar" in warnings
+    assert "pack each once" in warnings
     assert "the shards were damaged when indexed" in warnings
     assert not texts(findings, "FAIL", "index")
+
+
+def write_members(folder: Path, names: list[str]) -> None:
+    """Write a shard of pictures under these names, and its index."""
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for number, name in enumerate(names):
+            info, content = tarfile.TarInfo(name), png(tiny_image(number % 7))
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    build_index(folder)
+
+
+@pytest.mark.parametrize("kind", ["image", "array"])
+def test_mostly_unwanted_members_fail_with_the_share_and_the_remedy(tmp_path: Path, kind: str):
+    other, wanted = ("jfif", "jpg") if kind == "image" else ("tif", "npy")
+    write_members(tmp_path / "s", [f"{n}.{other if n % 4 else wanted}" for n in range(60)])
+    decode = "{kind: image, size: 32}"
+    if kind == "array":
+        decode = "{kind: array, suffix: npy, shape: [3, 4, 4], dtype: float32, range: [0, 1]}"
+    data = f"{{path: {tmp_path / 's'}, decode: {decode}, split: all}}"
+    model = "{backbone: {kind: mlp}, bottleneck: {kind: deterministic}}"
+    settings = {"data": data, "evaluation": "{split: all}", "model": model}
+    config = config_of(tmp_path / "s", tmp_path, **settings)
+    failure = texts(diagnose(config), "FAIL", "members")
+    assert "At least 45 of the 60 samples (75 %)" in failure
+    assert f"The index has: {other} (45), {wanted} (15). Name those that are to be" in failure
+    few = diagnose(config, ["num_steps=1"])  # 12 samples, while a fraction is one of 1,000
+    assert texts(few, "ok", "members")
+
+
+def test_what_the_index_left_out_is_said(tmp_path: Path):
+    """200 pictures under other whole suffixes, a folder that looks like metadata, sidecars."""
+    names = [f"IMG_2024.{n:05d}.png" for n in range(200)] + [f"{n:05d}.png" for n in range(50)]
+    names += ["__background__/0.png", "cats/._0.png"]
+    write_members(tmp_path / "s", names)
+    findings = diagnose(config_of(tmp_path / "s", tmp_path))
+    warnings = texts(findings, "warning", "index")
+    assert f"{tmp_path / 's'}: 200 files: ending in .png or the like under another" in warnings
+    assert "as IMG_2024.00000.png in a.tar; use one dot per name" in warnings
+    assert "1 file: in a folder like `__x__`" in warnings
+    assert "1 file: left by macOS" in texts(findings, "ok", "index")
 
 
 def test_windows_larger_than_memory_fail_and_tight_ones_warn(shards: Path, tmp_path: Path):
@@ -226,44 +283,93 @@ def test_a_gpu_that_is_asked_for_must_be_there(shards: Path, tmp_path: Path):
     assert "use another --device" in texts(diagnose(config, device="gpu"), "FAIL", "device")
 
 
+SD = "model.backbone={kind: resnet, preset: sd}"
+
+
+def test_a_step_is_compared_with_a_card(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = config_of(shards, tmp_path)
+    large = [SD, "data.decode.size=256", "batch_size=48"]
+    assert "of a card of 140 GB" in texts(diagnose(config, large, card_gb=140), "ok", "step")
+    tight = texts(diagnose(config, large, card_gb=120), "warning", "step")
+    assert "which leaves little for all else: set accumulation 2 (micro-batch 24, " in tight
+    assert main(["doctor", str(config), *large, "--card-gb", "24", "--processes", "2"]) == 1
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.split()[1] == "step"]
+    # 84 million parameters, 20 bytes each; 2.3 GB of activations per picture.
+    assert "a process needs 56.9 GB (weights, gradients and moments 1.7 GB, " in line
+    assert "activations of 24 images 55.2 GB) of a card of 24 GB, which does not fit" in line
+    assert "set accumulation 3 (micro-batch 8, 20.1 GB)" in line
+    assert (
+        ", or model.gradient_checkpointing true and accumulation 1 (micro-batch 24, 18.8 GB)"
+        in line
+    )
+
+
+@pytest.mark.parametrize(("stage", "states"), [(0, 20), (1, 16), (2, 16), (3, 12)])
+def test_zero_divides_the_states_of_a_step(shards: Path, tmp_path: Path, stage: int, states: int):
+    """By the table in docs/clusters.md, which test_zero.py measures; two processes."""
+    topology = None if stage == 0 else find("accelerate", f"zero{stage}")
+    assert zero_stage(topology) == stage
+    config = read_config(config_of(shards, tmp_path))
+    memory = StepMemory(config, world=2, stage=zero_stage(topology))
+    assert memory.states == pytest.approx(states * memory.cost.parameters, rel=1e-5)
+
+
 def test_where_the_metrics_will_go(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    """As a training says it; a key is tried."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # closed
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
+    wandb.teardown()  # it has read the environment
     config = config_of(shards, tmp_path)
 
-    def text_of(mode: str, verdict: str) -> str:
-        return texts(diagnose(config, [f"monitor.wandb.mode={mode}"]), verdict, "wandb")
+    def text_of(verdict: str, *overrides: str) -> str:
+        return texts(diagnose(config, overrides), verdict, "wandb")
 
-    assert "offline, into" in text_of("auto", "ok")
-    assert "no key for wandb.example.org here" in text_of("auto", "ok")
-    assert "run `wandb login`" in text_of("online", "warning")
-    assert "disabled: monitor.wandb.mode disabled" in text_of("disabled", "ok")
-    (tmp_path / "netrc").write_text("machine wandb.example.org login user password key\n")
-    assert "online: monitor.wandb.mode auto, a key for wandb.example.org" in text_of("auto", "ok")
-    assert "offline, into" in text_of("offline", "ok")
-
-
-def test_files_from_the_future_show_a_wrong_clock(shards: Path, tmp_path: Path):
-    later = time.time() + 3600
-    os.utime(shards / "tiny-0000.tar", (later, later))
-    failure = texts(diagnose(config_of(shards, tmp_path)), "FAIL", "clock")
-    assert "s behind the newest shard" in failure
-    assert "NTP" in failure
+    found = text_of("ok")
+    assert found.startswith("offline (no key for http://127.0.0.1:9 here, `wandb login` stores")
+    assert f"`wandb sync {tmp_path}/run/wandb/offline-run-*` uploads later" in found
+    assert "`wandb login`" in text_of("warning", "monitor.wandb.mode=online")
+    assert text_of("ok", "monitor.wandb.mode=disabled") == "off (monitor.wandb.mode=disabled)"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert text_of("ok") == "off (WANDB_MODE=disabled)"
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert "http://127.0.0.1:9 cannot be used: no answer in time" in text_of("warning")
+    wandb.teardown()
 
 
-def test_the_clock_of_a_remote_store(shards: Path, tmp_path: Path):
-    class HourAhead(SimpleHTTPRequestHandler):
+def test_a_shard_dated_in_the_future_says_nothing_of_the_clock(shards: Path, tmp_path: Path):
+    """Nor do dates of the index, and of a run's directory."""
+    later = time.time() + 30 * 86400
+    for path in [*shards.rglob("*"), shards, tmp_path]:
+        os.utime(path, (later, later))
+    assert not bad(diagnose(config_of(shards, tmp_path)))
+
+
+@pytest.mark.parametrize(("ahead", "age"), [(3600, 0), (-3600, 3600)])
+def test_the_clock_of_a_remote_store(shards: Path, tmp_path: Path, ahead: int, age: int):
+    """An hour ahead; and right, as the answer comes from a cache that has held it for an hour."""
+
+    class OtherTime(SimpleHTTPRequestHandler):
         def __init__(self, *arguments: object) -> None:
             super().__init__(*arguments, directory=str(shards))  # type: ignore[arg-type]
 
         def date_time_string(self, timestamp: float | None = None) -> str:
-            return super().date_time_string((timestamp or time.time()) + 3600)
+            return super().date_time_string((timestamp or time.time()) + ahead)
+
+        def end_headers(self) -> None:
+            self.send_header("Age", str(age))
+            super().end_headers()
 
         def log_message(self, *arguments: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), HourAhead) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), OtherTime) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -273,7 +379,9 @@ def test_the_clock_of_a_remote_store(shards: Path, tmp_path: Path):
         finally:
             server.shutdown()
             thread.join()
-    assert "s behind the server of http://127.0.0.1" in texts(findings, "FAIL", "clock")
+    failure = texts(findings, "FAIL", "clock")
+    assert ("s behind the server of http://127.0.0.1" in failure) == (age == 0)
+    assert bool(texts(findings, "ok", "clock")) == (age > 0)
     assert "5 there and unchanged" in texts(findings, "ok", "shards")
 
 

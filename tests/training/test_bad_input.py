@@ -102,6 +102,18 @@ def test_several_mistakes_are_told_at_once(refused: Callable[..., str]):
         assert f"\n  {name}: " in text
 
 
+def test_a_batch_that_cannot_fit(refused: Callable[..., str]):
+    message = refused(
+        "model.backbone={kind: resnet, preset: sd}",
+        *("data.decode.size=256", "batch_size=4096", "precision=bf16"),
+    )
+    # 84 million parameters, and 1.6 GB of activations for each picture.
+    assert "a step does not fit: by an estimate a process needs 6," in message
+    assert "(weights, gradients and moments 1.7 GB, activations of 4096 images 6," in message
+    assert "set accumulation " in message
+    assert ", or model.gradient_checkpointing true and accumulation " in message
+
+
 def test_a_config_file_that_does_not_exist(config: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(config.with_name("confg.yaml"))]) == 2
     text = capsys.readouterr().err
@@ -119,7 +131,7 @@ def test_a_shard_that_is_gone(refused: Callable[..., str], own_shards: Path):
     (own_shards / "tiny-0003.tar").unlink()
     text = refused(f"data.path={own_shards}")
     assert "tiny-0003.tar is missing" in text
-    assert "latentmill index" in text
+    assert "data.shards, or --shards" in text
 
 
 def test_a_shard_that_has_changed(refused: Callable[..., str], own_shards: Path):
@@ -152,7 +164,7 @@ def test_a_dry_run_sees_what_is_wrong_with_the_data(refused: Callable[..., str],
 
 def test_a_run_directory_below_a_file(refused: Callable[..., str], config: Path):
     text = refused(f"run_dir={config}/run")
-    assert f"cannot write to the run directory {config}/run: Not a directory" in text
+    assert f"run_dir: must be a directory, and {config} is a file" in text
 
 
 def test_a_run_directory_that_may_only_be_read(refused: Callable[..., str]):

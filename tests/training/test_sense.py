@@ -55,6 +55,8 @@ def test_a_random_bottleneck_without_a_rate(data: Path):
     later = {"kind": "linear", "start": 0.0, "end": 1.0, "over_samples": 50}
     later = {"objective": {"regularisers": [{"kind": "kl", "weight": later}]}}
     assert "objective" not in told(data, **VAE, **later)
+    assert "objective" not in told(data, **VAE, freeze=["encoder.*"])  # of a decoder alone
+    assert "objective" in told(data, **VAE, freeze=["encoder.0.*"])
 
 
 def test_more_epochs_than_anybody_trains(data: Path):

@@ -105,6 +105,7 @@ def test_the_run_directory_holds_what_it_promises(runs, variant, tiny_shards):
         "checkpoints",
         "images",
         "outcome.json",
+        "locations.json",
         "lock",
     }
     assert outcome(run_dir) == {"status": "done", "exit_code": 0, "step": 60, "message": ""}

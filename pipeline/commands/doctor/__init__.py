@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topology", type=settings_file("accelerate"), metavar="NAME|FILE", help="of accelerate"
     )
+    text = "does a step fit a GPU of N GB (10^9 bytes); without: this machine's memory"
+    parser.add_argument("--card-gb", type=float, metavar="N", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         world=None if arguments.processes == "auto" else arguments.processes,
         device=arguments.device,
         topology=arguments.topology,
+        card_gb=arguments.card_gb,
     )
     if arguments.json:
         print_report({"findings": [asdict(finding) for finding in findings]}, as_json=True)

@@ -1,4 +1,7 @@
-"""Doctor's checks of GPUs and their memory, and of threads against cores."""
+"""Doctor's checks of GPUs, of memory against a step, and of threads against cores."""
+
+import json
+from pathlib import Path
 
 import psutil
 import torch
@@ -6,8 +9,11 @@ import torch
 from pipeline.commands.doctor.finding import DoctorContext, Finding, Findings
 from pipeline.common.console import in_bytes, plural
 from pipeline.common.precision import parameter_dtype
+from pipeline.common.shipped import find
+from pipeline.common.strict.dialect import parse
 from pipeline.config import TrainConfig
 from pipeline.models.autoencoder import AutoEncoder, num_parameters
+from pipeline.training.memory import ADVISED, StepMemory
 
 # Warn if more than this share of the cores neither decodes nor computes.
 IDLE_SHARE = 0.5
@@ -21,7 +27,7 @@ def weight_bytes(config: TrainConfig) -> int:
 
 
 def check_device(context: DoctorContext) -> Findings:
-    """The GPUs, and their memory against the size of the model's state; or the CPU."""
+    """The GPUs, and their memory; or the CPU."""
     count, asked = torch.cuda.device_count(), context.device
     if asked == "cpu" or (asked == "auto" and not count):
         why = "--device cpu" if asked == "cpu" else "PyTorch sees no GPU here"
@@ -42,16 +48,41 @@ def check_device(context: DoctorContext) -> Findings:
         text += f": fewer than the {context.world} processes, if all run here"
         yield Finding("device", "warning", f"{text}; set --processes to {count}")
         return
-    if context.config is not None:
-        # Weights, their gradients, AdamW's two moments, their average.
-        copies = 4 + (context.config.ema_decay is not None)
-        state = weight_bytes(context.config) * copies
-        text += f"; weights, gradients and moments take {in_bytes(state)} under DDP"
-        if state > free:
-            remedy = "use a strategy that shards them (zero1, zero2, zero3), or a smaller model"
-            yield Finding("device", "FAIL", f"{text}: {remedy}")
-            return
     yield Finding("device", "ok", text)
+
+
+def check_step(context: DoctorContext) -> Findings:
+    """Whether a step fits into a card of --card-gb, the GPU here, or this machine's memory."""
+    if context.config is None:
+        return
+    memory = StepMemory(context.config, world=context.world, stage=zero_stage(context.topology))
+    if context.card_gb is not None:
+        room, where = int(context.card_gb * 1e9), f"a card of {context.card_gb:g} GB"
+    elif context.device != "cpu" and torch.cuda.device_count():
+        room = torch.cuda.get_device_properties(0).total_memory
+        where = f"{torch.cuda.get_device_name()} of {in_bytes(room)}"
+    else:
+        room = psutil.virtual_memory().available
+        where = f"the {in_bytes(room)} that are available here"
+    text = f"{memory.in_words()} of {where}"
+    if memory.total <= ADVISED * room:
+        yield Finding("step", "ok", text)
+    else:
+        verdict = "FAIL" if memory.total > room else "warning"
+        what = "does not fit" if memory.total > room else "leaves little for all else"
+        yield Finding("step", verdict, f"{text}, which {what}: {memory.remedy(room)}")
+
+
+def zero_stage(topology: Path | None) -> int:
+    """Return the stage of ZeRO that accelerate's file chooses; 0 for DDP."""
+    tree, _ = parse(topology.read_text()) if topology is not None else ({}, [])
+    if not isinstance(tree, dict) or tree.get("distributed_type") != "DEEPSPEED":
+        return 0
+    section = tree.get("deepspeed_config") or {}
+    if (file := section.get("deepspeed_config_file")) is None:
+        return int(section.get("zero_stage", 2))  # accelerate's default
+    path = Path(file) if Path(file).is_file() else find("deepspeed", Path(file).name)
+    return int(json.loads(path.read_text())["zero_optimization"]["stage"])
 
 
 def check_threads(context: DoctorContext) -> Findings:

@@ -11,15 +11,19 @@ from pipeline.commands.doctor.finding import (
     Findings,
     some,
 )
+from pipeline.common.console import plural
 from pipeline.common.errors import UserError
 from pipeline.data.index import Index
+from pipeline.data.index.left_out import remedy_of_repeats
 from pipeline.data.index.manifest import table_path, without_query
+from pipeline.data.index.splits import ALL
 from pipeline.data.order.mixture import read_amplification
 from pipeline.data.order.simulate import lanes_that_read_once
-from pipeline.data.settings import DataConfig, DataSource
+from pipeline.data.settings import DataSource
 from pipeline.data.storage import is_url, open_storage
 from pipeline.data.storage.opening import local_path
 from pipeline.data.stream.stream import MAX_READ_AMPLIFICATION
+from pipeline.training.build import max_missing
 from pipeline.training.sense import doubts
 
 
@@ -30,12 +34,13 @@ def check_index(context: DoctorContext) -> Findings:
         yield Finding("index", "ok", f"{source.path}: {shape}")
         if index.num_duplicate_keys:
             key, *shards = index.duplicate_keys[0]
+            repeats = plural(index.num_duplicate_keys, "sample")
             yield Finding(
                 "index",
                 "warning",
-                f"{source.path}: {index.num_duplicate_keys:,} keys occur more than once, such as "
-                f"{key!r} in {', '.join(shards[:NUM_SHOWN])}: each counts as a sample; "
-                "pack each once, or keep both if the images differ",
+                f"{source.path}: {repeats} with the key of an earlier one, such as "
+                f"{key!r} in {', '.join(list(dict.fromkeys(shards))[:NUM_SHOWN])}: "
+                f"{remedy_of_repeats(index.duplicate_keys)}",
             )
         if index.damage:
             shard, damage = index.damage[0]
@@ -45,8 +50,11 @@ def check_index(context: DoctorContext) -> Findings:
                 f"{source.path}: the shards were damaged when indexed ({len(index.damage)} times, "
                 f"such as {shard}: {damage.text}): the lost samples are left out; pack again",
             )
+        losses = index.left_out_lines(only_losses=True)
+        for line in index.left_out_lines():
+            yield Finding("index", "warning" if line in losses else "ok", f"{source.path}: {line}")
         yield from _check_splits(context.settings, index)
-        yield from _check_members(context.settings.data, index)
+        yield from _check_members(context, source, index)
 
 
 def _check_splits(settings: CheckedSettings, index: Index) -> Findings:
@@ -64,10 +72,17 @@ def _check_splits(settings: CheckedSettings, index: Index) -> Findings:
         yield Finding("split", verdict, f"{setting} {split}: {count:,} samples{remedy}")
 
 
-def _check_members(data: DataConfig, index: Index) -> Findings:
+def _check_members(context: DoctorContext, source: DataSource, index: Index) -> Findings:
+    """Too few samples with a wanted member end the run at its start."""
+    data = context.settings.data
     wanted = ", ".join(data.decode.member_suffixes)
+    split, allowed = ALL, data.max_bad_fraction
+    if data.split in (*index.split_spec.names, ALL):  # else `_check_splits` reports it
+        split = data.split
+        if context.config is not None:
+            allowed = max_missing(context.config, source, index)
     try:
-        index.check_suffixes(data.decode.member_suffixes)
+        index.check_suffixes(data.decode.member_suffixes, allowed, split=split)
         yield Finding("members", "ok", f"{index.path} has members with a suffix of {wanted}")
     except UserError as error:
         yield Finding("members", "FAIL", str(error))

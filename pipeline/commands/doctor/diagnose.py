@@ -2,7 +2,7 @@
 
     config -> the valid settings -> checks of the data (index, splits, members, shards, order)
                                  -> checks of the machine (device, memory, disk, clock, threads,
-                                    strategy, W&B)
+                                    strategy, a step's memory, W&B)
            -> if all of it is valid: likely mistakes (`pipeline.training.sense`)
 
 A finding is ok, a warning (the training runs, but perhaps not as meant) or a failure.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.commands.doctor.compute import check_device, check_threads
+from pipeline.commands.doctor.compute import check_device, check_step, check_threads
 from pipeline.commands.doctor.data import check_index, check_order, check_sense, check_shards
 from pipeline.commands.doctor.finding import (
     CheckedSettings,
@@ -38,6 +38,7 @@ from pipeline.data.index import Index
 from pipeline.data.order.mixture import Mixture
 from pipeline.data.settings import DataSource
 from pipeline.data.stream.datasets import order_of
+from pipeline.training.locations import open_source
 
 CHECKS: dict[str, Callable[[DoctorContext], Findings]] = {
     "batch": check_batch,
@@ -51,6 +52,7 @@ CHECKS: dict[str, Callable[[DoctorContext], Findings]] = {
     "clock": check_clock,
     "threads": check_threads,
     "strategy": check_strategy,
+    "step": check_step,
     "wandb": check_wandb,
     "names": check_names,
 }
@@ -63,10 +65,12 @@ def diagnose(
     world: int | None = None,
     device: Device = "auto",
     topology: Path | None = None,
+    card_gb: float | None = None,
 ) -> list[Finding]:
     """Run all checks and return their findings; `topology`: accelerate's file.
 
-    world: processes; None: one per GPU, or 1 without any.
+    world: processes; None: one per GPU, or 1 without any. card_gb: memory of the GPU that is to
+    compute; None: what this machine has.
     """
     if world is None:
         world = max(1, torch.cuda.device_count()) if device != "cpu" else 1
@@ -78,7 +82,7 @@ def diagnose(
         return findings
     indexes = _open_indexes(settings, findings)
     order = _make_order(settings, indexes, findings)
-    context = DoctorContext(settings, whole, indexes, order, world, topology, device)
+    context = DoctorContext(settings, whole, indexes, order, world, topology, device, card_gb)
     for name, check in CHECKS.items():
         try:
             findings += check(context)
@@ -111,9 +115,13 @@ def _open_indexes(
     settings: CheckedSettings, findings: list[Finding]
 ) -> list[tuple[DataSource, Index]]:
     opened: list[tuple[DataSource, Index]] = []
-    for number, source in enumerate(settings.data.sources):
+
+    def say(line: str) -> None:
+        findings.append(Finding("index", "ok", line))
+
+    for number in range(len(settings.data.sources)):
         try:
-            opened.append((source, Index.open(source.path, number, settings.data.remote)))
+            opened.append(open_source(Path(settings.run_dir), settings.data, number, say))
         except UserError as error:
             findings.append(Finding("index", "FAIL", str(error)))
     return opened

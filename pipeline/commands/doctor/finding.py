@@ -69,6 +69,7 @@ class DoctorContext:
     world: int
     topology: Path | None
     device: Device  # on which it is to compute
+    card_gb: float | None  # its memory in 10^9 bytes, if it is a GPU elsewhere
 
     @property
     def remote(self) -> RemotePolicy:

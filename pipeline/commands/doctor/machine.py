@@ -1,8 +1,6 @@
 """Doctor's checks of the machine: batch and processes, memory, disk, clock, strategy, W&B."""
 
 import importlib.util
-import netrc
-import os
 import shutil
 import subprocess
 import sys
@@ -13,21 +11,20 @@ from email.utils import parsedate_to_datetime
 from functools import cache
 from math import prod
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
 import urllib3
-import wandb
 
 from pipeline.commands.doctor.compute import weight_bytes
 from pipeline.commands.doctor.finding import DoctorContext, Finding, Findings
 from pipeline.common.console import in_bytes
+from pipeline.common.files import local_directory
 from pipeline.common.strict.dialect import parse
 from pipeline.data.index.manifest import without_query
 from pipeline.data.order.simulate import memory_bound
-from pipeline.data.storage import is_url, open_storage
-from pipeline.data.storage.opening import local_path
+from pipeline.data.storage import open_storage
+from pipeline.monitoring.wandb_mode import choose, root_of
 from pipeline.training.run_directory import check_ranks
 
 MAX_CLOCK_SKEW_SECONDS = 60.0
@@ -74,7 +71,7 @@ def check_memory(context: DoctorContext) -> Findings:
 
 def check_disk(context: DoctorContext) -> Findings:
     """The run directory is writable, and has space for the checkpoints."""
-    run_dir = Path(context.settings.run_dir)
+    run_dir = local_directory(context.settings.run_dir, "run_dir")
     folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.is_dir())
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -99,25 +96,23 @@ def check_disk(context: DoctorContext) -> Findings:
 
 
 def check_clock(context: DoctorContext) -> Findings:
-    """The clock agrees with the store that holds the shards."""
+    """The clock agrees with that of the server that holds the shards."""
     for source, index in context.indexes:
-        if source.root.startswith(("http://", "https://")):
-            with closing(open_storage(source.root, context.remote)) as storage:
-                url = storage.where(index.shards[0].name)
-            try:
-                answer = urllib3.request("HEAD", url, timeout=10, retries=False)
-                there = parsedate_to_datetime(answer.headers["Date"]).timestamp()
-            except (urllib3.exceptions.HTTPError, KeyError, ValueError) as error:
-                text = f"{url} does not send its time ({type(error).__name__})"
-                yield Finding("clock", "warning", f"{text}: compare the clocks by hand")
-                continue
-            skew, what = time.time() - there, f"the server of {without_query(source.root)}"
-        elif is_url(source.root):
-            continue  # S3 refuses requests with a wrong time: the check of the shards fails
-        else:
-            shards = [Path(local_path(source.root)) / shard.name for shard in index.shards]
-            newest = max((path.stat().st_mtime for path in shards if path.exists()), default=0.0)
-            skew, what = min(0.0, time.time() - newest), f"the newest shard in {source.root}"
+        # A file's time is no clock: whoever made the file may have set it. S3 refuses requests with
+        # a wrong time, so that the check of the shards fails.
+        if not source.root.startswith(("http://", "https://")):
+            continue
+        with closing(open_storage(source.root, context.remote)) as storage:
+            url = storage.where(index.shards[0].name)
+        try:
+            answer = urllib3.request("HEAD", url, timeout=10, retries=False)
+            there = parsedate_to_datetime(answer.headers["Date"]).timestamp()
+            there += int(answer.headers.get("Age", "0"))  # of a cache's copy of the answer
+        except (urllib3.exceptions.HTTPError, KeyError, ValueError) as error:
+            text = f"{url} does not send its time ({type(error).__name__})"
+            yield Finding("clock", "warning", f"{text}: compare the clocks by hand")
+            continue
+        skew, what = time.time() - there, f"the server of {without_query(source.root)}"
         side = f"{abs(skew):,.0f} s {'behind' if skew < 0 else 'ahead of'} {what}"
         if abs(skew) > MAX_CLOCK_SKEW_SECONDS:
             yield Finding("clock", "FAIL", f"this machine is {side}: set its clock (NTP)")
@@ -126,38 +121,15 @@ def check_clock(context: DoctorContext) -> Findings:
 
 
 def check_wandb(context: DoctorContext) -> Findings:
-    """Where W&B writes metrics, and why; sends nothing."""
+    """Where W&B writes metrics, and why; tries to log in, as the training will."""
     if context.config is None:
         return
-    mode = context.config.monitor.wandb.mode
-    own = os.environ.get("WANDB_BASE_URL")
-    # W&B also accepts the key of its former host.
-    servers = [own] if own else ["https://api.wandb.ai", wandb.Settings().base_url]
-    host, *others = (urlsplit(server).netloc for server in servers)
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or any(map(_in_netrc, (host, *others)))
-    setting = f"monitor.wandb.mode {mode}"
-    folder = f"{context.settings.run_dir}/wandb"
-    if mode == "disabled":
-        yield Finding("wandb", "ok", f"disabled: {setting}")
-    elif mode == "online" and not has_key:
-        remedy = "run `wandb login`, or set monitor.wandb.mode to auto"
-        yield Finding(
-            "wandb", "warning", f"{setting}, but there is no key for {host} here: {remedy}"
-        )
-    elif mode != "offline" and has_key:
-        yield Finding("wandb", "ok", f"online: {setting}, a key for {host} is here (not tried)")
-    else:
-        why = f"{setting}, no key for {host} here" if mode == "auto" else setting
-        later = f"`wandb sync {folder}/offline-run-*` uploads later"
-        yield Finding("wandb", "ok", f"offline, into {folder}: {why}; {later}")
-
-
-def _in_netrc(host: str) -> bool:
-    """Tell whether ~/.netrc has a password for a host, which is where `wandb login` puts it."""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    mode, reason, is_problem = choose(context.config.monitor.wandb)
+    text = f"{'off' if mode == 'disabled' else mode} ({reason})"
+    if mode == "offline":
+        pieces = root_of(Path(context.settings.run_dir)) / "offline-run-*"
+        text += f"; `wandb sync {pieces}` uploads later"
+    yield Finding("wandb", "warning" if is_problem else "ok", text)
 
 
 def check_strategy(context: DoctorContext) -> Findings:

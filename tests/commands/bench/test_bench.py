@@ -19,7 +19,7 @@ from benchmarks.pictures import make_pictures
 from pipeline.checkpoints.folder import RunState, save_checkpoint
 from pipeline.common import strict
 from pipeline.config import TrainConfig
-from pipeline.data.index import build_index
+from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.distributed.strategies.base import FullState
 from pipeline.models.autoencoder import build_autoencoder
@@ -159,7 +159,8 @@ def write_export_config(train: Path, tmp_path: Path) -> Path:
     model = build_autoencoder(config.model, shape, seed=0, dtype=torch.float32)
     weights = {name: value.detach() for name, value in model.state_dict().items()}
     tensors = FullState(model=weights, ema=weights, exp_avg={}, exp_avg_sq={}, num_updates=1)
-    state = RunState(1, 1, 1, "order", "data", 1, {})
+    dataset_id = Index.open(config.data.sources[0].path).dataset_id
+    state = RunState(1, 1, 1, "order", dataset_id, 1, {})
     save_checkpoint(run_dir / "checkpoints", state, tensors)
     (run_dir / "config.yaml").write_text(strict.dump(config))
     path = tmp_path / "export.yaml"
