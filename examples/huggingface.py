@@ -19,14 +19,16 @@ def load(export: str) -> datasets.Dataset:
     files = f"{export}/data/parquet/**/*.parquet"
     rows = datasets.load_dataset("parquet", data_files=files, split="train")
     stats = json.loads(Path(export, "latent_stats.json").read_text())
+    field = "mu" if "mu" in rows.features else "z"
     mean, std = (np.array(stats[f"latents_{name}"], np.float32) for name in ("mean", "std"))
 
     def normalise(batch: dict[str, Any]) -> dict[str, Any]:
-        mu = np.moveaxis(batch["mu"], 1, -1)  # channels last, as the statistics are per channel
-        return {"latent": np.moveaxis((mu - mean) / std, -1, 1)}
+        mu = np.moveaxis(batch[field], 1, -1)  # channels last, as the statistics are per channel
+        label = np.nan_to_num(np.array(batch["label"], np.float64), nan=-1)  # null: it has none
+        return {"latent": np.moveaxis((mu - mean) / std, -1, 1), "label": label.astype(np.int64)}
 
     rows = rows.filter(lambda valid: valid, input_columns="valid")
-    features = datasets.Features(rows.features | {"latent": rows.features["mu"]})
+    features = datasets.Features(rows.features | {"latent": rows.features[field]})
     return rows.with_format("numpy").map(normalise, batched=True, features=features)
 
 

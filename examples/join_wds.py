@@ -11,7 +11,6 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import webdataset as wds
 from torch.utils.data import DataLoader
@@ -25,14 +24,15 @@ def open_pairs(export: str, shards: str) -> wds.DataPipeline:
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*.tar"))
     read = wds.tarfile_to_samples()  # as wds.WebDataset does, but of the shards that it is given
 
-    def join(sources: Iterable[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    def join(sources: Iterable[dict[str, str]]) -> Iterator[dict[str, object]]:
         for source in sources:
             pictures = read([{"url": str(Path(shards, source["url"]))}])
             latents = read([{"url": str(root / source["url"])}])
             for picture, latent in zip(pictures, latents, strict=True):
                 assert picture["__key__"] == latent["__key__"], f"{source}: keys differ"
                 if json.loads(latent["row.json"])["valid"]:  # else the picture cannot be decoded
-                    yield picture | {"mu.npy": latent["mu.npy"]}
+                    mu = latent["mu.npy" if "mu.npy" in latent else "z.npy"]
+                    yield picture | {"mu.npy": mu, "cls": latent.get("cls", b"-1")}
 
     return wds.DataPipeline(
         wds.SimpleShardList(names),

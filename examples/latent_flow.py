@@ -18,8 +18,8 @@ FREQUENCIES = torch.pi * torch.arange(16)  # the time t is seen as its cosines
 
 def train(latents: lm.LatentDataset, classes: torch.Tensor, num_epochs: int) -> nn.Module:
     """Fit the velocity of lines from noise z0 to latents z1: E |v(z, t, class) - (z1 - z0)|^2."""
-    size = latents[0].mu.size
-    layers: list[nn.Module] = [nn.Linear(size + len(FREQUENCIES) + len(classes), WIDTH), nn.SiLU()]
+    size = latents[0][latents.fields[0]].size
+    layers = [nn.Linear(size + len(FREQUENCIES) + classes.shape[1], WIDTH), nn.SiLU()]
     layers += [layer for _ in range(3) for layer in (nn.Linear(WIDTH, WIDTH), nn.SiLU())]
     network = nn.Sequential(*layers, nn.Linear(WIDTH, size))
     optimizer = torch.optim.AdamW(network.parameters())
@@ -45,14 +45,14 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     torch.manual_seed(0)
     latents = lm.LatentDataset(arguments.export, normalized=True)
-    classes = torch.eye(int(latents.column("label").max()) + 1)
+    classes = torch.eye(int(latents.column("label").max()) + 2)[:, :-1]  # the last: of NO_LABEL
     network = train(latents, classes, arguments.epochs).requires_grad_(False)
-    z = torch.randn(ROWS * COLUMNS, latents[0].mu.size)
-    labels = (torch.arange(len(z)) // COLUMNS - 1) % len(classes)
+    z = torch.randn(ROWS * COLUMNS, latents[0][latents.fields[0]].size)
+    labels = (torch.arange(len(z)) // COLUMNS - 1) % max(len(classes) - 1, 1)
     for t in torch.arange(NUM_STEPS) / NUM_STEPS:  # Euler's method
         known = z, (t * FREQUENCIES).cos().expand(len(z), -1), classes[labels]
         z += network(torch.cat(known, dim=1)) / NUM_STEPS
-    z[:COLUMNS] = torch.from_numpy(latents[:COLUMNS].mu).flatten(1)
+    z[:COLUMNS] = torch.from_numpy(latents[:COLUMNS].latents[latents.fields[0]]).flatten(1)
     z = latents.denormalize(z.unflatten(1, latents.latent_shape).numpy())
     x = lm.load(arguments.model).decode(z)
     x = nn.functional.pad(nn.functional.interpolate(x, scale_factor=2), (2, 2, 2, 2), value=0.5)

@@ -36,16 +36,16 @@ def train(export: str, checkpoint: Path, num_epochs: int, workers: int = 2) -> N
     """Fit a linear classifier of the labels up to `num_epochs`."""
     torch.manual_seed(0)
     latents = lm.LatentDataset(export, normalized=True)
-    num_values, num_classes = latents[0].mu.size, int(latents.column("label").max()) + 1
-    model = nn.Sequential(nn.Flatten(), nn.Linear(num_values, num_classes))
+    num_classes = int(latents.column("label").max()) + 1
+    if num_classes == 0:  # all are NO_LABEL, which is -1
+        raise SystemExit(f"{export} has no labels to learn")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(latents[0][latents.fields[0]].size, num_classes))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    fresh = {"epoch": 0, "model": model.state_dict()}
-    saved = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else fresh
-    model.load_state_dict(saved["model"])
-    loss_of = nn.CrossEntropyLoss(ignore_index=lm.NO_LABEL)
+    saved = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else {"epoch": 0}
+    model.load_state_dict(saved.get("model", model.state_dict()))
     for epoch in range(saved["epoch"], num_epochs):
         for z, label in DataLoader(Epoch(latents, epoch), None, num_workers=workers):
-            loss = loss_of(model(z), label)
+            loss = nn.functional.cross_entropy(model(z), label, ignore_index=lm.NO_LABEL)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -55,6 +55,6 @@ def train(export: str, checkpoint: Path, num_epochs: int, workers: int = 2) -> N
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for name, kind in (("export", str), ("checkpoint", Path), ("epochs", int)):
+    for name, kind in (("export", str), ("checkpoint", Path), ("num_epochs", int)):
         parser.add_argument(name, type=kind)
-    train(*vars(parser.parse_args()).values())
+    train(**vars(parser.parse_args()))

@@ -114,17 +114,19 @@ def test_masking_sets_zero() -> None:
     assert (corrupted[mask] == 0).all()
 
 
-def test_patch_mask_covers_an_exact_number_of_whole_patches() -> None:
-    corrupted, mask = corrupt(batch(), [PatchMask(patch_size=8, fraction=0.4, fill=0.5)], keys())
+@pytest.mark.parametrize("columns", [4, 3])
+def test_patch_mask_covers_an_exact_number_of_whole_patches(columns: int) -> None:
+    x, count = batch()[..., : 8 * columns], round(0.4 * 4 * columns)
+    corrupted, mask = corrupt(x, [PatchMask(patch_size=8, fraction=0.4, fill=0.5)], keys())
     assert mask is not None
     assert (corrupted[mask] == 0.5).all()
-    patches = mask.unflatten(2, (4, 8)).unflatten(4, (4, 8)).transpose(3, 4)  # [B, C, 4, 4, 8, 8]
+    patches = mask.unflatten(2, (4, 8)).unflatten(4, (columns, 8)).transpose(3, 4)
     whole = patches.flatten(4).all(-1)
     assert torch.equal(whole, patches.flatten(4).any(-1))
-    assert (whole.sum((2, 3)) == round(0.4 * 16)).all()
+    assert (whole.sum((2, 3)) == count).all()
     assert torch.equal(whole[:, 0], whole[:, 1])
     share = whole[:, 0].double().mean(0)
-    assert (share - 6 / 16).abs().max() < 5 * math.sqrt(0.24 / B)
+    assert (share - count / (4 * columns)).abs().max() < 5 * math.sqrt(0.24 / B)
 
 
 def test_patches_must_tile_the_image() -> None:

@@ -26,7 +26,7 @@ INSIDE = "SHIM_INSIDE"  # in the environment of what a command starts
 def is_training(words: list[str]) -> bool:
     """Whether these words start a training."""
     starts = words[:3] == [*LATENTMILL, "train"] or "pipeline.train" in words
-    return starts and not {"--help", "-h", "--dry-run"} & {*words}
+    return starts and not {"--help", "-h", "--dry-run", "--check"} & {*words}
 
 
 def shortened(words: list[str]) -> list[str]:

@@ -38,7 +38,7 @@ def test_the_four_variants_are_four_files():
 
 
 def test_no_file_is_left_out():
-    known = {"train", "export", "accelerate", "deepspeed"}
+    known = {"train", "export", "accelerate", "deepspeed", "sweeps"}
     assert {path.name for path in CONFIGS.iterdir()} <= known
 
 

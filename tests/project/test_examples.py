@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,13 +15,26 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from torch.utils.data import DataLoader
 
 from pipeline.data.pack.pack import pack
 from pipeline.data.pack.sources import Sprites
+from pipeline.latents import LatentDataset
+from tests.export.foreign import picture, write_shards
+from tests.export.world import make_config, make_data, make_run, run_export
 from tests.latents.exports import make_rows, write_export
 from tests.processes import ROOT
-from tests.project.downstream import BROKEN, LATENT_SIZE, NUM_DIGITS, World, make_world, run_example
+from tests.project.downstream import (
+    BROKEN,
+    FORMATS,
+    LATENT_SIZE,
+    NUM_DIGITS,
+    World,
+    make_world,
+    run_example,
+)
 
+GAUSSIAN = {"bottleneck": {"kind": "gaussian", "size": 3}}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NUM_VALID = NUM_DIGITS - 1
 
@@ -145,11 +159,12 @@ def test_hugging_face_datasets_restore_the_shapes(world: World, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_hugging_face_datasets_take_latents_that_are_maps(tmp_path: Path):
-    shards = [make_rows(number, 70, (2, 3, 4)) for number in range(2)]
+def test_hugging_face_datasets_take_maps_without_labels(tmp_path: Path):
+    shards = [make_rows(number, 70, (2, 3, 4), notes=False) for number in range(2)]
     out = write_export(tmp_path / "export", shards, ["parquet"])
     printed = run_example("huggingface", out, cwd=tmp_path)
-    assert re.search(r"^train: \d+ rows, latents \(32, 2, 3, 4\)", printed, re.MULTILINE), printed
+    line = r"^train: \d+ rows, latents \(32, 2, 3, 4\), labels torch.int64$"
+    assert re.search(line, printed, re.MULTILINE), printed
 
 
 @pytest.mark.slow
@@ -176,3 +191,56 @@ def test_shards_of_other_data_are_not_joined(world: World, tmp_path: Path):
     second.replace(first)
     with pytest.raises(AssertionError, match="keys differ"):
         list(load("join_wds").open_pairs(str(world.export), str(others)))
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A run, shards of pictures alone, and their export in all formats."""
+    root = tmp_path_factory.mktemp("unlabelled")
+    run = make_run(root / "run", make_data(root / "sprites", shards=1), GAUSSIAN)
+    pictures = {f"{i:03d}.png": picture(3 * i) for i in range(80)}
+    shards = write_shards(root / "shards", {"0.tar": pictures})
+    config = make_config(run, root / "out", data={"path": str(shards)}, formats=FORMATS)
+    assert run_export(config) == 0
+    return run, shards, root / "out"
+
+
+def test_rows_without_labels_say_none(unlabelled: tuple[Path, Path, Path]):
+    ds = LatentDataset(unlabelled[2])
+    assert (ds[3].label, ds[3]["label"], ds[3].metadata, ds[3].text) == (-1, -1, None, None)
+    assert set(ds.column("label").tolist()) == {-1}
+    assert set(ds.column("label_text").tolist()) == {None}
+    assert ds.to_pandas()["label"].eq(-1).all()
+    (batch,) = DataLoader(ds, batch_size=80)
+    assert batch["label"].eq(-1).all()
+    assert batch["metadata"] == batch["text"] == [""] * 80
+    assert all((rows.labels == -1).all() for rows in ds.batches(32))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:unclosed file")
+def test_the_examples_take_an_export_without_labels(
+    unlabelled: tuple[Path, Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """For `huggingface` see `test_hugging_face_datasets_take_maps_without_labels`."""
+    run, shards, out = unlabelled
+    argv = ["latent_flow", str(run), str(out), str(tmp_path / "flow.png"), "1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(str(ROOT / "examples/latent_flow.py"), run_name="__main__")
+    assert (tmp_path / "flow.png").exists()
+    assert load("linear_probe").probe(str(out)) == {}
+    load("nearest").main(str(out))
+    assert "76 vectors of 3 numbers, 4 queries" in capsys.readouterr().out
+    pairs = list(load("join_wds").open_pairs(str(out), str(shards)))
+    assert [(key, label) for key, _, _, label in pairs] == [(f"{i:03d}", -1) for i in range(80)]
+    with pytest.raises(SystemExit, match="has no labels to learn"):
+        load("latents").train(str(out), tmp_path / "probe.pt", 1)
+
+
+def test_the_linear_probe_leaves_out_what_is_no_number():
+    texts = {"{": {}, "[1]": {}, "NaN": {}, '{"a": 1, "b": true, "c": "x"}': {"a": 1}}
+    for text, expected in texts.items():
+        assert load("linear_probe").numbers_of(text) == expected
