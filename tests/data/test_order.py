@@ -198,10 +198,10 @@ def test_a_billion_samples_are_planned_lazily():
     counts = np.full(100_000, 10_000)
     tracemalloc.start()
     try:
-        started = time.perf_counter()
+        started = time.process_time()
         order = Order(counts, seed=0, batch_size=512)
         first = order.samples(order.positions(0))
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         order.samples(order.positions(1_000_000))
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
