@@ -14,6 +14,7 @@ from pipeline.commands import VERBS, pack
 from pipeline.common import needs
 from pipeline.common.arguments import parse, sentence
 from pipeline.common.errors import FAILED, WRONG_USE, StoreError, UserError
+from pipeline.common.leaving import leave
 
 EPILOG = """\
 The main job, with shipped settings (`latentmill config` lists them):
@@ -79,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
 
 def entry() -> None:
     """The console script `latentmill`."""
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pipeline.checkpoints.manager import Checkpoints
 from pipeline.common.arguments import parse_train
 from pipeline.common.console import progress
 from pipeline.common.errors import DONE, FAILED, PREEMPTED, WRONG_USE, UserError
+from pipeline.common.leaving import leave
 from pipeline.config import TrainConfig, read_config
 from pipeline.data.order.mixture import reading_plan
 from pipeline.data.stream import open_stream
@@ -266,4 +267,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

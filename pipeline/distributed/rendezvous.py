@@ -10,7 +10,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.common.errors import WRONG_USE, UserError
+from pipeline.common.leaving import let_speaker_end_first
 
 DEVICE = "LATENTMILL_DEVICE"  # `launch` sets it
 HOW_TO_LAUNCH = (
@@ -28,7 +28,6 @@ HOW_TO_LAUNCH = (
 )
 RENDEZVOUS_SECONDS = 8.0  # timeout on one machine without torchrun: its processes start together
 LATE_SECONDS = 60.0  # then a warning; with torchrun or several machines, which may be slow
-MAIN_FIRST_SECONDS = 10.0  # that other ranks wait before they print an error
 STORE_SECONDS = 30.0  # timeout of a connection to torchrun on another machine
 _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 _PRECISIONS = ("fp16", "bf16", "amp", "torch_autocast")  # sections of DeepSpeed's JSON
@@ -126,13 +125,9 @@ def rendezvous(environment: Mapping[str, str]) -> Generator[None]:
 
 
 def print_error(error: UserError, environment: Mapping[str, str]) -> None:
-    """Print the error; other ranks wait 10 s, so that rank 0's message comes first.
-
-    Usually every process has the same error. Under torchrun the first process that ends takes the
-    others with it: so the message is printed once.
-    """
-    if _has_torchrun(environment) and environment.get("RANK", "0") != "0":
-        time.sleep(MAIN_FIRST_SECONDS)
+    """Print the error; usually all ranks have the same one, and rank 0 comes first."""
+    if environment.get("RANK", "0") != "0":
+        let_speaker_end_first(environment)
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 

@@ -22,6 +22,7 @@ from pipeline.common import strict
 from pipeline.common.arguments import add_export_arguments, parse
 from pipeline.common.console import print_report
 from pipeline.common.errors import DONE, FAILED, WRONG_USE, StoreError, UserError
+from pipeline.common.leaving import leave, let_speaker_end_first
 from pipeline.data.storage import ShardReadError
 from pipeline.export.command import begin, make_plan, work_through
 from pipeline.export.failures import clear_failures, is_unwritable
@@ -42,7 +43,9 @@ def main(argv: Sequence[str]) -> int:
         arguments = parse(parser, argv)
     except UserError as error:  # a config that is not there
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            let_speaker_end_first(os.environ)
         return WRONG_USE
     return run(arguments)
 
@@ -83,7 +86,10 @@ def run(arguments: argparse.Namespace) -> int:
     except (UserError, OSError) as error:
         code, text = explain(error, out)
         if prints_mistakes or not isinstance(error, UserError):
-            print(f"error: {text}", file=sys.stderr)
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            let_speaker_end_first(os.environ)
         return code
     finally:
         for number, handler in previous.items():
@@ -118,4 +124,4 @@ def explain(error: UserError | OSError, out: str) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

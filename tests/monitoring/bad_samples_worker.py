@@ -1,4 +1,4 @@
-"""One rank of a test: takes one batch, collects its bad samples and prints how that ended.
+"""One rank of a test: takes one batch, collects its bad samples and writes how that ended.
 
 python -m tests.monitoring.bad_samples_worker SHARDS RUN_DIR (under accelerate launch)
 """
@@ -33,9 +33,8 @@ def main(shards: str, run_dir: str) -> None:
             Quarantine(Path(run_dir), data, runtime).collect(stream)
         except UserError as error:
             ending = str(error)
-        line = f"rank {runtime.rank} met {stream.counters.tombstones}: {ending}\n"
-    sys.stdout.write(line)  # at once, so that two ranks do not mix their lines
-    sys.stdout.flush()
+        met = f"met {stream.counters.tombstones}: {ending}"
+    Path(run_dir, f"rank-{runtime.rank}.txt").write_text(met)
     runtime.finish()
 
 
