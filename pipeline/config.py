@@ -212,10 +212,12 @@ class TrainConfig(Component):
         return self
 
     @model_validator(mode="after")
-    def _metrics_differ(self) -> Self:
-        kinds = [metric.kind for metric in self.evaluation.metrics]
-        if len(set(kinds)) < len(kinds):
-            raise ValueError(f"evaluation.metrics names a kind twice: {', '.join(kinds)}")
+    def _metrics_are_defined(self) -> Self:
+        labels = [metric.label for metric in self.evaluation.metrics]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"evaluation.metrics names a figure twice: {', '.join(labels)}")
+        for metric in self.evaluation.metrics:
+            metric.check(self.model, self.data.decode)
         return self
 
     @model_validator(mode="after")

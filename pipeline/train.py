@@ -27,7 +27,8 @@ from pipeline.distributed.outcome import Outcome, write_outcome
 from pipeline.distributed.rendezvous import print_error
 from pipeline.distributed.runtime import Runtime, Stopped, StopRequest
 from pipeline.distributed.watchdog import Watchdog
-from pipeline.evaluation.held_out import HeldOut, held_out_splits, views_of
+from pipeline.evaluation.held_out import HeldOut, views_of
+from pipeline.evaluation.splits import held_out_splits
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.monitoring.ledger import Ledger
 from pipeline.monitoring.meter import TrainingMeter

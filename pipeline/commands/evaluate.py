@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, and print the metrics by the names that training logs."""
-    from pipeline.evaluation.held_out import evaluate_run
+    from pipeline.evaluation.trained import evaluate_run
     from pipeline.training.loading import load_config
 
     metrics = evaluate_run(

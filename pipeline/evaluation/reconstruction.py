@@ -18,6 +18,7 @@ from pipeline.data.decode import Decode, ImageDecode
 from pipeline.data.stream import Batch
 from pipeline.distributed.gather import RowGather
 from pipeline.distributed.runtime import Runtime
+from pipeline.losses.terms import Networks
 from pipeline.metrics import EvaluatedBatch, MetricBase
 from pipeline.models.autoencoder import ModelOutput
 from pipeline.monitoring.meter import Meter
@@ -42,6 +43,10 @@ class Measurement:
         as soon as it is complete; not for data that are not images.
         """
         self._forward = forward
+        self._networks: Networks = {
+            name: make().to(forward.device).eval().requires_grad_(False)
+            for name, make in {n: m for it in metrics for n, m in it.networks().items()}.items()
+        }
         self._weights = weights
         self._num_images, self._show = num_images, show
         self._losses = Meter(forward.device)
@@ -56,6 +61,7 @@ class Measurement:
         forward = self._forward
         inputs = forward.inputs(batch, "evaluation")
         output, losses = forward.run(model, inputs, weights=self._weights)
+        assert output.decoded is not None
         mean = _reconstruction(model, output, forward)
         values = {"loss": losses.total, "distortion": losses.distortion, **losses.terms}
         self._losses.add(values, inputs.weight)
@@ -71,10 +77,12 @@ class Measurement:
             clean=inputs.clean,
             corrupted=inputs.corrupted,
             mean=mean,
+            sample=forward.likelihood.mean(output.decoded),
             output=output,
             losses=losses,
             likelihood=forward.likelihood,
             model=run_model,
+            networks=self._networks,
             value_bits=16 if forward.decode.stored_dtype == np.uint16 else 8,
         )
         for sums in self._sums_of:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.common.component import Component
+from pipeline.data.decode import Decode
 from pipeline.losses.objective import Losses
-from pipeline.models.autoencoder import ModelOutput
+from pipeline.losses.terms import Networks
+from pipeline.models.autoencoder import ModelConfig, ModelOutput
 from pipeline.models.likelihoods import Likelihood
 
 
@@ -26,11 +28,13 @@ class EvaluatedBatch:
     clean: Tensor  # [B, *event] in [0, 1]
     corrupted: Tensor  # [B, *event], what the encoder saw
     mean: Tensor  # [B, *event], the reconstruction from the posterior's mean
+    sample: Tensor  # [B, *event], the reconstruction from one sample of the posterior
     output: ModelOutput  # by one sample of the posterior
     losses: Losses
     likelihood: Likelihood
     # `AutoEncoder.forward`, to run the model again: equally often on all processes.
     model: Callable[..., ModelOutput]
+    networks: Networks  # those of all metrics, see `MetricBase.networks`
     value_bits: int = 8  # of a value as the data holds it
 
     def total(self, values: Tensor) -> Tensor:
@@ -45,6 +49,26 @@ class MetricBase(Component):
     """One or several figures of a held-out split."""
 
     kind: str
+
+    @property
+    def label(self) -> str:
+        """What tells the metric's figures from those of others; two with one label are refused."""
+        return self.kind
+
+    def check(self, model: ModelConfig, decode: Decode) -> None:
+        """Raise ValueError, with the remedy, if the metric has no meaning for this model or data.
+
+        decode: of the data that is evaluated.
+        """
+        del model, decode
+
+    def networks(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """Return the frozen networks that the metric needs: name -> function that builds it.
+
+        Metrics with the same name share one network. It is built on the device at the start of an
+        evaluation, in evaluation mode, and freed at its end. Building may raise UserError.
+        """
+        return {}
 
     @property
     def max_rows(self) -> int:

@@ -32,7 +32,7 @@ CONTRADICTIONS = [
     ),
     (
         ["evaluation.metrics=[{kind: squared_error}, {kind: squared_error}]"],
-        "evaluation.metrics names a kind twice: squared_error, squared_error",
+        "evaluation.metrics names a figure twice: squared_error, squared_error",
     ),
     (
         ["objective.emphasis.corrupted=2.0", "corruptions=[{kind: gaussian_noise}]"],

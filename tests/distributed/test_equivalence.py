@@ -19,7 +19,7 @@ from pipeline.common import strict
 from pipeline.config import TrainConfig
 from pipeline.data.index import build_index
 from pipeline.data.index.splits import SplitSpec
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.trained import evaluate_run
 from pipeline.train import main
 from tests.distributed.equivalence_worker import record
 from tests.distributed.in_turn import words

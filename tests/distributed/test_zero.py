@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.trained import evaluate_run
 from tests.distributed.in_turn import words
 from tests.distributed.models import MODELS, WINDOW_STEPS
 from tests.distributed.test_equivalence import (

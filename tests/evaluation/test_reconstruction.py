@@ -16,8 +16,9 @@ from pipeline.data.decode import ImageDecode
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.distributed.runtime import Runtime
-from pipeline.evaluation.held_out import HeldOut, held_out_splits
+from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.reconstruction import Measurement, evaluating, picture_rows
+from pipeline.evaluation.splits import held_out_splits
 from pipeline.models.autoencoder import build_autoencoder
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.training.build import check_data, make_forward

@@ -11,7 +11,7 @@ import torch
 from pipeline.__main__ import main
 from pipeline.common.errors import UserError
 from pipeline.data.decode import ImageDecode
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.trained import evaluate_run
 from pipeline.models.autoencoder import build_autoencoder
 from pipeline.training.loading import load_run
 from tests.export.world import SHARD_ROWS, make_data, make_run

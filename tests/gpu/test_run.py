@@ -20,7 +20,7 @@ from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream.device import DeviceBatches
 from pipeline.distributed.runtime import Runtime
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.trained import evaluate_run
 from pipeline.models.autoencoder import build_autoencoder
 from pipeline.monitoring.memory import DEVICE_PEAK, read_peak
 from pipeline.train import train

@@ -18,8 +18,9 @@ from pipeline.common import strict
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.distributed.runtime import Runtime
-from pipeline.evaluation.held_out import HeldOut, held_out_splits, views_of
+from pipeline.evaluation.held_out import HeldOut, views_of
 from pipeline.evaluation.reconstruction import MetricSums
+from pipeline.evaluation.splits import held_out_splits
 from pipeline.metrics import EvaluatedBatch
 from pipeline.models.autoencoder import ModelOutput, build_autoencoder
 from pipeline.models.bottlenecks import Code, Posterior
@@ -150,10 +151,12 @@ def reduction(config: TrainConfig) -> dict[str, Any]:
                 clean=torch.zeros(len(part), 5, dtype=torch.float64),
                 corrupted=z[part],
                 mean=z[part],
+                sample=z[part],
                 output=ModelOutput(Code(z[part], Posterior(z[part], None)), z[part], {}),
                 losses=None,
                 likelihood=SquaredError(),
                 model=lambda z, **_: ModelOutput(None, z, {}),
+                networks={},
             )
             for tally in tallies:
                 tally.add(seen)

@@ -14,7 +14,7 @@ from pipeline.checkpoints.folder import list_checkpoints, read_state
 from pipeline.common import strict
 from pipeline.common.errors import UserError
 from pipeline.config import TrainConfig
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.trained import evaluate_run
 from pipeline.export.model import export_model
 from pipeline.export.verify.reencode import verify_with_run
 from pipeline.losses.players import freeze

@@ -16,7 +16,7 @@ from pipeline.checkpoints.folder import list_checkpoints, verify_checkpoint
 from pipeline.common import strict
 from pipeline.common.errors import DONE, WRONG_USE, UserError
 from pipeline.config import TrainConfig
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.trained import evaluate_run
 from pipeline.export.__main__ import main as export
 from pipeline.train import train
 from pipeline.training.loading import load_run

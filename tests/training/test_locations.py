@@ -18,7 +18,7 @@ from pipeline.config import TrainConfig
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.evaluation.exported import probe_export
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.trained import evaluate_run
 from pipeline.export.model import export_model
 from pipeline.train import main, train
 from pipeline.training.loading import load_config

@@ -20,7 +20,7 @@ from pipeline.config import TrainConfig
 from pipeline.data.index.reader import Index
 from pipeline.data.order import Order
 from pipeline.data.storage import ShardReadError
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.trained import evaluate_run
 from pipeline.train import train
 from tests.config.runs import BASE
 from tests.data.storage.fault_server import NO_FAULT, FaultServer, Request, serving

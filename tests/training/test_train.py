@@ -13,7 +13,7 @@ from pipeline.checkpoints.folder import list_checkpoints
 from pipeline.common import strict
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.trained import evaluate_run
 from pipeline.train import main
 from pipeline.training.loading import load_run
 from tests.processes import ROOT

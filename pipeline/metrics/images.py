@@ -1,0 +1,46 @@
+"""What image metrics share: the reconstruction that they look at, and its rounding."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from pipeline.data.decode import Decode, ImageDecode
+from pipeline.metrics.base import EvaluatedBatch, MetricBase
+from pipeline.models.autoencoder import ModelConfig
+
+
+def as_saved(x: Tensor) -> Tensor:
+    """Round values to what a saved PNG of 8 bits holds: k / 255 in [0, 1], half to even."""
+    return x.clamp(0, 1).mul(255).round().div(255)
+
+
+class ImageMetric(MetricBase):
+    """A metric of images and their reconstructions, both as a saved PNG holds them."""
+
+    # What is decoded: the posterior's mean, or one sample of it, which the figure's name then says.
+    decodes: Literal["mean", "sample"] = "mean"
+
+    @property
+    def label(self) -> str:
+        return self.named(self.kind)
+
+    def named(self, figure: str) -> str:
+        """Return the name of a figure, which says so if a sample was decoded."""
+        return figure if self.decodes == "mean" else f"{figure}_sample"
+
+    def check(self, model: ModelConfig, decode: Decode) -> None:
+        if not isinstance(decode, ImageDecode):
+            raise ValueError(
+                f"metric {self.kind} compares pictures, but data.decode.kind is {decode.kind}: "
+                "leave the metric out"
+            )
+        if self.decodes == "sample" and not model.bottleneck.has_density:
+            raise ValueError(
+                f"metric {self.kind} with decodes: sample needs a density to sample from, but "
+                f"model.bottleneck.kind is {model.bottleneck.kind}: take decodes: mean"
+            )
+
+    def pair(self, batch: EvaluatedBatch) -> tuple[Tensor, Tensor]:
+        """Return images and reconstructions [B, C, H, W] as saved, in the batch's dtype."""
+        decoded = batch.mean if self.decodes == "mean" else batch.sample
+        return as_saved(batch.clean), as_saved(decoded)
