@@ -19,6 +19,7 @@ from pipeline.common.shipped import find
 from pipeline.common.trial import with_trial
 from pipeline.corruptions import Corruption
 from pipeline.corruptions.latents import LatentTransforms
+from pipeline.data.decode import Decode
 from pipeline.data.order import default_lanes
 from pipeline.data.settings import DataConfig
 from pipeline.distributed.optimizer import AdamWConfig
@@ -66,6 +67,14 @@ class EvaluationConfig(Component):
     # Early stopping: end the run after this many evaluations in a row without a new best value of
     # checkpoint.keep.best; null: never.
     patience: int | None = Field(default=None, gt=0)
+
+    def check_metrics(self, model: ModelConfig, decode: Decode) -> None:
+        """Raise ValueError for figures of one name, or that this model or data cannot have."""
+        labels = [metric.label for metric in self.metrics]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"evaluation.metrics names a figure twice: {', '.join(labels)}")
+        for metric in self.metrics:
+            metric.check(model, decode)
 
 
 class TrainConfig(Component):
@@ -213,11 +222,7 @@ class TrainConfig(Component):
 
     @model_validator(mode="after")
     def _metrics_are_defined(self) -> Self:
-        labels = [metric.label for metric in self.evaluation.metrics]
-        if len(set(labels)) < len(labels):
-            raise ValueError(f"evaluation.metrics names a figure twice: {', '.join(labels)}")
-        for metric in self.evaluation.metrics:
-            metric.check(self.model, self.data.decode)
+        self.evaluation.check_metrics(self.model, self.data.decode)
         return self
 
     @model_validator(mode="after")

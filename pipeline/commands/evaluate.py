@@ -1,74 +1,96 @@
-"""`latentmill evaluate`: evaluate a run's checkpoint on held-out data."""
+"""`latentmill evaluate`: evaluate a run's checkpoint, or the model of a folder."""
 
 import argparse
-from collections.abc import Mapping
+import os
+from typing import TYPE_CHECKING
 
-from pipeline.common.arguments import bind, directory, pixels, step
-from pipeline.common.console import listing, plural, print_report
-from pipeline.common.errors import DONE
+from pipeline.common.arguments import bind, directory, number_or_all, pixels, step
+from pipeline.common.console import listing, plural, print_report, warn
+from pipeline.common.errors import DONE, UserError
 
-HELP = "evaluate a run's checkpoint on held-out data"
+if TYPE_CHECKING:  # imports torch
+    from pipeline.evaluation.card import Card
 
-UNITS = {
-    "loss": "per image: the training objective",
-    "nats": "nats/image: at least -ln p(x)",
-    "kl": "nats/image",
-    "bits_per_dimension": "bits per value of an image",
-    "squared_error": "squared error/image: summed over its values in [0, 1]",
-    "sigma2": "the likelihood's variance",
-    "tombstones": "unusable samples",
-}
+HELP = "evaluate a run's checkpoint, or the model of a folder"
+METRICS = "instead of the config's: kinds, as psnr ssim, or settings, as '{kind: psnr, ...}'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint, the split, the size of the pictures, and the places of the data."""
+    """Add the model, the data, and what is measured."""
     bind(parser, run)
-    parser.add_argument("run", type=directory("RUN"), help="run directory")
+    text = "run directory; or a model's folder, of export-model, import-model or diffusers"
+    parser.add_argument("run", type=directory("RUN"), metavar="RUN|FOLDER", help=text)
     parser.add_argument(
-        "--step", type=step, help="step of the checkpoint, or `best` (default: newest)"
+        "--step", type=step, help="step of a run's checkpoint, or `best` (default: newest)"
     )
-    parser.add_argument("--split", help="of the data (default: the config's held-out split)")
+    text = "of the data: a name, or a pattern of shards (default: the config's; other data: all)"
+    parser.add_argument("--split", metavar="NAME|PATTERN", help=text)
     text = "of the pictures, for fully convolutional models: 256, or 256x384 (height x width)"
     parser.add_argument("--size", type=pixels, help=text)
-    again = "; of a mixture once for each of its data sets, in their order"
+    parser.add_argument("--metrics", nargs="+", metavar="METRIC", help=METRICS)
+    text = "evaluate at most so many samples, chosen by key (default: the config's)"
+    parser.add_argument("--max-samples", type=number_or_all, metavar="N|all", help=text)
+    again = "; of the run's own mixture once for each of its data sets, in their order"
     for option, metavar, what in (
-        ("--data", "PATH", f"directory or URL of the index of the run's data set{again}"),
-        ("--shards", "PATH", f"directory or URL of the shards, if not beside the index{again}"),
+        ("--data", "PATH", "directory or URL of the index of another data set, or of the run's"),
+        ("--shards", "PATH", "directory or URL of the shards, if not beside the index"),
     ):
-        parser.add_argument(option, action="append", default=[], metavar=metavar, help=what)
-    parser.epilog = "Data that has moved is looked for by its id, so --data is rarely needed."
+        parser.add_argument(option, action="append", default=[], metavar=metavar, help=what + again)
+    parser.epilog = (
+        "The data of a run that has moved is looked for by its id. The result is also written to "
+        "RUN/evaluations; nothing is written to a model's folder."
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate, and print the metrics by the names that training logs."""
+    """Evaluate, write the card of a run, and print the figures by the names that training logs."""
+    from pipeline.evaluation.folder import evaluate_folder
+    from pipeline.evaluation.request import EvaluationRequest, read_metrics
     from pipeline.evaluation.trained import evaluate_run
-    from pipeline.training.loading import load_config
 
-    metrics = evaluate_run(
-        arguments.run,
-        step=arguments.step,
+    where = arguments.run
+    request = EvaluationRequest(
         split=arguments.split,
+        metrics=None if arguments.metrics is None else read_metrics(arguments.metrics),
+        max_samples=arguments.max_samples,
         size=arguments.size,
-        data=arguments.data,
-        shards=arguments.shards,
     )
-    config = load_config(arguments.run)
-    split = arguments.split or config.evaluation.split
-    lines = _lines(metrics, split, in_nats=config.model.likelihood.is_nats)
-    print_report(dict(metrics), arguments.json, lines)
+    places = {"data": arguments.data, "shards": arguments.shards}
+    is_run, file = (where / "config.yaml").is_file(), None
+    if is_run:
+        card = evaluate_run(where, step=arguments.step, request=request, **places)
+    else:
+        if arguments.step is not None:
+            raise UserError(f"--step chooses a checkpoint, and {where} is no run: leave it out.")
+        card = evaluate_folder(where, request, **places)
+    if os.environ.get("RANK", "0") != "0":
+        return DONE
+    if is_run:
+        try:
+            file = card.write(where)
+        except UserError as error:  # as in a run that may only be read
+            warn(f"{error}; --json prints it")
+    print_report(card.content(), arguments.json, _lines(card, str(file or "")))
     return DONE
 
 
-def _lines(metrics: Mapping[str, float], split: str, *, in_nats: bool) -> list[str]:
-    """The metrics with their units, by the names that training logs."""
-    samples = plural(int(metrics["eval/samples"]), "sample")
-    averaged = "eval_ema/loss" in metrics
+def _lines(card: "Card", file: str) -> list[str]:
+    """The figures with their units, by the names that training logs; the verdict first."""
+    model = card.model.get("folder", "")
+    at = model if card.step is None else f"{model}{', ' * bool(model)}step {card.step:,}"
+    sets = [
+        f"split {one['split']} of {one['path']}: {plural(one['samples'], 'sample')}"
+        for one in card.identity.data
+    ]
+    averaged = "eval_ema/loss" in card.figures
     weights = "eval: weights as trained; eval_ema: averaged ones" if averaged else ""
-    lines = [f"step {metrics['step']:,} on split {split}: {samples}, each once"]
-    units = UNITS | {"distortion": "nats/image" if in_nats else "squared error/image"}
     shown = {
-        name: f"{value:,.5g}  {units.get(name.partition('/')[2], 'per image')}".rstrip()
-        for name, value in metrics.items()
-        if name != "step" and not name.endswith("/samples")
+        name: f"{value:,.5g}  {card.unit(name)}".rstrip()
+        for name, value in card.figures.items()
+        if not name.endswith("/samples")
     }
-    return [*lines, *listing({"weights": weights, **shown})]
+    also = {"notes": list(card.notes), "evaluation": card.identity.evaluation_id, "card": file}
+    return [
+        f"{at} on {'; '.join(sets)}, each once",
+        *listing({"weights": weights, **shown, **also}),
+    ]

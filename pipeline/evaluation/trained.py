@@ -1,60 +1,64 @@
 """Evaluation of what a run has trained: a checkpoint, raw and averaged weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkpoints.folder import read_state
 from pipeline.common.console import progress
-from pipeline.data.decode.image import Size
+from pipeline.common.errors import UserError
+from pipeline.config import TrainConfig
+from pipeline.data.index import Index
+from pipeline.data.settings import DataConfig
 from pipeline.distributed.runtime import Runtime
+from pipeline.evaluation.card import Card, Identity
 from pipeline.evaluation.held_out import PREFIXES, HeldOut, Views
+from pipeline.evaluation.request import EvaluationRequest, on_data, one_data_set
 from pipeline.evaluation.splits import held_out_splits
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.training.build import check_data, make_forward, move_model
 from pipeline.training.loading import Step, choose_checkpoint, load_config, load_run
-from pipeline.training.locations import find_data
+from pipeline.training.locations import find_data, read_locations
 from pipeline.training.resizing import decode_at
 from pipeline.training.run_directory import check_ranks
+
+AS_TRAINED = EvaluationRequest()
 
 
 def evaluate_run(
     run_dir: Path,
     *,
     step: Step | None = None,
-    split: str | None = None,
-    size: Size | None = None,
+    request: EvaluationRequest = AS_TRAINED,
     data: Sequence[str] = (),
     shards: Sequence[str] = (),
-) -> dict[str, float]:
-    """Evaluate a checkpoint of a run; the metrics have the names that the training logs.
+) -> Card:
+    """Evaluate a checkpoint of a run; the figures have the names that the training logs.
 
-    step: None: the newest checkpoint that verifies. split: None: the config's held-out split. size:
-    of the pictures, of a fully convolutional model; None: the training's. data, shards: where the
-    data sets of the training, and their shards, lie now; empty: they are looked for, see
-    `training.locations`. Raises UserError if there is no such run, checkpoint, data or split, or if
-    the model takes no pictures of that size.
+    step: None: the newest checkpoint that verifies. data, shards: where the data sets of the
+    training, and their shards, lie now; empty: they are looked for, see `training.locations`. A
+    single `data` that is another data set is evaluated instead: all of its samples, unless the
+    request names a split. Raises UserError if there is no such run, checkpoint, data or split, or
+    if the model takes no pictures of that size.
     """
     config = load_config(run_dir)
-    decode = decode_at(size, config.model, config.data.decode, str(run_dir))
+    decode = decode_at(request.size, config.model, config.data.decode, str(run_dir))
+    config = request.applied(config, decode)
     runtime = Runtime.start(accumulation=1)
     check_ranks(config.batch_size, config.accumulation, runtime.world)
     say = progress if runtime.is_main else lambda _: None
-    trained, indexes = find_data(run_dir, config.data, paths=data, shards=shards, say=say)
-    # Nothing is augmented; an augmentation of the training need not fit the size.
-    trained = trained.model_copy(update={"decode": decode, "augmentations": ()})
-    config = config.model_copy(update={"data": trained})
-    if split is not None:
-        evaluation = config.evaluation.model_copy(update={"split": split})
-        config = config.model_copy(update={"evaluation": evaluation})
-    held_out = HeldOut(
-        config,
-        held_out_splits(config, indexes, check_data(config, indexes)),
-        make_forward(config, runtime.device),
-        runtime,
-        Quarantine(run_dir, config.data, runtime),
-    )
+    other = _other_data(run_dir, config.data, data)
+    if other is None:
+        found, indexes = find_data(run_dir, config.data, paths=data, shards=shards, say=say)
+        config = config.model_copy(update={"data": found})
+    else:
+        path, place = one_data_set(data, shards)
+        config, indexes = on_data(config, path, place, request.split), (other,)
+        say(f"data: {path} is another data set than the one that {run_dir} was trained on")
+    quarantine = Quarantine(None if other else run_dir, config.data, runtime)
+    held_out = open_held_out(config, indexes, runtime, quarantine)
     kept = [prefix for prefix in PREFIXES if prefix == "eval" or config.ema_decay is not None]
     # Chosen once for both views: a running training may save and remove checkpoints.
     chosen: int | None = None
@@ -65,9 +69,58 @@ def evaluate_run(
     chosen = runtime.broadcast(chosen)
     assert chosen is not None
 
-    views: Views = {}
+    views: dict[str, Callable[[], Any]] = {}
+    digests: dict[str, str] = {}
     for prefix in kept:
         run = load_run(run_dir, step=chosen, weights=PREFIXES[prefix], config=config)
-        model = move_model(run.model, config, runtime.device)
-        views[prefix] = partial(nullcontext, model)
-    return {"step": chosen, **held_out.evaluate(views, chosen)}
+        digests[prefix] = run.weights_sha256
+        views[prefix] = partial(nullcontext, move_model(run.model, config, runtime.device))
+    model = {"run": str(run_dir), "weights_sha256": digests}
+    notes = () if other is None else ("the run was trained on another data set",)
+    return measured(held_out, views, chosen, model, notes)
+
+
+def open_held_out(
+    config: TrainConfig, indexes: Sequence[Index], runtime: Runtime, quarantine: Quarantine
+) -> HeldOut:
+    """Check the data, and return what evaluates on it."""
+    splits = held_out_splits(config, indexes, check_data(config, indexes))
+    forward = make_forward(config, runtime.device)
+    return HeldOut(config, splits, forward, runtime, quarantine)
+
+
+def measured(
+    held_out: HeldOut,
+    views: Views,
+    step: int,
+    model: dict[str, Any],
+    notes: tuple[str, ...] = (),
+) -> Card:
+    """Evaluate the views, and return the card; a collective."""
+    config = held_out.config
+    return Card(
+        identity=Identity.of(config, held_out.splits),
+        model=model,
+        step=step,
+        figures=held_out.evaluate(views, step),
+        precision=config.precision,
+        seed=config.seed,
+        in_nats=config.model.likelihood.is_nats,
+        notes=notes,
+    )
+
+
+def _other_data(run_dir: Path, data: DataConfig, paths: Sequence[str]) -> Index | None:
+    """Return the index of a data set that the run was not trained on; None for what it knows.
+
+    None also for what cannot be read, which `find_data` says in words.
+    """
+    locations = read_locations(run_dir)
+    if len(paths) != 1 or locations is None or locations.dataset_id is None:
+        return None
+    try:
+        index = Index.open(paths[0], remote=data.remote)
+    except UserError:
+        return None
+    trained = {locations.dataset_id, *(one.dataset_id for one in locations.data_sets)}
+    return None if index.dataset_id in trained else index

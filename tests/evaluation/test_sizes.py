@@ -11,6 +11,7 @@ import torch
 from pipeline.__main__ import main
 from pipeline.common.errors import UserError
 from pipeline.data.decode import ImageDecode
+from pipeline.evaluation.request import EvaluationRequest
 from pipeline.evaluation.trained import evaluate_run
 from pipeline.models.autoencoder import build_autoencoder
 from pipeline.training.loading import load_run
@@ -66,15 +67,18 @@ def test_the_error_is_that_of_a_model_that_is_built_for_the_size(
 
 
 def test_its_own_size_changes_nothing(run_dir: Path):
-    assert evaluate_run(run_dir, split="all", size=32) == evaluate_run(run_dir, split="all")
+    assert (
+        evaluate_run(run_dir, request=EvaluationRequest(split="all", size=32)).figures
+        == evaluate_run(run_dir, request=EvaluationRequest(split="all")).figures
+    )
 
 
 def test_sizes_that_cannot_be(run_dir: Path, data: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"size is 30, but .* set size to \[28, 28\] or \[32, 32\]"):
-        evaluate_run(run_dir, split="all", size=30)
+        evaluate_run(run_dir, request=EvaluationRequest(split="all", size=30))
     mlp = make_run(tmp_path / "mlp", data, {})
     with pytest.raises(UserError, match="backbone mlp, whose weights take pictures of 32 pixels"):
-        evaluate_run(mlp, split="all", size=48)
+        evaluate_run(mlp, request=EvaluationRequest(split="all", size=48))
 
 
 @pytest.mark.parametrize("text", ["0", "12x", "x12", "1x2x3", "-4", "a"])

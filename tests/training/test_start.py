@@ -168,7 +168,7 @@ def test_evaluating_a_run_looks_once_and_reads_its_config_once(
     server: FaultServer, trained: Path, tails: list[str]
 ):
     with opened() as paths:
-        metrics = evaluate_run(trained)
+        metrics = evaluate_run(trained).figures
     assert {"eval/loss", "eval_ema/loss"} <= metrics.keys()
     assert looks(server) == dict.fromkeys(shards_of(server, "a"), 1)
     assert tails == ["mask"]
@@ -189,4 +189,4 @@ def test_what_was_seen_at_the_start_holds_for_the_evaluation(server: FaultServer
     with pytest.raises(ShardReadError, match="changed while it was in use"):
         evaluate_run(trained)
     server.plan, server.tags = NO_FAULT, {}
-    assert evaluate_run(trained)["step"] == NUM_STEPS
+    assert evaluate_run(trained).step == NUM_STEPS

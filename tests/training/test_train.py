@@ -13,6 +13,7 @@ from pipeline.checkpoints.folder import list_checkpoints
 from pipeline.common import strict
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
+from pipeline.evaluation.request import EvaluationRequest
 from pipeline.evaluation.trained import evaluate_run
 from pipeline.train import main
 from pipeline.training.loading import load_run
@@ -161,18 +162,19 @@ def test_the_target_of_a_denoising_autoencoder_is_the_clean_image(tiny_shards, r
 
 
 def test_evaluate_gives_the_numbers_that_training_logged(runs):
-    metrics = evaluate_run(runs("beta_vae"))
-    assert metrics.pop("step") == 60
+    card = evaluate_run(runs("beta_vae"))
+    assert card.step == 60
+    metrics = dict(card.figures)
     record = records(runs("beta_vae"))[-2]  # of the last step, before its training values
     logged = {name: value for name, value in record.items() if name not in ("step", "time")}
     assert {name.split("/")[0] for name in metrics} == {"eval", "eval_ema"}
     assert metrics == pytest.approx(logged, rel=1e-6)
     assert metrics["eval/loss"] != metrics["eval_ema/loss"]
-    earlier = evaluate_run(runs("beta_vae"), step=30)
+    earlier = evaluate_run(runs("beta_vae"), step=30).figures
     assert earlier["eval/loss"] == pytest.approx(
         series(runs("beta_vae"), "eval/loss")[30], rel=1e-6
     )
-    on_train = evaluate_run(runs("beta_vae"), split="train")
+    on_train = evaluate_run(runs("beta_vae"), request=EvaluationRequest(split="train")).figures
     assert on_train["eval/samples"] + metrics["eval/samples"] == 60
 
 
