@@ -26,7 +26,7 @@ from pipeline.distributed.watchdog import WatchdogConfig
 from pipeline.losses.objective import Objective
 from pipeline.losses.players import Player
 from pipeline.losses.terms import AdversarialTerm
-from pipeline.metrics import LogLikelihood, Metric, SquaredErrorMetric
+from pipeline.metrics import LogLikelihood, Metric, SquaredErrorMetric, ranking_of
 from pipeline.models.autoencoder import ModelConfig
 from pipeline.monitoring.monitor import MonitorConfig
 from pipeline.monitoring.wandb_mode import wandb_before_version_2
@@ -218,6 +218,7 @@ class TrainConfig(Component):
             raise ValueError(f"evaluation.metrics names a figure twice: {', '.join(labels)}")
         for metric in self.evaluation.metrics:
             metric.check(self.model, self.data.decode)
+        ranking_of(self.evaluation.metrics, self.monitor.rows_by)
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.held_out import PREFIXES, HeldOut, Views
 from pipeline.evaluation.splits import held_out_splits
 from pipeline.monitoring.bad_samples import Quarantine
+from pipeline.monitoring.sheets import write_sheet
 from pipeline.training.build import check_data, make_forward, move_model
 from pipeline.training.loading import Step, choose_checkpoint, load_config, load_run
 from pipeline.training.locations import find_data
@@ -65,9 +66,10 @@ def evaluate_run(
     chosen = runtime.broadcast(chosen)
     assert chosen is not None
 
+    show = partial(write_sheet, run_dir / "evaluations")
     views: Views = {}
     for prefix in kept:
         run = load_run(run_dir, step=chosen, weights=PREFIXES[prefix], config=config)
         model = move_model(run.model, config, runtime.device)
         views[prefix] = partial(nullcontext, model)
-    return {"step": chosen, **held_out.evaluate(views, chosen)}
+    return {"step": chosen, **held_out.evaluate(views, chosen, show=show)}
