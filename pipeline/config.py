@@ -27,7 +27,7 @@ from pipeline.distributed.watchdog import WatchdogConfig
 from pipeline.losses.objective import Objective
 from pipeline.losses.players import Player
 from pipeline.losses.terms import AdversarialTerm
-from pipeline.metrics import LogLikelihood, Metric, SquaredErrorMetric
+from pipeline.metrics import LogLikelihood, Metric, SquaredErrorMetric, ranking_of
 from pipeline.models.autoencoder import ModelConfig
 from pipeline.monitoring.monitor import MonitorConfig
 from pipeline.monitoring.wandb_mode import wandb_before_version_2
@@ -223,6 +223,7 @@ class TrainConfig(Component):
     @model_validator(mode="after")
     def _metrics_are_defined(self) -> Self:
         self.evaluation.check_metrics(self.model, self.data.decode)
+        ranking_of(self.evaluation.metrics, self.monitor.rows_by)
         return self
 
     @model_validator(mode="after")

@@ -2,10 +2,10 @@
 
 import argparse
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.common.arguments import bind, directory, number_or_all, pixels, step
-from pipeline.common.console import listing, plural, print_report, warn
+from pipeline.common.console import listing, plural, print_report
 from pipeline.common.errors import DONE, UserError
 
 if TYPE_CHECKING:  # imports torch
@@ -30,16 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metrics", nargs="+", metavar="METRIC", help=METRICS)
     text = "evaluate at most so many samples, chosen by key (default: the config's)"
     parser.add_argument("--max-samples", type=number_or_all, metavar="N|all", help=text)
+    text = "folder for card and pictures (default: in RUN/evaluations; of a FOLDER: none)"
+    parser.add_argument("--out", type=directory("--out"), help=text)
     again = "; of the run's own mixture once for each of its data sets, in their order"
     for option, metavar, what in (
         ("--data", "PATH", "directory or URL of the index of another data set, or of the run's"),
         ("--shards", "PATH", "directory or URL of the shards, if not beside the index"),
     ):
         parser.add_argument(option, action="append", default=[], metavar=metavar, help=what + again)
-    parser.epilog = (
-        "The data of a run that has moved is looked for by its id. The result is also written to "
-        "RUN/evaluations; nothing is written to a model's folder."
-    )
+    parser.epilog = "Data that has moved is looked for by its id, so --data is rarely needed."
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,33 +47,26 @@ def run(arguments: argparse.Namespace) -> int:
     from pipeline.evaluation.request import EvaluationRequest, read_metrics
     from pipeline.evaluation.trained import evaluate_run
 
-    where = arguments.run
     request = EvaluationRequest(
         split=arguments.split,
         metrics=None if arguments.metrics is None else read_metrics(arguments.metrics),
         max_samples=arguments.max_samples,
         size=arguments.size,
     )
-    places = {"data": arguments.data, "shards": arguments.shards}
-    is_run, file = (where / "config.yaml").is_file(), None
-    if is_run:
-        card = evaluate_run(where, step=arguments.step, request=request, **places)
+    where, data, shards = arguments.run, arguments.data, arguments.shards
+    settings: dict[str, Any] = {"request": request, "data": data, "shards": shards}
+    if (where / "config.yaml").is_file():
+        card = evaluate_run(where, step=arguments.step, out=arguments.out, **settings)
+    elif arguments.step is not None:
+        raise UserError(f"--step chooses a checkpoint, and {where} is no run: leave it out.")
     else:
-        if arguments.step is not None:
-            raise UserError(f"--step chooses a checkpoint, and {where} is no run: leave it out.")
-        card = evaluate_folder(where, request, **places)
-    if os.environ.get("RANK", "0") != "0":
-        return DONE
-    if is_run:
-        try:
-            file = card.write(where)
-        except UserError as error:  # as in a run that may only be read
-            warn(f"{error}; --json prints it")
-    print_report(card.content(), arguments.json, _lines(card, str(file or "")))
+        card = evaluate_folder(where, out=arguments.out, **settings)
+    if os.environ.get("RANK", "0") == "0":  # one of several processes
+        print_report(card.content(), arguments.json, _lines(card))
     return DONE
 
 
-def _lines(card: "Card", file: str) -> list[str]:
+def _lines(card: "Card") -> list[str]:
     """The figures with their units, by the names that training logs; the verdict first."""
     model = card.model.get("folder", "")
     at = model if card.step is None else f"{model}{', ' * bool(model)}step {card.step:,}"
@@ -89,7 +81,7 @@ def _lines(card: "Card", file: str) -> list[str]:
         for name, value in card.figures.items()
         if not name.endswith("/samples")
     }
-    also = {"notes": list(card.notes), "evaluation": card.identity.evaluation_id, "card": file}
+    also = {"notes": list(card.notes), "evaluation id": card.identity.evaluation_id}
     return [
         f"{at} on {'; '.join(sets)}, each once",
         *listing({"weights": weights, **shown, **also}),

@@ -1,7 +1,7 @@
 """Cards: figures of an evaluation, together with all that they depend on, as one JSON object.
 
 splits that were read + settings -> Identity -> evaluation_id
-Identity + model + figures       -> Card     -> RUN/evaluations/step-N-ID.json
+Identity + model + figures       -> Card     -> RUN/evaluations/step-N-ID/card.json
 
 Two cards with one evaluation_id measured the same samples, decoded alike, by the same metrics:
 their figures differ by the models alone. Figures and `step` stand at the top, as in metrics.jsonl.
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from pipeline import __version__
-from pipeline.common.errors import UserError
-from pipeline.common.files import canonical_json, write_json
+from pipeline.common.console import warn
+from pipeline.common.files import canonical_json, temporary_name, write_json
 from pipeline.config import TrainConfig
 from pipeline.evaluation.splits import HeldOutSplit
 
 FORMAT = "latentmill-evaluation-1"
-EVALUATIONS = "evaluations"  # folder in a run directory
+EVALUATIONS, CARD = "evaluations", "card.json"  # folder in a run directory; file of a card
 ID_LENGTH = 16  # hexadecimal digits
 
 
@@ -103,19 +103,32 @@ class Card:
         prefix = figure.removesuffix(name)
         return f"{unit}; N = {self.figures[f'{prefix}samples']:,.0f}".removeprefix("; ")
 
-    def write(self, run_dir: Path) -> Path:
-        """Write the card beside the results of a run, and return its file; for one process.
-
-        The same evaluation of the same step has the same name, so a repetition replaces its card.
-        Raises UserError if it cannot be written.
-        """
-        path = run_dir / EVALUATIONS / f"step-{self.step}-{self.identity.evaluation_id}.json"
+    def write(self, folder: Path) -> None:
+        """Write the card to a folder that is there, in the place of a former one."""
         try:
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, self.content())
+            write_json(folder / CARD, self.content())
         except OSError as error:
-            raise UserError(f"the card {path} cannot be written: {error.strerror}") from error
-        return path
+            warn(_not_written(folder, error))
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether a card can be written to the folder, which is made; if not, a warning says why."""
+    probe = temporary_name(folder / CARD)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:  # as for a run that may only be read
+        warn(_not_written(folder, error))
+        return False
+    return True
+
+
+def _not_written(folder: Path, error: OSError) -> str:
+    return (
+        f"{folder} cannot be written to ({error.strerror}), so card and pictures are not there: "
+        "--json prints the card, and --out names another folder"
+    )
 
 
 # By the figure's name, or by what it begins with.

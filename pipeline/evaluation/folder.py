@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from pipeline.data.settings import DataConfig
 from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.card import Card
 from pipeline.evaluation.request import EvaluationRequest, on_data, one_data_set
-from pipeline.evaluation.trained import measured, open_held_out
+from pipeline.evaluation.trained import AS_TRAINED, measured, open_held_out
 from pipeline.losses.objective import Objective
 from pipeline.models.autoencoder import AutoEncoder
 from pipeline.models.interchange import CONFIG, Description, from_pretrained, read_description
@@ -38,7 +37,12 @@ NO_LIKELIHOOD = "distortion is left out: a model from elsewhere does not say its
 
 
 def evaluate_folder(
-    folder: Path, request: EvaluationRequest, *, data: Sequence[str], shards: Sequence[str] = ()
+    folder: Path,
+    *,
+    request: EvaluationRequest = AS_TRAINED,
+    data: Sequence[str],
+    shards: Sequence[str] = (),
+    out: Path | None = None,
 ) -> Card:
     """Evaluate the model of a folder on a data set; figures have the prefix `eval/`.
 
@@ -47,6 +51,8 @@ def evaluate_folder(
     Nothing is corrupted: a folder does not say how its model was trained. Raises UserError for a
     folder without a model, data that cannot be read, a size that the model does not take, or a
     metric that it cannot have.
+
+    out: new or former folder for the card and pictures; None: nothing is written.
     """
     if not data:
         raise UserError(
@@ -76,13 +82,14 @@ def evaluate_folder(
     views = {"eval": partial(nullcontext, move_model(model, config, runtime.device))}
     about = {"folder": str(folder), "weights_sha256": {"eval": description.weights_sha256}}
     is_foreign = description.dataset_id is None
-    card = measured(held_out, views, description.step, about)
     left_out = {"eval/loss": NO_LOSS} | ({"eval/distortion": NO_LIKELIHOOD} if is_foreign else {})
-    return replace(
-        card,
-        step=None if is_foreign else card.step,
-        figures={name: value for name, value in card.figures.items() if name not in left_out},
-        notes=tuple(left_out.values()),
+    return measured(
+        held_out,
+        views,
+        description.step,
+        model=about,
+        out=out,
+        left_out=left_out,
     )
 
 

@@ -6,25 +6,30 @@ held-out split of each data set --each view: raw weights, averaged weights--> me
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 from torch import nn
 
 from pipeline.checkpoints.folder import Weights
+from pipeline.common.console import warn
+from pipeline.common.errors import UserError
 from pipeline.config import TrainConfig
 from pipeline.data.stream import Stream, open_stream
 from pipeline.data.stream.batch import Batch
 from pipeline.data.stream.device import DeviceBatches
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import Strategy
+from pipeline.evaluation.gallery import Gallery
 from pipeline.evaluation.reconstruction import Measurement, evaluating
 from pipeline.evaluation.splits import HeldOutSplit
+from pipeline.metrics import ranking_of
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.monitoring.monitor import Monitor
+from pipeline.monitoring.sheets import Sheet
 from pipeline.training.forward import Forward
 
 # Metric prefix -> context in which the model has those weights.
 Views = Mapping[str, Callable[[], AbstractContextManager[nn.Module]]]
+Show = Callable[[int, str, Sheet], object]  # of a step, under a name
 CHUNK_BYTES = 256 << 20  # per process
 PREFIXES: dict[str, Weights] = {"eval": "raw", "eval_ema": "ema"}
 
@@ -47,21 +52,24 @@ class HeldOut:
         step: int,
         *,
         monitor: Monitor | None = None,
+        show: Show | None = None,
         before_batch: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
         """Evaluate every view, with the regularisers' weights of `step`; a collective.
 
-        Returns the metrics by their logged names, and logs them on the monitor. before_batch: may
-        raise, but on all processes.
+        Returns the metrics by their logged names, and logs them on the monitor. show: takes what
+        is to be shown of a view, on the main process; None: the monitor does. before_batch: may
+        raise, but on all processes. Raises UserError if a key to picture is not evaluated.
         """
         config, num_tombstones = self.config, 0.0
+        if show is None and monitor is not None:
+            show = monitor.show
         measurements = {
             prefix: Measurement(
                 self.forward,
                 config.evaluation.metrics,
                 weights=config.objective.weights_at(step * config.batch_size),
-                num_images=config.monitor.num_images if monitor else 0,
-                show=partial(monitor.picture, step, prefix) if monitor else lambda _: None,
+                gallery=self._gallery() if show is not None else None,
             )
             for prefix in views
         }
@@ -80,9 +88,43 @@ class HeldOut:
         for prefix, measurement in measurements.items():
             result = {**measurement.result(self.runtime), "tombstones": num_tombstones}
             metrics |= {f"{prefix}/{name}": value for name, value in result.items()}
+        if show is not None:
+            sheets = {prefix: it.sheet(self.runtime) for prefix, it in measurements.items()}
+            galleries = [it.gallery for it in measurements.values() if it.gallery is not None]
+            self._check_pictured(galleries, must_be=monitor is None or step == 0)
+            for prefix, sheet in sheets.items() if self.runtime.is_main else ():
+                show(step, prefix.replace("/", "-"), sheet)
         if monitor is not None:
             monitor.log(step, metrics)
         return metrics
+
+    def _gallery(self) -> Gallery | None:
+        """Return what collects the images to be shown; None: none are wanted."""
+        config = self.config
+        if config.monitor.num_images == 0:
+            return None
+        return Gallery(
+            config.monitor,
+            ranking_of(config.evaluation.metrics, config.monitor.rows_by),
+            decode=config.data.decode,
+            indexes=[split.index for split in self.splits],
+        )
+
+    def _check_pictured(self, galleries: Sequence[Gallery], *, must_be: bool) -> None:
+        """Raise UserError, or only warn, if a key to picture is in none of the galleries."""
+        wanted = self.config.monitor.pictured if galleries else ()
+        missing = [key for key in wanted if all(key in it.missing for it in galleries)]
+        if not missing:
+            return
+        text = (
+            f"monitor.pictured names {', '.join(map(repr, missing))}: no evaluated sample has "
+            "this key. The keys of some that are evaluated stand in the .json files beside the "
+            "pictures, in images/"
+        )
+        if must_be:
+            raise UserError(f"{text}; evaluation.split says which samples are evaluated.")
+        if self.runtime.is_main:
+            warn(text)
 
     def _stream(self, split: HeldOutSplit) -> Stream:
         """Open this process's part of a split."""

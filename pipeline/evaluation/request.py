@@ -39,11 +39,17 @@ class EvaluationRequest:
         if self.metrics is not None:
             changed["metrics"] = self.metrics
         evaluation = config.evaluation.model_copy(update=changed)
+        monitor = config.monitor
+        if self.metrics is not None:  # the one that ranks images need not be among them
+            monitor = monitor.model_copy(update={"rows_by": None})
+        if self.split is not None or self.max_samples is not None:
+            monitor = monitor.model_copy(update={"pictured": ()})
         try:
             evaluation.check_metrics(config.model, decode)
         except ValueError as error:
             raise UserError(f"{error}.") from None
-        return config.model_copy(update={"data": data, "evaluation": evaluation})
+        parts = {"data": data, "evaluation": evaluation, "monitor": monitor}
+        return config.model_copy(update=parts)
 
 
 def on_data(config: TrainConfig, path: str, shards: str | None, split: str | None) -> TrainConfig:
@@ -55,7 +61,9 @@ def on_data(config: TrainConfig, path: str, shards: str | None, split: str | Non
     place = {"path": path, "shards": shards, "mixture": (), "split": chosen}
     data = config.data.model_copy(update=place)
     evaluation = config.evaluation.model_copy(update={"split": chosen})
-    return config.model_copy(update={"data": data, "evaluation": evaluation})
+    # Its samples have other keys.
+    monitor = config.monitor.model_copy(update={"pictured": ()})
+    return config.model_copy(update={"data": data, "evaluation": evaluation, "monitor": monitor})
 
 
 def one_data_set(data: Sequence[str], shards: Sequence[str]) -> tuple[str, str | None]:

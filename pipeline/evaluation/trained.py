@@ -1,6 +1,6 @@
 """Evaluation of what a run has trained: a checkpoint, raw and averaged weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,12 @@ from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
 from pipeline.distributed.runtime import Runtime
-from pipeline.evaluation.card import Card, Identity
+from pipeline.evaluation.card import EVALUATIONS, Card, Identity, is_writable
 from pipeline.evaluation.held_out import PREFIXES, HeldOut, Views
 from pipeline.evaluation.request import EvaluationRequest, on_data, one_data_set
 from pipeline.evaluation.splits import held_out_splits
 from pipeline.monitoring.bad_samples import Quarantine
+from pipeline.monitoring.sheets import Sheet, write_sheet
 from pipeline.training.build import check_data, make_forward, move_model
 from pipeline.training.loading import Step, choose_checkpoint, load_config, load_run
 from pipeline.training.locations import find_data, read_locations
@@ -25,6 +26,7 @@ from pipeline.training.resizing import decode_at
 from pipeline.training.run_directory import check_ranks
 
 AS_TRAINED = EvaluationRequest()
+NOTHING: Mapping[str, str] = {}
 
 
 def evaluate_run(
@@ -34,8 +36,12 @@ def evaluate_run(
     request: EvaluationRequest = AS_TRAINED,
     data: Sequence[str] = (),
     shards: Sequence[str] = (),
+    out: Path | None = None,
 ) -> Card:
     """Evaluate a checkpoint of a run; the figures have the names that the training logs.
+
+    The main process writes the card, and the pictures, to the folder `out`; None: to the folder
+    `evaluations` of the run, under a name that step and evaluation have.
 
     step: None: the newest checkpoint that verifies. data, shards: where the data sets of the
     training, and their shards, lie now; empty: they are looked for, see `training.locations`. A
@@ -77,7 +83,9 @@ def evaluate_run(
         views[prefix] = partial(nullcontext, move_model(run.model, config, runtime.device))
     model = {"run": str(run_dir), "weights_sha256": digests}
     notes = () if other is None else ("the run was trained on another data set",)
-    return measured(held_out, views, chosen, model, notes)
+    identity = Identity.of(config, held_out.splits)
+    out = out or run_dir / EVALUATIONS / f"step-{chosen}-{identity.evaluation_id}"
+    return measured(held_out, views, chosen, model=model, out=out, notes=notes)
 
 
 def open_held_out(
@@ -93,21 +101,38 @@ def measured(
     held_out: HeldOut,
     views: Views,
     step: int,
-    model: dict[str, Any],
+    *,
+    model: Mapping[str, Any],
+    out: Path | None,
     notes: tuple[str, ...] = (),
+    left_out: Mapping[str, str] = NOTHING,
 ) -> Card:
-    """Evaluate the views, and return the card; a collective."""
-    config = held_out.config
-    return Card(
+    """Evaluate the views, and return the card; a collective.
+
+    out: folder to which the main process writes the card and pictures. If that cannot be written
+    to, a warning says so. left_out: figures without a meaning, and why.
+    """
+    runtime, config = held_out.runtime, held_out.config
+    writes = out is not None and runtime.is_main and is_writable(out)
+
+    def show(step: int, name: str, sheet: Sheet) -> None:
+        if out is not None and writes:
+            write_sheet(out, step, name, sheet)
+
+    figures = held_out.evaluate(views, step, show=None if out is None else show)
+    card = Card(
         identity=Identity.of(config, held_out.splits),
         model=model,
         step=step,
-        figures=held_out.evaluate(views, step),
+        figures={name: value for name, value in figures.items() if name not in left_out},
         precision=config.precision,
         seed=config.seed,
         in_nats=config.model.likelihood.is_nats,
-        notes=notes,
+        notes=(*notes, *left_out.values()),
     )
+    if out is not None and writes:
+        card.write(out)
+    return card
 
 
 def _other_data(run_dir: Path, data: DataConfig, paths: Sequence[str]) -> Index | None:

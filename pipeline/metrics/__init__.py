@@ -7,11 +7,19 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.metrics.active_units import ActiveUnits
 from pipeline.metrics.base import EvaluatedBatch, MeanMetric, MetricBase
+from pipeline.metrics.kl_per_dimension import KlPerDimension
 from pipeline.metrics.likelihood import LogLikelihood
+from pipeline.metrics.psnr import Psnr
+from pipeline.metrics.ranking import ranking_of
 from pipeline.metrics.squared_error import SquaredErrorMetric
+from pipeline.metrics.ssim import Ssim
 
-Metric = Annotated[SquaredErrorMetric | LogLikelihood, Field(discriminator="kind")]
+Metric = Annotated[
+    SquaredErrorMetric | LogLikelihood | Psnr | Ssim | ActiveUnits | KlPerDimension,
+    Field(discriminator="kind"),
+]
 
 __all__ = [
     "EvaluatedBatch",
@@ -20,4 +28,5 @@ __all__ = [
     "Metric",
     "MetricBase",
     "SquaredErrorMetric",
+    "ranking_of",
 ]

@@ -1,12 +1,14 @@
 """The inputs and the interface of metrics.
 
-    each micro-batch --sums, rows--> sum or gather over all processes --value--> figures
+    each micro-batch --per_image--------> mean over the images of all processes --> figures
+                     --sums, rows--> sum or gather over all processes --value--> figures
 
 # B images of a micro-batch
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +72,22 @@ class MetricBase(Component):
         """
         return {}
 
+    # Whether images with larger values are the better ones; see `ranked_by`.
+    higher_is_better: ClassVar[bool] = False
+
+    @property
+    def ranked_by(self) -> str | None:
+        """Name of the values per image that tell the best images from the worst; None: none do."""
+        return None
+
+    def per_image(self, batch: EvaluatedBatch) -> dict[str, Tensor]:
+        """Return values [B] by name; their means over the images are figures of these names.
+
+        The same names for every micro-batch.
+        """
+        del batch
+        return {}
+
     @property
     def max_rows(self) -> int:
         """Number of images whose rows are kept; the same images on any number of processes."""
@@ -86,23 +104,26 @@ class MetricBase(Component):
         return None
 
     def value(self, sums: Mapping[str, Tensor], rows: Tensor | None) -> dict[str, float]:
-        """Return the figures, by name. rows: [n, ...], by ascending uid."""
+        """Return the figures of `sums` and `rows`, by name. rows: [n, ...], by ascending uid."""
         raise NotImplementedError
+
+    def vectors(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:
+        """Return what is too long for figures, by name: written to the evaluation's file."""
+        del sums
+        return {}
 
 
 class MeanMetric(MetricBase):
     """Means over the images."""
 
+    @property
+    def ranked_by(self) -> str | None:
+        return self.label
+
     def per_image(self, batch: EvaluatedBatch) -> dict[str, Tensor]:
-        """Return values [B] by the names of the figures; the same names for every micro-batch."""
         raise NotImplementedError
 
-    def sums(self, batch: EvaluatedBatch) -> dict[str, Tensor]:
-        """Return the number of images, and the sum of each value."""
-        values = {name: batch.total(values) for name, values in self.per_image(batch).items()}
-        return {"images": batch.weight.sum(dtype=torch.float64), **values}
-
     def value(self, sums: Mapping[str, Tensor], rows: Tensor | None) -> dict[str, float]:
-        """Return the means; NaN without an image."""
-        del rows
-        return {n: float(total / sums["images"]) for n, total in sums.items() if n != "images"}
+        """Return the figures besides the means."""
+        del sums, rows
+        return {}

@@ -34,6 +34,17 @@ class ImageMetric(MetricBase):
                 f"metric {self.kind} compares pictures, but data.decode.kind is {decode.kind}: "
                 "leave the metric out"
             )
+        if decode.channels == 4:
+            raise ValueError(
+                f"metric {self.kind} compares pictures as they are seen, but data.decode.channels "
+                "is 4: what is seen of transparent pixels depends on what lies behind them. Leave "
+                "the metric out: squared_error compares the four channels as they are"
+            )
+        if decode.dtype != "uint8":
+            raise ValueError(
+                f"metric {self.kind} compares pictures as saved in 8 bits, but data.decode.dtype "
+                f"is {decode.dtype}: leave the metric out; squared_error compares all bits"
+            )
         if self.decodes == "sample" and not model.bottleneck.has_density:
             raise ValueError(
                 f"metric {self.kind} with decodes: sample needs a density to sample from, but "
