@@ -27,6 +27,7 @@ from pipeline.distributed.outcome import Outcome, write_outcome
 from pipeline.distributed.rendezvous import print_error
 from pipeline.distributed.runtime import Runtime, Stopped, StopRequest
 from pipeline.distributed.watchdog import Watchdog
+from pipeline.evaluation.card import Identity, record_identity
 from pipeline.evaluation.held_out import HeldOut, views_of
 from pipeline.evaluation.splits import held_out_splits
 from pipeline.monitoring.bad_samples import Quarantine
@@ -124,6 +125,8 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
         checkpoints.load_evaluations(monitor.past)
         quarantine = Quarantine(run_dir, config.data, runtime)
         splits = held_out_splits(config, indexes, states)
+        if runtime.is_main:
+            record_identity(run_dir, Identity.of(config, splits))
         ledger = Ledger(
             stream,
             indexes,

@@ -5,7 +5,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from pipeline.common.arguments import bind, directory, number_or_all, pixels, step
-from pipeline.common.console import listing, plural, print_report
+from pipeline.common.console import LABEL_WIDTH, listing, plural, print_report
 from pipeline.common.errors import DONE, UserError
 
 if TYPE_CHECKING:  # imports torch
@@ -74,15 +74,13 @@ def _lines(card: "Card") -> list[str]:
         f"split {one['split']} of {one['path']}: {plural(one['samples'], 'sample')}"
         for one in card.identity.data
     ]
-    averaged = "eval_ema/loss" in card.figures
-    weights = "eval: weights as trained; eval_ema: averaged ones" if averaged else ""
-    shown = {
-        name: f"{value:,.5g}  {card.unit(name)}".rstrip()
-        for name, value in card.figures.items()
-        if not name.endswith("/samples")
+    averaged = "eval_ema/samples" in card.figures
+    also = {
+        "weights": "eval: weights as trained; eval_ema: averaged ones" if averaged else "",
+        "notes": list(card.notes),
+        "evaluation id": card.identity.evaluation_id,
     }
-    also = {"notes": list(card.notes), "evaluation id": card.identity.evaluation_id}
-    return [
-        f"{at} on {'; '.join(sets)}, each once",
-        *listing({"weights": weights, **shown, **also}),
-    ]
+    shown = {n: v for n, v in card.figures.items() if not n.endswith("/samples")}
+    width = max(LABEL_WIDTH, 2 + max(map(len, shown)))
+    figures = [f"{n:<{width}}{v:<12,.5g}{card.unit(n)}".rstrip() for n, v in shown.items()]
+    return [f"{at} on {'; '.join(sets)}, each once", *figures, *listing(also)]

@@ -3,6 +3,8 @@
 splits that were read + settings -> Identity -> evaluation_id
 Identity + model + figures       -> Card     -> RUN/evaluations/step-N-ID/card.json
 
+splits of a training             -> RUN/evaluations/training.json: the same without figures
+
 Two cards with one evaluation_id measured the same samples, decoded alike, by the same metrics:
 their figures differ by the models alone. Figures and `step` stand at the top, as in metrics.jsonl.
 """
@@ -22,7 +24,8 @@ from pipeline.config import TrainConfig
 from pipeline.evaluation.splits import HeldOutSplit
 
 FORMAT = "latentmill-evaluation-1"
-EVALUATIONS, CARD = "evaluations", "card.json"  # folder in a run directory; file of a card
+EVALUATIONS = "evaluations"  # folder in a run directory
+CARD, TRAINING = "card.json", "training.json"  # file of a card; of a training's own evaluations
 ID_LENGTH = 16  # hexadecimal digits
 
 
@@ -86,7 +89,7 @@ class Card:
             "model": dict(self.model),
             "precision": self.precision,
             "seed": self.seed,
-            "versions": {"latentmill": __version__, "torch": version("torch")},
+            "versions": _versions(),
             "notes": list(self.notes),
             "units": {name: unit for name in self.figures if (unit := self.unit(name))},
             **({} if self.step is None else {"step": self.step}),
@@ -111,6 +114,13 @@ class Card:
             warn(_not_written(folder, error))
 
 
+def record_identity(run_dir: Path, identity: Identity) -> None:
+    """Write what a training's own evaluations measure; their figures stand in metrics.jsonl."""
+    (run_dir / EVALUATIONS).mkdir(exist_ok=True)
+    content = {"format": FORMAT, **identity.content(), "versions": _versions()}
+    write_json(run_dir / EVALUATIONS / TRAINING, content)
+
+
 def is_writable(folder: Path) -> bool:
     """Whether a card can be written to the folder, which is made; if not, a warning says why."""
     probe = temporary_name(folder / CARD)
@@ -122,6 +132,10 @@ def is_writable(folder: Path) -> bool:
         warn(_not_written(folder, error))
         return False
     return True
+
+
+def _versions() -> dict[str, str]:
+    return {"latentmill": __version__, "torch": version("torch")}
 
 
 def _not_written(folder: Path, error: OSError) -> str:

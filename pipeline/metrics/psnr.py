@@ -40,5 +40,5 @@ class Psnr(ImageMetric, MeanMetric):
         return {self.named("psnr_pooled"): float(pooled)}
 
     def _mean_squared_error(self, batch: EvaluatedBatch) -> Tensor:
-        clean, decoded = self.pair(batch)
-        return (clean - decoded).square().flatten(1).mean(1, dtype=torch.float64)
+        clean, decoded = self.levels(batch)
+        return (clean - decoded).square().flatten(1).mean(1, dtype=torch.float64) / 255**2

@@ -42,10 +42,14 @@ class Ssim(ImageMetric, MeanMetric):
             )
 
     def per_image(self, batch: EvaluatedBatch) -> dict[str, Tensor]:
-        clean, decoded = self.pair(batch)
+        clean, decoded = self.levels(batch)
         at_once = max(VALUES_AT_ONCE // clean[0].numel(), 1)
         parts = zip(clean.split(at_once), decoded.split(at_once), strict=True)
-        return {self.label: torch.cat([similarity(x.double(), y.double()) for x, y in parts])}
+        return {
+            self.label: torch.cat(
+                [similarity(*(it.double() / 255 for it in part)) for part in parts]
+            )
+        }
 
 
 def similarity(x: Tensor, y: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ config.yaml        the resolved config, a valid input as well
 metrics.jsonl      every logged value
 checkpoints/       see `checkpoints.folder`
 images/  wandb/    see `monitoring.monitor`
+evaluations/       what the evaluations measure, and results of others: see `evaluation.card`
 quarantine.jsonl   bad samples, once each
 changes.jsonl      settings changed on a resume by --accept-change
 locations.json     where the newest start found run and data: see `training.locations`

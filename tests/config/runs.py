@@ -182,10 +182,20 @@ def quarantined(world: World, given: Given) -> set[tuple[str, str]]:
 
 def picture_sizes(world: World, given: Given) -> list[tuple[int, int]]:
     sizes: list[tuple[int, int]] = []
-    for path in sorted((world.run(given) / "images").iterdir()):
+    for path in sorted((world.run(given) / "images").glob("*.png")):
         with Image.open(path) as image:
             sizes.append(image.size)
     return sizes
+
+
+def shown(world: World, given: Given) -> list[Any]:
+    """What the evaluations show, in order, without the values."""
+    found: list[Any] = []
+    for path in sorted((world.run(given) / "images").glob("*.json")):
+        sheet = json.loads(path.read_bytes())
+        kinds = ("pictured", "best", "worst")
+        found.append([[row["key"] for row in sheet.get(kind, [])] for kind in kinds])
+    return found
 
 
 def place(world: World, given: Given) -> bool:

@@ -35,6 +35,7 @@ from tests.config.runs import (
     picture_sizes,
     place,
     quarantined,
+    shown,
     started,
     thread_names,
     wandb_run,
@@ -284,7 +285,26 @@ CHANGES: dict[str, Change] = {
         f"evaluation.metrics.{kind}.kind": Change(
             (f"evaluation.metrics=[{{kind: {kind}}}]",), evaluation, ("evaluation.metrics=[]",)
         )
-        for kind in ("squared_error", "log_likelihood")
+        for kind in (
+            "squared_error",
+            "log_likelihood",
+            "psnr",
+            "active_units",
+            "kl_per_dimension",
+        )
+    },
+    "evaluation.metrics.ssim.kind": Change(
+        ("evaluation.metrics=[{kind: ssim}]",),
+        evaluation,
+        ("evaluation.metrics=[]", "data.decode.size=12"),
+    ),
+    **{
+        f"evaluation.metrics.{kind}.decodes": Change(
+            (f"evaluation.metrics=[{{kind: {kind}, decodes: sample}}]",),
+            evaluation,
+            (f"evaluation.metrics=[{{kind: {kind}}}]", "data.decode.size=12"),
+        )
+        for kind in ("psnr", "ssim")
     },
     "checkpoint.every_steps": Change(("checkpoint.every_steps=2",), checkpoints),
     "checkpoint.keep.latest": Change(
@@ -309,6 +329,12 @@ CHANGES: dict[str, Change] = {
     "watchdog.seconds": Change(("watchdog.seconds=null",), watches),
     "monitor.log_every_steps": Change(("monitor.log_every_steps=2",), logged_steps),
     "monitor.num_images": Change(("monitor.num_images=3",), picture_sizes),
+    "monitor.pictured": Change(("monitor.pictured=['0024']",), shown),
+    "monitor.rows_by": Change(
+        ("monitor.rows_by=ssim",),
+        shown,
+        ("evaluation.metrics=[{kind: squared_error}, {kind: ssim}]", "data.decode.size=12"),
+    ),
     "monitor.wandb.mode": Change((OFFLINE,), wandb_run),
     "monitor.wandb.project": Change(("monitor.wandb.project=p",), wandb_run, (OFFLINE,)),
     "monitor.wandb.name": Change(("monitor.wandb.name=n",), wandb_run, (OFFLINE,)),

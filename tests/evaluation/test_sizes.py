@@ -1,12 +1,14 @@
 """`evaluate RUN --size`: a convolutional run is evaluated on pictures of another size."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from pipeline.__main__ import main
 from pipeline.common.errors import UserError
@@ -36,20 +38,28 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return make_run(tmp_path_factory.mktemp("run"), data, RESNET)
 
 
-def squared_error_at(run_dir: Path, data: Path, size: Any, weights: Any) -> float:
-    """Of the reconstructions of all pictures, by a model that is built for this size."""
+def squared_error_of(data: Path, size: Any, reconstruct: Callable[[Tensor], Tensor]) -> float:
+    """Of the reconstructions of all pictures of a data set of one shard."""
     decode = ImageDecode(size=size, channels=1)
     slots = np.zeros((SHARD_ROWS, *decode.buffer_shape), np.uint8)
     for content, slot in zip(pictures_of(data / "shard-000000.tar"), slots, strict=True):
         decode.decode(content, slot)
     x = decode.to_unit(decode.event_view(torch.from_numpy(slots)))
-    trained = load_run(run_dir, weights=weights)
-    model = build_autoencoder(trained.config.model, x.shape[1:], seed=3, dtype=torch.float32)
-    model.load_state_dict(trained.model.state_dict())
     with torch.no_grad():
+        return float((reconstruct(x) - x).square().sum(dim=(1, 2, 3)).mean())
+
+
+def squared_error_at(run_dir: Path, data: Path, size: Any, weights: Any) -> float:
+    """By a model that is built for this size."""
+
+    def reconstruct(x: Tensor) -> Tensor:
+        trained = load_run(run_dir, weights=weights)
+        model = build_autoencoder(trained.config.model, x.shape[1:], seed=3, dtype=torch.float32)
+        model.load_state_dict(trained.model.state_dict())
         code = model.eval()(x, mode="encode").code
-        decoded = model(code.posterior.mu, mode="decode").decoded
-    return float((decoded - x).square().sum(dim=(1, 2, 3)).mean())
+        return model(code.posterior.mu, mode="decode").decoded
+
+    return squared_error_of(data, size, reconstruct)
 
 
 @pytest.mark.parametrize("size, said", [(48, "48"), ((24, 40), "24x40")])
