@@ -74,7 +74,7 @@ def _lines(card: "Card") -> list[str]:
         f"split {one['split']} of {one['path']}: {plural(one['samples'], 'sample')}"
         for one in card.identity.data
     ]
-    averaged = "eval_ema/samples" in card.figures
+    averaged = any(name.startswith("eval_ema/") for name in card.figures)
     also = {
         "weights": "eval: weights as trained; eval_ema: averaged ones" if averaged else "",
         "notes": list(card.notes),

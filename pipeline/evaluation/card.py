@@ -176,6 +176,7 @@ def _stems(name: str) -> list[str]:
 def _data_of(split: HeldOutSplit) -> dict[str, Any]:
     order = split.order.orders[0]
     return {
+        **({"name": split.name} if split.name else {}),
         "path": split.data.path,
         "dataset_id": order.dataset_id,
         "split": split.data.split,

@@ -56,7 +56,7 @@ def components(annotation: Any) -> Iterator[type[Component]]:
 def leaves(tree: type[Component], path: str = "") -> Iterator[str]:
     """All settings: "a.b"; of a kind "a.KIND.b", and "a.KIND.kind" for choosing it."""
     for name, field in tree.model_fields.items():
-        inner = list(components(field.annotation))
+        inner = list(dict.fromkeys(components(field.annotation)))
         is_section = len(inner) == 1 and "kind" not in inner[0].model_fields
         if not inner or (not isinstance(field.default, Component) and not is_section):
             yield f"{path}{name}"
@@ -278,6 +278,14 @@ CHANGES: dict[str, Change] = {
     "channels_last": Change(("channels_last=false",), memory_format, BURGESS),
     "compile": Change(("compile=true",), compiled),
     "max_skipped_steps": Change(("max_skipped_steps=0",), ending, (f"{RATE}.peak=1e30",)),
+    "evaluation.data.path": Change(("evaluation.data={path: {tmp}/other}",), evaluation),
+    "evaluation.data.shards": Change(
+        ("evaluation.data.shards={tmp}/shards",), ending, ("evaluation.data={path: {tmp}/apart}",)
+    ),
+    "evaluation.data.split": Change(
+        ("evaluation.data.split=other",), evaluation, ("evaluation.data={path: {tmp}/shards}",)
+    ),
+    "evaluation.max_samples": Change(("evaluation.max_samples=3",), evaluation),
     "evaluation.split": Change(("evaluation.split=other",), evaluation),
     "evaluation.every_steps": Change(("evaluation.every_steps=3",), evaluated_steps),
     "evaluation.metrics": Change(("evaluation.metrics=[]",), evaluation),
@@ -346,7 +354,9 @@ CHANGES: dict[str, Change] = {
 # Settings that cannot change a run yet.
 WITHOUT_EFFECT = (
     "latent_transforms",  # there is no kind of them
-    "version",  # the former defaults are those of W&B, which changes no number
+    # The former defaults are those of W&B, which changes no number, and of evaluations of more
+    # samples than these.
+    "version",
 )
 
 

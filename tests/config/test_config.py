@@ -156,6 +156,15 @@ def test_a_file_that_cannot_be_parsed_has_one_problem(tmp_path: Path):
         read_config(path)
 
 
+def test_a_run_of_version_2_still_evaluates_every_sample(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text("run_dir: r\ndata: {path: d}\nevaluation: {every_steps: 5}\n")
+    assert read_config(path).evaluation.max_samples == 50_000
+    for version in (1, 2):
+        evaluation = read_config(path, version=version).evaluation
+        assert (evaluation.max_samples, evaluation.every_steps) == (None, 5)
+
+
 def test_a_file_is_read_by_the_version_of_the_run_that_it_goes_on_with(tmp_path: Path):
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps({"run_dir": str(tmp_path / "run"), "data": {"path": "x"}}))

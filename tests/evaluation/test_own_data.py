@@ -143,8 +143,15 @@ def test_data_that_moved_is_found_and_other_data_is_refused(
     (tmp_path / "old").mkdir()
     folder = Path(shutil.copytree(val, tmp_path / "old" / "val"))
     sets = f"evaluation.data={{val: {{path: {folder}}}}}"
-    assert main([str(config), sets, "num_steps=4"]) == 0
-    moved = folder.rename(tmp_path / "moved")
+    assert main([str(config), sets, "num_steps=2", f"run_dir={tmp_path}/old/run"]) == 0
+    # Run and data move together: the data is found from the run.
+    (tmp_path / "old").rename(tmp_path / "new")
+    capsys.readouterr()
+    assert main([str(config), sets, "num_steps=4", f"run_dir={tmp_path}/new/run"]) == 0
+    assert f"data: {folder} of {tmp_path}/new/run is read from" in capsys.readouterr().err
+    assert "eval/val/loss" in evaluate_run(tmp_path / "new" / "run", out=tmp_path / "c").figures
+    (tmp_path / "new" / "run").rename(tmp_path / "run")
+    moved = (tmp_path / "new" / "val").rename(tmp_path / "moved")
     capsys.readouterr()
     assert main([str(config), sets]) == 2
     text = capsys.readouterr().err
@@ -152,7 +159,6 @@ def test_data_that_moved_is_found_and_other_data_is_refused(
     assert "evaluation.data.val.path=PATH" in text
     elsewhere = sets.replace(str(folder), str(moved))
     assert main([str(config), elsewhere, "num_steps=6"]) == 0
-    # The whole folder of run and data moves: both are found from there.
     assert sorted(evaluations(tmp_path / "run")) == [0, 2, 4, 6]
     write_tiny_shards(tmp_path / "other", (20, 20))
     build_index(tmp_path / "other")
