@@ -100,7 +100,7 @@ def open_held_out(
 def measured(
     held_out: HeldOut,
     views: Views,
-    step: int,
+    step: int | None,
     *,
     model: Mapping[str, Any],
     out: Path | None,
@@ -110,7 +110,7 @@ def measured(
     """Evaluate the views, and return the card; a collective.
 
     out: folder to which the main process writes the card and pictures. If that cannot be written
-    to, a warning says so. left_out: figures without a meaning, and why.
+    to, a warning says so. step: None: not known. left_out: figures without a meaning, and why.
     """
     runtime, config = held_out.runtime, held_out.config
     writes = out is not None and runtime.is_main and is_writable(out)
@@ -119,7 +119,7 @@ def measured(
         if out is not None and writes:
             write_sheet(out, step, name, sheet)
 
-    figures = held_out.evaluate(views, step, show=None if out is None else show)
+    figures = held_out.evaluate(views, step or 0, show=None if out is None else show)
     card = Card(
         identity=Identity.of(config, held_out.splits),
         model=model,
