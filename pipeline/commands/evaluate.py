@@ -71,10 +71,10 @@ def _lines(card: "Card") -> list[str]:
     model = card.model.get("folder", "")
     at = model if card.step is None else f"{model}{', ' * bool(model)}step {card.step:,}"
     sets = [
-        f"split {one['split']} of {one['path']}: {plural(one['samples'], 'sample')}"
+        f"split {one['split']} of {one['path']}: {_chosen(one['samples'], one['split_samples'])}"
         for one in card.identity.data
     ]
-    averaged = "eval_ema/samples" in card.figures
+    averaged = any(name.startswith("eval_ema/") for name in card.figures)
     also = {
         "weights": "eval: weights as trained; eval_ema: averaged ones" if averaged else "",
         "notes": list(card.notes),
@@ -84,3 +84,8 @@ def _lines(card: "Card") -> list[str]:
     width = max(LABEL_WIDTH, 2 + max(map(len, shown)))
     figures = [f"{n:<{width}}{v:<12,.5g}{card.unit(n)}".rstrip() for n, v in shown.items()]
     return [f"{at} on {'; '.join(sets)}, each once", *figures, *listing(also)]
+
+
+def _chosen(samples: int, of: int) -> str:
+    """Say how many samples of a split were evaluated."""
+    return plural(samples, "sample") if samples == of else f"{samples:,} of {plural(of, 'sample')}"

@@ -174,12 +174,13 @@ def _stems(name: str) -> list[str]:
 
 
 def _data_of(split: HeldOutSplit) -> dict[str, Any]:
-    order = split.order.orders[0]
+    order, name = split.order.orders[0], split.data.split
     return {
         "path": split.data.path,
         "dataset_id": order.dataset_id,
-        "split": split.data.split,
+        "split": name,
         "split_id": order.split,
+        "split_samples": int(split.index.counts(name).sum()),
         "samples": order.num_samples,
     }
 
