@@ -102,7 +102,8 @@ def test_bad_samples_of_another_data_set_are_printed_and_not_listed_as_the_runs(
 def test_an_exported_model_has_the_figures_of_its_run(
     run_dir: Path, exported: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ):
-    metrics = ["--metrics", "squared_error", "log_likelihood", "psnr", "ssim", "kl_per_dimension"]
+    kinds = ["squared_error", "log_likelihood", "psnr", "ssim", "active_units", "kl_per_dimension"]
+    metrics = ["--metrics", *kinds]
     before = tree(exported)
     of_run = evaluated(capsys, run_dir, *metrics)
     card = evaluated(capsys, exported, "--data", data, "--split", "held_out", *metrics)
@@ -113,6 +114,7 @@ def test_an_exported_model_has_the_figures_of_its_run(
     assert {"eval/psnr", "eval/ssim", "eval/kl", "eval/distortion"} <= figures.keys()
     wanted = {name: of_run[name.replace("eval/", "eval_ema/")] for name in figures}
     assert figures == pytest.approx(wanted, rel=1e-6)
+    assert card["units"].keys() == figures.keys()
     assert "eval/loss" not in card
     assert card["notes"] == [
         "loss is left out: a model's folder does not say its training's objective"
