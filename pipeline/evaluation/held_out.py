@@ -1,6 +1,6 @@
 """Held-out evaluation: during a training, and of a trained model.
 
-held-out split of each data set --each view: raw weights, averaged weights--> metrics
+split of each data set --each view: raw weights, averaged weights--> metrics of the data set
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ PREFIXES: dict[str, Weights] = {"eval": "raw", "eval_ema": "ema"}
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Evaluates a run on its held-out splits."""
+    """Evaluates a run on its held-out splits; those of one name are measured together."""
 
     config: TrainConfig
     splits: Sequence[HeldOutSplit]
@@ -57,48 +57,68 @@ class HeldOut:
     ) -> dict[str, float]:
         """Evaluate every view, with the regularisers' weights of `step`; a collective.
 
-        Returns the metrics by their logged names, and logs them on the monitor. show: takes what
-        is to be shown of a view, on the main process; None: the monitor does. before_batch: may
-        raise, but on all processes. Raises UserError if a key to picture is not evaluated.
+        Returns the metrics by their logged names, and logs them on the monitor: VIEW/METRIC, or
+        VIEW/NAME/METRIC of a data set with a name. show: takes what is to be shown of a view, on
+        the main process; None: the monitor does. before_batch: may raise, but on all processes.
+        Raises UserError if a key to picture is not evaluated.
         """
-        config, num_tombstones = self.config, 0.0
         if show is None and monitor is not None:
             show = monitor.show
-        measurements = {
-            prefix: Measurement(
-                self.forward,
-                config.evaluation.metrics,
-                weights=config.objective.weights_at(step * config.batch_size),
-                gallery=self._gallery() if show is not None else None,
-            )
-            for prefix in views
-        }
-        for split in self.splits:
-            with self._stream(split) as stream:
-                batches = DeviceBatches(stream, self.runtime.device)
-                for chunk in chunks(batches, self.chunk_bytes if len(views) > 1 else 0):
-                    for prefix, view in views.items():
-                        with view() as model, evaluating(model):
-                            for batch in chunk:
-                                before_batch()
-                                for part in batch.split(config.accumulation):
-                                    measurements[prefix].add(model, part)
-                num_tombstones += self.quarantine.collect(stream)["data/tombstones"]
         metrics: dict[str, float] = {}
-        for prefix, measurement in measurements.items():
-            result = {**measurement.result(self.runtime), "tombstones": num_tombstones}
-            metrics |= {f"{prefix}/{name}": value for name, value in result.items()}
-        if show is not None:
-            sheets = {prefix: it.sheet(self.runtime) for prefix, it in measurements.items()}
-            galleries = [it.gallery for it in measurements.values() if it.gallery is not None]
-            self._check_pictured(galleries, must_be=monitor is None or step == 0)
-            for prefix, sheet in sheets.items() if self.runtime.is_main else ():
-                show(step, prefix.replace("/", "-"), sheet)
+        galleries: list[Gallery] = []
+        sheets: dict[str, Sheet] = {}
+        for name in dict.fromkeys(split.name for split in self.splits):
+            measurements, num_tombstones = self._measure(name, views, step, show, before_batch)
+            for view, measurement in measurements.items():
+                prefix = f"{view}/{name}".rstrip("/")
+                result = {**measurement.result(self.runtime), "tombstones": num_tombstones}
+                metrics |= {f"{prefix}/{figure}": value for figure, value in result.items()}
+                if show is not None:
+                    sheets[prefix] = measurement.sheet(self.runtime)
+                if measurement.gallery is not None:
+                    galleries.append(measurement.gallery)
+        self._check_pictured(galleries, must_be=monitor is None or step == 0)
+        for prefix, sheet in sheets.items() if self.runtime.is_main else ():
+            assert show is not None
+            show(step, prefix.replace("/", "-"), sheet)
         if monitor is not None:
             monitor.log(step, metrics)
         return metrics
 
-    def _gallery(self) -> Gallery | None:
+    def _measure(
+        self,
+        name: str,
+        views: Views,
+        step: int,
+        show: Show | None,
+        before_batch: Callable[[], None],
+    ) -> tuple[dict[str, Measurement], float]:
+        """Return measurements of every view on the splits of one name, and bad samples in them."""
+        config, num_tombstones = self.config, 0.0
+        splits = [split for split in self.splits if split.name == name]
+        measurements = {
+            view: Measurement(
+                self.forward,
+                config.evaluation.metrics,
+                weights=config.objective.weights_at(step * config.batch_size),
+                gallery=self._gallery(splits) if show is not None else None,
+            )
+            for view in views
+        }
+        for split in splits:
+            with self._stream(split) as stream:
+                batches = DeviceBatches(stream, self.runtime.device)
+                for chunk in chunks(batches, self.chunk_bytes if len(views) > 1 else 0):
+                    for name_of_view, view in views.items():
+                        with view() as model, evaluating(model):
+                            for batch in chunk:
+                                before_batch()
+                                for part in batch.split(config.accumulation):
+                                    measurements[name_of_view].add(model, part)
+                num_tombstones += self.quarantine.collect(stream)["data/tombstones"]
+        return measurements, num_tombstones
+
+    def _gallery(self, splits: Sequence[HeldOutSplit]) -> Gallery | None:
         """Return what collects the images to be shown; None: none are wanted."""
         config = self.config
         if config.monitor.num_images == 0:
@@ -107,7 +127,7 @@ class HeldOut:
             config.monitor,
             ranking_of(config.evaluation.metrics, config.monitor.rows_by),
             decode=config.data.decode,
-            indexes=[split.index for split in self.splits],
+            indexes=[split.index for split in splits],
         )
 
     def _check_pictured(self, galleries: Sequence[Gallery], *, must_be: bool) -> None:

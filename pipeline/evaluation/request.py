@@ -35,7 +35,9 @@ class EvaluationRequest:
         data = config.data.model_copy(update={"decode": decode, "augmentations": ()})
         changed: dict[str, Any] = {}
         if self.split is not None:
-            changed["split"] = self.split
+            changed |= {"split": self.split, "data": None}
+        if self.max_samples is not None:
+            changed["max_samples"] = None if self.max_samples == "all" else self.max_samples
         if self.metrics is not None:
             changed["metrics"] = self.metrics
         evaluation = config.evaluation.model_copy(update=changed)
@@ -60,7 +62,7 @@ def on_data(config: TrainConfig, path: str, shards: str | None, split: str | Non
     chosen = split or ALL
     place = {"path": path, "shards": shards, "mixture": (), "split": chosen}
     data = config.data.model_copy(update=place)
-    evaluation = config.evaluation.model_copy(update={"split": chosen})
+    evaluation = config.evaluation.model_copy(update={"split": chosen, "data": None})
     # Its samples have other keys.
     monitor = config.monitor.model_copy(update={"pictured": ()})
     return config.model_copy(update={"data": data, "evaluation": evaluation, "monitor": monitor})

@@ -20,6 +20,7 @@ from pipeline.evaluation.splits import held_out_splits
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.monitoring.sheets import Sheet, write_sheet
 from pipeline.training.build import check_data, make_forward, move_model
+from pipeline.training.evaluated import EvaluatedSet, open_evaluated
 from pipeline.training.loading import Step, choose_checkpoint, load_config, load_run
 from pipeline.training.locations import find_data, read_locations
 from pipeline.training.resizing import decode_at
@@ -59,12 +60,13 @@ def evaluate_run(
     if other is None:
         found, indexes = find_data(run_dir, config.data, paths=data, shards=shards, say=say)
         config = config.model_copy(update={"data": found})
+        config, evaluated = open_evaluated(config, say, run_dir)
     else:
         path, place = one_data_set(data, shards)
-        config, indexes = on_data(config, path, place, request.split), (other,)
+        config, indexes, evaluated = on_data(config, path, place, request.split), (other,), ()
         say(f"data: {path} is another data set than the one that {run_dir} was trained on")
     quarantine = Quarantine(None if other else run_dir, config.data, runtime)
-    held_out = open_held_out(config, indexes, runtime, quarantine)
+    held_out = open_held_out(config, indexes, runtime, quarantine, evaluated)
     kept = [prefix for prefix in PREFIXES if prefix == "eval" or config.ema_decay is not None]
     # Chosen once for both views: a running training may save and remove checkpoints.
     chosen: int | None = None
@@ -89,10 +91,14 @@ def evaluate_run(
 
 
 def open_held_out(
-    config: TrainConfig, indexes: Sequence[Index], runtime: Runtime, quarantine: Quarantine
+    config: TrainConfig,
+    indexes: Sequence[Index],
+    runtime: Runtime,
+    quarantine: Quarantine,
+    evaluated: Sequence[EvaluatedSet] = (),
 ) -> HeldOut:
-    """Check the data, and return what evaluates on it."""
-    splits = held_out_splits(config, indexes, check_data(config, indexes))
+    """Check the data, and return what evaluates on it. evaluated: see `open_evaluated`."""
+    splits = held_out_splits(config, indexes, check_data(config, indexes), evaluated)
     forward = make_forward(config, runtime.device)
     return HeldOut(config, splits, forward, runtime, quarantine)
 

@@ -70,7 +70,7 @@ class Monitor:
         self.past = truncate_records(run_dir / "metrics.jsonl", step if step > 0 else -1)
         self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
         self._unwritten = b""
-        evaluated = any(r["step"] == step and "eval/loss" in r for r in self.past)
+        evaluated = any(r["step"] == step and is_evaluation(r) for r in self.past)
         self.lacks_evaluation = evaluates and not evaluated
         self._wandb = WandbSink(run_dir, config.wandb, resolved=resolved, past=self.past)
 
@@ -139,6 +139,11 @@ class Monitor:
             return
         self._file.close()
         self._wandb.close(self.exit_code if kind is None else FAILED)
+
+
+def is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Whether a record of metrics.jsonl is that of an evaluation, of whichever data."""
+    return any(name.startswith("eval/") for name in record)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

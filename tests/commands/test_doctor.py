@@ -36,6 +36,7 @@ CHECKS = [
     "members",
     "shards",
     "order",
+    "evaluated",
     "device",
     "memory",
     "disk",
