@@ -71,7 +71,7 @@ def _lines(card: "Card") -> list[str]:
     model = card.model.get("folder", "")
     at = model if card.step is None else f"{model}{', ' * bool(model)}step {card.step:,}"
     sets = [
-        f"split {one['split']} of {one['path']}: {_chosen(one['samples'], one['split_samples'])}"
+        f"{one['name'] + ': ' if 'name' in one else ''}split {one['split']} of {one['path']}: {_chosen(one['samples'], one['split_samples'])}"
         for one in card.identity.data
     ]
     averaged = any(name.startswith("eval_ema/") for name in card.figures)

@@ -36,6 +36,7 @@ class Identity:
     data: tuple[Mapping[str, Any], ...]  # of each data set
     preprocessing: Mapping[str, Any]
     metrics: tuple[Mapping[str, Any], ...]  # settings
+    max_samples: int | None = None  # of the config; `data` has the numbers that follow
 
     @classmethod
     def of(cls, config: TrainConfig, splits: Sequence[HeldOutSplit]) -> "Identity":
@@ -47,6 +48,7 @@ class Identity:
                 "corruptions": [one.model_dump(mode="json") for one in config.corruptions],
             },
             tuple(metric.model_dump(mode="json") for metric in config.evaluation.metrics),
+            config.evaluation.max_samples,
         )
 
     @property
@@ -63,6 +65,7 @@ class Identity:
         return {
             "evaluation_id": self.evaluation_id,
             "data": list(self.data),
+            "max_samples": self.max_samples,
             "preprocessing": dict(self.preprocessing),
             "metrics": list(self.metrics),
         }
@@ -176,6 +179,7 @@ def _stems(name: str) -> list[str]:
 def _data_of(split: HeldOutSplit) -> dict[str, Any]:
     order, name = split.order.orders[0], split.data.split
     return {
+        **({"name": split.name} if split.name else {}),
         "path": split.data.path,
         "dataset_id": order.dataset_id,
         "split": name,

@@ -77,8 +77,8 @@ def evaluate_folder(
         ema_decay=None,
     )
     config = on_data(request.applied(config, decode), path, place, request.split)
-    indexes = (Index.open(path, remote=config.data.remote),)
-    held_out = open_held_out(config, indexes, runtime, Quarantine(None, config.data, runtime))
+    index = Index.open(path, remote=config.data.remote)
+    held_out = open_held_out(config, [index], runtime, Quarantine(None, config.data, runtime))
     views = {"eval": partial(nullcontext, move_model(model, config, runtime.device))}
     about = {"folder": str(folder), "weights_sha256": {"eval": description.weights_sha256}}
     is_foreign = description.dataset_id is None

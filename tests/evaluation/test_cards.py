@@ -12,15 +12,17 @@ import torch
 from pipeline.__main__ import main
 from pipeline.common import strict
 from pipeline.config import TrainConfig
+from pipeline.data.index import build_index
 from pipeline.evaluation.card import Identity
 from pipeline.evaluation.trained import evaluate_run
 from pipeline.export.model import export_model
 from pipeline.models.interchange.importing import import_model
 from pipeline.train import train
 from pipeline.training.loading import load_config
-from tests.config.runs import BASE
+from tests.config.runs import BASE, records
 from tests.evaluation.test_sizes import squared_error_at, squared_error_of
-from tests.export.world import SHARD_ROWS, damage_sample, make_data, make_run, tree
+from tests.export.world import SHARD_ROWS, SPLIT, damage_sample, make_data, make_run, tree
+from tests.shards import write_tiny_shards
 
 pytestmark = pytest.mark.slow
 
@@ -217,6 +219,35 @@ def test_a_training_says_what_its_own_evaluations_measure(tiny_shards: Path, tmp
     assert json.loads(path.read_text()) == identity
 
 
+def test_a_run_with_validation_data_of_its_own_is_evaluated_on_it(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Also where the training's data is out of reach, or the other has moved."""
+    train_data = Path(shutil.copytree(tiny_shards, tmp_path / "train"))
+    write_tiny_shards(tmp_path / "val", counts=(9, 11))
+    build_index(tmp_path / "val", split=SPLIT)
+    data = f"{{path: {tmp_path}/val, split: train, shards: null}}"
+    places = (f"data.path={train_data}", f"run_dir={tmp_path / 'run'}", f"evaluation.data={data}")
+    config = strict.load(TrainConfig, None, places, text=json.dumps(BASE))
+    assert train(config) == 0
+    shutil.rmtree(train_data)
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    card = evaluated(capsys, run)
+    last = [record for record in records(run) if "eval/loss" in record][-1]
+    assert {name: card[name] for name in last} == pytest.approx(last, rel=1e-6)
+    assert card["data"][0]["split"] == "train"
+    shutil.move(tmp_path / "val", moved)
+    again = evaluated(capsys, run, "--data", moved)
+    assert again.pop("data")[0]["path"] == str(moved)
+    assert {name: again[name] for name in last} == pytest.approx(last, rel=1e-6)
+    assert again["evaluation_id"] == card["evaluation_id"]
+    few = evaluated(capsys, run, "--data", moved, "--max-samples", "3")
+    assert (few["eval/samples"], few["max_samples"]) == (3, 3)
+    assert main(["evaluate", str(run), "--data", str(moved), "--max-samples", "3"]) == 0
+    of = card["data"][0]["split_samples"]
+    assert f"split train of {moved}: 3 of {of} samples, each once\n" in capsys.readouterr().out
+
+
 def test_where_nothing_can_be_written_one_line_says_so(
     run_dir: Path, small_disk: Any, capsys: pytest.CaptureFixture[str]
 ):
@@ -258,7 +289,7 @@ def test_of_two_processes_one_writes_and_prints(
         ("MODEL", "name the data set to evaluate it on by --data PATH"),
         ("MODEL --data OTHER --step 2", "--step chooses a checkpoint, and MODEL is no run"),
         ("MODEL --data OTHER --data OTHER", "--data is given 2 times"),
-        ("MODEL --data OTHER --split nope", "the index has the splits held_out, train, all"),
+        ("MODEL --data OTHER --split nope", "has the splits held_out, train, all"),
         ("MODEL --data OTHER --size 31", "size is 31, but MODEL cannot take that"),
         ("RUN --split nope", "has the splits held_out, train, all"),
         ("RUN --metrics psnrr", "unknown kind 'psnrr' (choices: squared_error, "),
