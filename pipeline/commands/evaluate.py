@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.common.arguments import bind, directory, number_or_all, pixels, step
@@ -71,7 +72,8 @@ def _lines(card: "Card") -> list[str]:
     model = card.model.get("folder", "")
     at = model if card.step is None else f"{model}{', ' * bool(model)}step {card.step:,}"
     sets = [
-        f"{one['name'] + ': ' if 'name' in one else ''}split {one['split']} of {one['path']}: {_chosen(one['samples'], one['split_samples'])}"
+        f"{_named(one)}split {one['split']} of {one['path']}: "
+        f"{_chosen(one['samples'], one['split_samples'])}"
         for one in card.identity.data
     ]
     averaged = any(name.startswith("eval_ema/") for name in card.figures)
@@ -89,3 +91,7 @@ def _lines(card: "Card") -> list[str]:
 def _chosen(samples: int, of: int) -> str:
     """Say how many samples of a split were evaluated."""
     return plural(samples, "sample") if samples == of else f"{samples:,} of {plural(of, 'sample')}"
+
+
+def _named(data: Mapping[str, Any]) -> str:
+    return f"{data['name']}, " if "name" in data else ""
