@@ -77,15 +77,17 @@ def _lines(card: "Card") -> list[str]:
         for one in card.identity.data
     ]
     averaged = any(name.startswith("eval_ema/") for name in card.figures)
+    weights = "eval: weights as trained; eval_ema: averaged ones" if averaged else ""
     also = {
-        "weights": "eval: weights as trained; eval_ema: averaged ones" if averaged else "",
         "notes": list(card.notes),
         "evaluation id": card.identity.evaluation_id,
+        "card and pictures": str(card.folder or ""),
     }
     shown = {n: v for n, v in card.figures.items() if not n.endswith("/samples")}
     width = max(LABEL_WIDTH, 2 + max(map(len, shown)))
     figures = [f"{n:<{width}}{v:<12,.5g}{card.unit(n)}".rstrip() for n, v in shown.items()]
-    return [f"{at} on {'; '.join(sets)}, each once", *figures, *listing(also)]
+    verdict = f"{at} on {'; '.join(sets)}, each once"
+    return [verdict, *listing({"weights": weights}), *figures, *listing(also)]
 
 
 def _chosen(samples: int, of: int) -> str:

@@ -12,7 +12,7 @@ their figures differ by the models alone. Figures and `step` stand at the top, a
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -83,6 +83,7 @@ class Card:
     seed: int  # of the noise that corrupts, and that samples the posterior
     in_nats: bool  # whether the likelihood is
     notes: tuple[str, ...] = ()  # for a person
+    folder: Path | None = None  # where it was written
 
     def content(self) -> dict[str, Any]:
         """Return the card as JSON holds it; a figure that is not finite is null."""
@@ -109,12 +110,14 @@ class Card:
         prefix = figure.removesuffix(name)
         return f"{unit}; N = {self.figures[f'{prefix}samples']:,.0f}".removeprefix("; ")
 
-    def write(self, folder: Path) -> None:
+    def written(self, folder: Path) -> "Card":
         """Write the card to a folder that is there, in the place of a former one."""
         try:
             write_json(folder / CARD, self.content())
         except OSError as error:
             warn(_not_written(folder, error))
+            return self
+        return replace(self, folder=folder)
 
 
 def record_identity(run_dir: Path, identity: Identity) -> None:

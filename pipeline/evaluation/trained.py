@@ -139,9 +139,7 @@ def measured(
         in_nats=config.model.likelihood.is_nats,
         notes=(*notes, *left_out.values()),
     )
-    if out is not None and writes:
-        card.write(out)
-    return card
+    return card if out is None or not writes else card.written(out)
 
 
 def _other_data(run_dir: Path, data: DataConfig, paths: Sequence[str]) -> Index | None:
