@@ -30,14 +30,15 @@ def reading_cost(order: Order, samples: Ints, num_bytes: Ints, max_gap: int) -> 
     # From this many unwanted samples in a row on, a gap is not read over.
     first_long = np.floor(max_gap / size) + 1
     is_long = (1 - share) ** first_long  # probability of a gap
-    requests = 1 + (wanted - 1) * is_long
-    # A window has samples of `interleave` shards.
-    per_window = order.window_size / min(order.interleave, len(ids))
-    requests = np.minimum(requests + wanted / per_window, wanted)
+    requests = float((1 + (wanted - 1) * is_long).sum())
+    # Where a window ends, a read ends in each of the shards that the lane reads at a time.
+    windows = -(-order.lane_length(0) // order.window_size)
+    at_a_time = min(order.interleave, -(-len(ids) // order.lanes))
+    ends = order.lanes * (windows - 1) * at_a_time + order.lanes - 1
+    requests += ends * float(np.average(1 - is_long, weights=wanted))
     # Mean length of a gap, in samples, that is read over: sum of k p (1 - p)^k for k < first_long.
     rest = 1 - share
     short = rest * (1 - is_long) / share - first_long * is_long
     read = wanted * size + (wanted - 1) * size * np.maximum(short, 0)
-    return ReadingCost(
-        order.num_samples, len(ids), round(float(requests.sum())), round(float(read.sum()))
-    )
+    num = order.num_samples
+    return ReadingCost(num, len(ids), min(round(requests), num), round(float(read.sum())))

@@ -352,7 +352,7 @@ WITHOUT_EFFECT = (
 
 def test_the_table_names_every_setting_and_nothing_else():
     assert sorted([*CHANGES, *WITHOUT_EFFECT]) == sorted(leaves(TrainConfig))
-    assert list(FORMER_DEFAULTS) == [2]
+    assert list(FORMER_DEFAULTS) == [2, 3]
     assert TrainConfig.model_fields["latent_transforms"].annotation == tuple[()]
 
 

@@ -144,7 +144,7 @@ def test_a_missing_key_means_the_default_of_the_version_that_wrote_the_file():
     assert values(read("", "optimizer.beta2=0.7")) == (1, 0.7, 2.0)
     written = read("")
     assert strict.load(TrainConfig, None, [], text=strict.dump(written)) == written
-    for text in ("optimizer: 3", "version: 3", "version: one"):
+    for text in ("optimizer: 3", "version: 4", "version: one"):
         with pytest.raises(UserError, match=text.partition(":")[0]):
             read(text)
 

@@ -44,7 +44,7 @@ class SplitRows:
         elif split not in (*self._spec.names, ALL):
             known = ", ".join((*self._spec.names, ALL))
             raise UserError(
-                f"{setting} = {split!r}: the index of {self._path} has the splits {known}. A "
+                f"{setting} = {split!r}: the index has the splits {known} ({self._path}). A "
                 "pattern of shard names, as val-*, stands for the samples of these shards."
             )
 
