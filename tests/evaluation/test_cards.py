@@ -20,7 +20,7 @@ from pipeline.models.interchange.importing import import_model
 from pipeline.train import train
 from pipeline.training.loading import load_config
 from tests.config.runs import BASE, records
-from tests.evaluation.test_sizes import squared_error_at, squared_error_of
+from tests.evaluation.test_sizes import small_batches, squared_error_at, squared_error_of
 from tests.export.world import SHARD_ROWS, SPLIT, damage_sample, make_data, make_run, tree
 from tests.shards import write_tiny_shards
 
@@ -48,13 +48,6 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return small_batches(make_run(tmp_path_factory.mktemp("run"), data, RESNET))
-
-
-def small_batches(run_dir: Path) -> Path:
-    """A batch is computed whole, however few samples are in it."""
-    text = (run_dir / "config.yaml").read_text()
-    (run_dir / "config.yaml").write_text(text.replace("batch_size: 256", "batch_size: 8"))
-    return run_dir
 
 
 @pytest.fixture(scope="module")
