@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.common.arguments import bind, directory, number_or_all, pixels, step
@@ -71,16 +72,28 @@ def _lines(card: "Card") -> list[str]:
     model = card.model.get("folder", "")
     at = model if card.step is None else f"{model}{', ' * bool(model)}step {card.step:,}"
     sets = [
-        f"split {one['split']} of {one['path']}: {plural(one['samples'], 'sample')}"
+        f"{_named(one)}split {one['split']} of {one['path']}: "
+        f"{_chosen(one['samples'], one['split_samples'])}"
         for one in card.identity.data
     ]
     averaged = any(name.startswith("eval_ema/") for name in card.figures)
+    weights = "eval: weights as trained; eval_ema: averaged ones" if averaged else ""
     also = {
-        "weights": "eval: weights as trained; eval_ema: averaged ones" if averaged else "",
         "notes": list(card.notes),
         "evaluation id": card.identity.evaluation_id,
+        "card and pictures": str(card.folder or ""),
     }
     shown = {n: v for n, v in card.figures.items() if not n.endswith("/samples")}
     width = max(LABEL_WIDTH, 2 + max(map(len, shown)))
     figures = [f"{n:<{width}}{v:<12,.5g}{card.unit(n)}".rstrip() for n, v in shown.items()]
-    return [f"{at} on {'; '.join(sets)}, each once", *figures, *listing(also)]
+    verdict = f"{at} on {'; '.join(sets)}, each once"
+    return [verdict, *listing({"weights": weights}), *figures, *listing(also)]
+
+
+def _chosen(samples: int, of: int) -> str:
+    """Say how many samples of a split were evaluated."""
+    return plural(samples, "sample") if samples == of else f"{samples:,} of {plural(of, 'sample')}"
+
+
+def _named(data: Mapping[str, Any]) -> str:
+    return f"{data['name']}, " if "name" in data else ""

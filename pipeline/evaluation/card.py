@@ -12,7 +12,7 @@ their figures differ by the models alone. Figures and `step` stand at the top, a
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +36,7 @@ class Identity:
     data: tuple[Mapping[str, Any], ...]  # of each data set
     preprocessing: Mapping[str, Any]
     metrics: tuple[Mapping[str, Any], ...]  # settings
+    max_samples: int | None = None  # of the config; `data` has the numbers that follow
 
     @classmethod
     def of(cls, config: TrainConfig, splits: Sequence[HeldOutSplit]) -> "Identity":
@@ -47,6 +48,7 @@ class Identity:
                 "corruptions": [one.model_dump(mode="json") for one in config.corruptions],
             },
             tuple(metric.model_dump(mode="json") for metric in config.evaluation.metrics),
+            config.evaluation.max_samples,
         )
 
     @property
@@ -63,6 +65,7 @@ class Identity:
         return {
             "evaluation_id": self.evaluation_id,
             "data": list(self.data),
+            "max_samples": self.max_samples,
             "preprocessing": dict(self.preprocessing),
             "metrics": list(self.metrics),
         }
@@ -80,6 +83,7 @@ class Card:
     seed: int  # of the noise that corrupts, and that samples the posterior
     in_nats: bool  # whether the likelihood is
     notes: tuple[str, ...] = ()  # for a person
+    folder: Path | None = None  # where it was written
 
     def content(self) -> dict[str, Any]:
         """Return the card as JSON holds it; a figure that is not finite is null."""
@@ -106,12 +110,14 @@ class Card:
         prefix = figure.removesuffix(name)
         return f"{unit}; N = {self.figures[f'{prefix}samples']:,.0f}".removeprefix("; ")
 
-    def write(self, folder: Path) -> None:
+    def written(self, folder: Path) -> "Card":
         """Write the card to a folder that is there, in the place of a former one."""
         try:
             write_json(folder / CARD, self.content())
         except OSError as error:
             warn(_not_written(folder, error))
+            return self
+        return replace(self, folder=folder)
 
 
 def record_identity(run_dir: Path, identity: Identity) -> None:
@@ -174,13 +180,14 @@ def _stems(name: str) -> list[str]:
 
 
 def _data_of(split: HeldOutSplit) -> dict[str, Any]:
-    order = split.order.orders[0]
+    order, name = split.order.orders[0], split.data.split
     return {
         **({"name": split.name} if split.name else {}),
         "path": split.data.path,
         "dataset_id": order.dataset_id,
-        "split": split.data.split,
+        "split": name,
         "split_id": order.split,
+        "split_samples": int(split.index.counts(name).sum()),
         "samples": order.num_samples,
     }
 

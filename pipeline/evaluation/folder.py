@@ -54,13 +54,13 @@ def evaluate_folder(
 
     out: new or former folder for the card and pictures; None: nothing is written.
     """
+    description, model = _read(folder, request)
     if not data:
         raise UserError(
             f"{folder} is a model without a run, which has no data of its own: name the data set "
             "to evaluate it on by --data PATH, the directory or URL that holds its `index/`."
         )
     path, place = one_data_set(data, shards)
-    description, model = _read(folder, request)
     settings = json.dumps(description.decode)
     decode: Decode = TypeAdapter(Decode).validate_json(settings)
     decode = decode_at(request.size, description.model, decode, str(folder))
@@ -77,8 +77,8 @@ def evaluate_folder(
         ema_decay=None,
     )
     config = on_data(request.applied(config, decode), path, place, request.split)
-    indexes = (Index.open(path, remote=config.data.remote),)
-    held_out = open_held_out(config, indexes, runtime, Quarantine(None, config.data, runtime))
+    index = Index.open(path, remote=config.data.remote)
+    held_out = open_held_out(config, [index], runtime, Quarantine(None, config.data, runtime))
     views = {"eval": partial(nullcontext, move_model(model, config, runtime.device))}
     about = {"folder": str(folder), "weights_sha256": {"eval": description.weights_sha256}}
     is_foreign = description.dataset_id is None
@@ -86,7 +86,7 @@ def evaluate_folder(
     return measured(
         held_out,
         views,
-        description.step,
+        None if is_foreign else description.step,
         model=about,
         out=out,
         left_out=left_out,

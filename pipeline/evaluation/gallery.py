@@ -45,18 +45,21 @@ class Selection:
     """The `size` images with the smallest scores; the same on any number of processes."""
 
     def __init__(self, size: int, *, one_per_score: bool = False) -> None:
+        """one_per_score: of images with one score keep only the first."""
         self._size, self._one_per_score = size, one_per_score
         self._kept: list[Candidate] = []
 
     def entering(self, scores: Numbers, draws: Numbers, uids: Numbers) -> list[int]:
         """Return the numbers of those images [n] that belong to the smallest so far."""
-        smallest = np.lexsort((uids, draws, scores))[: self._size].tolist()
+        ordered = np.lexsort((uids, draws, scores))
+        if self._one_per_score:
+            ordered = ordered[np.unique(scores[ordered], return_index=True)[1]]
+        smallest = ordered[: self._size].tolist()
         if len(self._kept) < self._size:
             return smallest
         limit = self._kept[-1][:3]
-        ordered = zip(scores.tolist(), draws.tolist(), uids.tolist(), strict=True)
-        is_smaller = [order < limit for order in ordered]
-        return [i for i in smallest if is_smaller[i]]
+        places = [*zip(scores.tolist(), draws.tolist(), uids.tolist(), strict=True)]
+        return [i for i in smallest if places[i] < limit]
 
     def add(self, candidates: Sequence[Candidate]) -> None:
         """Keep the smallest of the former and the new candidates."""

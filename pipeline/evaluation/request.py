@@ -10,11 +10,12 @@ from pydantic import ValidationError
 from pipeline.common.errors import UserError
 from pipeline.common.explain import complaint, explain
 from pipeline.common.strict.dialect import parse
-from pipeline.config import EvaluationConfig, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.data.decode import Decode
 from pipeline.data.decode.image import Size
 from pipeline.data.index.splits import ALL
 from pipeline.metrics import Metric
+from pipeline.metrics.settings import EvaluationConfig
 
 
 @dataclass(frozen=True)

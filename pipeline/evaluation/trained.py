@@ -20,7 +20,7 @@ from pipeline.evaluation.splits import held_out_splits
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.monitoring.sheets import Sheet, write_sheet
 from pipeline.training.build import check_data, make_forward, move_model
-from pipeline.training.evaluated import EvaluatedSet, open_evaluated
+from pipeline.training.evaluated import FIRST_ORDINAL, EvaluatedSet, open_evaluated
 from pipeline.training.loading import Step, choose_checkpoint, load_config, load_run
 from pipeline.training.locations import find_data, read_locations
 from pipeline.training.resizing import decode_at
@@ -45,10 +45,10 @@ def evaluate_run(
     `evaluations` of the run, under a name that step and evaluation have.
 
     step: None: the newest checkpoint that verifies. data, shards: where the data sets of the
-    training, and their shards, lie now; empty: they are looked for, see `training.locations`. A
-    single `data` that is another data set is evaluated instead: all of its samples, unless the
-    request names a split. Raises UserError if there is no such run, checkpoint, data or split, or
-    if the model takes no pictures of that size.
+    training, and their shards, lie now; empty: they are looked for, see `training.locations`, if
+    it is they that are evaluated. A single `data` that is another data set is evaluated instead:
+    all of its samples, unless the request names a split. Raises UserError if there is no such run,
+    checkpoint, data or split, or if the model takes no pictures of that size.
     """
     config = load_config(run_dir)
     decode = decode_at(request.size, config.model, config.data.decode, str(run_dir))
@@ -57,14 +57,16 @@ def evaluate_run(
     check_ranks(config.batch_size, config.accumulation, runtime.world)
     say = progress if runtime.is_main else lambda _: None
     other = _other_data(run_dir, config.data, data)
-    if other is None:
+    indexes: tuple[Index, ...] = ()  # of the training's data, or of another data set
+    if other is not None:
+        path, place = one_data_set(data, shards)
+        split = request.split or _split_in_training(run_dir, config, other)
+        config, indexes = on_data(config, path, place, split), (other,)
+        say(f"data: {path} is another data set than the one that {run_dir} was trained on")
+    elif not config.evaluation.own or data or shards:
         found, indexes = find_data(run_dir, config.data, paths=data, shards=shards, say=say)
         config = config.model_copy(update={"data": found})
-        config, evaluated = open_evaluated(config, say, run_dir)
-    else:
-        path, place = one_data_set(data, shards)
-        config, indexes, evaluated = on_data(config, path, place, request.split), (other,), ()
-        say(f"data: {path} is another data set than the one that {run_dir} was trained on")
+    config, evaluated = open_evaluated(config, say, run_dir)
     quarantine = Quarantine(None if other else run_dir, config.data, runtime)
     held_out = open_held_out(config, indexes, runtime, quarantine, evaluated)
     kept = [prefix for prefix in PREFIXES if prefix == "eval" or config.ema_decay is not None]
@@ -98,7 +100,8 @@ def open_held_out(
     evaluated: Sequence[EvaluatedSet] = (),
 ) -> HeldOut:
     """Check the data, and return what evaluates on it. evaluated: see `open_evaluated`."""
-    splits = held_out_splits(config, indexes, check_data(config, indexes), evaluated)
+    states = check_data(config, indexes) if indexes else ()
+    splits = held_out_splits(config, indexes, states, evaluated)
     forward = make_forward(config, runtime.device)
     return HeldOut(config, splits, forward, runtime, quarantine)
 
@@ -106,7 +109,7 @@ def open_held_out(
 def measured(
     held_out: HeldOut,
     views: Views,
-    step: int,
+    step: int | None,
     *,
     model: Mapping[str, Any],
     out: Path | None,
@@ -116,7 +119,7 @@ def measured(
     """Evaluate the views, and return the card; a collective.
 
     out: folder to which the main process writes the card and pictures. If that cannot be written
-    to, a warning says so. left_out: figures without a meaning, and why.
+    to, a warning says so. step: None: not known. left_out: figures without a meaning, and why.
     """
     runtime, config = held_out.runtime, held_out.config
     writes = out is not None and runtime.is_main and is_writable(out)
@@ -125,7 +128,7 @@ def measured(
         if out is not None and writes:
             write_sheet(out, step, name, sheet)
 
-    figures = held_out.evaluate(views, step, show=None if out is None else show)
+    figures = held_out.evaluate(views, step or 0, show=None if out is None else show)
     card = Card(
         identity=Identity.of(config, held_out.splits),
         model=model,
@@ -136,9 +139,7 @@ def measured(
         in_nats=config.model.likelihood.is_nats,
         notes=(*notes, *left_out.values()),
     )
-    if out is not None and writes:
-        card.write(out)
-    return card
+    return card if out is None or not writes else card.written(out)
 
 
 def _other_data(run_dir: Path, data: DataConfig, paths: Sequence[str]) -> Index | None:
@@ -150,8 +151,21 @@ def _other_data(run_dir: Path, data: DataConfig, paths: Sequence[str]) -> Index 
     if len(paths) != 1 or locations is None or locations.dataset_id is None:
         return None
     try:
-        index = Index.open(paths[0], remote=data.remote)
+        # The number of data that a training is only evaluated on: noise depends on it.
+        index = Index.open(paths[0], FIRST_ORDINAL, data.remote)
     except UserError:
         return None
     trained = {locations.dataset_id, *(one.dataset_id for one in locations.data_sets)}
     return None if index.dataset_id in trained else index
+
+
+def _split_in_training(run_dir: Path, config: TrainConfig, index: Index) -> str | None:
+    """Return the split by which the training itself evaluates a data set; None: it does not."""
+    locations = read_locations(run_dir)
+    seen = {} if locations is None else locations.evaluated
+    splits = (
+        one.split
+        for name, one in config.evaluation.own.items()
+        if name in seen and seen[name].dataset_id == index.dataset_id
+    )
+    return next(splits, None)

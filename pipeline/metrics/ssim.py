@@ -18,7 +18,7 @@ from pipeline.models.autoencoder import ModelConfig
 
 WINDOW, SIGMA = 11, 1.5  # pixels
 C1, C2 = 0.01**2, 0.03**2  # (K1 L)^2 and (K2 L)^2 for values in [0, L = 1]
-VALUES_AT_ONCE = 1 << 20  # of the images: bounds the memory of the float64 moments
+VALUES_AT_ONCE = 1 << 18  # of the images: their float64 moments fit into a cache
 
 
 class Ssim(ImageMetric, MeanMetric):

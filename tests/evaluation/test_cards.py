@@ -1,6 +1,7 @@
 """`latentmill evaluate`: other data sets, models from their folders, cards, mistakes."""
 
 import json
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,26 @@ import torch
 from pipeline.__main__ import main
 from pipeline.common import strict
 from pipeline.config import TrainConfig
+from pipeline.data.index import build_index
 from pipeline.evaluation.card import Identity
 from pipeline.evaluation.trained import evaluate_run
 from pipeline.export.model import export_model
 from pipeline.models.interchange.importing import import_model
 from pipeline.train import train
 from pipeline.training.loading import load_config
-from tests.config.runs import BASE
-from tests.evaluation.test_sizes import RESNET, squared_error_at, squared_error_of
-from tests.export.world import SHARD_ROWS, damage_sample, make_data, make_run, tree
+from tests.config.runs import BASE, records
+from tests.evaluation.test_sizes import small_batches, squared_error_at, squared_error_of
+from tests.export.world import SHARD_ROWS, SPLIT, damage_sample, make_data, make_run, tree
+from tests.shards import write_tiny_shards
 
 pytestmark = pytest.mark.slow
 
 GROUPS, WIDTH = 2, 4
+RESNET = {
+    "backbone": {"kind": "resnet", "widths": [WIDTH, 2 * WIDTH], "groups": GROUPS, "blocks": 1},
+    "bottleneck": {"kind": "gaussian", "size": 2},
+    "likelihood": {"kind": "squared_error"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +47,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    return make_run(tmp_path_factory.mktemp("run"), data, RESNET)
+    return small_batches(make_run(tmp_path_factory.mktemp("run"), data, RESNET))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +97,8 @@ def test_bad_samples_of_another_data_set_are_printed_and_not_listed_as_the_runs(
 def test_an_exported_model_has_the_figures_of_its_run(
     run_dir: Path, exported: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ):
-    metrics = ["--metrics", "squared_error", "log_likelihood", "psnr", "ssim", "kl_per_dimension"]
+    kinds = ["squared_error", "log_likelihood", "psnr", "ssim", "active_units", "kl_per_dimension"]
+    metrics = ["--metrics", *kinds]
     before = tree(exported)
     of_run = evaluated(capsys, run_dir, *metrics)
     card = evaluated(capsys, exported, "--data", data, "--split", "held_out", *metrics)
@@ -100,6 +109,7 @@ def test_an_exported_model_has_the_figures_of_its_run(
     assert {"eval/psnr", "eval/ssim", "eval/kl", "eval/distortion"} <= figures.keys()
     wanted = {name: of_run[name.replace("eval/", "eval_ema/")] for name in figures}
     assert figures == pytest.approx(wanted, rel=1e-6)
+    assert card["units"].keys() == figures.keys()
     assert "eval/loss" not in card
     assert card["notes"] == [
         "loss is left out: a model's folder does not say its training's objective"
@@ -202,6 +212,35 @@ def test_a_training_says_what_its_own_evaluations_measure(tiny_shards: Path, tmp
     assert json.loads(path.read_text()) == identity
 
 
+def test_a_run_with_validation_data_of_its_own_is_evaluated_on_it(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Also where the training's data is out of reach, or the other has moved."""
+    train_data = Path(shutil.copytree(tiny_shards, tmp_path / "train"))
+    write_tiny_shards(tmp_path / "val", counts=(9, 11))
+    build_index(tmp_path / "val", split=SPLIT)
+    data = f"{{path: {tmp_path}/val, split: train, shards: null}}"
+    places = (f"data.path={train_data}", f"run_dir={tmp_path / 'run'}", f"evaluation.data={data}")
+    config = strict.load(TrainConfig, None, places, text=json.dumps(BASE))
+    assert train(config) == 0
+    shutil.rmtree(train_data)
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    card = evaluated(capsys, run)
+    last = [record for record in records(run) if "eval/loss" in record][-1]
+    assert {name: card[name] for name in last} == pytest.approx(last, rel=1e-6)
+    assert card["data"][0]["split"] == "train"
+    shutil.move(tmp_path / "val", moved)
+    again = evaluated(capsys, run, "--data", moved)
+    assert again.pop("data")[0]["path"] == str(moved)
+    assert {name: again[name] for name in last} == pytest.approx(last, rel=1e-6)
+    assert again["evaluation_id"] == card["evaluation_id"]
+    few = evaluated(capsys, run, "--data", moved, "--max-samples", "3")
+    assert (few["eval/samples"], few["max_samples"]) == (3, 3)
+    assert main(["evaluate", str(run), "--data", str(moved), "--max-samples", "3"]) == 0
+    of = card["data"][0]["split_samples"]
+    assert f"split train of {moved}: 3 of {of} samples, each once\n" in capsys.readouterr().out
+
+
 def test_where_nothing_can_be_written_one_line_says_so(
     run_dir: Path, small_disk: Any, capsys: pytest.CaptureFixture[str]
 ):
@@ -210,17 +249,11 @@ def test_where_nothing_can_be_written_one_line_says_so(
     card = evaluated(capsys, run_dir, "--out", out)
     before = tree(out)
     # Full: the former card stays, and nothing half-written is left.
-    (disk / "full").touch()
-    with (disk / "full").open("wb") as file:
-        try:
-            while True:
-                file.write(bytes(1 << 16))
-                file.flush()
-        except OSError as error:
-            assert error.errno == 28
+    free = shutil.disk_usage(disk).free
+    (disk / "full").write_bytes(bytes(free))
     assert evaluated(capsys, run_dir, "--out", out, "--metrics", "psnr") != card
-    assert {name: tree(out).get(name) for name in ("card.json",)}.items() <= before.items()
-    assert not list(out.glob("*.tmp-*"))
+    assert tree(out) == before
+    (disk / "full").unlink()
     small_disk("4m", "ro")
     assert main(["evaluate", str(run_dir), "--out", str(out), "--json"]) == 0
     printed = capsys.readouterr()
@@ -249,8 +282,8 @@ def test_of_two_processes_one_writes_and_prints(
         ("MODEL", "name the data set to evaluate it on by --data PATH"),
         ("MODEL --data OTHER --step 2", "--step chooses a checkpoint, and MODEL is no run"),
         ("MODEL --data OTHER --data OTHER", "--data is given 2 times"),
-        ("MODEL --data OTHER --split nope", "the index has the splits held_out, train, all"),
-        ("MODEL --data OTHER --size 30", "size is 30, but MODEL cannot take that"),
+        ("MODEL --data OTHER --split nope", "has the splits held_out, train, all"),
+        ("MODEL --data OTHER --size 31", "size is 31, but MODEL cannot take that"),
         ("RUN --split nope", "has the splits held_out, train, all"),
         ("RUN --metrics psnrr", "unknown kind 'psnrr' (choices: squared_error, "),
         ("RUN --metrics {psnr", "--metrics '{psnr' is no metric: write its kind, as psnr"),
@@ -273,7 +306,7 @@ def test_mistakes(
 ):
     places = {"MODEL": str(exported), "RUN": str(run_dir), "OTHER": str(other)}
     if "POINT" in words:
-        point = {**RESNET, "bottleneck": {"kind": "deterministic"}}
+        point = {**RESNET, "bottleneck": {"kind": "deterministic", "size": 2}}
         places["POINT"] = str(make_run(tmp_path / "point", data, point))
     before = tree(run_dir)
     given = [places.get(word, word) for word in words.split()]

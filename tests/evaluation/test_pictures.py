@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from pipeline.common import rng
-from pipeline.common.errors import UserError
+from pipeline.common.errors import WRONG_USE, UserError
 from pipeline.corruptions import corrupt
 from pipeline.data.decode import ImageDecode
 from pipeline.data.index import Index, build_index
@@ -21,16 +21,19 @@ from pipeline.evaluation.gallery import Candidate, Selection
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.pictures import picture_rows
 from pipeline.evaluation.splits import held_out_splits
+from pipeline.evaluation.trained import evaluate_run
 from pipeline.models.autoencoder import ModelOutput
 from pipeline.models.bottlenecks import Code, Posterior
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.monitoring.monitor import Monitor
 from pipeline.monitoring.sheets import write_sheet
+from pipeline.train import main
 from pipeline.training.build import check_data, make_forward
 from tests.evaluation.test_reconstruction import config_of, model_of
 from tests.shards import TINY_COUNTS, tiny_image, write_tiny_shards
 
 SIZE, COUNT = 32, 400
+RATE = "optimizer.learning_rate.warmup_samples=0"
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +267,39 @@ def test_a_diverged_model_is_shown_and_its_images_are_the_worst():
         selection.add([Candidate(scores[part][i], draws[i], uids[i], {}, None) for i in entering])
     chosen, _ = selection.gather(Runtime.start(accumulation=1), None)
     assert [candidate.uid for candidate in chosen] == [2, 0, 3]
+
+
+def test_of_images_with_one_key_one_is_pictured():
+    """Data may have equal keys: those of the second key are not crowded out."""
+    selection = Selection(2, one_per_score=True)
+    for draws in ([5, 4, 3, 9], [1, 8, 7, 2]):
+        scores, draws = np.array([0.0, 0.0, 0.0, 1.0]), np.array(draws)
+        entering = selection.entering(scores, draws, draws)
+        selection.add([Candidate(scores[i], draws[i], draws[i], {}, None) for i in entering])
+    chosen, _ = selection.gather(Runtime.start(accumulation=1), None)
+    assert [candidate.uid for candidate in chosen] == [1, 2]
+
+
+def test_a_training_with_an_unknown_key_ends_before_its_first_step(shards, tmp_path, capsys):
+    def train(key):
+        settings = ("num_steps=1", "batch_size=8", "data.decode.size=32", "ema_decay=null")
+        also = (f"run_dir={tmp_path}/run", "monitor.wandb.mode=disabled", RATE)
+        return main(["vae", f"data.path={shards}", *settings, *also, f"monitor.pictured=['{key}']"])
+
+    assert train("nobody") == WRONG_USE
+    assert "monitor.pictured names 'nobody'" in capsys.readouterr().err
+    assert list((tmp_path / "run" / "images").iterdir()) == []
+    evaluated = Index.open(shards)
+    table = evaluated.table(2)
+    key = table.keys(table.rows_of(evaluated.split_number("held_out")))[0]
+    assert train(key) == 0
+    sheet = json.loads((tmp_path / "run/images/eval-00000001.json").read_bytes())
+    assert keys(sheet["pictured"]) == [key]
+    # `evaluate` shows what the training showed.
+    evaluate_run(tmp_path / "run")
+    for name in ("eval-00000001.json", "eval-00000001.png", "best_worst-eval-00000001.png"):
+        [again] = (tmp_path / "run" / "evaluations").rglob(name)
+        assert again.read_bytes() == (tmp_path / "run" / "images" / name).read_bytes()
 
 
 def test_pictures_show_alpha_as_the_background_and_its_error():

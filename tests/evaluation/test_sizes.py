@@ -33,9 +33,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data") / "sprites", shards=1)
 
 
+def small_batches(run_dir: Path) -> Path:
+    """A batch is computed whole, however few samples are in it."""
+    text = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(text.replace("batch_size: 256", "batch_size: 8"))
+    return run_dir
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    return make_run(tmp_path_factory.mktemp("run"), data, RESNET)
+    return small_batches(make_run(tmp_path_factory.mktemp("run"), data, RESNET))
 
 
 def squared_error_of(data: Path, size: Any, reconstruct: Callable[[Tensor], Tensor]) -> float:
@@ -73,7 +80,7 @@ def test_the_error_is_that_of_a_model_that_is_built_for_the_size(
         assert found[f"{prefix}/squared_error"] == pytest.approx(by_hand, rel=1e-4)
         assert found[f"{prefix}/samples"] == SHARD_ROWS
     # One number each, however many values a latent has.
-    assert len(found) < 20
+    assert len([name for name in found if "/" in name]) < 20
 
 
 def test_its_own_size_changes_nothing(run_dir: Path):

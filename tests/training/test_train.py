@@ -117,8 +117,10 @@ def test_the_run_directory_holds_what_it_promises(runs, variant, tiny_shards):
     assert [path.name for path in checkpoints] == ["step-60", "step-30"]
     pictures = sorted(path.name for path in (run_dir / "images").iterdir())
     steps = (0, 30, 60)
-    assert pictures == [f"{n}-{step:08d}.png" for n in ("eval", "eval_ema") for step in steps]
-    grid = np.asarray(Image.open(run_dir / "images" / pictures[0]))
+    names = {f"{view}-{step:08d}" for view in ("eval", "eval_ema") for step in steps}
+    expected = {f"{name}.{kind}" for name in names for kind in ("json", "png")}
+    assert {*pictures} == expected | {f"best_worst-{name}.png" for name in names}
+    grid = np.asarray(Image.open(run_dir / "images" / "eval-00000000.png"))
     assert grid.shape == (8 * 32, 4 * 32, 3)
     last = records(run_dir)[-1]
     assert last["data/samples_seen"] == 60 * 16
