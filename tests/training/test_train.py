@@ -105,6 +105,7 @@ def test_the_run_directory_holds_what_it_promises(runs, variant, tiny_shards):
         "metrics.jsonl",
         "checkpoints",
         "images",
+        "evaluations",
         "outcome.json",
         "locations.json",
         "lock",
