@@ -107,8 +107,10 @@ class Card:
         unit = next((units[stem] for stem in _stems(name) if stem in units), "")
         if not name.startswith(OF_DISTRIBUTIONS):
             return unit
-        prefix = figure.removesuffix(name)
-        return f"{unit}; N = {self.figures[f'{prefix}samples']:,.0f}".removeprefix("; ")
+        samples = self.figures[f"{figure.removesuffix(name)}samples"]
+        kept = [one["images"] for one in self.identity.metrics if one["kind"] == "kid"]
+        count = min([samples, *(kept if name.startswith("kid") else ())])
+        return f"{unit}; N = {count:,.0f}"
 
     def written(self, folder: Path) -> "Card":
         """Write the card to a folder that is there, in the place of a former one."""

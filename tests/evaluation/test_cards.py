@@ -13,7 +13,7 @@ from pipeline.__main__ import main
 from pipeline.common import strict
 from pipeline.config import TrainConfig
 from pipeline.data.index import build_index
-from pipeline.evaluation.card import Identity
+from pipeline.evaluation.card import Card, Identity
 from pipeline.evaluation.trained import evaluate_run
 from pipeline.export.model import export_model
 from pipeline.models.interchange.importing import import_model
@@ -326,3 +326,15 @@ def test_a_number_of_samples_that_is_none(text: str, capsys: pytest.CaptureFixtu
         main(["evaluate", "runs/x", f"--max-samples={text}"])
     assert ended.value.code == 2
     assert "is no number: write 1 or more, or all" in capsys.readouterr().err
+
+
+def test_the_number_of_samples_stands_beside_what_depends_on_it():
+    kid = {"kind": "kid", "images": 50}
+    figures = {"eval/samples": 1000, "eval/val/samples": 40, "eval/fd_lite_01234567": 1.0}
+    figures |= {"eval/kid_lite_01234567": 0.1, "eval/val/kid_lite_01234567": 0.1, "eval/psnr": 30}
+    identity = Identity((), {}, (kid, {"kind": "frechet"}))
+    card = Card(identity, {}, 1, figures, precision="fp32", seed=0, in_nats=False)
+    assert card.unit("eval/fd_lite_01234567") == "squared distance: 0 = equal; N = 1,000"
+    assert card.unit("eval/kid_lite_01234567").endswith("; N = 50")
+    assert card.unit("eval/val/kid_lite_01234567").endswith("; N = 40")
+    assert card.unit("eval/psnr") == "dB: mean over images"
