@@ -19,8 +19,9 @@ from pipeline.data.stream.device import DeviceBatches
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import Strategy
 from pipeline.evaluation.gallery import Gallery
-from pipeline.evaluation.reconstruction import Measurement, evaluating
+from pipeline.evaluation.reconstruction import Measurement, evaluating, networks_of
 from pipeline.evaluation.splits import HeldOutSplit
+from pipeline.losses.terms import Networks
 from pipeline.metrics import ranking_of
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.monitoring.monitor import Monitor
@@ -67,8 +68,12 @@ class HeldOut:
         metrics: dict[str, float] = {}
         galleries: list[Gallery] = []
         sheets: dict[str, Sheet] = {}
+        with self.runtime.sharing_errors():
+            networks = networks_of(self.config.evaluation.metrics, self.runtime.device)
         for name in dict.fromkeys(split.name for split in self.splits):
-            measurements, num_tombstones = self._measure(name, views, step, show, before_batch)
+            measurements, num_tombstones = self._measure(
+                name, views, step, networks, show, before_batch
+            )
             for view, measurement in measurements.items():
                 prefix = f"{view}/{name}".rstrip("/")
                 result = {**measurement.result(self.runtime), "tombstones": num_tombstones}
@@ -90,6 +95,7 @@ class HeldOut:
         name: str,
         views: Views,
         step: int,
+        networks: Networks,
         show: Show | None,
         before_batch: Callable[[], None],
     ) -> tuple[dict[str, Measurement], float]:
@@ -101,6 +107,7 @@ class HeldOut:
                 self.forward,
                 config.evaluation.metrics,
                 weights=config.objective.weights_at(step * config.batch_size),
+                networks=networks,
                 gallery=self._gallery(splits) if show is not None else None,
             )
             for view in views

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.common import rng
+from pipeline.common.console import warn
 from pipeline.common.precision import autocast
 from pipeline.data.stream import Batch
 from pipeline.distributed.gather import RowGather
@@ -34,14 +35,14 @@ class Measurement:
         metrics: Sequence[MetricBase],
         *,
         weights: Mapping[str, float],
+        networks: Networks | None = None,
         gallery: Gallery | None = None,
     ) -> None:
-        """weights: of the objective's terms in `loss`. gallery: collects what is to be shown."""
-        self._forward = forward
-        self._networks: Networks = {
-            name: make().to(forward.device).eval().requires_grad_(False)
-            for name, make in {n: m for it in metrics for n, m in it.networks().items()}.items()
-        }
+        """weights: of the objective's terms in `loss`. networks: of the metrics, by `networks_of`.
+
+        gallery: collects what is to be shown.
+        """
+        self._forward, self._networks = forward, networks or {}
         self._weights = weights
         self.gallery = gallery
         self._losses = Meter(forward.device)
@@ -105,6 +106,12 @@ class Measurement:
         return sheet
 
 
+def networks_of(metrics: Sequence[MetricBase], device: torch.device) -> Networks:
+    """Build the networks of all metrics, each once, frozen; raises UserError."""
+    builders = {name: make for metric in metrics for name, make in metric.networks().items()}
+    return {name: make().to(device).eval().requires_grad_(False) for name, make in builders.items()}
+
+
 class MetricSums:
     """Sums and rows of one metric, over this process's part of a split."""
 
@@ -150,6 +157,8 @@ class MetricSums:
             uid, rows = gather_rows(uid[mine]), gather_rows(rows[mine])
             rows = rows[uid.argsort()]
         self.vectors = self._metric.vectors(sums)
+        for remark in self._metric.remarks(sums) if runtime.is_main else ():
+            warn(remark)
         return means | self._metric.value(sums, rows)
 
     def _chosen(self, uid: Tensor, *columns: Tensor) -> list[Tensor]:

@@ -9,15 +9,26 @@ from pydantic import Field
 
 from pipeline.metrics.active_units import ActiveUnits
 from pipeline.metrics.base import EvaluatedBatch, MeanMetric, MetricBase
+from pipeline.metrics.frechet import Frechet
+from pipeline.metrics.kid import KernelDistance
 from pipeline.metrics.kl_per_dimension import KlPerDimension
 from pipeline.metrics.likelihood import LogLikelihood
+from pipeline.metrics.lpips import Lpips
 from pipeline.metrics.psnr import Psnr
 from pipeline.metrics.ranking import ranking_of
 from pipeline.metrics.squared_error import SquaredErrorMetric
 from pipeline.metrics.ssim import Ssim
 
 Metric = Annotated[
-    SquaredErrorMetric | LogLikelihood | Psnr | Ssim | ActiveUnits | KlPerDimension,
+    SquaredErrorMetric
+    | LogLikelihood
+    | Psnr
+    | Ssim
+    | Lpips
+    | Frechet
+    | KernelDistance
+    | ActiveUnits
+    | KlPerDimension,
     Field(discriminator="kind"),
 ]
 

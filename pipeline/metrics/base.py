@@ -6,8 +6,8 @@
 # B images of a micro-batch
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from pipeline.losses.objective import Losses
 from pipeline.losses.terms import Networks
 from pipeline.models.autoencoder import ModelConfig, ModelOutput
 from pipeline.models.likelihoods import Likelihood
+from pipeline.models.weights_file import WeightsFile
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,13 @@ class EvaluatedBatch:
     model: Callable[..., ModelOutput]
     networks: Networks  # those of all metrics, see `MetricBase.networks`
     value_bits: int = 8  # of a value as the data holds it
+    _shared: dict[Hashable, Tensor] = field(default_factory=dict)  # see `once`
+
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """Return what `compute` returned for the first metric that asked for `key`."""
+        if key not in self._shared:
+            self._shared[key] = compute()
+        return self._shared[key]
 
     def total(self, values: Tensor) -> Tensor:
         """Return the weighted sum of values [B, ...] over the images, in float64 [...]."""
@@ -71,6 +79,11 @@ class MetricBase(Component):
         evaluation, in evaluation mode, and freed at its end. Building may raise UserError.
         """
         return {}
+
+    @property
+    def files(self) -> Sequence[WeightsFile]:
+        """The files of the networks, which are checked before anything starts."""
+        return ()
 
     # Whether images with larger values are the better ones; see `ranked_by`.
     higher_is_better: ClassVar[bool] = False
@@ -106,6 +119,11 @@ class MetricBase(Component):
     def value(self, sums: Mapping[str, Tensor], rows: Tensor | None) -> dict[str, float]:
         """Return the figures of `sums` and `rows`, by name. rows: [n, ...], by ascending uid."""
         raise NotImplementedError
+
+    def remarks(self, sums: Mapping[str, Tensor]) -> Sequence[str]:
+        """Return warnings about the figures, which are printed once."""
+        del sums
+        return ()
 
     def vectors(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:
         """Return what is too long for figures, by name: written to the evaluation's file."""

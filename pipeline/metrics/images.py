@@ -68,3 +68,8 @@ class ImageMetric(MetricBase):
         """Return images and reconstructions [B, C, H, W] as saved, in the batch's dtype."""
         clean, decoded = self.levels(batch)
         return clean / 255, decoded / 255
+
+
+def as_rgb(x: Tensor) -> Tensor:
+    """Return pictures [B, 3, H, W] of [B, 1 or 3, H, W]; a grey channel three times."""
+    return x if x.shape[1] == 3 else x.repeat(1, 3, 1, 1)

@@ -67,6 +67,11 @@ class EvaluationConfig(Component):
         for metric in self.metrics:
             metric.check(model, decode)
 
+    def check_files(self) -> None:
+        """Raise UserError if a network's file is missing or another; reads all of each."""
+        for file in dict.fromkeys(file for metric in self.metrics for file in metric.files):
+            file.check()
+
     def check_name(self, metric: str, setting: str) -> None:
         """Raise ValueError for the name of a metric of a data set that is not evaluated."""
         view, *names = metric.split("/")

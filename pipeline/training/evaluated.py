@@ -50,8 +50,10 @@ def open_evaluated(
     """Open and check the data sets of evaluation.data; also those of a run that have moved.
 
     run_dir: None: that of the config. Returns the config with the locations where the data lies.
-    Raises UserError for data that cannot be read, or a split that is unknown or empty.
+    Raises UserError for data that cannot be read, a split that is unknown or empty, or a network
+    of a metric whose file is missing or another.
     """
+    config.evaluation.check_files()
     own = dict(config.evaluation.own)
     sets: list[EvaluatedSet] = []
     for number, (name, wanted) in enumerate(own.items()):
