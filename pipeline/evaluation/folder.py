@@ -77,6 +77,7 @@ def evaluate_folder(
         ema_decay=None,
     )
     config = on_data(request.applied(config, decode), path, place, request.split)
+    config.evaluation.check_files()
     index = Index.open(path, remote=config.data.remote)
     held_out = open_held_out(config, [index], runtime, Quarantine(None, config.data, runtime))
     views = {"eval": partial(nullcontext, move_model(model, config, runtime.device))}
