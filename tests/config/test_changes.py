@@ -314,6 +314,7 @@ CHANGES: dict[str, Change] = {
         )
         for kind in ("psnr", "ssim")
     },
+    **network_metrics(),
     "checkpoint.every_steps": Change(("checkpoint.every_steps=2",), checkpoints),
     "checkpoint.keep.latest": Change(
         ("checkpoint.keep.latest=3",), checkpoints, ("checkpoint.every_steps=1",)
