@@ -172,8 +172,10 @@ class MetricSums:
 def _add(totals: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Add values to their totals, in float64."""
     for name, value in values.items():
-        value = value.to(torch.float64)
-        totals[name] = totals[name] + value if name in totals else value
+        if name in totals:
+            totals[name] += value  # in place: a matrix of a metric may be large
+        else:
+            totals[name] = value.to(torch.float64, copy=True)
 
 
 def _over_processes(values: Mapping[str, Tensor], runtime: Runtime) -> dict[str, Tensor]:

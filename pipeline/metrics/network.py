@@ -1,6 +1,7 @@
 """What metrics of a network's features share: the user's file, and what it says of images."""
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -39,7 +40,9 @@ class NetworkFile(WeightsFile):
         """Load the network; raises UserError."""
         self.check()
         try:
-            script: Any = torch.jit.load(self.path, map_location="cpu")
+            with warnings.catch_warnings():  # torch.jit is deprecated, but published files use it
+                warnings.simplefilter("ignore", DeprecationWarning)
+                script: Any = torch.jit.load(self.path, map_location="cpu")
             arguments = [argument.name for argument in script.forward.schema.arguments]
         except (RuntimeError, AttributeError, ValueError) as error:
             raise UserError(self._is_no("TorchScript network", error)) from None

