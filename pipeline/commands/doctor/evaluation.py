@@ -6,7 +6,7 @@ import numpy as np
 
 from pipeline.commands.doctor.finding import DoctorContext, Finding, Findings
 from pipeline.common.console import in_bytes, plural
-from pipeline.data.storage import open_storage
+from pipeline.data.storage import is_url, open_storage
 from pipeline.evaluation.cost import reading_cost
 from pipeline.evaluation.splits import HeldOutSplit, held_out_splits
 from pipeline.training.evaluated import open_evaluated
@@ -37,8 +37,9 @@ def _cost_line(split: HeldOutSplit) -> str:
     cost = reading_cost(order, samples, num_bytes, max_gap)
     total = int(index.counts(split.data.split).sum())
     name = f"{split.name}: " if split.name else ""
+    besides = f", and {plural(cost.shards, 'table')} of the index" if is_url(source.path) else ""
     return (
         f"{name}each evaluation reads {cost.samples:,} of the {total:,} samples of split "
         f"{split.data.split} of {source.path}, from {plural(cost.shards, 'shard')}: about "
-        f"{plural(cost.requests, 'request')} and {in_bytes(cost.num_bytes)}"
+        f"{plural(cost.requests, 'request')} and {in_bytes(cost.num_bytes)}{besides}"
     )

@@ -4,7 +4,7 @@ manifest's counts per shard + split --> number in the tables, counts [shards], i
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -17,6 +17,12 @@ from pipeline.data.index.scan import ShardEntry
 from pipeline.data.index.splits import ALL, SplitSpec, is_pattern, shards_matching
 
 NUM_SHOWN = 3
+SHARDS = "shards:"  # begins the identity of a pattern; no name of a split has a colon
+
+
+def identity_of_shards(names: Iterable[str]) -> str:
+    """Identity of all samples of some shards that have samples."""
+    return f"{SHARDS}{hashlib.sha256(canonical_json(sorted(names))).hexdigest()}"
 
 
 class SplitRows:
@@ -55,11 +61,8 @@ class SplitRows:
     def identity(self, split: str) -> str:
         """Identity of a split's rows: name and rule, digest of the names of shards, or `all`."""
         if is_pattern(split):
-            chosen = [
-                self._shards[number].name
-                for number in np.flatnonzero(self._matching(split)).tolist()
-            ]
-            return f"shards/{hashlib.sha256(canonical_json(chosen)).hexdigest()}"
+            pairs = zip(self._shards, self.counts(split).tolist(), strict=True)
+            return identity_of_shards(shard.name for shard, count in pairs if count)
         return ALL if split == ALL else f"{split}/{self.digest}"
 
     def counts(self, split: str) -> NDArray[np.int64]:
