@@ -26,18 +26,19 @@ from pipeline.distributed.watchdog import WatchdogConfig
 from pipeline.losses.objective import Objective
 from pipeline.losses.players import Player
 from pipeline.losses.terms import AdversarialTerm
-from pipeline.metrics import LogLikelihood, Metric, SquaredErrorMetric
+from pipeline.metrics import ranking_of
+from pipeline.metrics.settings import EvaluationConfig, evaluation_before_version_3
 from pipeline.models.autoencoder import ModelConfig
 from pipeline.monitoring.monitor import MonitorConfig
 from pipeline.monitoring.wandb_mode import wandb_before_version_2
 
 # Version of the defaults below. Raised when a default changes: a key that is missing in an old file
 # keeps its old meaning. Version 1 is commit 93dd2d6, whose files have no `version`.
-VERSION = 2
+VERSION = 3
 # For each version that changed defaults: a function that fills the former defaults into a file's
 # tree, where keys are missing; see `strict.set_default`.
 FormerDefaults = Mapping[int, Callable[[dict[str, Any]], None]]
-FORMER_DEFAULTS: FormerDefaults = {2: wandb_before_version_2}
+FORMER_DEFAULTS: FormerDefaults = {2: wandb_before_version_2, 3: evaluation_before_version_3}
 
 # Settings that a resumed run may change: they change no number that the run computes, or are meant
 # to be extended. The name of a section stands for everything in it.
@@ -54,18 +55,6 @@ MAY_CHANGE = (
     "data.threads",
     "data.remote",
 )
-
-
-class EvaluationConfig(Component):
-    """Held-out evaluation during the run; also at its start and end."""
-
-    split: str = "held_out"  # a split that the index names
-    every_steps: int = Field(default=1000, gt=0)  # steps between two evaluations
-    # Besides the parts of the objective.
-    metrics: tuple[Metric, ...] = (SquaredErrorMetric(), LogLikelihood())
-    # Early stopping: end the run after this many evaluations in a row without a new best value of
-    # checkpoint.keep.best; null: never.
-    patience: int | None = Field(default=None, gt=0)
 
 
 class TrainConfig(Component):
@@ -212,10 +201,9 @@ class TrainConfig(Component):
         return self
 
     @model_validator(mode="after")
-    def _metrics_differ(self) -> Self:
-        kinds = [metric.kind for metric in self.evaluation.metrics]
-        if len(set(kinds)) < len(kinds):
-            raise ValueError(f"evaluation.metrics names a kind twice: {', '.join(kinds)}")
+    def _metrics_are_defined(self) -> Self:
+        self.evaluation.check_metrics(self.model, self.data.decode)
+        ranking_of(self.evaluation.metrics, self.monitor.rows_by)
         return self
 
     @model_validator(mode="after")
@@ -226,6 +214,8 @@ class TrainConfig(Component):
                 f"evaluation.patience {self.evaluation.patience} needs a metric to be patient "
                 "with: set checkpoint.keep.best, for example to {metric: eval/loss, mode: min}"
             )
+        if best is not None:
+            self.evaluation.check_name(best.metric, "checkpoint.keep.best.metric")
         if best is not None and best.metric.startswith("eval_ema/") and self.ema_decay is None:
             raise ValueError(
                 f"checkpoint.keep.best.metric {best.metric} needs averaged weights, but ema_decay "

@@ -28,7 +28,9 @@ from pipeline.distributed.outcome import Outcome, write_outcome
 from pipeline.distributed.rendezvous import print_error
 from pipeline.distributed.runtime import Runtime, Stopped, StopRequest
 from pipeline.distributed.watchdog import Watchdog
-from pipeline.evaluation.held_out import HeldOut, held_out_splits, views_of
+from pipeline.evaluation.card import Identity, record_identity
+from pipeline.evaluation.held_out import HeldOut, views_of
+from pipeline.evaluation.splits import held_out_splits
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.monitoring.ledger import Ledger
 from pipeline.monitoring.meter import TrainingMeter
@@ -41,6 +43,7 @@ from pipeline.training.build import (
     warm_up_loss,
 )
 from pipeline.training.describe import describe
+from pipeline.training.evaluated import open_evaluated
 from pipeline.training.locations import open_data
 from pipeline.training.memory import check_memory
 from pipeline.training.run_directory import check_ranks, locked_run_dir
@@ -65,11 +68,15 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
         with runtime.sharing_errors():
             check_ranks(config.batch_size, config.accumulation, runtime.world)
             check_memory(config, runtime)
-            config, indexes = open_data(config, progress if runtime.is_main else lambda _: None)
+            say = progress if runtime.is_main else lambda _: None
+            config, indexes = open_data(config, say)
             states = check_data(config, indexes)
+            config, evaluated = open_evaluated(config, say)
             order = make_order(config, indexes)
             initial = initial_weights(config, order) if runtime.is_main else None
-        failures = stack.enter_context(locked_run_dir(config, accept_changes, order, runtime))
+        failures = stack.enter_context(
+            locked_run_dir(config, accept_changes, order, evaluated, runtime)
+        )
         watchdog = stack.enter_context(closing(Watchdog(config.watchdog, failures, runtime)))
 
         # Build the model, warm up, restore the newest checkpoint or load the first weights.
@@ -123,7 +130,9 @@ def train(config: TrainConfig, *, accept_changes: Sequence[str] = ()) -> int:
         )
         checkpoints.load_evaluations(monitor.past)
         quarantine = Quarantine(run_dir, config.data, runtime)
-        splits = held_out_splits(config, indexes, states)
+        splits = held_out_splits(config, indexes, states, evaluated)
+        if runtime.is_main:
+            record_identity(run_dir, Identity.of(config, splits))
         ledger = Ledger(
             stream,
             indexes,

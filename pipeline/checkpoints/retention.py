@@ -15,6 +15,7 @@ from pipeline.checkpoints.folder import list_checkpoints, read_state
 from pipeline.common.component import Component
 from pipeline.common.errors import UserError
 from pipeline.common.files import temporary_name
+from pipeline.monitoring.monitor import is_evaluation
 
 
 class BestMetric(Component):
@@ -29,7 +30,7 @@ class BestMetric(Component):
         Without step 0, whose weights are not saved. Raises UserError if an evaluation lacks the
         metric.
         """
-        evaluations = [record for record in records if "eval/loss" in record]
+        evaluations = [record for record in records if is_evaluation(record)]
         for record in evaluations:
             if self.metric not in record:
                 known = sorted(name for name in record if name.startswith("eval"))

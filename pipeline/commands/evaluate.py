@@ -1,74 +1,99 @@
-"""`latentmill evaluate`: evaluate a run's checkpoint on held-out data."""
+"""`latentmill evaluate`: evaluate a run's checkpoint, or the model of a folder."""
 
 import argparse
+import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from pipeline.common.arguments import bind, directory, pixels, step
-from pipeline.common.console import listing, plural, print_report
-from pipeline.common.errors import DONE
+from pipeline.common.arguments import bind, directory, number_or_all, pixels, step
+from pipeline.common.console import LABEL_WIDTH, listing, plural, print_report
+from pipeline.common.errors import DONE, UserError
 
-HELP = "evaluate a run's checkpoint on held-out data"
+if TYPE_CHECKING:  # imports torch
+    from pipeline.evaluation.card import Card
 
-UNITS = {
-    "loss": "per image: the training objective",
-    "nats": "nats/image: at least -ln p(x)",
-    "kl": "nats/image",
-    "bits_per_dimension": "bits per value of an image",
-    "squared_error": "squared error/image: summed over its values in [0, 1]",
-    "sigma2": "the likelihood's variance",
-    "tombstones": "unusable samples",
-}
+HELP = "evaluate a run's checkpoint, or the model of a folder"
+METRICS = "instead of the config's: kinds, as psnr ssim, or settings, as '{kind: psnr, ...}'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint, the split, the size of the pictures, and the places of the data."""
+    """Add the model, the data, and what is measured."""
     bind(parser, run)
-    parser.add_argument("run", type=directory("RUN"), help="run directory")
+    text = "run directory; or a model's folder, of export-model, import-model or diffusers"
+    parser.add_argument("run", type=directory("RUN"), metavar="RUN|FOLDER", help=text)
     parser.add_argument(
-        "--step", type=step, help="step of the checkpoint, or `best` (default: newest)"
+        "--step", type=step, help="step of a run's checkpoint, or `best` (default: newest)"
     )
-    parser.add_argument("--split", help="of the data (default: the config's held-out split)")
+    text = "of the data: a name, or a pattern of shards (default: the config's; other data: all)"
+    parser.add_argument("--split", metavar="NAME|PATTERN", help=text)
     text = "of the pictures, for fully convolutional models: 256, or 256x384 (height x width)"
     parser.add_argument("--size", type=pixels, help=text)
-    again = "; of a mixture once for each of its data sets, in their order"
+    parser.add_argument("--metrics", nargs="+", metavar="METRIC", help=METRICS)
+    text = "evaluate at most so many samples, chosen by key (default: the config's)"
+    parser.add_argument("--max-samples", type=number_or_all, metavar="N|all", help=text)
+    text = "folder for card and pictures (default: in RUN/evaluations; of a FOLDER: none)"
+    parser.add_argument("--out", type=directory("--out"), help=text)
+    again = "; of the run's own mixture once for each of its data sets, in their order"
     for option, metavar, what in (
-        ("--data", "PATH", f"directory or URL of the index of the run's data set{again}"),
-        ("--shards", "PATH", f"directory or URL of the shards, if not beside the index{again}"),
+        ("--data", "PATH", "directory or URL of the index of another data set, or of the run's"),
+        ("--shards", "PATH", "directory or URL of the shards, if not beside the index"),
     ):
-        parser.add_argument(option, action="append", default=[], metavar=metavar, help=what)
+        parser.add_argument(option, action="append", default=[], metavar=metavar, help=what + again)
     parser.epilog = "Data that has moved is looked for by its id, so --data is rarely needed."
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate, and print the metrics by the names that training logs."""
-    from pipeline.evaluation.held_out import evaluate_run
-    from pipeline.training.loading import load_config
+    """Evaluate, write the card of a run, and print the figures by the names that training logs."""
+    from pipeline.evaluation.folder import evaluate_folder
+    from pipeline.evaluation.request import EvaluationRequest, read_metrics
+    from pipeline.evaluation.trained import evaluate_run
 
-    metrics = evaluate_run(
-        arguments.run,
-        step=arguments.step,
+    request = EvaluationRequest(
         split=arguments.split,
+        metrics=None if arguments.metrics is None else read_metrics(arguments.metrics),
+        max_samples=arguments.max_samples,
         size=arguments.size,
-        data=arguments.data,
-        shards=arguments.shards,
     )
-    config = load_config(arguments.run)
-    split = arguments.split or config.evaluation.split
-    lines = _lines(metrics, split, in_nats=config.model.likelihood.is_nats)
-    print_report(dict(metrics), arguments.json, lines)
+    where, data, shards = arguments.run, arguments.data, arguments.shards
+    settings: dict[str, Any] = {"request": request, "data": data, "shards": shards}
+    if (where / "config.yaml").is_file():
+        card = evaluate_run(where, step=arguments.step, out=arguments.out, **settings)
+    elif arguments.step is not None:
+        raise UserError(f"--step chooses a checkpoint, and {where} is no run: leave it out.")
+    else:
+        card = evaluate_folder(where, out=arguments.out, **settings)
+    if os.environ.get("RANK", "0") == "0":  # one of several processes
+        print_report(card.content(), arguments.json, _lines(card))
     return DONE
 
 
-def _lines(metrics: Mapping[str, float], split: str, *, in_nats: bool) -> list[str]:
-    """The metrics with their units, by the names that training logs."""
-    samples = plural(int(metrics["eval/samples"]), "sample")
-    averaged = "eval_ema/loss" in metrics
+def _lines(card: "Card") -> list[str]:
+    """The figures with their units, by the names that training logs; the verdict first."""
+    model = card.model.get("folder", "")
+    at = model if card.step is None else f"{model}{', ' * bool(model)}step {card.step:,}"
+    sets = [
+        f"{_named(one)}split {one['split']} of {one['path']}: "
+        f"{_chosen(one['samples'], one['split_samples'])}"
+        for one in card.identity.data
+    ]
+    averaged = any(name.startswith("eval_ema/") for name in card.figures)
     weights = "eval: weights as trained; eval_ema: averaged ones" if averaged else ""
-    lines = [f"step {metrics['step']:,} on split {split}: {samples}, each once"]
-    units = UNITS | {"distortion": "nats/image" if in_nats else "squared error/image"}
-    shown = {
-        name: f"{value:,.5g}  {units.get(name.partition('/')[2], 'per image')}".rstrip()
-        for name, value in metrics.items()
-        if name != "step" and not name.endswith("/samples")
+    also = {
+        "notes": list(card.notes),
+        "evaluation id": card.identity.evaluation_id,
+        "card and pictures": str(card.folder or ""),
     }
-    return [*lines, *listing({"weights": weights, **shown})]
+    shown = {n: v for n, v in card.figures.items() if not n.endswith("/samples")}
+    width = max(LABEL_WIDTH, 2 + max(map(len, shown)))
+    figures = [f"{n:<{width}}{v:<12,.5g}{card.unit(n)}".rstrip() for n, v in shown.items()]
+    verdict = f"{at} on {'; '.join(sets)}, each once"
+    return [verdict, *listing({"weights": weights}), *figures, *listing(also)]
+
+
+def _chosen(samples: int, of: int) -> str:
+    """Say how many samples of a split were evaluated."""
+    return plural(samples, "sample") if samples == of else f"{samples:,} of {plural(of, 'sample')}"
+
+
+def _named(data: Mapping[str, Any]) -> str:
+    return f"{data['name']}, " if "name" in data else ""

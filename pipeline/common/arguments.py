@@ -59,6 +59,15 @@ def count(text: str) -> int | Literal["auto"]:
     return int(text)
 
 
+def number_or_all(text: str) -> int | Literal["all"]:
+    """How many of them: a number of at least 1, or all."""
+    if text == "all":
+        return "all"
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number: write 1 or more, or all")
+    return int(text)
+
+
 def step(text: str) -> int | Literal["best"]:
     """Which checkpoint: 1000, or best."""
     if text == "best":

@@ -100,6 +100,8 @@ def narrow(annotation: Any, value: Any) -> Any:
 def _member_named(members: Sequence[Any], label: Part) -> Any:
     """The union's member behind a label in pydantic's location, Any if it cannot be told."""
     for member in members:
+        bare = alternatives(member)  # without Annotated
+        member = bare[0] if len(bare) == 1 else member
         if label in (kind_of(member), getattr(member, "__name__", None)):
             return member
         if str(label).startswith("tagged-union") and kinds(member) and not as_model(member):

@@ -15,17 +15,29 @@ MIN_SAMPLES_JUDGED = 1000
 Positive = Annotated[int, Field(ge=1)]
 
 
-class DataSource(Component):
-    """One data set of a mixture."""
+class DataLocation(Component):
+    """Where a data set lies."""
 
     path: str  # the directory or URL that holds `index/`
     shards: str | None = None  # where the shards lie; None = in `path`
-    weight: Annotated[int, Field(ge=1, le=10_000)] = 1  # relative to the sum of all weights
 
     @property
     def root(self) -> str:
         """The directory or URL of the shards."""
         return self.path if self.shards is None else self.shards
+
+
+class EvaluatedData(DataLocation):
+    """A data set to evaluate on; decoded as the training's `data`, and never augmented."""
+
+    # a split that the index names, "all", or a pattern of shard names, such as val-*
+    split: str = "all"
+
+
+class DataSource(DataLocation):
+    """One data set of a mixture."""
+
+    weight: Annotated[int, Field(ge=1, le=10_000)] = 1  # relative to the sum of all weights
 
 
 class DataConfig(Component):
@@ -35,7 +47,8 @@ class DataConfig(Component):
     shards: str | None = None  # where the shards lie; None = in `path`
     # Several data sets instead of `path`, each endless by itself, mixed by weight.
     mixture: tuple[DataSource, ...] = ()
-    split: str = "train"  # a split that the index names, or "all"
+    # A split that the index names, "all", or a pattern of shard names, such as train-*.
+    split: str = "train"
     decode: Decode = ImageDecode()  # what the members of a sample hold, and how they are read
     # In this order, keyed by sample and epoch; the model's target is the augmented image.
     augmentations: tuple[Augmentation, ...] = ()

@@ -1,74 +1,43 @@
-"""Held-out evaluation of a run, during the training and afterwards by `latentmill evaluate RUN`.
+"""Held-out evaluation: during a training, and of a trained model.
 
-held-out split of each data set --each view: raw weights, averaged weights--> metrics
+split of each data set --each view: raw weights, averaged weights--> metrics of the data set
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 from torch import nn
 
-from pipeline.checkpoints.folder import Weights, read_state
-from pipeline.common.console import progress
+from pipeline.checkpoints.folder import Weights
+from pipeline.common.console import warn
+from pipeline.common.errors import UserError
 from pipeline.config import TrainConfig
-from pipeline.data.decode.image import Size
-from pipeline.data.index import Index
-from pipeline.data.index.reader import States
-from pipeline.data.order.mixture import Mixture
-from pipeline.data.settings import DataConfig
 from pipeline.data.stream import Stream, open_stream
 from pipeline.data.stream.batch import Batch
-from pipeline.data.stream.datasets import order_of
 from pipeline.data.stream.device import DeviceBatches
 from pipeline.distributed.runtime import Runtime
 from pipeline.distributed.strategies.base import Strategy
-from pipeline.evaluation.reconstruction import Measurement, evaluating
+from pipeline.evaluation.gallery import Gallery
+from pipeline.evaluation.reconstruction import Measurement, evaluating, networks_of
+from pipeline.evaluation.splits import HeldOutSplit
+from pipeline.losses.terms import Networks
+from pipeline.metrics import ranking_of
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.monitoring.monitor import Monitor
-from pipeline.training.build import check_data, make_forward, move_model
+from pipeline.monitoring.sheets import Sheet
 from pipeline.training.forward import Forward
-from pipeline.training.loading import Step, choose_checkpoint, load_config, load_run
-from pipeline.training.locations import find_data
-from pipeline.training.resizing import decode_at
-from pipeline.training.run_directory import check_ranks
 
 # Metric prefix -> context in which the model has those weights.
 Views = Mapping[str, Callable[[], AbstractContextManager[nn.Module]]]
+Show = Callable[[int, str, Sheet], object]  # of a step, under a name
 CHUNK_BYTES = 256 << 20  # per process
 PREFIXES: dict[str, Weights] = {"eval": "raw", "eval_ema": "ema"}
 
 
 @dataclass(frozen=True)
-class HeldOutSplit:
-    """The held-out split of one data set, to be read once and without augmentations."""
-
-    data: DataConfig
-    index: Index
-    order: Mixture
-    states: States
-
-
-def held_out_splits(
-    config: TrainConfig, indexes: Sequence[Index], states: Sequence[States]
-) -> list[HeldOutSplit]:
-    """Return the held-out splits that have samples. states: see `check_data`."""
-    splits: list[HeldOutSplit] = []
-    for source, index, seen in zip(config.data.sources, indexes, states, strict=True):
-        held_out = {"split": config.evaluation.split, "augmentations": ()}
-        single = {"path": source.path, "shards": source.shards, "mixture": ()}
-        data = config.data.model_copy(update=held_out | single)
-        if index.counts(data.split).any():
-            order = order_of(data, [index], config.seed, config.batch_size, "mask")
-            splits.append(HeldOutSplit(data, index, order, seen))
-    return splits
-
-
-@dataclass(frozen=True)
 class HeldOut:
-    """Evaluates a run on its held-out splits."""
+    """Evaluates a run on its held-out splits; those of one name are measured together."""
 
     config: TrainConfig
     splits: Sequence[HeldOutSplit]
@@ -84,42 +53,105 @@ class HeldOut:
         step: int,
         *,
         monitor: Monitor | None = None,
+        show: Show | None = None,
         before_batch: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
         """Evaluate every view, with the regularisers' weights of `step`; a collective.
 
-        Returns the metrics by their logged names, and logs them on the monitor. before_batch: may
-        raise, but on all processes.
+        Returns the metrics by their logged names, and logs them on the monitor: VIEW/METRIC, or
+        VIEW/NAME/METRIC of a data set with a name. show: takes what is to be shown of a view, on
+        the main process; None: the monitor does. before_batch: may raise, but on all processes.
+        Raises UserError if a key to picture is not evaluated.
         """
+        if show is None and monitor is not None:
+            show = monitor.show
+        metrics: dict[str, float] = {}
+        galleries: list[Gallery] = []
+        sheets: dict[str, Sheet] = {}
+        with self.runtime.sharing_errors():
+            networks = networks_of(self.config.evaluation.metrics, self.runtime.device)
+        for name in dict.fromkeys(split.name for split in self.splits):
+            measurements, num_tombstones = self._measure(
+                name, views, step, networks, show, before_batch
+            )
+            for view, measurement in measurements.items():
+                prefix = f"{view}/{name}".rstrip("/")
+                result = {**measurement.result(self.runtime), "tombstones": num_tombstones}
+                metrics |= {f"{prefix}/{figure}": value for figure, value in result.items()}
+                if show is not None:
+                    sheets[prefix] = measurement.sheet(self.runtime)
+                if measurement.gallery is not None:
+                    galleries.append(measurement.gallery)
+        self._check_pictured(galleries, must_be=monitor is None or step == 0)
+        for prefix, sheet in sheets.items() if self.runtime.is_main else ():
+            assert show is not None
+            show(step, prefix.replace("/", "-"), sheet)
+        if monitor is not None:
+            monitor.log(step, metrics)
+        return metrics
+
+    def _measure(
+        self,
+        name: str,
+        views: Views,
+        step: int,
+        networks: Networks,
+        show: Show | None,
+        before_batch: Callable[[], None],
+    ) -> tuple[dict[str, Measurement], float]:
+        """Return measurements of every view on the splits of one name, and bad samples in them."""
         config, num_tombstones = self.config, 0.0
+        splits = [split for split in self.splits if split.name == name]
         measurements = {
-            prefix: Measurement(
+            view: Measurement(
                 self.forward,
                 config.evaluation.metrics,
                 weights=config.objective.weights_at(step * config.batch_size),
-                num_images=config.monitor.num_images if monitor else 0,
-                show=partial(monitor.picture, step, prefix) if monitor else lambda _: None,
+                networks=networks,
+                gallery=self._gallery(splits) if show is not None else None,
             )
-            for prefix in views
+            for view in views
         }
-        for split in self.splits:
+        for split in splits:
             with self._stream(split) as stream:
                 batches = DeviceBatches(stream, self.runtime.device)
                 for chunk in chunks(batches, self.chunk_bytes if len(views) > 1 else 0):
-                    for prefix, view in views.items():
+                    for name_of_view, view in views.items():
                         with view() as model, evaluating(model):
                             for batch in chunk:
                                 before_batch()
                                 for part in batch.split(config.accumulation):
-                                    measurements[prefix].add(model, part)
+                                    measurements[name_of_view].add(model, part)
                 num_tombstones += self.quarantine.collect(stream)["data/tombstones"]
-        metrics: dict[str, float] = {}
-        for prefix, measurement in measurements.items():
-            result = {**measurement.result(self.runtime), "tombstones": num_tombstones}
-            metrics |= {f"{prefix}/{name}": value for name, value in result.items()}
-        if monitor is not None:
-            monitor.log(step, metrics)
-        return metrics
+        return measurements, num_tombstones
+
+    def _gallery(self, splits: Sequence[HeldOutSplit]) -> Gallery | None:
+        """Return what collects the images to be shown; None: none are wanted."""
+        config = self.config
+        if config.monitor.num_images == 0:
+            return None
+        return Gallery(
+            config.monitor,
+            ranking_of(config.evaluation.metrics, config.monitor.rows_by),
+            decode=config.data.decode,
+            indexes=[split.index for split in splits],
+        )
+
+    def _check_pictured(self, galleries: Sequence[Gallery], *, must_be: bool) -> None:
+        """Raise UserError, or only warn, if a key to picture is in none of the galleries."""
+        wanted = self.config.monitor.pictured if galleries else ()
+        missing = [key for key in wanted if all(key in it.missing for it in galleries)]
+        if not missing:
+            return
+        text = (
+            f"monitor.pictured names {', '.join(map(repr, missing))}: no evaluated sample has "
+            "this key. The keys of some that are evaluated stand in the .json files beside the "
+            "pictures, in images/"
+        )
+        if must_be:
+            raise UserError(f"{text}; evaluation.split says which samples are evaluated.")
+        if self.runtime.is_main:
+            warn(text)
 
     def _stream(self, split: HeldOutSplit) -> Stream:
         """Open this process's part of a split."""
@@ -165,57 +197,3 @@ def views_of(strategy: Strategy, config: TrainConfig) -> Views:
 
     raw: Views = {"eval": lambda: nullcontext(strategy.model)}
     return raw if config.ema_decay is None else {**raw, "eval_ema": averaged}
-
-
-def evaluate_run(
-    run_dir: Path,
-    *,
-    step: Step | None = None,
-    split: str | None = None,
-    size: Size | None = None,
-    data: Sequence[str] = (),
-    shards: Sequence[str] = (),
-) -> dict[str, float]:
-    """Evaluate a checkpoint of a run; the metrics have the names that the training logs.
-
-    step: None: the newest checkpoint that verifies. split: None: the config's held-out split. size:
-    of the pictures, of a fully convolutional model; None: the training's. data, shards: where the
-    data sets of the training, and their shards, lie now; empty: they are looked for, see
-    `training.locations`. Raises UserError if there is no such run, checkpoint, data or split, or if
-    the model takes no pictures of that size.
-    """
-    config = load_config(run_dir)
-    decode = decode_at(size, config.model, config.data.decode, str(run_dir))
-    runtime = Runtime.start(accumulation=1)
-    check_ranks(config.batch_size, config.accumulation, runtime.world)
-    say = progress if runtime.is_main else lambda _: None
-    trained, indexes = find_data(run_dir, config.data, paths=data, shards=shards, say=say)
-    # Nothing is augmented; an augmentation of the training need not fit the size.
-    trained = trained.model_copy(update={"decode": decode, "augmentations": ()})
-    config = config.model_copy(update={"data": trained})
-    if split is not None:
-        evaluation = config.evaluation.model_copy(update={"split": split})
-        config = config.model_copy(update={"evaluation": evaluation})
-    held_out = HeldOut(
-        config,
-        held_out_splits(config, indexes, check_data(config, indexes)),
-        make_forward(config, runtime.device),
-        runtime,
-        Quarantine(run_dir, config.data, runtime),
-    )
-    kept = [prefix for prefix in PREFIXES if prefix == "eval" or config.ema_decay is not None]
-    # Chosen once for both views: a running training may save and remove checkpoints.
-    chosen: int | None = None
-    with runtime.sharing_errors():
-        if runtime.is_main:
-            path = choose_checkpoint(run_dir, config, step, PREFIXES[kept[-1]])
-            chosen = read_state(path).step
-    chosen = runtime.broadcast(chosen)
-    assert chosen is not None
-
-    views: Views = {}
-    for prefix in kept:
-        run = load_run(run_dir, step=chosen, weights=PREFIXES[prefix], config=config)
-        model = move_model(run.model, config, runtime.device)
-        views[prefix] = partial(nullcontext, model)
-    return {"step": chosen, **held_out.evaluate(views, chosen)}

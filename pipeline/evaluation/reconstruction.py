@@ -1,27 +1,29 @@
-"""Held-out losses and pictures: every sample of a split once, on any number of processes.
+"""Held-out losses and metrics: every sample of a split once, on any number of processes.
 
 Corruption and posterior noise depend on the sample only, so two evaluations differ only by the
 weights. Likelihoods use one noise sample per image; the squared error uses the posterior's mean.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.common import rng
+from pipeline.common.console import warn
 from pipeline.common.precision import autocast
-from pipeline.data.decode import Decode, ImageDecode
 from pipeline.data.stream import Batch
 from pipeline.distributed.gather import RowGather
 from pipeline.distributed.runtime import Runtime
+from pipeline.evaluation.gallery import Gallery
+from pipeline.losses.terms import Networks
 from pipeline.metrics import EvaluatedBatch, MetricBase
 from pipeline.models.autoencoder import ModelOutput
 from pipeline.monitoring.meter import Meter
-from pipeline.training.forward import Forward, Inputs
+from pipeline.monitoring.sheets import Sheet
+from pipeline.training.forward import Forward
 
 
 class Measurement:
@@ -33,21 +35,19 @@ class Measurement:
         metrics: Sequence[MetricBase],
         *,
         weights: Mapping[str, float],
-        num_images: int,
-        show: Callable[[NDArray[np.uint8]], None],
+        networks: Networks | None = None,
+        gallery: Gallery | None = None,
     ) -> None:
-        """weights: of the objective's terms in `loss`.
+        """weights: of the objective's terms in `loss`. networks: of the metrics, by `networks_of`.
 
-        show: called with the picture of the first `num_images` samples [num_images * H, 4 * W, 3]
-        as soon as it is complete; not for data that are not images.
+        gallery: collects what is to be shown.
         """
-        self._forward = forward
+        self._forward, self._networks = forward, networks or {}
         self._weights = weights
-        self._num_images, self._show = num_images, show
+        self.gallery = gallery
         self._losses = Meter(forward.device)
-        self._sums_of = [MetricSums(metric, forward.seed) for metric in metrics]
+        self._sums_of = [MetricSums(metric) for metric in metrics]
         self._sigma2: Tensor | None = None
-        self._pictures: list[NDArray[np.uint8]] = []
         self._kept: object = None  # tensors of the last micro-batch; see `training.step.train_step`
 
     @torch.no_grad()
@@ -56,6 +56,7 @@ class Measurement:
         forward = self._forward
         inputs = forward.inputs(batch, "evaluation")
         output, losses = forward.run(model, inputs, weights=self._weights)
+        assert output.decoded is not None
         mean = _reconstruction(model, output, forward)
         values = {"loss": losses.total, "distortion": losses.distortion, **losses.terms}
         self._losses.add(values, inputs.weight)
@@ -71,21 +72,20 @@ class Measurement:
             clean=inputs.clean,
             corrupted=inputs.corrupted,
             mean=mean,
+            sample=forward.likelihood.mean(output.decoded),
             output=output,
             losses=losses,
             likelihood=forward.likelihood,
             model=run_model,
+            networks=self._networks,
             value_bits=16 if forward.decode.stored_dtype == np.uint16 else 8,
         )
+        figures: dict[str, Tensor] = {}
         for sums in self._sums_of:
-            sums.add(seen)
+            figures |= sums.add(seen)
+        if self.gallery is not None:
+            self.gallery.add(seen, figures)
         self._kept = seen
-        missing = self._num_images - sum(map(len, self._pictures))
-        shown = picture_rows(inputs, mean, missing, forward.decode) if missing > 0 else None
-        if shown is not None:
-            self._pictures.append(shown)
-            if len(shown) == missing:
-                self._show(picture_grid(self._pictures))
 
     def result(self, runtime: Runtime) -> dict[str, float]:
         """Return the metrics over all processes, and `samples`; a collective."""
@@ -95,26 +95,46 @@ class Measurement:
         metrics = {**dict(sorted(metrics.items())), "samples": num_samples}
         if self._sigma2 is not None:
             metrics["sigma2"] = float(self._sigma2)
-        if 0 < sum(map(len, self._pictures)) < self._num_images:  # a split with few samples
-            self._show(picture_grid(self._pictures))
         return metrics
+
+    def sheet(self, runtime: Runtime) -> Sheet:
+        """Return what is to be shown, after `result`: on the main process; a collective."""
+        sheet = Sheet({}) if self.gallery is None else self.gallery.sheet(runtime)
+        vectors = {n: vector for sums in self._sums_of for n, vector in sums.vectors.items()}
+        if vectors and runtime.is_main:
+            sheet = Sheet(sheet.pictures, {**sheet.contents, "vectors": vectors})
+        return sheet
+
+
+def networks_of(metrics: Sequence[MetricBase], device: torch.device) -> Networks:
+    """Build the networks of all metrics, each once, frozen; raises UserError."""
+    builders = {name: make for metric in metrics for name, make in metric.networks().items()}
+    return {name: make().to(device).eval().requires_grad_(False) for name, make in builders.items()}
 
 
 class MetricSums:
     """Sums and rows of one metric, over this process's part of a split."""
 
-    def __init__(self, metric: MetricBase, seed: int) -> None:
-        """seed: chooses the images whose rows are kept, if there are more than `max_rows`."""
+    def __init__(self, metric: MetricBase, seed: int = 0) -> None:
+        """seed: chooses the images whose rows are kept, if there are more than `max_rows`.
+
+        It is not the run's: two runs on the same data are compared by the same images.
+        """
         self._metric, self._seed = metric, seed
+        self._totals: dict[str, Tensor] = {}  # of values per image; "": their number
         self._sums: dict[str, Tensor] = {}
+        self.vectors: dict[str, list[float]] = {}  # see `MetricBase.vectors`; after `value`
         # uid and row of the images with the smallest random draws.
         self._kept: list[Tensor] = []
 
-    def add(self, batch: EvaluatedBatch) -> None:
-        """Add a micro-batch."""
-        for name, value in self._metric.sums(batch).items():
-            value = value.to(torch.float64)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+    def add(self, batch: EvaluatedBatch) -> dict[str, Tensor]:
+        """Add a micro-batch; return the metric's values [B] per image."""
+        per_image = self._metric.per_image(batch)
+        if per_image:
+            images = batch.weight.sum(dtype=torch.float64)
+            totals = {name: batch.total(values) for name, values in per_image.items()}
+            _add(self._totals, {**totals, "": images})
+        _add(self._sums, self._metric.sums(batch))
         rows = self._metric.rows(batch)
         if rows is not None:
             counted = batch.weight > 0
@@ -123,16 +143,12 @@ class MetricSums:
             if self._kept:
                 kept = [torch.cat(pair) for pair in zip(self._kept, kept, strict=True)]
             self._kept = self._chosen(*kept)
+        return per_image
 
     def value(self, runtime: Runtime) -> dict[str, float]:
         """Return the metric's values over all processes; a collective."""
-        shapes = {name: value.shape for name, value in self._sums.items()}
-        if shapes:
-            packed = torch.cat([value.flatten() for value in self._sums.values()])
-            parts = runtime.sum(packed).split([shape.numel() for shape in shapes.values()])
-            sums = {n: p.view(s) for (n, s), p in zip(shapes.items(), parts, strict=True)}
-        else:
-            sums = {}
+        totals, sums = (_over_processes(it, runtime) for it in (self._totals, self._sums))
+        means = {name: float(total / totals[""]) for name, total in totals.items() if name}
         rows = None
         if self._kept:
             uid, rows = self._kept
@@ -140,7 +156,10 @@ class MetricSums:
             mine = torch.isin(uid, chosen)
             uid, rows = gather_rows(uid[mine]), gather_rows(rows[mine])
             rows = rows[uid.argsort()]
-        return self._metric.value(sums, rows)
+        self.vectors = self._metric.vectors(sums)
+        for remark in self._metric.remarks(sums) if runtime.is_main else ():
+            warn(remark)
+        return means | self._metric.value(sums, rows)
 
     def _chosen(self, uid: Tensor, *columns: Tensor) -> list[Tensor]:
         """Keep the images with the smallest draws: the same for any number of processes."""
@@ -148,6 +167,24 @@ class MetricSums:
         draws = rng.sample_keys(self._seed, "evaluation/rows", epoch=zero, uid=uid)
         chosen = draws.argsort()[: self._metric.max_rows]
         return [column[chosen] for column in (uid, *columns)]
+
+
+def _add(totals: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Add values to their totals, in float64."""
+    for name, value in values.items():
+        if name in totals:
+            totals[name] += value  # in place: a matrix of a metric may be large
+        else:
+            totals[name] = value.to(torch.float64, copy=True)
+
+
+def _over_processes(values: Mapping[str, Tensor], runtime: Runtime) -> dict[str, Tensor]:
+    """Return the sums over all processes; a collective unless there are no values."""
+    if not values:
+        return {}
+    packed = torch.cat([value.flatten() for value in values.values()])
+    parts = runtime.sum(packed).split([value.numel() for value in values.values()])
+    return {name: part.view(values[name].shape) for name, part in zip(values, parts, strict=True)}
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -180,33 +217,3 @@ def _reconstruction(model: nn.Module, output: ModelOutput, forward: Forward) -> 
         decoded: ModelOutput = model(output.posterior.mu, mode="decode")
     assert decoded.decoded is not None
     return forward.likelihood.mean(decoded.decoded)
-
-
-def picture_rows(
-    inputs: Inputs, mean: Tensor, num_images: int, decode: Decode
-) -> NDArray[np.uint8] | None:
-    """Return clean | corrupted | reconstruction | absolute error of images, [n, H, 4W, C] bytes.
-
-    Alpha is shown as a plain background behind the colours, and its error in each of theirs, where
-    it is larger. None for data that are no images.
-    """
-    background = decode.background if isinstance(decode, ImageDecode) else 0
-    has_alpha = isinstance(decode, ImageDecode) and decode.channels == 4
-    if not has_alpha and (inputs.clean.ndim != 4 or inputs.clean.shape[1] not in (1, 3)):
-        return None
-    shown = (inputs.weight > 0).nonzero()[:num_images, 0]
-    columns = [column[shown].float() for column in (inputs.clean, inputs.corrupted, mean)]
-    error = (columns[0] - columns[2]).abs()
-    if has_alpha:
-        level = background / 255
-        parts = [(column[:, :3], column[:, 3:].clamp(0, 1)) for column in columns]
-        columns = [colour * alpha + level * (1 - alpha) for colour, alpha in parts]
-        error = torch.maximum(error[:, :3], error[:, 3:])
-    grid = torch.cat([*columns, error], dim=3)  # [n, C, H, 4W]
-    return grid.clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def picture_grid(rows: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Return the rows below each other, as RGB."""
-    picture = np.concatenate([row for part in rows for row in part])
-    return np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))

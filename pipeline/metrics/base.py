@@ -1,20 +1,25 @@
 """The inputs and the interface of metrics.
 
-    each micro-batch --sums, rows--> sum or gather over all processes --value--> figures
+    each micro-batch --per_image--------> mean over the images of all processes --> figures
+                     --sums, rows--> sum or gather over all processes --value--> figures
 
 # B images of a micro-batch
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.common.component import Component
+from pipeline.data.decode import Decode
 from pipeline.losses.objective import Losses
-from pipeline.models.autoencoder import ModelOutput
+from pipeline.losses.terms import Networks
+from pipeline.models.autoencoder import ModelConfig, ModelOutput
 from pipeline.models.likelihoods import Likelihood
+from pipeline.models.weights_file import WeightsFile
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,21 @@ class EvaluatedBatch:
     clean: Tensor  # [B, *event] in [0, 1]
     corrupted: Tensor  # [B, *event], what the encoder saw
     mean: Tensor  # [B, *event], the reconstruction from the posterior's mean
+    sample: Tensor  # [B, *event], the reconstruction from one sample of the posterior
     output: ModelOutput  # by one sample of the posterior
     losses: Losses
     likelihood: Likelihood
     # `AutoEncoder.forward`, to run the model again: equally often on all processes.
     model: Callable[..., ModelOutput]
+    networks: Networks  # those of all metrics, see `MetricBase.networks`
     value_bits: int = 8  # of a value as the data holds it
+    _shared: dict[Hashable, Tensor] = field(default_factory=dict)  # see `once`
+
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """Return what `compute` returned for the first metric that asked for `key`."""
+        if key not in self._shared:
+            self._shared[key] = compute()
+        return self._shared[key]
 
     def total(self, values: Tensor) -> Tensor:
         """Return the weighted sum of values [B, ...] over the images, in float64 [...]."""
@@ -45,6 +59,47 @@ class MetricBase(Component):
     """One or several figures of a held-out split."""
 
     kind: str
+
+    @property
+    def label(self) -> str:
+        """What tells the metric's figures from those of others; two with one label are refused."""
+        return self.kind
+
+    def check(self, model: ModelConfig, decode: Decode) -> None:
+        """Raise ValueError, with the remedy, if the metric has no meaning for this model or data.
+
+        decode: of the data that is evaluated.
+        """
+        del model, decode
+
+    def networks(self) -> Mapping[str, Callable[[], nn.Module]]:
+        """Return the frozen networks that the metric needs: name -> function that builds it.
+
+        Metrics with the same name share one network. It is built on the device at the start of an
+        evaluation, in evaluation mode, and freed at its end. Building may raise UserError.
+        """
+        return {}
+
+    @property
+    def files(self) -> Sequence[WeightsFile]:
+        """The files of the networks, which are checked before anything starts."""
+        return ()
+
+    # Whether images with larger values are the better ones; see `ranked_by`.
+    higher_is_better: ClassVar[bool] = False
+
+    @property
+    def ranked_by(self) -> str | None:
+        """Name of the values per image that tell the best images from the worst; None: none do."""
+        return None
+
+    def per_image(self, batch: EvaluatedBatch) -> dict[str, Tensor]:
+        """Return values [B] by name; their means over the images are figures of these names.
+
+        The same names for every micro-batch.
+        """
+        del batch
+        return {}
 
     @property
     def max_rows(self) -> int:
@@ -62,23 +117,31 @@ class MetricBase(Component):
         return None
 
     def value(self, sums: Mapping[str, Tensor], rows: Tensor | None) -> dict[str, float]:
-        """Return the figures, by name. rows: [n, ...], by ascending uid."""
+        """Return the figures of `sums` and `rows`, by name. rows: [n, ...], by ascending uid."""
         raise NotImplementedError
+
+    def remarks(self, sums: Mapping[str, Tensor]) -> Sequence[str]:
+        """Return warnings about the figures, which are printed once."""
+        del sums
+        return ()
+
+    def vectors(self, sums: Mapping[str, Tensor]) -> dict[str, list[float]]:
+        """Return what is too long for figures, by name: written to the evaluation's file."""
+        del sums
+        return {}
 
 
 class MeanMetric(MetricBase):
     """Means over the images."""
 
+    @property
+    def ranked_by(self) -> str | None:
+        return self.label
+
     def per_image(self, batch: EvaluatedBatch) -> dict[str, Tensor]:
-        """Return values [B] by the names of the figures; the same names for every micro-batch."""
         raise NotImplementedError
 
-    def sums(self, batch: EvaluatedBatch) -> dict[str, Tensor]:
-        """Return the number of images, and the sum of each value."""
-        values = {name: batch.total(values) for name, values in self.per_image(batch).items()}
-        return {"images": batch.weight.sum(dtype=torch.float64), **values}
-
     def value(self, sums: Mapping[str, Tensor], rows: Tensor | None) -> dict[str, float]:
-        """Return the means; NaN without an image."""
-        del rows
-        return {n: float(total / sums["images"]) for n, total in sums.items() if n != "images"}
+        """Return the figures besides the means."""
+        del sums, rows
+        return {}

@@ -18,6 +18,11 @@ class LogLikelihood(MeanMetric):
 
     kind: Literal["log_likelihood"] = "log_likelihood"
 
+    @property
+    def ranked_by(self) -> str | None:
+        """None: the values depend on the sample of the posterior."""
+        return None
+
     def per_image(self, batch: EvaluatedBatch) -> dict[str, Tensor]:
         posterior = batch.output.posterior
         if posterior is None or posterior.logvar is None:

@@ -8,6 +8,7 @@ Names and units (prefix `train/`, `eval/` or `eval_ema/`):
     nats               bound on -ln p(x) per image (likelihoods in nats only)
     bits_per_dimension the same per element of 8-bit data, of uint16: 16-bit (densities only)
     sigma2             variance of an element given z (Gaussian likelihood only)
+    others             see the files of `pipeline/metrics`
 and, without these prefixes:
     optim/learning_rate, optim/grad_norm (before clipping, mean over applied steps),
     optim/grad_norm_discriminator (the discriminator's part, with an adversarial term),

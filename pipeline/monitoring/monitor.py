@@ -1,6 +1,5 @@
 """The log of a run: `metrics.jsonl`, Weights & Biases, and one line on the console."""
 
-import io
 import itertools
 import json
 import os
@@ -8,11 +7,8 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 from pydantic import Field
 
 from pipeline.common.component import Component
@@ -20,6 +16,7 @@ from pipeline.common.console import warn
 from pipeline.common.errors import DONE, FAILED
 from pipeline.common.files import write_atomic
 from pipeline.monitoring.memory import memory_line
+from pipeline.monitoring.sheets import Sheet, write_sheet
 from pipeline.monitoring.wandb_mode import WandbConfig
 from pipeline.monitoring.wandb_sink import Records, WandbSink
 
@@ -28,8 +25,14 @@ class MonitorConfig(Component):
     """How often a run reports."""
 
     log_every_steps: int = Field(default=50, gt=0)  # steps from one line of metrics to the next
-    # Rows of the picture at every evaluation; 0: no pictures.
+    # Rows of the picture at every evaluation: images chosen by a hash, the same in every run on
+    # that data. 0: no pictures, and no best and worst images.
     num_images: int = Field(default=8, ge=0)
+    # Keys of the images to picture instead, which must be among those that are evaluated.
+    pictured: Annotated[tuple[str, ...], Field(max_length=100)] = ()
+    # The metric by which the ten best and the ten worst images are shown, by its name; null: the
+    # first of evaluation.metrics that ranks images.
+    rows_by: str | None = None
     wandb: WandbConfig = WandbConfig()
 
 
@@ -67,7 +70,7 @@ class Monitor:
         self.past = truncate_records(run_dir / "metrics.jsonl", step if step > 0 else -1)
         self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
         self._unwritten = b""
-        evaluated = any(r["step"] == step and "eval/loss" in r for r in self.past)
+        evaluated = any(r["step"] == step and is_evaluation(r) for r in self.past)
         self.lacks_evaluation = evaluates and not evaluated
         self._wandb = WandbSink(run_dir, config.wandb, resolved=resolved, past=self.past)
 
@@ -94,19 +97,14 @@ class Monitor:
         self._file.truncate(size)
         warn(f"metrics.jsonl could not be written ({problem}); the next record tries again")
 
-    def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
-        """Save a picture [H, W, 3] as images/<name>-<step>.png and in W&B."""
+    def show(self, step: int, name: str, sheet: Sheet) -> None:
+        """Save what an evaluation shows in images/, and its pictures in W&B; see `sheets`."""
         if not self._is_main:
             return
-        path = self._run_dir / "images" / f"{name}-{step:08d}.png"
-        content = io.BytesIO()
-        Image.fromarray(pixels).save(content, "PNG")
-        try:
-            write_atomic(path, content.getvalue())  # W&B reads it again at the next start
-        except OSError as error:
-            warn(f"{path} could not be written ({error}); training goes on")
-            return
-        self._wandb.log({"step": step, "time": time.time(), f"images/{name}": path})
+        for path in write_sheet(self._run_dir / "images", step, name, sheet):
+            if path.suffix == ".png":  # W&B reads it again at the next start
+                picture = f"images/{path.stem.rpartition('-')[0]}"
+                self._wandb.log({"step": step, "time": time.time(), picture: path})
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Print the console's line of a log; after the first also the peak of memory."""
@@ -141,6 +139,11 @@ class Monitor:
             return
         self._file.close()
         self._wandb.close(self.exit_code if kind is None else FAILED)
+
+
+def is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Whether a record of metrics.jsonl is that of an evaluation, of whichever data."""
+    return any(name.startswith("eval/") for name in record)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

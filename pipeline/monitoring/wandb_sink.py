@@ -39,7 +39,7 @@ PAUSE = 3.0
 HIDDEN = ("data/order_digest", "data/ledger/*")  # their charts would show noise
 # Of these the smallest value is kept as best/NAME. W&B's own minima would take the place of the
 # last value, which sweeps read.
-SMALLEST = re.compile(r"eval\w*/(loss|squared_error|nats|bits_per_dimension)")
+SMALLEST = re.compile(r"eval\w*/(\w+/)?(loss|squared_error|nats|bits_per_dimension)")
 
 Record = Mapping[str, Any]  # of metrics.jsonl: step, time, values by name; here also pictures
 Records = Sequence[Record]

@@ -12,7 +12,6 @@ from pipeline.common.precision import parameter_dtype
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.data.index.reader import States
-from pipeline.data.index.splits import ALL
 from pipeline.data.order.mixture import Mixture
 from pipeline.data.settings import MIN_SAMPLES_JUDGED, DataSource
 from pipeline.data.stream.datasets import check_shards, order_of
@@ -31,6 +30,8 @@ M = TypeVar("M", bound=nn.Module)
 def check_data(config: TrainConfig, indexes: Sequence[Index]) -> tuple[States, ...]:
     """Raise UserError unless the shards match the indexes and the evaluation split has samples.
 
+    Data that is only evaluated is checked in `training.evaluated`.
+
     A start checks the shards only here; returns their states, which the streams need.
     """
     states = check_shards(config.data, indexes)
@@ -38,14 +39,9 @@ def check_data(config: TrainConfig, indexes: Sequence[Index]) -> tuple[States, .
     for source, index in zip(config.data.sources, indexes, strict=True):
         allowed = max_missing(config, source, index)
         index.check_suffixes(config.data.decode.member_suffixes, allowed, split=config.data.split)
-        names = (*index.split_spec.names, ALL)
-        if split not in names:
-            known = ", ".join(names)
-            raise UserError(
-                f"evaluation.split = {split!r}: the index of {source.path} has the splits {known}."
-            )
-        num_held_out += int(index.counts(split).sum())
-    if num_held_out == 0:
+        if not config.evaluation.own:
+            num_held_out += int(index.counts(split, "evaluation.split").sum())
+    if num_held_out == 0 and not config.evaluation.own:
         path = config.data.sources[0].path
         raise UserError(
             f"evaluation.split = {split!r} holds no sample: name another split, or give it a "

@@ -7,6 +7,7 @@ from pipeline.common.console import in_bytes, progress, warn
 from pipeline.config import TrainConfig
 from pipeline.data.order.mixture import reading_plan
 from pipeline.training.build import build_without_memory, check_data, make_order
+from pipeline.training.evaluated import open_evaluated
 from pipeline.training.locations import open_data
 from pipeline.training.memory import StepMemory
 from pipeline.training.sense import doubts
@@ -24,6 +25,7 @@ def describe(config: TrainConfig, *, world: int = 1, with_costs: bool = True) ->
     # Without costs a training follows, which says by itself where its data is read from.
     config, indexes = open_data(config, progress if with_costs else lambda _: None)
     check_data(config, indexes)
+    config, _ = open_evaluated(config, progress if with_costs else lambda _: None)
     for what, text in doubts(config, indexes, world):
         warn(f"{what}: {text}")
     order = make_order(config, indexes)

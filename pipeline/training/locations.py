@@ -8,8 +8,8 @@ The run's locations.json says where its newest start found things; runs of 93dd2
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,6 +51,8 @@ class Locations:
     started_in: str | None  # the current directory then; None: not known
     data_sets: tuple[SeenDataSet, ...]  # as in the config; empty: not known
     dataset_id: str | None  # of all together; None: not known
+    # Those that the run is only evaluated on, by their names in evaluation.data.
+    evaluated: Mapping[str, SeenDataSet] = field(default_factory=dict)
 
     def candidates(self, place: str, run_dir: Path) -> list[str]:
         """Where a place in the settings may be by now, the most likely first; a URL stays."""
@@ -78,13 +80,15 @@ def _absolute(path: str | Path) -> str:
     return os.path.normpath(Path(path).absolute())
 
 
-def record_locations(run_dir: Path, order: Mixture) -> None:
+def record_locations(run_dir: Path, order: Mixture, evaluated: Mapping[str, SeenDataSet]) -> None:
     """Write down where this start of a run lies, and what it reads."""
     data_sets = [
         {"dataset_id": part.dataset_id, "split": part.split, "samples": part.num_samples}
         for part in order.orders
     ]
     locations = {"run_dir": str(run_dir.absolute()), "started_in": str(Path.cwd())}
+    seen = {name: asdict(one) for name, one in evaluated.items()}
+    locations |= {"evaluated": seen} if seen else {}
     write_json(run_dir / LOCATIONS, {**locations, "data_sets": data_sets})
 
 
@@ -94,7 +98,8 @@ def read_locations(run_dir: Path) -> Locations | None:
         found = json.loads((run_dir / LOCATIONS).read_bytes())
         seen = tuple(SeenDataSet(**one) for one in found["data_sets"])
         ids = dataset_id_of([one.dataset_id for one in seen])
-        return Locations(found["run_dir"], found["started_in"], seen, ids)
+        evaluated = {n: SeenDataSet(**one) for n, one in found.get("evaluated", {}).items()}
+        return Locations(found["run_dir"], found["started_in"], seen, ids, evaluated)
     except (OSError, ValueError, TypeError, KeyError):
         return _locations_without_file(run_dir)
 
@@ -130,7 +135,7 @@ def open_source(run_dir: Path, data: DataConfig, number: int, say: Say) -> tuple
     source, locations = data.sources[number], read_locations(run_dir)
     if locations is None or locations.dataset_id is None:
         return source, Index.open(source.path, number, data.remote)
-    search = _Search(run_dir, locations, data.remote, OVERRIDES, say)
+    search = DataSearch(run_dir, locations, data.remote, OVERRIDES, say)
     try:
         path, index = source.path, Index.open(source.path, number, data.remote)
     except NoIndexError:
@@ -166,7 +171,7 @@ def find_data(
                 f"{run_dir} was trained on {len(sources)} data sets ({listed}): give {option} "
                 f"{len(sources)} times, in their order, not {len(given)} times."
             )
-    search = _Search(run_dir, locations, data.remote, options, say)
+    search = DataSearch(run_dir, locations, data.remote, options, say)
     found: list[DataSource] = []
     indexes: list[Index] = []
     for number, source in enumerate(sources):
@@ -199,14 +204,15 @@ def _with_sources(data: DataConfig, sources: Sequence[DataSource]) -> DataConfig
 
 
 @dataclass(frozen=True)
-class _Search:
-    """Looks for the data sets of one run."""
+class DataSearch:
+    """Looks for the data sets of one run; its methods raise UserError."""
 
     run_dir: Path
     locations: Locations
     remote: RemotePolicy
     options: tuple[str, str]  # that name the locations of index and shards
     say: Say
+    use: str = "trained on"  # what the run did with the data
 
     def candidates(self, *known: str) -> list[str]:
         """Where locations in the settings may be by now."""
@@ -228,7 +234,7 @@ class _Search:
                     return path, index
                 looked.append(f"{path} (data set {index.dataset_id})")
         raise UserError(
-            f"The data set that {self.run_dir} was trained on (id {wanted or 'not known'}) is not "
+            f"The data set that {self.run_dir} was {self.use} (id {wanted or 'not known'}) is not "
             f"found; looked at: {', '.join(looked)}. Name the directory or URL that holds its "
             f"`index/` by {self.options[0]}; it must be the same data set."
         )
@@ -249,7 +255,7 @@ class _Search:
         there = [root for root in roots if fits[root]] or [r for r in roots if fits[r] is False]
         if not there:
             raise UserError(
-                f"The shards of the data set that {self.run_dir} was trained on (id "
+                f"The shards of the data set that {self.run_dir} was {self.use} (id "
                 f"{index.dataset_id}) are not found: {index.shards[0].name} is in none of "
                 f"{', '.join(roots)}. Put them back, or name their place by {self.options[1]}."
             )

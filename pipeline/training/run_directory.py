@@ -4,6 +4,7 @@ config.yaml        the resolved config, a valid input as well
 metrics.jsonl      every logged value
 checkpoints/       see `checkpoints.folder`
 images/  wandb/    see `monitoring.monitor`
+evaluations/       what the evaluations measure, and results of others: see `evaluation.card`
 quarantine.jsonl   bad samples, once each
 changes.jsonl      settings changed on a resume by --accept-change
 locations.json     where the newest start found run and data: see `training.locations`
@@ -15,7 +16,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -35,15 +36,24 @@ from pipeline.data.order.mixture import Mixture
 from pipeline.distributed.outcome import Failures, begin
 from pipeline.distributed.runtime import Runtime
 from pipeline.losses.players import checkpoint_name
+from pipeline.metrics.settings import UNNAMED
 from pipeline.training.build import build_trained
+from pipeline.training.evaluated import EvaluatedSet, check_evaluated
 from pipeline.training.loading import check_shapes, load_config
-from pipeline.training.locations import read_locations, record_locations
+from pipeline.training.locations import SeenDataSet, read_locations, record_locations
 
 # Where data lies. It may change if the data set is the same one: `check_order`, `_was_seen`.
 DATA_PLACE = re.compile(r"data\.(mixture\.\d+\.)?(path|shards)")
+# The same of data that is only evaluated: `check_evaluated`.
+EVALUATED_PLACE = re.compile(r"evaluation\.data\.(?:(\w+)\.)?(path|shards)")
 
 
-def lock_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) -> IO[bytes]:
+def lock_run_dir(
+    config: TrainConfig,
+    accepted: Sequence[str],
+    order: Mixture,
+    evaluated: Sequence[EvaluatedSet] = (),
+) -> IO[bytes]:
     """Lock the run directory, store the config and return the lock; for the main process only.
 
     Raises UserError if the directory cannot be written, if another process runs there, if its run
@@ -77,7 +87,7 @@ def lock_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) -
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         lock.flush()
-        _store_config(run_dir, config, accepted, order)
+        _store_config(run_dir, config, accepted, order, evaluated)
         (run_dir / "STOP").unlink(missing_ok=True)
         remove_unfinished(run_dir / "checkpoints")
     except BaseException:
@@ -87,7 +97,11 @@ def lock_run_dir(config: TrainConfig, accepted: Sequence[str], order: Mixture) -
 
 
 def _store_config(
-    run_dir: Path, config: TrainConfig, accepted: Sequence[str], order: Mixture
+    run_dir: Path,
+    config: TrainConfig,
+    accepted: Sequence[str],
+    order: Mixture,
+    evaluated: Sequence[EvaluatedSet],
 ) -> None:
     path = run_dir / "config.yaml"
     if path.exists():
@@ -95,7 +109,12 @@ def _store_config(
         changes = [c for c in strict.difference(former, config) if c.path != "version"]
         if newest_state(run_dir / "checkpoints") is not None or _was_seen(run_dir, order):
             changes = [c for c in changes if not DATA_PLACE.fullmatch(c.path)]
+        locations = read_locations(run_dir)
+        known = {} if locations is None else locations.evaluated
+        changes = [c for c in changes if not _is_known_place(c.path, known)]
         _check_changes(run_dir, changes, config.may_change, accepted)
+        strangers = [one for one in evaluated if not _covered(one.setting, accepted)]
+        check_evaluated(run_dir, known, strangers)
         check_order(run_dir / "checkpoints", order)
         recorded = [change for change in changes if not _covered(change.path, config.may_change)]
         if recorded:
@@ -108,7 +127,13 @@ def _store_config(
                     file.write(json.dumps(entry) + "\n")
                 os.fsync(file.fileno())
     write_atomic(path, strict.dump(config).encode())
-    record_locations(run_dir, order)
+    record_locations(run_dir, order, {one.name: one.seen for one in evaluated})
+
+
+def _is_known_place(setting: str, known: Mapping[str, SeenDataSet]) -> bool:
+    """Whether a setting is the location of data that an earlier start evaluated."""
+    match = EVALUATED_PLACE.fullmatch(setting)
+    return match is not None and (match[1] or UNNAMED) in known
 
 
 def _was_seen(run_dir: Path, order: Mixture) -> bool:
@@ -154,7 +179,11 @@ def _covered(path: str, names: Sequence[str]) -> bool:
 
 @contextmanager
 def locked_run_dir(
-    config: TrainConfig, accepted: Sequence[str], order: Mixture, runtime: Runtime
+    config: TrainConfig,
+    accepted: Sequence[str],
+    order: Mixture,
+    evaluated: Sequence[EvaluatedSet],
+    runtime: Runtime,
 ) -> Generator[Failures]:
     """Keep the run directory locked inside the context; yield where to record failures.
 
@@ -167,7 +196,7 @@ def locked_run_dir(
         with runtime.sharing_errors():
             if runtime.is_main:
                 _check_world(config, runtime.world)
-                lock = lock_run_dir(config, accepted, order)
+                lock = lock_run_dir(config, accepted, order, evaluated)
                 attempt = begin(run_dir)
         failures = Failures(run_dir, runtime.broadcast(attempt), runtime.rank, runtime.world)
         with failures.recorded():

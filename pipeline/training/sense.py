@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
-from pipeline.data.index.splits import ALL
+from pipeline.data.index.splits import is_pattern
 from pipeline.data.pack.parts import few_shards
 from pipeline.training.build import build_without_memory
 
@@ -66,16 +66,17 @@ def _rate(config: TrainConfig) -> Iterator[Advice]:
 
 def _held_out(config: TrainConfig, indexes: Sequence[Index]) -> Iterator[Advice]:
     split = config.evaluation.split
-    known = [index for index in indexes if split in (*index.split_spec.names, ALL)]
-    count = sum(int(index.counts(split).sum()) for index in known)
+    if config.evaluation.own:
+        return
+    count = sum(int(index.counts(split).sum()) for index in indexes)
     total = sum(index.num_samples for index in indexes)
-    if 0 < count < MIN_HELD_OUT and len(known) == len(indexes):
+    if 0 < count < MIN_HELD_OUT:
         percent = math.ceil(120 * MIN_HELD_OUT / total)  # a fifth more: it is drawn
         rule = f"{{train: {1 - percent / 100:.2f}, {split}: {percent / 100:.2f}}}"
         remedy = (
             f"hold out more by `latentmill index {indexes[0].path} --split '{{fractions: {rule}}}'`"
         )
-        if percent > MAX_PERCENT:
+        if percent > MAX_PERCENT or is_pattern(split):
             remedy = "more samples would mend that"
         yield (
             "split",

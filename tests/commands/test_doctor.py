@@ -24,7 +24,7 @@ from pipeline.commands.doctor.diagnose import diagnose
 from pipeline.commands.doctor.finding import Finding
 from pipeline.common.shipped import find
 from pipeline.config import read_config
-from pipeline.data.index import build_index
+from pipeline.data.index import Index, build_index
 from pipeline.training.memory import StepMemory
 from tests.shards import png, tiny_image, write_tiny_shards
 
@@ -36,6 +36,7 @@ CHECKS = [
     "members",
     "shards",
     "order",
+    "evaluated",
     "device",
     "memory",
     "disk",
@@ -443,3 +444,29 @@ def test_colours_are_for_terminals():
     assert finding.line(in_colour=False) == "FAIL     disk      two lines"
     assert finding.line(in_colour=True).startswith("\x1b[31mFAIL")
     assert Finding("disk", "warning", "x").line(in_colour=False) == "WARN     disk      x"
+
+
+def test_the_cost_of_an_evaluation(shards: Path, tmp_path: Path):
+    """Of the training's split, and of data of its own, which is checked as well."""
+    line = texts(diagnose(config_of(shards, tmp_path)), "ok", "evaluated")
+    held_out = sum(shard.splits["held_out"] for shard in Index.open(shards).shards)
+    assert line.startswith(
+        f"each evaluation reads {held_out} of the {held_out} samples of split held_out of {shards}"
+    )
+    sets = f"{{a: {{path: {shards}}}, b: {{path: {shards}, split: 'tiny-*3.tar'}}}}"
+    config = config_of(shards, tmp_path, evaluation=f"{{data: {sets}, max_samples: 17}}")
+    findings = diagnose(config)
+    first, second = texts(findings, "ok", "evaluated").splitlines()
+    assert first.startswith(
+        f"a: each evaluation reads 17 of the 60 samples of split all of {shards}"
+    )
+    assert second.startswith(
+        "b: each evaluation reads 16 of the 16 samples of split tiny-*3.tar of"
+    )
+    # Each of 12 lanes reads its own part of the shard.
+    assert "from 1 shard: about 12 requests and 5" in second
+    assert not bad(findings)
+    nowhere = config_of(shards, tmp_path, evaluation="{data: {a: {path: /nowhere}}}")
+    assert "evaluation.data.a: /nowhere does not exist" in texts(
+        diagnose(nowhere), "FAIL", "evaluated"
+    )

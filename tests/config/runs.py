@@ -1,6 +1,8 @@
 """Tiny runs of a config with overrides, and what can be seen of them."""
 
+import hashlib
 import json
+import re
 import threading
 import time
 from contextlib import closing
@@ -79,8 +81,14 @@ class World:
     def config(self, overrides: tuple[str, ...]) -> TrainConfig:
         places = (f"data.path={self.shards}", f"run_dir={self.tmp_path / str(len(self._runs))}")
         overrides = tuple(o.replace("{tmp}", str(self.tmp_path)) for o in (*places, *overrides))
+        overrides = tuple(re.sub(r"\{sha256:(.+?)\}", self._digest, o) for o in overrides)
         last = {override.partition("=")[0]: override for override in overrides}
         return strict.load(TrainConfig, None, list(last.values()), text=json.dumps(BASE))
+
+    def _digest(self, name: re.Match[str]) -> str:
+        """The digest of a file of `tmp_path`, as a string of YAML."""
+        digest = hashlib.sha256((self.tmp_path / name[1]).read_bytes()).hexdigest()
+        return f"'{digest}'"
 
     def run(self, overrides: tuple[str, ...]) -> Path:
         """Train to the end; the run directory."""
@@ -182,10 +190,20 @@ def quarantined(world: World, given: Given) -> set[tuple[str, str]]:
 
 def picture_sizes(world: World, given: Given) -> list[tuple[int, int]]:
     sizes: list[tuple[int, int]] = []
-    for path in sorted((world.run(given) / "images").iterdir()):
+    for path in sorted((world.run(given) / "images").glob("*.png")):
         with Image.open(path) as image:
             sizes.append(image.size)
     return sizes
+
+
+def shown(world: World, given: Given) -> list[Any]:
+    """What the evaluations show, in order, without the values."""
+    found: list[Any] = []
+    for path in sorted((world.run(given) / "images").glob("*.json")):
+        sheet = json.loads(path.read_bytes())
+        kinds = ("pictured", "best", "worst")
+        found.append([[row["key"] for row in sheet.get(kind, [])] for kind in kinds])
+    return found
 
 
 def place(world: World, given: Given) -> bool:

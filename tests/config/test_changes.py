@@ -16,6 +16,7 @@ from pipeline.data.index.splits import SplitSpec
 from pipeline.distributed.runtime import Runtime
 from pipeline.training.build import make_strategy
 from tests.activations import kept_bytes
+from tests.config.networks import network_changes, write_networks
 from tests.config.remote import REMOTE_CHANGES
 from tests.config.runs import (
     Given,
@@ -35,6 +36,7 @@ from tests.config.runs import (
     picture_sizes,
     place,
     quarantined,
+    shown,
     started,
     thread_names,
     wandb_run,
@@ -55,7 +57,7 @@ def components(annotation: Any) -> Iterator[type[Component]]:
 def leaves(tree: type[Component], path: str = "") -> Iterator[str]:
     """All settings: "a.b"; of a kind "a.KIND.b", and "a.KIND.kind" for choosing it."""
     for name, field in tree.model_fields.items():
-        inner = list(components(field.annotation))
+        inner = list(dict.fromkeys(components(field.annotation)))
         is_section = len(inner) == 1 and "kind" not in inner[0].model_fields
         if not inner or (not isinstance(field.default, Component) and not is_section):
             yield f"{path}{name}"
@@ -74,6 +76,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     shutil.copytree(shards, other)
     (other / "3.tar").unlink()
     build_index(other, split=SplitSpec(fractions={"train": 0.6, "held_out": 0.4}))
+    write_networks(tmp_path)
     return World(shards, tmp_path)
 
 
@@ -277,6 +280,14 @@ CHANGES: dict[str, Change] = {
     "channels_last": Change(("channels_last=false",), memory_format, BURGESS),
     "compile": Change(("compile=true",), compiled),
     "max_skipped_steps": Change(("max_skipped_steps=0",), ending, (f"{RATE}.peak=1e30",)),
+    "evaluation.data.path": Change(("evaluation.data={path: {tmp}/other}",), evaluation),
+    "evaluation.data.shards": Change(
+        ("evaluation.data.shards={tmp}/shards",), ending, ("evaluation.data={path: {tmp}/apart}",)
+    ),
+    "evaluation.data.split": Change(
+        ("evaluation.data.split=other",), evaluation, ("evaluation.data={path: {tmp}/shards}",)
+    ),
+    "evaluation.max_samples": Change(("evaluation.max_samples=3",), evaluation),
     "evaluation.split": Change(("evaluation.split=other",), evaluation),
     "evaluation.every_steps": Change(("evaluation.every_steps=3",), evaluated_steps),
     "evaluation.metrics": Change(("evaluation.metrics=[]",), evaluation),
@@ -284,8 +295,28 @@ CHANGES: dict[str, Change] = {
         f"evaluation.metrics.{kind}.kind": Change(
             (f"evaluation.metrics=[{{kind: {kind}}}]",), evaluation, ("evaluation.metrics=[]",)
         )
-        for kind in ("squared_error", "log_likelihood")
+        for kind in (
+            "squared_error",
+            "log_likelihood",
+            "psnr",
+            "active_units",
+            "kl_per_dimension",
+        )
     },
+    "evaluation.metrics.ssim.kind": Change(
+        ("evaluation.metrics=[{kind: ssim}]",),
+        evaluation,
+        ("evaluation.metrics=[]", "data.decode.size=12"),
+    ),
+    **{
+        f"evaluation.metrics.{kind}.decodes": Change(
+            (f"evaluation.metrics=[{{kind: {kind}, decodes: sample}}]",),
+            evaluation,
+            (f"evaluation.metrics=[{{kind: {kind}}}]", "data.decode.size=12"),
+        )
+        for kind in ("psnr", "ssim")
+    },
+    **{path: Change(*row) for path, row in network_changes().items()},
     "checkpoint.every_steps": Change(("checkpoint.every_steps=2",), checkpoints),
     "checkpoint.keep.latest": Change(
         ("checkpoint.keep.latest=3",), checkpoints, ("checkpoint.every_steps=1",)
@@ -309,6 +340,12 @@ CHANGES: dict[str, Change] = {
     "watchdog.seconds": Change(("watchdog.seconds=null",), watches),
     "monitor.log_every_steps": Change(("monitor.log_every_steps=2",), logged_steps),
     "monitor.num_images": Change(("monitor.num_images=3",), picture_sizes),
+    "monitor.pictured": Change(("monitor.pictured=['0024']",), shown),
+    "monitor.rows_by": Change(
+        ("monitor.rows_by=ssim",),
+        shown,
+        ("evaluation.metrics=[{kind: squared_error}, {kind: ssim}]", "data.decode.size=12"),
+    ),
     "monitor.wandb.mode": Change((OFFLINE,), wandb_run),
     "monitor.wandb.project": Change(("monitor.wandb.project=p",), wandb_run, (OFFLINE,)),
     "monitor.wandb.name": Change(("monitor.wandb.name=n",), wandb_run, (OFFLINE,)),
@@ -320,13 +357,15 @@ CHANGES: dict[str, Change] = {
 # Settings that cannot change a run yet.
 WITHOUT_EFFECT = (
     "latent_transforms",  # there is no kind of them
-    "version",  # the former defaults are those of W&B, which changes no number
+    # The former defaults are those of W&B, which changes no number, and of evaluations of more
+    # samples than these.
+    "version",
 )
 
 
 def test_the_table_names_every_setting_and_nothing_else():
     assert sorted([*CHANGES, *WITHOUT_EFFECT]) == sorted(leaves(TrainConfig))
-    assert list(FORMER_DEFAULTS) == [2]
+    assert list(FORMER_DEFAULTS) == [2, 3]
     assert TrainConfig.model_fields["latent_transforms"].annotation == tuple[()]
 
 

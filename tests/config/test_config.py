@@ -32,7 +32,7 @@ CONTRADICTIONS = [
     ),
     (
         ["evaluation.metrics=[{kind: squared_error}, {kind: squared_error}]"],
-        "evaluation.metrics names a kind twice: squared_error, squared_error",
+        "evaluation.metrics names a figure twice: squared_error, squared_error",
     ),
     (
         ["objective.emphasis.corrupted=2.0", "corruptions=[{kind: gaussian_noise}]"],
@@ -144,7 +144,7 @@ def test_a_missing_key_means_the_default_of_the_version_that_wrote_the_file():
     assert values(read("", "optimizer.beta2=0.7")) == (1, 0.7, 2.0)
     written = read("")
     assert strict.load(TrainConfig, None, [], text=strict.dump(written)) == written
-    for text in ("optimizer: 3", "version: 3", "version: one"):
+    for text in ("optimizer: 3", "version: 4", "version: one"):
         with pytest.raises(UserError, match=text.partition(":")[0]):
             read(text)
 
@@ -154,6 +154,15 @@ def test_a_file_that_cannot_be_parsed_has_one_problem(tmp_path: Path):
     path.write_text("run_dir: r\ndata: {path: x\n")
     with pytest.raises(UserError, match="has 1 problem:\n  line 3, column 1: not valid YAML"):
         read_config(path)
+
+
+def test_a_run_of_version_2_still_evaluates_every_sample(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text("run_dir: r\ndata: {path: d}\nevaluation: {every_steps: 5}\n")
+    assert read_config(path).evaluation.max_samples == 50_000
+    for version in (1, 2):
+        evaluation = read_config(path, version=version).evaluation
+        assert (evaluation.max_samples, evaluation.every_steps) == (None, 5)
 
 
 def test_a_file_is_read_by_the_version_of_the_run_that_it_goes_on_with(tmp_path: Path):

@@ -19,7 +19,7 @@ from pipeline.common import strict
 from pipeline.config import TrainConfig
 from pipeline.data.index import build_index
 from pipeline.data.index.splits import SplitSpec
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.trained import evaluate_run
 from pipeline.train import main
 from tests.distributed.equivalence_worker import record
 from tests.distributed.in_turn import words
@@ -239,8 +239,9 @@ def test_an_evaluation_counts_every_good_held_out_sample_once(config: Path, trai
 
 
 def test_evaluating_a_finished_run_gives_what_the_run_itself_logged_last(trained: Path):
-    again = evaluate_run(trained)
-    assert again.pop("step") == 3
+    card = evaluate_run(trained)
+    assert card.step == 3
+    again = dict(card.figures)
     assert again == pytest.approx(evaluations(trained)[3], rel=1e-6)
 
 
@@ -256,5 +257,5 @@ def test_two_processes_of_pipeline_train_train_and_evaluate_as_one_does(
     for step, values in both.items():
         assert values == pytest.approx(one[step], rel=1e-6)
         assert values["eval/samples"] == num_held_out(config)
-    again = evaluate_run(run_dir)  # by one process, what two had trained
+    again = evaluate_run(run_dir).figures  # by one process, what two had trained
     assert {name: again[name] for name in both[3]} == pytest.approx(both[3], rel=1e-6)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.trained import evaluate_run
 from tests.distributed.in_turn import words
 from tests.distributed.models import MODELS, WINDOW_STEPS
 from tests.distributed.test_equivalence import (
@@ -256,8 +256,9 @@ def test_an_evaluation_leaves_no_trace(evaluated, strategy: str, model: str):
     assert len(evaluations(seldom)) == 2
     assert len(evaluations(often)) == 5
     assert logged(often, *UPDATES) == logged(seldom, *UPDATES)
-    again = evaluate_run(often)  # by one process, from the checkpoint
-    assert again.pop("step") == 4
+    card = evaluate_run(often)  # by one process, from the checkpoint
+    assert card.step == 4
+    again = dict(card.figures)
     assert again["eval_ema/loss"] != pytest.approx(again["eval/loss"], rel=1e-3)
     for run in (seldom, often):
         assert evaluations(run)[4] == pytest.approx(again, rel=1e-6)

@@ -3,7 +3,6 @@
 import json
 import math
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,16 +11,15 @@ import torch
 from pipeline.common import rng
 from pipeline.config import TrainConfig
 from pipeline.corruptions import corrupt
-from pipeline.data.decode import ImageDecode
 from pipeline.data.index import Index, build_index
 from pipeline.data.index.splits import SplitSpec
 from pipeline.distributed.runtime import Runtime
-from pipeline.evaluation.held_out import HeldOut, held_out_splits
-from pipeline.evaluation.reconstruction import Measurement, evaluating, picture_rows
+from pipeline.evaluation.held_out import HeldOut
+from pipeline.evaluation.reconstruction import Measurement, evaluating
+from pipeline.evaluation.splits import held_out_splits
 from pipeline.models.autoencoder import build_autoencoder
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.training.build import check_data, make_forward
-from pipeline.training.forward import Inputs
 from tests.export.world import damage_sample
 from tests.shards import TINY_COUNTS, open_stream, tiny_image, write_tiny_shards
 
@@ -79,24 +77,15 @@ def stream_of(config, index):
     )
 
 
-class Evaluated(NamedTuple):
-    metrics: dict[str, float]
-    pictures: list[np.ndarray]
-
-
-def evaluated(config, index, runtime, model=None, num_images=0):
-    model, pictures = model or model_of(config), []
-    measurement = Measurement(
-        make_forward(config, torch.device("cpu")),
-        config.evaluation.metrics,
-        weights=config.objective.weights_at(0),
-        num_images=num_images,
-        show=pictures.append,
-    )
+def evaluated(config, index, runtime, model=None):
+    model = model or model_of(config)
+    forward = make_forward(config, torch.device("cpu"))
+    weights = config.objective.weights_at(0)
+    measurement = Measurement(forward, config.evaluation.metrics, weights=weights)
     with stream_of(config, index) as stream, evaluating(model):
         for batch in stream:
             measurement.add(model, batch)
-    return Evaluated(measurement.result(runtime), pictures)
+    return measurement.result(runtime)
 
 
 def held_out(config, index):
@@ -150,14 +139,14 @@ def test_every_held_out_sample_counts_once(tiny_shards, index, runtime):
     assert 0 < count < total
     config = config_of(tiny_shards)
     assert count % config.batch_size  # the last batch is filled with repeats
-    assert evaluated(config, index, runtime).metrics["samples"] == count
+    assert evaluated(config, index, runtime)["samples"] == count
     assert len(held_out(config, index)) == count
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli", "squared_error"])
 def test_a_random_bottleneck_equals_brute_force(tiny_shards, index, runtime, likelihood):
     config = config_of(tiny_shards, likelihood)
-    found = evaluated(config, index, runtime).metrics
+    found = evaluated(config, index, runtime)
     expected = by_hand(config, index, model_of(config))
     for name in ("squared_error", "kl"):
         assert found[name] == pytest.approx(expected[name], rel=1e-5)
@@ -180,7 +169,7 @@ def test_a_random_bottleneck_equals_brute_force(tiny_shards, index, runtime, lik
 
 def test_a_deterministic_bottleneck_equals_brute_force(tiny_shards, index, runtime):
     config = config_of(tiny_shards, "squared_error", "deterministic")
-    found = evaluated(config, index, runtime).metrics
+    found = evaluated(config, index, runtime)
     expected = by_hand(config, index, model_of(config))["squared_error"]
     for name in ("squared_error", "loss", "distortion"):
         assert found[name] == pytest.approx(expected, rel=1e-5)
@@ -188,22 +177,22 @@ def test_a_deterministic_bottleneck_equals_brute_force(tiny_shards, index, runti
 
 
 def test_the_batch_size_and_the_order_do_not_matter(tiny_shards, index, runtime):
-    one = evaluated(config_of(tiny_shards), index, runtime).metrics
+    one = evaluated(config_of(tiny_shards), index, runtime)
     count = int(one["samples"])
     for size, lanes in ((1, 1), (8, 2), (count, 1), (64, 64)):
         config = config_of(tiny_shards, batch_size=size)
         data = config.data.model_copy(update={"lanes": lanes})
-        other = evaluated(config.model_copy(update={"data": data}), index, runtime).metrics
+        other = evaluated(config.model_copy(update={"data": data}), index, runtime)
         assert other == pytest.approx(one, rel=1e-5)
 
 
 def test_two_evaluations_differ_by_the_weights_only(tiny_shards, index, runtime):
     config = config_of(tiny_shards)
-    one, same = (evaluated(config, index, runtime).metrics for _ in range(2))
+    one, same = (evaluated(config, index, runtime) for _ in range(2))
     assert one == same
-    assert evaluated(config, index, runtime, model_of(config, seed=1)).metrics != one
+    assert evaluated(config, index, runtime, model_of(config, seed=1)) != one
     other_noise = config.model_copy(update={"seed": 1})
-    assert evaluated(other_noise, index, runtime, model_of(config)).metrics["loss"] != one["loss"]
+    assert evaluated(other_noise, index, runtime, model_of(config))["loss"] != one["loss"]
 
 
 def test_the_model_comes_back_in_the_mode_it_had(tiny_shards, index, runtime):
@@ -215,40 +204,9 @@ def test_the_model_comes_back_in_the_mode_it_had(tiny_shards, index, runtime):
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_pictures_are_clean_corrupted_reconstruction_error(tiny_shards, index, runtime):
-    config = config_of(tiny_shards, "squared_error", "deterministic")
-    model, count = model_of(config), 3
-    [grid] = evaluated(config, index, runtime, model, num_images=count).pictures
-    assert grid.shape == (count * SIZE, 4 * SIZE, 3)
-    assert grid.dtype == np.uint8
-    with stream_of(config, index) as stream:
-        batch = next(stream)
-        numbers, uid = [int(key) for key in batch.keys], batch.uid.clone()
-    cells = grid.reshape(count, SIZE, 4, SIZE, 3).transpose(2, 0, 1, 3, 4).astype(int)
-    for row in range(count):
-        x = torch.from_numpy(tiny_image(numbers[row])).permute(2, 0, 1)[None] / 255
-        keys = rng.sample_keys(
-            config.seed,
-            "evaluation/corruption",
-            epoch=torch.zeros(1).long(),
-            uid=uid[row : row + 1],
-        )
-        seen = corrupt(x, config.corruptions, keys).x
-        with torch.no_grad():
-            mean = config.model.likelihood.mean(model(seen).decoded)
-        for column, image in enumerate((x, seen, mean, (x - mean).abs())):
-            expected = (image[0].clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
-            assert np.abs(cells[column, row] - expected).max() <= 1
-        assert np.array_equal(cells[0, row], tiny_image(numbers[row]))
-    assert not evaluated(config, index, runtime, model).pictures
-    # A split with fewer samples: all of them.
-    [grid] = evaluated(config, index, runtime, model, num_images=1000).pictures
-    assert len(grid) == sum(index.counts("held_out")) * SIZE
-
-
 def test_bits_are_those_of_the_values_as_stored(tiny_shards, index, runtime):
     one, deep = (
-        evaluated(config_of(tiny_shards, data=data), index, runtime).metrics
+        evaluated(config_of(tiny_shards, data=data), index, runtime)
         for dtype in ("uint8", "uint16")
         for data in [
             {"path": str(tiny_shards), "decode": {"kind": "image", "size": SIZE, "dtype": dtype}}
@@ -256,26 +214,6 @@ def test_bits_are_those_of_the_values_as_stored(tiny_shards, index, runtime):
     )
     bits = one["bits_per_dimension"] + 8
     assert deep == {**one, "bits_per_dimension": pytest.approx(bits)}  # 257 v / 65535 = v / 255
-
-
-def test_pictures_show_alpha_as_the_background_and_its_error(runtime):
-    del runtime
-    clean, mean = torch.zeros(2, 1, 4, 5, 7)
-    clean[0, :3], clean[0, 3, :, :4] = 0.4, 1.0  # the right part is clear
-    mean[0, :3], mean[0, 3, 1:] = 0.3, 0.5
-    decode = ImageDecode(size=[5, 7], channels=4, background=51)
-    inputs = Inputs(clean, clean, None, torch.zeros(1).long(), torch.ones(1))
-    rows = picture_rows(inputs, mean, 9, decode)
-    assert rows is not None
-    assert rows.shape == (1, 5, 4 * 7, 3)
-    shown, _, found, error = np.split(rows[0], 4, axis=1)
-    assert (shown[:, :4] == 102).all()
-    assert (shown[:, 4:] == 51).all()
-    assert (found[0] == 51).all()
-    assert (abs(found[1:].astype(int) - 255 * 0.25) <= 1).all()  # 0.5 * 0.3 + 0.5 * 0.2
-    assert (error[0, :4] == 255).all()  # of alpha
-    assert (error[1:, :4] == 128).all()
-    assert (abs(error[0, 4:].astype(int) - 255 * 0.1) <= 1).all()  # of the colours alone
 
 
 def test_a_broken_sample_is_counted_listed_and_left_out(tmp_path, runtime):

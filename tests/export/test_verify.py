@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.common.errors import UserError
-from pipeline.data.index import build_index
+from pipeline.common.errors import DONE, UserError
+from pipeline.data.index import Index, build_index
 from pipeline.data.pack.pack import pack
 from pipeline.data.pack.sources import Sprites
 from pipeline.export import statistics
@@ -399,3 +399,15 @@ def test_no_export_is_wrong_use(tmp_path: Path):
 def test_unknown_level_is_wrong_use(finished: Path):
     with pytest.raises(UserError, match="level is 'all'"):
         verify_export(finished, level="all")
+
+
+def test_the_shards_of_a_pattern_are_exported_and_verified(
+    run_dir: Path, data: Path, tmp_path: Path
+):
+    out, names = tmp_path / "out", [shard.name for shard in Index.open(data).shards]
+    config = make_config(run_dir, out, data={"split": f"{{{names[0]},{names[1]}}}"})
+    assert run_export(config) == DONE
+    assert {path.name.split(".")[0] for path in out.rglob("*.tar")} == {
+        name.removesuffix(".tar") for name in names[:2]
+    }
+    assert verify_export(out, source=data).problems == []

@@ -20,7 +20,7 @@ from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
 from pipeline.data.stream.device import DeviceBatches
 from pipeline.distributed.runtime import Runtime
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.trained import evaluate_run
 from pipeline.models.autoencoder import build_autoencoder
 from pipeline.monitoring.memory import DEVICE_PEAK, read_peak
 from pipeline.train import train
@@ -107,7 +107,7 @@ def test_a_resumed_run_has_the_bits_of_one_without_a_break(
     path = tmp_path / "whole" / "metrics.jsonl"
     logged = [json.loads(line) for line in path.read_text().splitlines()]
     [last] = [r for r in logged if r["step"] == NUM_STEPS and "eval/loss" in r]
-    again = evaluate_run(tmp_path / "whole")
+    again = evaluate_run(tmp_path / "whole").figures
     for name, value in again.items():
         assert value == pytest.approx(last[name], rel=1e-5), name
     assert strict.load(TrainConfig, tmp_path / "whole" / "config.yaml", []) == whole

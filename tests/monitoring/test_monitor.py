@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.monitoring.monitor import Monitor, MonitorConfig, truncate_records
+from pipeline.monitoring.sheets import Sheet
 
 
 def open_monitor(run_dir, *, step=0, is_main=True, num_steps=100):
@@ -37,7 +38,7 @@ def test_every_value_is_in_metrics_jsonl_at_once(tmp_path):
 def test_other_ranks_are_silent(tmp_path, capsys):
     with open_monitor(tmp_path / "run", is_main=False) as monitor:
         monitor.log(1, {"a": 1.0})
-        monitor.picture(1, "eval", np.zeros((4, 4, 3), np.uint8))
+        monitor.show(1, "eval", Sheet({"": np.zeros((4, 4, 3), np.uint8)}))
         monitor.progress(1, {})
         monitor.print_line("hello")
     assert list((tmp_path / "run").iterdir()) == []
@@ -59,7 +60,7 @@ def test_a_resume_drops_later_records_and_a_half_line(tmp_path):
 def test_a_picture_is_a_png_of_the_very_pixels(tmp_path):
     pixels = np.random.Generator(np.random.Philox(key=1)).integers(0, 256, (64, 128, 3), np.uint8)
     with open_monitor(tmp_path / "run") as monitor:
-        monitor.picture(7, "eval", pixels)
+        monitor.show(7, "eval", Sheet({"": pixels}))
     image = Image.open(tmp_path / "run" / "images" / "eval-00000007.png")
     assert np.array_equal(np.asarray(image), pixels)
 
@@ -84,7 +85,7 @@ def test_a_full_disk_loses_no_record_and_stops_nothing(tmp_path, capsys):
         try:
             monitor.log(2, {"a": 0.25})
             monitor.log(3, {"a": 0.125})
-            monitor.picture(3, "eval", np.zeros((512, 512, 3), np.uint8))
+            monitor.show(3, "eval", Sheet({"": np.zeros((512, 512, 3), np.uint8)}))
             assert [record["step"] for record in lines(tmp_path / "run")] == [1, 2]
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)

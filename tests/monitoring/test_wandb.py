@@ -20,6 +20,7 @@ import wandb
 from PIL import Image
 
 from pipeline.monitoring.monitor import Monitor, MonitorConfig
+from pipeline.monitoring.sheets import Sheet
 from tests.monitoring.pieces import assert_whole, history, pieces, records, run_of, summary
 from tests.monitoring.wandb_server import WandbServer, serving
 
@@ -49,7 +50,7 @@ def start(
     ) as monitor:
         for number in range(first + 1, last + 1):
             monitor.log(number, {"train/loss": 1 / (number + 1), "data/order_digest": 5 * number})
-            monitor.picture(number, "eval", PIXELS + number)
+            monitor.show(number, "eval", Sheet({"": PIXELS + number}))
             monitor.log(number, {"eval/loss": abs(number - 2.0), "b": math.nan})
     return Path(os.environ.get("WANDB_DIR", run_dir)) / "wandb"
 

@@ -136,8 +136,28 @@ def check_evaluation(found: dict[str, Any], micro_batch: int) -> None:
 def check_same_figures(found: dict[str, Any], expected: dict[str, Any], rel: float) -> None:
     """Metrics of sums and of rows do not depend on the processes."""
     names = {"covariance_trace", "covariance_max", "median", "median_images", "nats"}
+    names |= {"psnr", "psnr_pooled", "ssim", "ssim_sample", "active_units"}
+    names |= {f"kl_per_dimension_{name}" for name in ("max", "median", "min")}
     assert {f"eval/{name}" for name in names} <= found["whole"].keys()
     assert found["whole"] == pytest.approx(expected["whole"], rel=rel)
+
+
+def check_same_rows(found: dict[str, Any], expected: dict[str, Any], rel: float) -> None:
+    """What is shown is the same, whichever processes had the images."""
+    assert found.keys() == expected.keys() == {"eval", "eval_ema"}
+    for name, sheet in expected.items():
+        assert found[name].keys() == sheet.keys()
+        assert found[name]["pictures"] == sheet["pictures"]
+        vectors = found[name]["vectors"]["kl_per_dimension"]
+        assert vectors == pytest.approx(sheet["vectors"]["kl_per_dimension"], rel=rel)
+        for kind, count in (("pictured", 5), ("best", 10), ("worst", 10)):
+            assert len(sheet[kind]) == count
+            for entry, wanted in zip(found[name][kind], sheet[kind], strict=True):
+                assert entry["key"] == wanted["key"]
+                for figure in ("squared_error", "psnr", "ssim", "ssim_sample"):
+                    assert entry[figure] == pytest.approx(wanted[figure], rel=rel)
+    pictured = [[entry["key"] for entry in sheet["pictured"]] for sheet in expected.values()]
+    assert pictured[0] == pictured[1]
 
 
 def test_an_evaluation_is_the_same_in_chunks_and_on_any_number_of_processes(alone, work: Work):
@@ -151,6 +171,7 @@ def test_an_evaluation_is_the_same_in_chunks_and_on_any_number_of_processes(alon
         several = work(world, *words)
         check_evaluation(several["evaluation"], micro_batch=12 // world // accumulation)
         check_same_figures(several["evaluation"], expected, rel=1e-10)
+        check_same_rows(several["evaluation"]["shown"], expected["shown"], rel=1e-10)
         # Fed with recorded values.
         assert several["reduction"] == pytest.approx(one["reduction"], rel=1e-12)
 

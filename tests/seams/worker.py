@@ -8,6 +8,7 @@ Runs in a copy of the tree that has the members. Each job leaves OUT/JOB.npz or 
 import json
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from pipeline.common import strict
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.distributed.runtime import Runtime
-from pipeline.evaluation.held_out import HeldOut, held_out_splits, views_of
+from pipeline.evaluation.held_out import HeldOut, Show, views_of
 from pipeline.evaluation.reconstruction import MetricSums
+from pipeline.evaluation.splits import held_out_splits
 from pipeline.metrics import EvaluatedBatch
 from pipeline.models.autoencoder import ModelOutput, build_autoencoder
 from pipeline.models.bottlenecks import Code, Posterior
 from pipeline.models.likelihoods import SquaredError
 from pipeline.monitoring.bad_samples import Quarantine
 from pipeline.monitoring.meter import TrainingMeter
+from pipeline.monitoring.sheets import Sheet
 from pipeline.training.build import check_data, make_forward, make_strategy, warm_up_loss
 from pipeline.training.forward import Inputs
 from pipeline.training.step import train_step
@@ -55,10 +58,15 @@ JOBS = {
     "mirror": ("latent_transforms=[{kind: mirror}]",),
     "evaluation": (
         "evaluation.metrics=[{kind: squared_error}, {kind: log_likelihood}, {kind: covariance}, "
-        "{kind: median}]",
+        "{kind: median}, {kind: psnr}, {kind: ssim}, {kind: ssim, decodes: sample}, "
+        "{kind: active_units}, {kind: kl_per_dimension}]",
+        "monitor.num_images=5",
     ),
     "mirrored": ("latent_transforms=[{kind: mirror}]",),
-    "reduction": ("evaluation.metrics=[{kind: covariance}, {kind: median}]",),
+    "reduction": (
+        "evaluation.metrics=[{kind: covariance}, {kind: median}, {kind: psnr}, "
+        "{kind: active_units}, {kind: kl_per_dimension}]",
+    ),
 }
 
 
@@ -79,11 +87,17 @@ def evaluation(config: TrainConfig) -> dict[str, Any]:
     sizes: set[int] = set()
     hook = strategy.model.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
 
-    def run(chosen: Any, chunk_bytes: int) -> dict[str, float]:
-        held_out = HeldOut(config, splits, forward, runtime, quarantine, chunk_bytes)
-        return held_out.evaluate(chosen, step=0)
+    shown: dict[str, Any] = {}
 
-    whole = run(views, 1 << 30)
+    def keep(step: int, name: str, sheet: Sheet) -> None:
+        pictures = {k: sha256(pixels).hexdigest() for k, pixels in sheet.pictures.items()}
+        shown[name] = {"step": step, "pictures": pictures, **sheet.contents}
+
+    def run(chosen: Any, chunk_bytes: int, show: Show | None = None) -> dict[str, float]:
+        held_out = HeldOut(config, splits, forward, runtime, quarantine, chunk_bytes)
+        return held_out.evaluate(chosen, step=0, show=show)
+
+    whole = run(views, 1 << 30, keep)
     several = run(views, 100_000)
     single = run(views, 1)
     two_passes: dict[str, float] = {}
@@ -97,6 +111,7 @@ def evaluation(config: TrainConfig) -> dict[str, Any]:
         "several": several,
         "single": single,
         "two_passes": two_passes,
+        "shown": shown,
         "sizes": sorted(sizes),
         "weights_stay": same,
     }
@@ -150,10 +165,12 @@ def reduction(config: TrainConfig) -> dict[str, Any]:
                 clean=torch.zeros(len(part), 5, dtype=torch.float64),
                 corrupted=z[part],
                 mean=z[part],
-                output=ModelOutput(Code(z[part], Posterior(z[part], None)), z[part], {}),
+                sample=z[part],
+                output=ModelOutput(Code(z[part], Posterior(z[part], -z[part])), z[part], {}),
                 losses=None,
                 likelihood=SquaredError(),
                 model=lambda z, **_: ModelOutput(None, z, {}),
+                networks={},
             )
             for tally in tallies:
                 tally.add(seen)

@@ -143,7 +143,7 @@ def test_a_shard_that_has_changed(refused: Callable[..., str], own_shards: Path)
 def test_a_split_that_the_index_does_not_have(refused: Callable[..., str]):
     assert "'trian': the index has the splits" in refused("data.split=trian")
     text = refused("evaluation.split=validation")
-    assert "evaluation.split = 'validation': the index of" in text
+    assert "evaluation.split = 'validation': the index has" in text
     assert "held_out" in text
 
 

@@ -14,7 +14,7 @@ from pipeline.checkpoints.folder import list_checkpoints, read_state
 from pipeline.common import strict
 from pipeline.common.errors import UserError
 from pipeline.config import TrainConfig
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.trained import evaluate_run
 from pipeline.export.model import export_model
 from pipeline.export.verify.reencode import verify_with_run
 from pipeline.losses.players import freeze
@@ -88,7 +88,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(
     line = f"starts from {source}: run at step 4, averaged weights, sha256 {loaded.weights_sha256}"
     assert capsys.readouterr().err.count(line) == 1
     # What it measures first is what the other measured last: data, order and noise are the same.
-    first, last = records(run)[0], evaluate_run(source)
+    first, last = records(run)[0], evaluate_run(source).figures
     assert first["step"] == 0
     assert first["eval/loss"] == first["eval_ema/loss"] == last["eval_ema/loss"]
     assert first["eval/loss"] != last["eval/loss"]

@@ -16,7 +16,7 @@ from pipeline.checkpoints.folder import list_checkpoints, verify_checkpoint
 from pipeline.common import strict
 from pipeline.common.errors import DONE, WRONG_USE, UserError
 from pipeline.config import TrainConfig
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.trained import evaluate_run
 from pipeline.export.__main__ import main as export
 from pipeline.train import train
 from pipeline.training.loading import load_run
@@ -102,13 +102,13 @@ def sha256(run_dir: Path, **which: object) -> str:
 
 
 @each_damage
-def test_reading_needs_no_optimizer(runs: Runs, damage: Callable[[Path], None]):
+def test_reading_needs_no_optimizer(runs: Runs, damage: Callable[[Path], None], tmp_path: Path):
     damaged = runs.copy()
     damage(newest(damaged) / "optimizer.safetensors")
     before = tree(damaged)
-    found = evaluate_run(damaged)
-    assert found["step"] == NUM_STEPS
-    assert found == evaluate_run(runs.original)
+    found = evaluate_run(damaged, out=tmp_path / "card")
+    assert found.step == NUM_STEPS
+    assert found.figures == evaluate_run(runs.original).figures
     exports: list[Mapping[str, str]] = []
     for weights in ("ema", "raw"):
         exports.append(runs.exported(damaged, weights, weights=weights))
@@ -165,7 +165,7 @@ def test_a_damaged_average_matters_to_who_asks_for_it(
     # Without a step an older one is taken; for an explicit step no other one is.
     capsys.readouterr()
     assert sha256(damaged) == sha256(runs.original, step=2)
-    assert evaluate_run(damaged) == evaluate_run(runs.original, step=2)
+    assert evaluate_run(damaged).figures == evaluate_run(runs.original, step=2).figures
     assert f"warning: skipping {newest(damaged)}: ema.safetensors" in capsys.readouterr().err
     with pytest.raises(UserError, match="step-4 is damaged: ema.safetensors does not have"):
         evaluate_run(damaged, step=NUM_STEPS)

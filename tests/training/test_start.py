@@ -20,7 +20,7 @@ from pipeline.config import TrainConfig
 from pipeline.data.index.reader import Index
 from pipeline.data.order import Order
 from pipeline.data.storage import ShardReadError
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.trained import evaluate_run
 from pipeline.train import train
 from tests.config.runs import BASE
 from tests.data.storage.fault_server import NO_FAULT, FaultServer, Request, serving
@@ -168,7 +168,7 @@ def test_evaluating_a_run_looks_once_and_reads_its_config_once(
     server: FaultServer, trained: Path, tails: list[str]
 ):
     with opened() as paths:
-        metrics = evaluate_run(trained)
+        metrics = evaluate_run(trained).figures
     assert {"eval/loss", "eval_ema/loss"} <= metrics.keys()
     assert looks(server) == dict.fromkeys(shards_of(server, "a"), 1)
     assert tails == ["mask"]
@@ -189,4 +189,4 @@ def test_what_was_seen_at_the_start_holds_for_the_evaluation(server: FaultServer
     with pytest.raises(ShardReadError, match="changed while it was in use"):
         evaluate_run(trained)
     server.plan, server.tags = NO_FAULT, {}
-    assert evaluate_run(trained)["step"] == NUM_STEPS
+    assert evaluate_run(trained).step == NUM_STEPS

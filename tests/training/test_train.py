@@ -13,7 +13,8 @@ from pipeline.checkpoints.folder import list_checkpoints
 from pipeline.common import strict
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
-from pipeline.evaluation.held_out import evaluate_run
+from pipeline.evaluation.request import EvaluationRequest
+from pipeline.evaluation.trained import evaluate_run
 from pipeline.train import main
 from pipeline.training.loading import load_run
 from tests.processes import ROOT
@@ -104,6 +105,7 @@ def test_the_run_directory_holds_what_it_promises(runs, variant, tiny_shards):
         "metrics.jsonl",
         "checkpoints",
         "images",
+        "evaluations",
         "outcome.json",
         "locations.json",
         "lock",
@@ -116,8 +118,10 @@ def test_the_run_directory_holds_what_it_promises(runs, variant, tiny_shards):
     assert [path.name for path in checkpoints] == ["step-60", "step-30"]
     pictures = sorted(path.name for path in (run_dir / "images").iterdir())
     steps = (0, 30, 60)
-    assert pictures == [f"{n}-{step:08d}.png" for n in ("eval", "eval_ema") for step in steps]
-    grid = np.asarray(Image.open(run_dir / "images" / pictures[0]))
+    names = {f"{view}-{step:08d}" for view in ("eval", "eval_ema") for step in steps}
+    expected = {f"{name}.{kind}" for name in names for kind in ("json", "png")}
+    assert {*pictures} == expected | {f"best_worst-{name}.png" for name in names}
+    grid = np.asarray(Image.open(run_dir / "images" / "eval-00000000.png"))
     assert grid.shape == (8 * 32, 4 * 32, 3)
     last = records(run_dir)[-1]
     assert last["data/samples_seen"] == 60 * 16
@@ -161,18 +165,19 @@ def test_the_target_of_a_denoising_autoencoder_is_the_clean_image(tiny_shards, r
 
 
 def test_evaluate_gives_the_numbers_that_training_logged(runs):
-    metrics = evaluate_run(runs("beta_vae"))
-    assert metrics.pop("step") == 60
+    card = evaluate_run(runs("beta_vae"))
+    assert card.step == 60
+    metrics = dict(card.figures)
     record = records(runs("beta_vae"))[-2]  # of the last step, before its training values
     logged = {name: value for name, value in record.items() if name not in ("step", "time")}
     assert {name.split("/")[0] for name in metrics} == {"eval", "eval_ema"}
     assert metrics == pytest.approx(logged, rel=1e-6)
     assert metrics["eval/loss"] != metrics["eval_ema/loss"]
-    earlier = evaluate_run(runs("beta_vae"), step=30)
+    earlier = evaluate_run(runs("beta_vae"), step=30).figures
     assert earlier["eval/loss"] == pytest.approx(
         series(runs("beta_vae"), "eval/loss")[30], rel=1e-6
     )
-    on_train = evaluate_run(runs("beta_vae"), split="train")
+    on_train = evaluate_run(runs("beta_vae"), request=EvaluationRequest(split="train")).figures
     assert on_train["eval/samples"] + metrics["eval/samples"] == 60
 
 

@@ -1,6 +1,6 @@
 """Doctor's checks of the data: indexes, splits, members, shards, order."""
 
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from pipeline.commands.doctor.finding import (
@@ -58,14 +58,14 @@ def check_index(context: DoctorContext) -> Findings:
 
 
 def _check_splits(settings: CheckedSettings, index: Index) -> Findings:
-    for setting, split in (
-        ("data.split", settings.data.split),
-        ("evaluation.split", settings.evaluation.split),
-    ):
+    splits = {"data.split": settings.data.split}
+    if not settings.evaluation.own:
+        splits["evaluation.split"] = settings.evaluation.split
+    for setting, split in splits.items():
         try:
-            count = int(index.counts(split).sum())
+            count = int(index.counts(split, setting).sum())
         except UserError as error:
-            yield Finding("split", "FAIL", str(error).replace("data.split", setting))
+            yield Finding("split", "FAIL", str(error))
             continue
         again = f"give it a larger fraction by `latentmill index {index.path} --split ...`"
         verdict, remedy = ("ok", "") if count else ("FAIL", f": name another split, or {again}")
@@ -77,7 +77,8 @@ def _check_members(context: DoctorContext, source: DataSource, index: Index) -> 
     data = context.settings.data
     wanted = ", ".join(data.decode.member_suffixes)
     split, allowed = ALL, data.max_bad_fraction
-    if data.split in (*index.split_spec.names, ALL):  # else `_check_splits` reports it
+    with suppress(UserError):  # of an unknown split, which `_check_splits` reports
+        index.splits.check(data.split)
         split = data.split
         if context.config is not None:
             allowed = max_missing(context.config, source, index)

@@ -15,6 +15,7 @@ import torch
 
 from pipeline.commands.doctor.compute import check_device, check_step, check_threads
 from pipeline.commands.doctor.data import check_index, check_order, check_sense, check_shards
+from pipeline.commands.doctor.evaluation import check_evaluation
 from pipeline.commands.doctor.finding import (
     CheckedSettings,
     Device,
@@ -45,6 +46,7 @@ CHECKS: dict[str, Callable[[DoctorContext], Findings]] = {
     "index": check_index,
     "shards": check_shards,
     "order": check_order,
+    "evaluated": check_evaluation,
     "sense": check_sense,
     "device": check_device,
     "memory": check_memory,

@@ -14,10 +14,6 @@ from pipeline.data.storage import Storage
 
 Ints = NDArray[np.int64]
 
-# Read over gaps up to this size: one longer read is cheaper than two. Larger gaps appear where a
-# small split is read out of shards that mostly hold another.
-MAX_GAP_BYTES = 32 << 10
-
 
 class ShardRead(NamedTuple):
     """Consecutive bytes of a shard, for one request."""
@@ -27,9 +23,12 @@ class ShardRead(NamedTuple):
     num_bytes: int
 
 
-def plan_reads(shard: Ints, offset: Ints, num_bytes: Ints) -> tuple[list[ShardRead], Ints]:
+def plan_reads(
+    shard: Ints, offset: Ints, num_bytes: Ints, max_gap: int
+) -> tuple[list[ShardRead], Ints]:
     """Join ranges [n] of shards into few reads, whose bytes are stored consecutively in memory.
 
+    max_gap: bytes between two ranges that are read over at most, see `Storage.max_gap_bytes`.
     Returns the reads and the start of each range in that memory. Ranges at -1 are missing: they
     belong to no read, and their start is -1.
     """
@@ -38,12 +37,12 @@ def plan_reads(shard: Ints, offset: Ints, num_bytes: Ints) -> tuple[list[ShardRe
     if len(present) == 0:
         return [], start
     # One address space for all shards, separated by more than any gap that is read over.
-    stride = int((offset + num_bytes).max()) + MAX_GAP_BYTES + 1
+    stride = int((offset + num_bytes).max()) + max_gap + 1
     address = shard[present] * stride + offset[present]
     ascending = np.argsort(address, kind="stable")
     present, address = present[ascending], address[ascending]
     reached = np.maximum.accumulate(address + num_bytes[present])
-    is_first = np.append(True, address[1:] - reached[:-1] > MAX_GAP_BYTES)
+    is_first = np.append(True, address[1:] - reached[:-1] > max_gap)
     first = np.flatnonzero(is_first)
     length = reached[np.append(first[1:], len(present)) - 1] - address[first]
     shift = np.cumsum(length) - length - address[first]
@@ -55,7 +54,8 @@ def plan_reads(shard: Ints, offset: Ints, num_bytes: Ints) -> tuple[list[ShardRe
 
 def read_ranges(storage: Storage, name: str, offset: Ints, num_bytes: Ints) -> list[bytes | None]:
     """Read byte ranges [n] of a shard; None where the offset is -1."""
-    reads, starts = plan_reads(np.zeros_like(offset), offset, num_bytes)
+    zero, max_gap = np.zeros_like(offset), storage.max_gap_bytes
+    reads, starts = plan_reads(zero, offset, num_bytes, max_gap)
     memory = memoryview(bytearray(sum(read.num_bytes for read in reads)))
     read_all(storage, [name], reads, memory)
     bounds = zip(starts.tolist(), (starts + num_bytes).tolist(), strict=True)

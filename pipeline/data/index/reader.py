@@ -31,6 +31,7 @@ from pipeline.data.index.manifest import (
     entry_from_json,
     without_query,
 )
+from pipeline.data.index.split_rows import SplitRows
 from pipeline.data.index.splits import ALL, SplitSpec
 from pipeline.data.index.table import ShardTable
 from pipeline.data.storage import (
@@ -64,12 +65,12 @@ class Index:
         self.dataset_id: str = manifest["dataset_id"]
         self.split_spec = SplitSpec(**manifest["split"])
         self.shards = [entry_from_json(entry) for entry in manifest["shards"]]
+        self.splits = SplitRows(self.path, self.split_spec, self.shards)
         self.num_duplicate_keys: int = manifest["duplicate_keys"]["count"]
         self.duplicate_keys: list[list[str]] = manifest["duplicate_keys"]["examples"]
         self.suffixes = _by_count(manifest.get("suffixes"))
         self._left_out_beside = manifest.get("left_out", {})
         self._tags_of: str | None = manifest.get("tags_of")
-        self._split_digest = self.split_spec.digest()
         self.table = lru_cache(maxsize=MAX_OPEN_TABLES)(self._open_table)
 
     @classmethod
@@ -118,23 +119,22 @@ class Index:
         return keys
 
     def split_number(self, split: str) -> int | None:
-        """The number of a split in the tables, None for `all`; raise UserError if unknown."""
-        if split == ALL:
-            return None
-        if split not in self.split_spec.names:
-            known = ", ".join((*self.split_spec.names, ALL))
-            raise UserError(f"data.split = {split!r}: the index has the splits {known}.")
-        return self.split_spec.names.index(split)
+        """The number of a split in the tables; None: all rows of the shards that `counts` tells.
+
+        Raises UserError for a split that is not known.
+        """
+        self.splits.check(split)
+        return self.splits.number(split)
 
     def split_identity(self, split: str) -> str:
-        """Identity of a split's rows: its name and the rule, or just `all`."""
-        return ALL if self.split_number(split) is None else f"{split}/{self._split_digest}"
+        """Identity of a split's rows: name and rule, digest of the names of shards, or `all`."""
+        self.splits.check(split)
+        return self.splits.identity(split)
 
-    def counts(self, split: str) -> NDArray[np.int64]:
-        """Rows of one split in each shard."""
-        if self.split_number(split) is None:
-            return np.array([shard.samples for shard in self.shards], np.int64)
-        return np.array([shard.splits[split] for shard in self.shards], np.int64)
+    def counts(self, split: str, setting: str = "data.split") -> NDArray[np.int64]:
+        """Rows of one split in each shard; raise UserError, naming the setting, if unknown."""
+        self.splits.check(split, setting)
+        return self.splits.counts(split)
 
     def samples_per_split(self) -> dict[str, int]:
         """Total number of rows per split."""
@@ -204,7 +204,7 @@ class Index:
             if least > allowed or least == total or most <= min(allowed, total - 1):
                 return least
         missing, number = 0, self.split_number(split)
-        for shard in range(min(len(self.shards), MAX_TABLES_READ)):
+        for shard in np.flatnonzero(self.counts(split))[:MAX_TABLES_READ].tolist():
             table = self.table(shard)
             missing += int((table.ranges_of(tuple(wanted)).offset[table.rows_of(number)] < 0).sum())
             if missing > allowed:
@@ -275,7 +275,7 @@ class Index:
         entry = self.shards[shard]
         table = self._files.table(entry.name)
         origin = table.origin
-        is_ours = (origin.shard_sha256, origin.split_digest) == (entry.sha256, self._split_digest)
+        is_ours = (origin.shard_sha256, origin.split_digest) == (entry.sha256, self.splits.digest)
         if not is_ours or table.num_rows != entry.samples:
             raise UserError(
                 f"The index table of {entry.name} does not belong to {self.path}/{INDEX_DIRECTORY}/"

@@ -1,18 +1,24 @@
 """The split of a sample: a hash of its group, so samples keep their split when data is added.
 
 key (or a field of the sample's JSON) --group--> hash in [0, 1) --fractions--> split
+pattern of shard names, such as val-* or val-{00..31}.tar ---> all samples of these shards
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from pipeline.common.component import Component
 from pipeline.common.errors import UserError
 from pipeline.common.files import canonical_json
+from pipeline.data.storage.patterns import expand
 
 ALL = "all"  # the split that every index has: each row
 NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -60,6 +66,22 @@ class SplitSpec(Component):
             if word < bound * 2**64:
                 return number
         return len(self.fractions) - 1  # the sum may be below 1 by a rounding error
+
+
+def is_pattern(split: str) -> bool:
+    """Whether a split is a pattern of shard names: it contains `*` or braces."""
+    return "*" in split or "{" in split
+
+
+def shards_matching(pattern: str, names: Sequence[str]) -> NDArray[np.bool_]:
+    """Return which shards [n] a pattern names; raise UserError for bad braces.
+
+    names: relative to the root; `*` stands for any characters, slashes included.
+    """
+    texts = expand(pattern)
+    exact = {text for text in texts if "*" not in text}
+    globs = [text for text in texts if "*" in text]
+    return np.array([n in exact or any(fnmatchcase(n, g) for g in globs) for n in names], bool)
 
 
 def group_of(metadata: bytes, field: str, where: str) -> str:

@@ -10,7 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from pipeline.common.errors import UserError
-from pipeline.data.storage.base import PinnedStates, ShardReadError, ShardState, Storage
+from pipeline.data.storage.base import (
+    REMOTE_GAP_BYTES,
+    PinnedStates,
+    ShardReadError,
+    ShardState,
+    Storage,
+)
 from pipeline.data.storage.filesystem import Filesystem, tag_in
 from pipeline.data.storage.policy import RemotePolicy, Retries
 from pipeline.data.storage.responses import too_short
@@ -20,6 +26,8 @@ PERMANENT = (FileNotFoundError, PermissionError, NotImplementedError, ShardReadE
 
 class GenericStorage(Storage):
     """The shards below a URL of fsspec's."""
+
+    max_gap_bytes = REMOTE_GAP_BYTES
 
     def __init__(self, root: str, policy: RemotePolicy) -> None:
         super().__init__(root.rstrip("/"), policy.connections)

@@ -21,7 +21,14 @@ from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError, SSLError
 
 from pipeline.common.errors import UserError
-from pipeline.data.storage.base import PinnedStates, ShardReadError, ShardState, Storage, changed
+from pipeline.data.storage.base import (
+    REMOTE_GAP_BYTES,
+    PinnedStates,
+    ShardReadError,
+    ShardState,
+    Storage,
+    changed,
+)
 from pipeline.data.storage.connections import OpenConnections
 from pipeline.data.storage.policy import RemotePolicy, Retries, TransferError
 from pipeline.data.storage.responses import (
@@ -41,6 +48,8 @@ REDIRECTS = frozenset((301, 302, 303, 307, 308))
 
 class HttpStorage(Storage):
     """The shards below `http(s)://host/path`; a query of the root goes with every request."""
+
+    max_gap_bytes = REMOTE_GAP_BYTES
 
     def __init__(self, root: str, policy: RemotePolicy) -> None:
         super().__init__(root.rstrip("/"), policy.connections)

@@ -49,7 +49,7 @@ def find_shards(pattern: str | Path, remote: RemotePolicy | None = None) -> Foun
     http(s) cannot. Raises UserError if no shard is found or a named one is missing.
     """
     text = str(pattern)
-    urls = _expand(text)
+    urls = expand(text)
     if not any(is_url(url) for url in urls):
         return _find_local(text, [local_path(url) for url in urls])
     if not all(is_url(url) for url in urls):
@@ -57,7 +57,8 @@ def find_shards(pattern: str | Path, remote: RemotePolicy | None = None) -> Foun
     return _find_remote(text, urls, remote)
 
 
-def _expand(text: str) -> list[str]:
+def expand(text: str) -> list[str]:
+    """Expand braces and `::` by webdataset's rules; raise UserError for a bad brace."""
     check_urls = [url for url in text.split("::") if is_url(url)]
     for url in check_urls:
         check_scheme(url)

@@ -6,6 +6,7 @@ DataConfig --open_indexes--> Index of each --order_of--> Mixture, built once per
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from pipeline.data.decode import Content, ImageDecode
 from pipeline.data.index import Index
 from pipeline.data.index.reader import ORDINAL_SHIFT, States
 from pipeline.data.order import Order, Tail
+from pipeline.data.order.choice import ChosenOrder
 from pipeline.data.order.mixture import Mixture, lanes_of_parts
 from pipeline.data.settings import DataConfig
 from pipeline.data.storage import open_storage
@@ -32,9 +34,18 @@ def open_indexes(data: DataConfig) -> tuple[Index, ...]:
 
 
 def order_of(
-    data: DataConfig, indexes: Sequence[Index], seed: int, batch_size: int, tail: Tail = "carry"
+    data: DataConfig,
+    indexes: Sequence[Index],
+    seed: int,
+    batch_size: int,
+    tail: Tail = "carry",
+    *,
+    max_samples: int | None = None,
 ) -> Mixture:
-    """Build the order of a config's data; raise UserError on numbers that do not fit."""
+    """Build the order of a config's data; raise UserError on numbers that do not fit.
+
+    max_samples: of each data set, chosen by key; None: all.
+    """
     weights = [source.weight for source in data.sources]
     is_alone = len(indexes) == 1
     if not is_alone and tail != "carry":
@@ -42,8 +53,12 @@ def order_of(
     orders: list[Order] = []
     lanes = lanes_of_parts(batch_size, data.lanes, weights)
     for index, part_lanes in zip(indexes, lanes, strict=True):
-        order = Order(
-            index.counts(data.split),
+        counts = index.counts(data.split)
+        make = Order
+        if max_samples is not None and max_samples < int(counts.sum()):
+            make = partial(ChosenOrder, max_samples=max_samples)
+        order = make(
+            counts,
             seed=seed,
             # A data set of a mixture has no batches of its own: the mixture sets its quotas.
             batch_size=batch_size if is_alone else part_lanes or 1,

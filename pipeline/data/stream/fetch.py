@@ -82,7 +82,7 @@ class Fetcher:
         shard, row = self._order.window(run.epoch, run.lane, run.window)
         shard, row = shard[positions], row[positions]
         offset, num_bytes, crc32, label, uid = self._columns(shard, row)
-        reads, start = plan_reads(shard, offset, num_bytes)
+        reads, start = plan_reads(shard, offset, num_bytes, self._storage.max_gap_bytes)
         read_buffer = self._pool.take(sum(read.num_bytes for read in reads))
         read_all(self._storage, self._names, reads, memoryview(read_buffer.memory))
         read_buffers = np.full(len(shard), read_buffer, object)

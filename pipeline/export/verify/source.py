@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.data.index import Index
 from pipeline.data.index.one_pass import OnePass
+from pipeline.data.index.split_rows import SHARDS, identity_of_shards
 from pipeline.data.index.splits import ALL
 from pipeline.data.index.tar import group_samples
 from pipeline.data.index.tar_scan import ReadBytes, TarScan
@@ -25,22 +26,29 @@ class SourceKeys:
         self._storage = open_storage(shards or path)
         self._number = {shard.name: i for i, shard in enumerate(self._index.shards)}
         self._split = ALL
+        self._shards: str | None = None  # identity of the shards of a pattern
         # The files of a task are checked one after the other: their shard is read once.
         self._keys = lru_cache(maxsize=1)(self._keys_in)
 
     def differences(self, data: FingerprintData) -> Iterator[str]:
         """Yield why the data set is not the one that was exported."""
         self._split = data.split.partition("/")[0]
+        if self._split.startswith(SHARDS):  # whole shards, which `left_out` compares
+            self._shards, self._split = data.split, ALL
         if self._index.dataset_id != data.dataset_id:
             yield f"the source {self._index.path} is another data set (dataset_id)"
         elif self._split != ALL and self._split not in self._index.split_spec.names:
             yield f"the source {self._index.path} has no split {self._split}"
-        elif self._index.split_identity(self._split) != data.split:
+        elif self._shards is None and self._index.split_identity(self._split) != data.split:
             yield f"the source {self._index.path} is split by another rule now"
 
     def left_out(self, tasks: Sequence[TaskEntry]) -> Iterator[str]:
         """Yield the shards with rows and without a task."""
         sources = {task.source for task in tasks}
+        if self._shards is not None:
+            if identity_of_shards(sources) != self._shards:
+                yield "the tasks are not those of the shards that data.split named"
+            return
         counts = np.asarray(self._index.counts(self._split)).tolist()
         for shard, rows in zip(self._index.shards, counts, strict=True):
             if rows and shard.name not in sources:

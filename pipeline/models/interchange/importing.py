@@ -87,6 +87,24 @@ def import_model(source: Path, out: Path, *, size: Size | None = None) -> Import
     what cannot be read or is no such model, and if `out` exists.
     """
     check_absent(out)
+    description, model = read_foreign_model(source, size=size)
+    save_pretrained(out, description, model.state_dict())
+    return ImportReport(
+        source=autoencoder_folder(source),
+        out=out,
+        backbone=model.config.backbone.kind,
+        preset=getattr(model.config.backbone, "preset", None),
+        num_parameters=num_parameters(model),
+        event_shape=model.event_shape,
+        latent_shape=model.latent_shape,
+        weights_sha256=description.weights_sha256,
+    )
+
+
+def read_foreign_model(
+    source: Path, *, size: Size | None = None
+) -> tuple[Description, AutoEncoder]:
+    """Read a folder of diffusers or a single .safetensors file; see `import_model`."""
     folder = autoencoder_folder(source)
     config, version = read_config(folder / CONFIG) if folder.is_dir() else (None, None)
     tensors = read_foreign(folder)
@@ -100,7 +118,6 @@ def import_model(source: Path, out: Path, *, size: Size | None = None) -> Import
         )
     decode = ImageDecode.model_validate({"size": size, "channels": config.in_channels})
     model = _build(config, decode.event_shape, own, folder)
-    weights_sha256 = tensors_sha256(model.state_dict())
     description = Description(
         model=model.config,
         event_shape=model.event_shape,
@@ -109,24 +126,14 @@ def import_model(source: Path, out: Path, *, size: Size | None = None) -> Import
         decode=decode.model_dump(mode="json"),
         precision="fp32",
         weights="raw",
-        weights_sha256=weights_sha256,
+        weights_sha256=tensors_sha256(model.state_dict()),
         encoder_sha256=encoder_sha256(model),
         step=0,
         samples_seen=0,
         versions={"diffusers": version} if version else {},
         **_scaling(config, tensors),
     )
-    save_pretrained(out, description, model.state_dict())
-    return ImportReport(
-        source=folder,
-        out=out,
-        backbone=model.config.backbone.kind,
-        preset=getattr(model.config.backbone, "preset", None),
-        num_parameters=num_parameters(model),
-        event_shape=model.event_shape,
-        latent_shape=model.latent_shape,
-        weights_sha256=weights_sha256,
-    )
+    return description, model
 
 
 def _build(

@@ -34,9 +34,14 @@ def read_weights(path: Path, model: AutoEncoder) -> dict[str, Tensor]:
     Raises UserError for pickles, for damage, and with the missing, unexpected and misshapen names
     of a file that holds another model.
     """
-    own = _content(path / CONFIG).get("format") == FORMAT
-    found = read_tensors(path, read_description(path)) if own else to_own(read_foreign(path))
-    return fitting(path, found, model)
+    if is_own_folder(path):
+        return fitting(path, read_tensors(path, read_description(path)), model)
+    return fitting(path, to_own(read_foreign(path)), model)
+
+
+def is_own_folder(path: Path) -> bool:
+    """Whether the folder of a model of this project lies there."""
+    return _content(path / CONFIG).get("format") == FORMAT
 
 
 def fitting(path: Path, found: Mapping[str, Tensor], model: AutoEncoder) -> dict[str, Tensor]:
