@@ -25,7 +25,7 @@ def _digest(text: str) -> str:
 class WeightsFile(Component):
     """A file of this machine, which must have the digest."""
 
-    path: LocalPath
+    path: LocalPath  # the file, on a disk of this machine
     # Of the whole file, as sha256sum prints it.
     sha256: Annotated[str, AfterValidator(_digest)]
 
