@@ -6,6 +6,7 @@ weights. Likelihoods use one noise sample per image; the squared error uses the 
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from pipeline.models.autoencoder import ModelOutput
 from pipeline.monitoring.meter import Meter
 from pipeline.monitoring.sheets import Sheet
 from pipeline.training.forward import Forward
+
+_warn_once = cache(warn)  # every evaluation of a training would repeat it
 
 
 class Measurement:
@@ -158,7 +161,7 @@ class MetricSums:
             rows = rows[uid.argsort()]
         self.vectors = self._metric.vectors(sums)
         for remark in self._metric.remarks(sums) if runtime.is_main else ():
-            warn(remark)
+            _warn_once(remark)
         return means | self._metric.value(sums, rows)
 
     def _chosen(self, uid: Tensor, *columns: Tensor) -> list[Tensor]:
