@@ -98,8 +98,8 @@ class EvaluationConfig(Component):
             )
         if self.data is not None and not own:
             raise ValueError("data names no data set: give {path: ...}, or null")
-        for name in own:
-            if name and NAME.fullmatch(name) is None:
+        for name in () if isinstance(self.data, EvaluatedData) else own:
+            if NAME.fullmatch(name) is None:
                 raise ValueError(f"data: {name!r} is no name of a data set: use a-z, 0-9 and _")
         return self
 

@@ -270,6 +270,7 @@ def test_killed_and_stopped_in_an_evaluation_it_ends_with_the_same_bits(
         ("evaluation.data={a: {path: {val}, shards: /no}}", "/no/tiny-0000.tar is missing"),
         ("evaluation.max_samples=0", "evaluation.max_samples: must be greater than 0 (got 0)"),
         ("evaluation.data={A-b: {path: {val}}}", "'A-b' is no name of a data set"),
+        ("evaluation.data={'': {path: {val}}}", "'' is no name of a data set"),
         ("evaluation.data={}", "data names no data set"),
         ("evaluation.data={a: {}}", "evaluation.data.a.path: required, but not given"),
         ("evaluation.data={path: {val}, spilt: all}", 'spilt: unknown key (got "all"); did you'),
