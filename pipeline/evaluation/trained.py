@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints.folder import read_state
+from pipeline.checkpoints.folder import Weights, read_state
 from pipeline.common.console import progress
 from pipeline.common.errors import UserError
 from pipeline.config import TrainConfig
@@ -46,24 +47,27 @@ def evaluate_run(
 
     step: None: the newest checkpoint that verifies. data, shards: where the data sets of the
     training, and their shards, lie now; empty: they are looked for, see `training.locations`, if
-    it is they that are evaluated. A single `data` that is another data set is evaluated instead:
-    all of its samples, unless the request names a split. Raises UserError if there is no such run,
-    checkpoint, data or split, or if the model takes no pictures of that size.
+    it is they that are evaluated, as they are instead of evaluation.data if given. A single `data`
+    that is another data set is evaluated instead: all of its samples, unless the request names a
+    split. Raises UserError if there is no such run, checkpoint, data or split, or if the model
+    takes no pictures of that size.
     """
     config = load_config(run_dir)
-    decode = decode_at(request.size, config.model, config.data.decode, str(run_dir))
-    config = request.applied(config, decode)
     runtime = Runtime.start(accumulation=1)
     check_ranks(config.batch_size, config.accumulation, runtime.world)
     say = progress if runtime.is_main else lambda _: None
     other = _other_data(run_dir, config.data, data)
+    if config.evaluation.own and other is None and (data or shards) and request.split is None:
+        request = replace(request, split=config.evaluation.split)  # of the training's data
+    decode = decode_at(request.size, config.model, config.data.decode, str(run_dir))
+    config = request.applied(config, decode)
     indexes: tuple[Index, ...] = ()  # of the training's data, or of another data set
     if other is not None:
         path, place = one_data_set(data, shards)
         split = request.split or _split_in_training(run_dir, config, other)
         config, indexes = on_data(config, path, place, split), (other,)
         say(f"data: {path} is another data set than the one that {run_dir} was trained on")
-    elif not config.evaluation.own or data or shards:
+    elif not config.evaluation.own:
         found, indexes = find_data(run_dir, config.data, paths=data, shards=shards, say=say)
         config = config.model_copy(update={"data": found})
     config, evaluated = open_evaluated(config, say, run_dir)
@@ -71,14 +75,7 @@ def evaluate_run(
     held_out = open_held_out(config, indexes, runtime, quarantine, evaluated)
     kept = [prefix for prefix in PREFIXES if prefix == "eval" or config.ema_decay is not None]
     # Chosen once for both views: a running training may save and remove checkpoints.
-    chosen: int | None = None
-    with runtime.sharing_errors():
-        if runtime.is_main:
-            path = choose_checkpoint(run_dir, config, step, PREFIXES[kept[-1]])
-            chosen = read_state(path).step
-    chosen = runtime.broadcast(chosen)
-    assert chosen is not None
-
+    chosen = _step_of(run_dir, config, step, PREFIXES[kept[-1]], runtime)
     views: dict[str, Callable[[], Any]] = {}
     digests: dict[str, str] = {}
     for prefix in kept:
@@ -90,6 +87,19 @@ def evaluate_run(
     identity = Identity.of(config, held_out.splits)
     out = out or run_dir / EVALUATIONS / f"step-{chosen}-{identity.evaluation_id}"
     return measured(held_out, views, chosen, model=model, out=out, notes=notes)
+
+
+def _step_of(
+    run_dir: Path, config: TrainConfig, step: Step | None, weights: Weights, runtime: Runtime
+) -> int:
+    """Return the step of the checkpoint that the main process chooses; a collective."""
+    chosen: int | None = None
+    with runtime.sharing_errors():
+        if runtime.is_main:
+            chosen = read_state(choose_checkpoint(run_dir, config, step, weights)).step
+    chosen = runtime.broadcast(chosen)
+    assert chosen is not None
+    return chosen
 
 
 def open_held_out(

@@ -73,7 +73,7 @@ def evaluations(run: Path) -> dict[int, dict[str, float]]:
 
 @pytest.mark.slow
 def test_evaluated_on_data_of_its_own_in_any_store(
-    config: Path, val: Path, request: pytest.FixtureRequest
+    config: Path, val: Path, tiny_shards: Path, request: pytest.FixtureRequest
 ):
     """One record per evaluation, with equal figures from everywhere; the best one is theirs."""
     serve: Callable[[Path], str] = request.getfixturevalue("nginx")
@@ -101,6 +101,11 @@ def test_evaluated_on_data_of_its_own_in_any_store(
     # The same figures afterwards, from the data that the run was evaluated on.
     again = evaluate_run(run, out=config.parent / "card").figures
     assert again == pytest.approx(metrics[12], rel=1e-6)
+    # The training's data, if it is named, and not the data of evaluation.data.
+    card = evaluate_run(run, data=[str(tiny_shards)], out=config.parent / "trained")
+    assert [one["path"] for one in card.identity.data] == [str(tiny_shards)]
+    assert [one["split"] for one in card.identity.data] == ["held_out"]
+    assert "eval/loss" in card.figures
 
 
 @pytest.mark.slow
