@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,12 @@ if TYPE_CHECKING:  # imports torch
     from pipeline.evaluation.card import Card
 
 HELP = "evaluate a run's checkpoint, or the model of a folder"
+# Options, and how messages call what each of them sets.
+AS_TYPED = {
+    "split": r"\b(evaluation|data)\.split(?= = )",
+    "metrics": r"\bevaluation\.metrics\b",
+    "size": r"(?<=\()data\.decode\.size(?=\))",
+}
 METRICS = "instead of the config's: kinds, as psnr ssim, or settings, as '{kind: psnr, ...}'"
 
 
@@ -24,12 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", type=step, help="step of a run's checkpoint, or `best` (default: newest)"
     )
-    text = "of the data: a name, or a pattern of shards (default: the config's; other data: all)"
+    text = "of the run's training data, or of --data: a name, or a pattern of shards, as 'val-*' "
+    text += "(default: what the config evaluates; of other data: all)"
     parser.add_argument("--split", metavar="NAME|PATTERN", help=text)
     text = "of the pictures, for fully convolutional models: 256, or 256x384 (height x width)"
     parser.add_argument("--size", type=pixels, help=text)
     parser.add_argument("--metrics", nargs="+", metavar="METRIC", help=METRICS)
-    text = "evaluate at most so many samples, chosen by key (default: the config's)"
+    text = "of each data set at most so many samples, always the same (default: the config's)"
     parser.add_argument("--max-samples", type=number_or_all, metavar="N|all", help=text)
     text = "folder for card and pictures (default: in RUN/evaluations; of a FOLDER: none)"
     parser.add_argument("--out", type=directory("--out"), help=text)
@@ -39,11 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--shards", "PATH", "directory or URL of the shards, if not beside the index"),
     ):
         parser.add_argument(option, action="append", default=[], metavar=metavar, help=what + again)
-    parser.epilog = "Data that has moved is looked for by its id, so --data is rarely needed."
+    parser.epilog = "A run finds its data by its id, also moved; a FOLDER needs --data."
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write the card of a run, and print the figures by the names that training logs."""
+    try:
+        card = _evaluated(arguments)
+    except UserError as error:
+        raise UserError(_as_typed(str(error), arguments)) from None
+    if os.environ.get("RANK", "0") == "0":  # one of several processes
+        print_report(card.content(), arguments.json, _lines(card))
+    return DONE
+
+
+def _evaluated(arguments: argparse.Namespace) -> "Card":
+    """Evaluate what the arguments name; raises UserError."""
     from pipeline.evaluation.folder import evaluate_folder
     from pipeline.evaluation.request import EvaluationRequest, read_metrics
     from pipeline.evaluation.trained import evaluate_run
@@ -57,14 +76,18 @@ def run(arguments: argparse.Namespace) -> int:
     where, data, shards = arguments.run, arguments.data, arguments.shards
     settings: dict[str, Any] = {"request": request, "data": data, "shards": shards}
     if (where / "config.yaml").is_file():
-        card = evaluate_run(where, step=arguments.step, out=arguments.out, **settings)
-    elif arguments.step is not None:
+        return evaluate_run(where, step=arguments.step, out=arguments.out, **settings)
+    if arguments.step is not None:
         raise UserError(f"--step chooses a checkpoint, and {where} is no run: leave it out.")
-    else:
-        card = evaluate_folder(where, out=arguments.out, **settings)
-    if os.environ.get("RANK", "0") == "0":  # one of several processes
-        print_report(card.content(), arguments.json, _lines(card))
-    return DONE
+    return evaluate_folder(where, out=arguments.out, **settings)
+
+
+def _as_typed(text: str, arguments: argparse.Namespace) -> str:
+    """Return a message that names the options that were typed, not the settings they replace."""
+    for option, setting in AS_TYPED.items():
+        if getattr(arguments, option) is not None:
+            text = re.sub(setting, f"--{option}", text)
+    return text
 
 
 def _lines(card: "Card") -> list[str]:

@@ -145,8 +145,7 @@ class HeldOut:
             return
         text = (
             f"monitor.pictured names {', '.join(map(repr, missing))}: no evaluated sample has "
-            "this key. The keys of some that are evaluated stand in the .json files beside the "
-            "pictures, in images/"
+            "this key. A run without monitor.pictured lists some keys in images/eval-STEP.json"
         )
         if must_be:
             raise UserError(f"{text}; evaluation.split says which samples are evaluated.")

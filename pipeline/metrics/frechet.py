@@ -53,7 +53,8 @@ class Frechet(FeatureMetric):
         return (
             f"{self.label} is of {images:,} images, but its features have {size:,} values: the "
             "covariances do not have full rank, and the figure says little. Evaluate more samples "
-            "(evaluation.max_samples, the split), or take kid, which has no bias for few images",
+            "(evaluation.max_samples or --max-samples, or another split), or take kid, which has "
+            "no bias for few images",
         )
 
 

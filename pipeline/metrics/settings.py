@@ -39,10 +39,11 @@ class EvaluationConfig(Component):
     data: OneOrSeveral | None = None
     # Of the training's data: a split that the index names, or a pattern of shard names.
     split: str = "held_out"
-    # Samples of each data set, chosen by a key: the same ones in every run; null: all of them.
+    # At most so many samples of each data set of `data`, or of `split` as a whole, chosen by a
+    # hash: the same ones in every run; null: all of them.
     max_samples: int | None = Field(default=50_000, gt=0)
     every_steps: int = Field(default=1000, gt=0)  # steps between two evaluations
-    # Besides the parts of the objective.
+    # Besides the parts of the objective: {kind: squared_error}, {kind: psnr}, and so on.
     metrics: tuple[Metric, ...] = (SquaredErrorMetric(), LogLikelihood())
     # Early stopping: end the run after this many evaluations in a row without a new best value of
     # checkpoint.keep.best; null: never.
@@ -94,7 +95,7 @@ class EvaluationConfig(Component):
         if own and self.split != of_training:
             raise ValueError(
                 f"split {self.split} is of the training's data, but data names other data: give "
-                "each data set its own split, or leave data out"
+                "that its split, as {path: ..., split: ...}, or leave one of the two out"
             )
         if self.data is not None and not own:
             raise ValueError("data names no data set: give {path: ...}, or null")
