@@ -14,11 +14,6 @@ def levels_of(x: Tensor) -> Tensor:
     return x.clamp(0, 1).mul(255).round()
 
 
-def as_saved(x: Tensor) -> Tensor:
-    """Round values to what a saved PNG of 8 bits holds: k / 255 in [0, 1]."""
-    return levels_of(x).div(255)
-
-
 class ImageMetric(MetricBase):
     """A metric of images and their reconstructions, both as a saved PNG holds them."""
 

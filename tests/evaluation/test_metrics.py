@@ -12,7 +12,7 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.reconstruction import MetricSums
 from pipeline.metrics import EvaluatedBatch
 from pipeline.metrics.active_units import ActiveUnits
-from pipeline.metrics.images import as_saved
+from pipeline.metrics.images import levels_of
 from pipeline.metrics.kl_per_dimension import KlPerDimension
 from pipeline.metrics.likelihood import LogLikelihood
 from pipeline.metrics.psnr import Psnr
@@ -63,7 +63,7 @@ def images(channels=3, height=40, width=37, dtype=torch.float32):
     clean[:, :, : height // 3] = 0.5
     noise = torch.randn(clean.shape, generator=generator, dtype=dtype)
     strength = torch.rand(COUNT, 1, 1, 1, generator=generator, dtype=dtype)
-    return as_saved(clean), clean + 0.3 * strength**2 * noise
+    return levels_of(clean) / 255, clean + 0.3 * strength**2 * noise
 
 
 def saved(x):

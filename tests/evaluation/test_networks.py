@@ -20,7 +20,7 @@ from pipeline.distributed.runtime import Runtime
 from pipeline.evaluation.reconstruction import Measurement, MetricSums, evaluating, networks_of
 from pipeline.metrics import EvaluatedBatch
 from pipeline.metrics.frechet import Frechet
-from pipeline.metrics.images import as_saved
+from pipeline.metrics.images import levels_of
 from pipeline.metrics.kid import KernelDistance, kernel_distance
 from pipeline.metrics.lpips import Lpips
 from pipeline.metrics.network import IMAGES_AT_ONCE, INCEPTION_SHA256
@@ -63,7 +63,7 @@ def alex(folder):
 
 def pictures(count=IMAGES_AT_ONCE + 5, channels=3, size=40):
     generator = torch.Generator().manual_seed(3)
-    clean = as_saved(torch.rand(count, channels, size, size, generator=generator))
+    clean = levels_of(torch.rand(count, channels, size, size, generator=generator)) / 255
     return clean, clean + 0.2 * torch.randn(clean.shape, generator=generator)
 
 
@@ -132,20 +132,22 @@ def published_lpips(state, trunk, x, y):
     return total
 
 
+def assert_as_published(metric, name, clean, decoded, *, rtol):
+    [(label, found)] = metric.per_image(batch_of([metric], clean, decoded)).items()
+    state = torch.load(metric.weights.path, weights_only=True)
+    expected = published_lpips(state, metric.trunk, clean, levels_of(decoded) / 255)
+    print(f"{name}, {clean.dtype}: {float((found / expected - 1).abs().max()):.1e}")
+    assert label == name
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=0)
+
+
 @pytest.mark.parametrize("size", [smallest_size("alex"), 67])
 def test_lpips_alex_equals_the_published_arithmetic(alex, size):
     metric = Lpips(weights=alex)
     clean, decoded = pictures(size=size)
-    [(name, found)] = metric.per_image(batch_of([metric], clean, decoded)).items()
-    state = torch.load(alex["path"], weights_only=True)
-    expected = published_lpips(state, "alex", clean, as_saved(decoded))
-    print(f"alex, {size} px: {float((found / expected - 1).abs().max()):.1e}")
-    assert name == "lpips_alex"
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
-    in_double = metric.per_image(batch_of([metric], clean.double(), decoded.double()))[name]
-    expected = published_lpips(state, "alex", clean, as_saved(decoded.double()))
-    torch.testing.assert_close(in_double, expected, rtol=1e-6, atol=0)
-    same = metric.per_image(batch_of([metric], clean, clean))[name]
+    assert_as_published(metric, "lpips_alex", clean, decoded, rtol=1e-5)
+    assert_as_published(metric, "lpips_alex", clean.double(), decoded.double(), rtol=1e-6)
+    same = metric.per_image(batch_of([metric], clean, clean))["lpips_alex"]
     assert same.tolist() == [0.0] * len(clean)
 
 
@@ -153,12 +155,7 @@ def test_lpips_vgg_equals_the_published_arithmetic(folder):
     weights = random_trunk("vgg", folder / "vgg.pth")
     metric = Lpips(trunk="vgg", weights=weights, decodes="sample")
     clean, decoded = pictures(count=3, size=35)
-    [(name, found)] = metric.per_image(batch_of([metric], clean, decoded)).items()
-    state = torch.load(weights["path"], weights_only=True)
-    expected = published_lpips(state, "vgg", clean, as_saved(decoded))
-    print(f"vgg: {float((found / expected - 1).abs().max()):.1e}")
-    assert name == "lpips_vgg_sample"
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    assert_as_published(metric, "lpips_vgg_sample", clean, decoded, rtol=1e-5)
 
 
 def test_a_grey_picture_is_one_of_three_equal_channels(alex, small):
@@ -189,10 +186,7 @@ def test_frechet_equals_scipy_and_numpy(small):
     weight[50:] = 0  # slots without a sample
     batch = batch_of([metric], clean, decoded, weight)
     found = value_of(metric, batch)[metric.label]
-    x, y = (
-        SmallFeatures()(as_saved(it)[:50].mul(255).round().to(torch.uint8)).numpy()
-        for it in (clean, decoded)
-    )
+    x, y = (SmallFeatures()(levels_of(it)[:50].to(torch.uint8)).numpy() for it in (clean, decoded))
     assert found == pytest.approx(published_frechet(x, y), rel=1e-8)
     assert metric.label == f"fd_small_{small['sha256'][:8]}"
     same = value_of(metric, batch_of([metric], clean, clean))[metric.label]
