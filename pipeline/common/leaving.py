@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import NoReturn
 
+from pipeline.common.errors import DONE
+
 SPEAKER_FIRST_SECONDS = 10.0
 
 
@@ -24,11 +26,15 @@ def leave(code: int) -> NoReturn:
     """End this process with an exit code, also while threads of a process group run.
 
     torch aborts (SIGABRT, so that the exit code is lost) if the interpreter is taken down under
-    threads of gloo, which an error leaves behind (pytorch issue 190489). So the exit functions run,
-    the output is flushed, and nothing is taken down.
+    threads of gloo (pytorch issue 190489). So a process that is done leaves its group first. After
+    an error that could wait for others that do not come: the exit functions run, the output is
+    flushed, and nothing is taken down.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
+        sys.exit(code)
+    if code == DONE:
+        distributed.destroy_process_group()
         sys.exit(code)
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
     sys.stdout.flush()
