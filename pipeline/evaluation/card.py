@@ -6,7 +6,8 @@ Identity + model + figures       -> Card     -> RUN/evaluations/step-N-ID/card.j
 splits of a training             -> RUN/evaluations/training.json: the same without figures
 
 Two cards with one evaluation_id measured the same samples, decoded alike, by the same metrics:
-their figures differ by the models alone. Figures and `step` stand at the top, as in metrics.jsonl.
+their figures differ by the models, and by `seed` where something is corrupted or sampled. Figures
+and `step` stand at the top, as in metrics.jsonl.
 """
 
 import hashlib
