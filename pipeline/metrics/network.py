@@ -45,7 +45,8 @@ class NetworkFile(WeightsFile):
                 script: Any = torch.jit.load(self.path, map_location="cpu")
             arguments = [argument.name for argument in script.forward.schema.arguments]
         except (RuntimeError, AttributeError, ValueError) as error:
-            raise UserError(self._is_no("TorchScript network", error)) from None
+            text = "TorchScript network: write one with torch.jit.save"
+            raise UserError(self._is_no(text)) from error
         return ScriptedFeatures(script, self.path, with_flag="return_features" in arguments)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.common.component import Component, LocalPath
 from pipeline.common.errors import UserError
 
+STATE_DICT = "state dict of tensors: write one with torch.save, or as .safetensors"
 NOT_READABLE = "name a file that this machine reads"
 
 
@@ -56,13 +57,12 @@ class WeightsFile(Component):
             if self.path.endswith(".safetensors"):
                 return load_file(self.path)
             found: Any = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001 - each format has errors of its own
-            raise UserError(self._is_no("state dict of tensors", error)) from None
+        except Exception as error:  # each format has errors of its own
+            raise UserError(self._is_no(STATE_DICT)) from error
         if not isinstance(found, dict) or not all(torch.is_tensor(v) for v in found.values()):
-            raise UserError(self._is_no("state dict of tensors", "it holds something else"))
+            raise UserError(self._is_no(STATE_DICT))
         return found
 
-    def _is_no(self, what: str, error: object) -> str:
+    def _is_no(self, what: str) -> str:
         """Say that the file, though it has the digest, is of another kind."""
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        return f"{self.path} (evaluation.metrics) holds no {what}: {reason}."
+        return f"{self.path} has the sha256 that evaluation.metrics expects, but holds no {what}."
