@@ -172,10 +172,6 @@ class Runtime:
         if problem is not None:
             raise UserError(problem)
 
-    def finish(self) -> None:
-        """Leave the process group, if there is one."""
-        self.accelerator.end_training()
-
 
 def asks_for_deepspeed(environment: Mapping[str, str]) -> bool:
     """Whether the launcher's topology file says DEEPSPEED."""

@@ -89,7 +89,6 @@ class FeatureMetric(ImageMetric):
     # {path, sha256, name}: see `NetworkFile`.
     network: NetworkFile
 
-    # Of the figure: before the network's name, and alone with NVIDIA's Inception network.
     @property
     def figure_kinds(self) -> tuple[str, str]:
         """What the figure is called: with any network, and with the one of FID."""

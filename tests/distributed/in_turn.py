@@ -9,7 +9,8 @@ KIND: `train`, with the arguments of `latentmill train`, or a worker of this fol
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from pipeline.distributed.runtime import Runtime
+from pipeline.common.errors import DONE
+from pipeline.common.leaving import leave
 from pipeline.train import main as train
 from tests.distributed import equivalence_worker, nonfinite_worker, state_memory_worker
 
@@ -41,9 +42,8 @@ def main(arguments: Sequence[str]) -> int:
         code = JOBS[kind](*rest)
         if code:
             return code
-    Runtime.start(accumulation=1).finish()
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

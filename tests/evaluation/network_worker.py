@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from pipeline.common import strict
+from pipeline.common.errors import DONE
+from pipeline.common.leaving import leave
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.distributed.runtime import Runtime
@@ -95,7 +97,7 @@ def main(out: str, config: str, *settings: str) -> None:
     found["recorded"] = reduction(loaded, runtime)
     if runtime.is_main:
         Path(out).write_text(json.dumps(found))
-    runtime.finish()
+    leave(DONE)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ python -m tests.monitoring.bad_samples_worker SHARDS RUN_DIR (under accelerate l
 import sys
 from pathlib import Path
 
-from pipeline.common.errors import UserError
+from pipeline.common.errors import DONE, UserError
+from pipeline.common.leaving import leave
 from pipeline.data.index import Index
 from pipeline.data.settings import DataConfig
 from pipeline.distributed.runtime import Runtime
@@ -35,7 +36,7 @@ def main(shards: str, run_dir: str) -> None:
             ending = str(error)
         met = f"met {stream.counters.tombstones}: {ending}"
     Path(run_dir, f"rank-{runtime.rank}.txt").write_text(met)
-    runtime.finish()
+    leave(DONE)
 
 
 if __name__ == "__main__":

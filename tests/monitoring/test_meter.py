@@ -125,6 +125,7 @@ def test_a_training_meter_reports_steps_speed_and_stalls(runtime, stream):
 
 TWO_RANKS = """
 import torch
+from pipeline.common.leaving import leave
 from pipeline.monitoring.meter import Meter
 from pipeline.distributed.runtime import Runtime
 from tests.monitoring.test_meter import values_and_weights
@@ -136,7 +137,7 @@ meter.add(values, weight)
 means, total = meter.reduce(runtime)
 if runtime.is_main:
     print("MEANS", means["a"], means["b"], total)
-runtime.finish()
+leave(0)
 """
 
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from pipeline.common import strict
+from pipeline.common.errors import DONE
+from pipeline.common.leaving import leave
 from pipeline.config import TrainConfig
 from pipeline.data.index import Index
 from pipeline.distributed.runtime import Runtime
@@ -193,7 +195,7 @@ def main(out: str, config: str, *words: str) -> None:
                 (folder / f"{job}.json").write_text(json.dumps(found))
             else:
                 np.savez(folder / f"{job}.npz", **found)
-    Runtime.start(accumulation=1).finish()
+    leave(DONE)
 
 
 def rest(config: TrainConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Each sample is chosen with the same probability M / N, and M samples are chosen 
 3. Of the positions of the arc, M are chosen uniformly: the first M different ones of a keyed
    sequence of uniform positions, or if M > A / 2 all but the first A - M.
 
-The work is that of MAX(M, shards) numbers. The key is the identity of data set and split, so all
+The work is that of max(M, shards) numbers. The key is the identity of data set and split, so all
 runs on the same data choose the same samples. A change needs a new version name.
 """
 
